@@ -1,0 +1,74 @@
+"""What a terminal shows of a job: a line that moves while it runs, a table of its rounds at the end."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from fedpool.deployments.run import JobStatus, Progress, Run
+from fedpool.errors import FedpoolError
+from fedpool.recipe import Recipe
+from fedpool.tasks.report import report_rows
+
+_POLL_S = 0.2
+
+
+def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
+    """Show the job's progress until it ends: round, sites done, key metric, elapsed time; a line per round off a terminal."""
+    asked = min(recipe.clients_per_round or num_sites, num_sites)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sites {task.fields[metric]}"),
+        TimeElapsedColumn(),
+    )
+    shown = 0
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(f"{recipe.name} starting", total=asked, metric="")
+        while not run.wait(_POLL_S):
+            progress = run.get_progress()
+            number = min(progress.num_committed, recipe.num_rounds)
+            step = "scoring" if progress.num_committed >= recipe.num_rounds else f"round {number + 1}/{recipe.num_rounds}"
+            bars.update(bar, description=f"{recipe.name} {step}", completed=progress.num_answered, metric=_metric(progress, recipe))
+            if not console.is_terminal and progress.num_committed > shown:
+                shown = progress.num_committed
+                console.print(f"{recipe.name}: {shown} rounds done {_metric(progress, recipe)}", highlight=False)
+
+
+def summarize(run: Run, recipe: Recipe, console: Console) -> None:
+    """Print how the job ended: the table of its rounds and where its models are, or what went wrong."""
+    status = run.get_status()
+    if status is not JobStatus.COMPLETED:
+        try:
+            run.get_result(0)
+        except FedpoolError as error:
+            console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        return
+    result = run.get_result(0)
+    header, rows = report_rows(result.rounds)
+    table = Table(title=f"{recipe.name}: a round's metrics are the score of the model that it started from", title_justify="left")
+    for name in header:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if result.stopped_by:
+        console.print(f"stopped early: {result.stopped_by}", highlight=False)
+    final = result.metrics[result.num_rounds] if len(result.metrics) > result.num_rounds else {}
+    console.print(f"final model{_scores(final)}: {result.path}", highlight=False, soft_wrap=True)
+    if result.best_round != result.num_rounds:
+        best = result.metrics[result.best_round]
+        console.print(f"best model{_scores(best)}: {result.best_path}", highlight=False, soft_wrap=True)
+
+
+def _metric(progress: Progress, recipe: Recipe) -> str:
+    metrics: Mapping[str, float] = progress.last_record["metrics"] if progress.last_record else {}
+    return f"{recipe.key_metric} {metrics[recipe.key_metric]:.4f}" if recipe.key_metric in metrics else ""
+
+
+def _scores(metrics: Mapping[str, float]) -> str:
+    return f" ({', '.join(f'{name} {value:.4f}' for name, value in metrics.items())})" if metrics else ""

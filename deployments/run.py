@@ -1,0 +1,173 @@
+"""`Run`: a handle on one job, and `Result`: what came of it. Both read the store, which is the truth about a job."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedpool.arrays import load_arrays
+from fedpool.errors import JobCancelled, JobFailed
+from fedpool.store import JobPaths, Store
+
+
+class JobStatus(StrEnum):
+    """Where a job stands, in Prefect's words."""
+
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a completed job came to.
+
+    Attributes:
+        job_id: of the job.
+        path: of the final model, safetensors.
+        best_path: of the best model by the recipe's key metric; the final one when nothing was scored.
+        metrics: one dict per global model, from the initial one (index 0) to the last that was scored.
+        rounds: the rounds' records, as in `round.json`, the evaluation of the last model included.
+        num_rounds: training rounds that were committed.
+        best_round: the round that the best model is the start of: 0 is the initial model, `num_rounds` the final one.
+        stopped_by: what stopped the job early, or None.
+    """
+
+    job_id: str
+    path: Path
+    best_path: Path
+    metrics: list[dict[str, float]]
+    rounds: list[dict[str, Any]] = field(repr=False)
+    num_rounds: int
+    best_round: int
+    stopped_by: str | None
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """The final model: name -> torch tensor, read when first asked for."""
+        return load_arrays(self.path, "torch")
+
+    @cached_property
+    def best_params(self) -> dict[str, Any]:
+        """The best model: name -> torch tensor, read when first asked for."""
+        return load_arrays(self.best_path, "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is, as the store tells: rounds committed, sites that have answered in the one under way."""
+
+    num_committed: int
+    num_answered: int
+    last_record: Mapping[str, Any] | None
+
+
+class Run:
+    """A handle on a job; safe to use from any thread.
+
+    Args:
+        job_id: of the job.
+        store: that it writes to.
+        work: runs the job to its end; called on a thread of its own, which starts at once.
+        cancel: asks the job to end.
+    """
+
+    def __init__(self, job_id: str, store: Store, *, work: Callable[[], None], cancel: Callable[[], None]) -> None:
+        self.job_id = job_id
+        self._store = store
+        self._paths = JobPaths(job_id)
+        self._cancel = cancel
+        self._error: BaseException | None = None
+        self._committed: list[dict[str, Any]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(work,), name=f"fedpool-{job_id}")
+        self._thread.start()
+
+    @property
+    def path(self) -> str:
+        """The job's folder in the store."""
+        return self._store.full(self.job_id)
+
+    def get_status(self) -> JobStatus:
+        """Where the job stands now."""
+        if not self._done.is_set():
+            return JobStatus.RUNNING
+        result = self._read_result()
+        return JobStatus(result["status"]) if result else JobStatus.FAILED
+
+    def get_result(self, timeout: float | None = None) -> Result:
+        """Wait for the job and return what it came to.
+
+        Args:
+            timeout: seconds to wait; None waits to the end.
+
+        Raises:
+            TimeoutError: the job still runs.
+            JobFailed: it failed; the message names site, round and cause.
+            JobCancelled: it was cancelled.
+            ServerError, StoreError: it could not even begin.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"job {self.job_id} still runs after {timeout} s")
+        result = self._read_result()
+        if result is None:
+            self.raise_if_never_begun()
+            raise JobFailed(f"job {self.job_id} ended without a result")
+        if result["status"] == JobStatus.FAILED:
+            raise JobFailed(f"job {self.job_id} failed: {result['error']}")
+        if result["status"] == JobStatus.CANCELLED:
+            raise JobCancelled(f"job {self.job_id} was cancelled after {result['num_rounds']} rounds")
+        records = self._read_records(result["num_records"])
+        return Result(
+            job_id=self.job_id,
+            path=Path(result["final"]["path"]),
+            best_path=Path(result["best"]["path"]),
+            metrics=[record["metrics"] for record in records],
+            rounds=records,
+            num_rounds=result["num_rounds"],
+            best_round=result["best"]["round"],
+            stopped_by=result["stopped_by"],
+        )
+
+    def abort(self) -> None:
+        """Cancel the job: scripts are killed at once, and the job says that it was cancelled. Harmless when it is over."""
+        if not self._done.is_set():
+            self._cancel()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the job's end; returns whether it came within timeout seconds."""
+        ended = self._done.wait(timeout)
+        if ended:
+            self._thread.join()
+        return ended
+
+    def raise_if_never_begun(self) -> None:
+        """Raise what kept an ended job from even beginning, if anything did."""
+        if self._error is not None and self._read_result() is None:
+            raise self._error
+
+    def get_progress(self) -> Progress:
+        """How far the job is."""
+        while self._store.exists(self._paths.record(len(self._committed))):
+            self._committed.append(self._store.read_json(self._paths.record(len(self._committed))))
+        number = len(self._committed)
+        answered = len(self._store.names(self._paths.sites(number)))
+        return Progress(number, answered, self._committed[-1] if self._committed else None)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  # kept for get_result(), which raises it in the caller's thread
+            self._error = error
+        finally:
+            self._done.set()
+
+    def _read_result(self) -> dict[str, Any] | None:
+        return self._store.read_json(self._paths.result) if self._store.exists(self._paths.result) else None
+
+    def _read_records(self, count: int) -> list[dict[str, Any]]:
+        return [self._store.read_json(self._paths.record(number)) for number in range(count)]

@@ -1,0 +1,110 @@
+"""A private Prefect server for the length of a run: its own process, in-memory database, a free port on the loopback.
+
+In memory because a SQLite file answers 503 to subflows that are created just after tasks finished. Background services that
+a simulation has no use for are off, which leaves the processors to the training.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from prefect.settings import PREFECT_API_URL
+
+from fedpool.errors import ServerError
+
+STARTUP_TIMEOUT_S = 180.0
+"""Starting takes five to ten seconds on an idle machine; a busy one may need far longer."""
+
+_UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "CANCELLATION_CLEANUP", "FOREMAN", "PAUSE_EXPIRATIONS", "REPOSSESSOR")
+
+
+class PrivateServer:
+    """A Prefect server that lives no longer than this object's `with` block."""
+
+    def __init__(self) -> None:
+        self._home = tempfile.TemporaryDirectory(prefix="fedpool-prefect-")
+        self._output = Path(self._home.name) / "server.log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.api_url = f"{self.address}/api"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+        environment |= {
+            "PREFECT_HOME": self._home.name,
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_API_URL": "/api",
+            "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+            "PREFECT_LOGGING_LEVEL": "WARNING",
+            "DO_NOT_TRACK": "1",
+            **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _UNUSED_SERVICES},
+        }
+        command = [sys.executable, "-m", "fedpool.deployments.server_process", str(port)]
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,  # its end tells the server that we are gone, even when we were killed
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C in the terminal is ours to handle: the job must still report its end
+            )
+
+    def wait(self) -> None:
+        """Block until the server answers.
+
+        Raises:
+            ServerError: it ended, or does not answer within `STARTUP_TIMEOUT_S`.
+        """
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        with httpx.Client(trust_env=False) as client:
+            while True:
+                try:
+                    if client.get(f"{self.api_url}/health").status_code == 200:
+                        return
+                except httpx.TransportError as error:
+                    if self._process.poll() is not None:
+                        raise ServerError(f"the private Prefect server ended while starting:\n{self._tail()}") from error
+                if time.monotonic() > deadline:
+                    raise ServerError(f"the private Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail()}")
+                try:  # a wait that ends at once when the process does
+                    self._process.wait(0.05)
+                except subprocess.TimeoutExpired:
+                    continue
+
+    def close(self) -> None:
+        """End the server and remove its folder."""
+        self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._home.cleanup()
+
+    def _tail(self) -> str:
+        return "\n".join(self._output.read_text(errors="replace").splitlines()[-20:])
+
+
+@contextmanager
+def private_server() -> Iterator[PrivateServer]:
+    """A private server, starting: call `wait()` before using it."""
+    server = PrivateServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def configured_api() -> str | None:
+    """The Prefect API that the user has configured, or None."""
+    url: str | None = PREFECT_API_URL.value()
+    return url

@@ -1,0 +1,169 @@
+"""`SimEnv`: a recipe simulated on this machine. The calling process is the coordinator, sites are sessions in local slots."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from rich.console import Console
+
+from fedpool.deployments.progress import summarize, watch
+from fedpool.deployments.run import Run
+from fedpool.deployments.server import PrivateServer, configured_api, private_server
+from fedpool.errors import JobFailed, RecipeError
+from fedpool.flows.job import federated_job
+from fedpool.recipe import Recipe
+from fedpool.sites.local import LocalSites, default_slots
+from fedpool.store import Store, check_name
+
+_DRAIN_TIMEOUT_S = 30.0
+
+
+class SimEnv(BaseModel):
+    """Simulation on this machine.
+
+    With no Prefect API configured, a private server with an in-memory database is started for the run and stopped with it.
+    Every script runs in the folder that `execute` is called from, as `python client.py` would.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_clients: int | None = Field(None, description="number of sites, named site-1, site-2, ...", ge=1, le=100_000)
+    clients: tuple[str, ...] | None = Field(None, description="names of the sites; instead of num_clients")
+    num_threads: int | None = Field(
+        None, description="sites that train at once; default: one per device, or per processor without devices", ge=1, le=1024
+    )
+    gpus: str | None = Field(None, description='devices dealt to the slots in turn, e.g. "0,1"; default: what scripts find')
+    workspace: Path = Field(Path("fedpool-runs"), description="folder that the jobs' folders are written to")
+    keep_alive: bool = Field(
+        True, description="keep each site's script alive over all rounds; off: a fresh one each round, for thousands of sites"
+    )
+    progress: bool = Field(True, description="show progress and a summary in the terminal")
+
+    @field_validator("gpus")
+    @classmethod
+    def _devices_are_numbers(cls, value: str | None) -> str | None:
+        if value is not None and not all(part.strip().isdigit() for part in value.split(",")):
+            raise RecipeError(f'gpus={value!r} is not a list of device numbers: write them as "0,1"')
+        return value
+
+    @field_validator("clients")
+    @classmethod
+    def _names_fit(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            check_name("client", name)
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise RecipeError(f"clients={list(value)} must be one or more different names")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sites(self) -> Self:
+        if self.clients is not None and self.num_clients not in (None, len(self.clients)):
+            raise RecipeError(f"num_clients={self.num_clients}, but clients names {len(self.clients)}: give one of the two")
+        return self
+
+    def site_names(self, recipe: Recipe) -> tuple[str, ...]:
+        """The sites that a recipe would run at: as many as it needs when the environment does not say."""
+        if self.clients is not None:
+            return self.clients
+        count = self.num_clients or recipe.clients_per_round or recipe.min_clients
+        return tuple(f"site-{number + 1}" for number in range(count))
+
+    def execute(self, recipe: Recipe, *, wait: bool = True) -> Run:
+        """Run a recipe.
+
+        Args:
+            recipe: what to run.
+            wait: block until the job has ended, showing its progress. False returns at once; the job runs on its own thread.
+
+        Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
+
+        Raises:
+            RecipeError: recipe and environment do not fit.
+            ServerError, StoreError: the job could not begin.
+            KeyboardInterrupt: Ctrl-C; the sessions are ended first and the job says that it was cancelled.
+        """
+        names = self.site_names(recipe)
+        recipe.check_sites(names)
+        gpus = [part.strip() for part in self.gpus.split(",")] if self.gpus else []
+        num_slots = min(self.num_threads or default_slots(len(names), gpus), len(names))
+        job_id = f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        store = Store(self.workspace.absolute())
+        console = Console(quiet=not self.progress)
+        sites = LocalSites(
+            names,
+            num_slots=num_slots,
+            threads=recipe.threads_per_site,
+            keep_alive=self.keep_alive,
+            gpus=gpus,
+            workspace=self.workspace.absolute(),
+            workdir=Path.cwd(),
+            imports=recipe.bundle.imports,
+        )
+        run = Run(job_id, store, work=lambda: _work(recipe, job_id, store, sites, console), cancel=sites.cancel)
+        if wait:
+            _wait(run, recipe, len(names), console)
+        return run
+
+
+def _wait(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
+    try:
+        watch(run, recipe, num_sites, console)
+    except KeyboardInterrupt:
+        console.print("cancelling ...")
+        run.abort()
+        run.wait()
+        summarize(run, recipe, console)
+        raise
+    run.raise_if_never_begun()
+    summarize(run, recipe, console)
+
+
+def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console: Console) -> None:
+    """A job from its beginning to its end, on its own thread with its own event loop."""
+    with ExitStack() as stack:
+        stack.callback(sites.close)
+        api_url = configured_api()
+        if api_url is None:
+            server: PrivateServer = stack.enter_context(private_server())
+            server.wait()
+            api_url = server.api_url
+            console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
+        stack.enter_context(temporary_settings({PREFECT_API_URL: api_url}))
+        stack.enter_context(_quiet_console())
+        # Before the server goes, its clients in this process must have sent what they hold.
+        stack.callback(_drain)
+        try:
+            asyncio.run(federated_job(recipe, job_id, store.url, sites, return_state=True))
+        except JobFailed:
+            return  # result.json says so
+
+
+def _drain() -> None:
+    APILogWorker.drain_all(timeout=_DRAIN_TIMEOUT_S, at_exit=False)
+    EventsWorker.drain_all(timeout=_DRAIN_TIMEOUT_S, at_exit=False)
+
+
+@contextmanager
+def _quiet_console() -> Iterator[None]:
+    """Keep the runs' logs in the UI and off the terminal, where the progress line is."""
+
+    def is_not_of_a_run(record: logging.LogRecord) -> bool:
+        return not record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+
+    handlers: Sequence[logging.Handler] = list(logging.getLogger("prefect").handlers)
+    for handler in handlers:
+        handler.addFilter(is_not_of_a_run)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_not_of_a_run)

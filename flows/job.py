@@ -1,0 +1,150 @@
+"""`federated_job`: one execution of a recipe, one flow run.
+
+Writes the bundle, the initial model and `job.json`, runs the rounds, scores the last model in one evaluation round, and writes
+`result.json`, which says that the job ended and how. Requires sites that nobody else uses; ends their scripts in every case.
+Persists no Prefect result: whatever lasts is in the store.
+"""
+
+import asyncio
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled, Completed
+
+from fedpool.arrays import save_arrays
+from fedpool.errors import FedpoolError, JobFailed
+from fedpool.flows.round import Job, federated_round
+from fedpool.recipe import Recipe
+from fedpool.sites.local import Sites
+from fedpool.store import JobPaths, Store
+from fedpool.tasks.metrics import best_round, has_stalled
+from fedpool.tasks.report import final_report
+from fedpool.tensors import Digest
+
+JOB_FORMAT = 1
+
+
+@flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
+async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -> State[Any]:
+    """Run a recipe to its end.
+
+    Args:
+        recipe: what to run.
+        job_id: a new one; the job's folder in the store.
+        store: fsspec URL of the store.
+        sites: how to reach the sites.
+
+    Returns: a Completed or a Cancelled state; the result is in the store.
+
+    Raises:
+        JobFailed: a round failed; `result.json` names the last committed model all the same.
+    """
+    storage = Store(store)
+    try:
+        head = await asyncio.to_thread(stage, recipe, job_id, storage, sites.names)
+        await asyncio.to_thread(sites.open, recipe.client_job(job_id), storage)
+        job = Job(recipe, job_id, storage, sites, head)
+        stopped_by, error = None, None
+        try:
+            stopped_by = await _run_rounds(job)
+        except FedpoolError as failure:
+            error = "cancelled" if sites.cancelled else str(failure)
+    finally:
+        await sites.end()
+    status = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
+    result = _result(job, status, stopped_by, error)
+    await asyncio.to_thread(storage.write_json, job.paths.result, result)
+    job.reporter.report(final_report(recipe.name, result, job.records))
+    await job.reporter.finish()
+    if status == "CANCELLED":
+        return Cancelled(message=f"cancelled after {len(job.records)} rounds")
+    if error:
+        raise JobFailed(f"job {job_id} failed: {error}")
+    return Completed(message=f"{recipe.name}: {len(job.records)} rounds")
+
+
+def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> Digest:
+    """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest."""
+    paths = JobPaths(job_id)
+    assert recipe.bundle.data is not None and recipe.model.params is not None
+    store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
+    with store.staged(paths.global_model(0)) as file:
+        digest = save_arrays(file, recipe.model.params)
+    store.write_json(
+        paths.job,
+        {
+            "format": JOB_FORMAT,
+            "job_id": job_id,
+            "parent": None,
+            "recipe": {"type": type(recipe).__name__, **recipe.model_dump(mode="json")},
+            "client": recipe.client_job(job_id).model_dump(mode="json"),
+            "seed": recipe.seed,
+            "sites": list(sites),
+            "bundle_sha256": recipe.bundle.sha256,
+            "model": {"sha256": digest.sha256, "size": digest.size},
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("fedpool", "prefect", "torch", "numpy", "safetensors")},
+            },
+        },
+    )
+    return digest
+
+
+async def _run_rounds(job: Job) -> str | None:
+    """Run the training rounds and the evaluation of the last model; returns what stopped the job early, if anything did."""
+    recipe = job.recipe
+    stopped_by = None
+    for number in range(recipe.num_rounds):
+        job.reporter.progress(100 * number / recipe.num_rounds)
+        await federated_round(job, number)
+        if number + 1 < recipe.num_rounds and (stopped_by := _stops(job)):
+            break
+    if any(record["metrics"] for record in job.records):
+        # Sites score the model that they receive, so the last one is scored by a round of its own.
+        await federated_round(job, len(job.records), "evaluate")
+    elif not job.sites.cancelled:
+        get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
+    job.reporter.progress(100)
+    return stopped_by
+
+
+def _stops(job: Job) -> str | None:
+    recipe = job.recipe
+    metrics = job.records[-1]["metrics"]
+    if (condition := recipe.stop_condition) and condition.holds(metrics):
+        return f"{condition} (it was {metrics[condition.metric]:.6g} at the start of round {job.records[-1]['round']})"
+    scores = [record["metrics"].get(recipe.key_metric) for record in job.records]
+    if recipe.patience and has_stalled(scores, recipe.key_metric_mode, recipe.patience):
+        return f"{recipe.key_metric} did not improve in {recipe.patience} rounds"
+    return None
+
+
+def _result(job: Job, status: str, stopped_by: str | None, error: str | None) -> dict[str, Any]:
+    """What `result.json` holds: how the job ended, its final and its best model with their scores."""
+    recipe = job.recipe
+    training = [record for record in job.records if record["task"] == "train"]
+    final = len(training)
+    best = best_round([record["metrics"].get(recipe.key_metric) for record in job.records], recipe.key_metric_mode)
+
+    def describe(round: int) -> dict[str, Any]:
+        metrics = job.records[round]["metrics"] if round < len(job.records) else {}
+        return {"round": round, "path": job.store.full(job.paths.global_model(round)), "metrics": metrics}
+
+    return {
+        "format": JOB_FORMAT,
+        "job_id": job.job_id,
+        "status": status,
+        "error": error,
+        "stopped_by": stopped_by,
+        "num_rounds": final,
+        "num_records": len(job.records),
+        "key_metric": recipe.key_metric,
+        "final": describe(final),
+        "best": describe(final if best is None else best),
+        "last_record_sha256": job.head_sha256,
+    }

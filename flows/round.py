@@ -1,0 +1,126 @@
+"""`federated_round`: one global step, one flow run, named "<job name> round 3".
+
+Fans out one task per chosen site, passes every update through the gate as it arrives, and, once all have answered, failed
+or run into `round_timeout`, aggregates, writes the next global model and then `round.json`, which commits the round. Fails when
+fewer than `min_clients` updates were accepted, with every missing site's cause in its message. Caches and persists nothing.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Sequence
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from fedpool.errors import RoundError
+from fedpool.manifest import SiteAssignment, Task
+from fedpool.recipe import Recipe
+from fedpool.sites.local import Sites
+from fedpool.store import JobPaths, Store
+from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.collect import Round, collect
+from fedpool.tasks.gate import Accepted, Expected
+from fedpool.tasks.record import Record, causes, known_weights, round_record
+from fedpool.tasks.report import Reporter
+from fedpool.tasks.sampling import choose_sites
+from fedpool.tensors import Digest
+
+
+class Job:
+    """A job that is under way: what its rounds share, and what they have committed so far."""
+
+    # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is nothing for it to walk.
+    __slots__ = ("head", "head_sha256", "job_id", "paths", "recipe", "records", "reporter", "sites", "store")
+
+    def __init__(self, recipe: Recipe, job_id: str, store: Store, sites: Sites, head: Digest) -> None:
+        self.recipe = recipe
+        self.job_id = job_id
+        self.paths = JobPaths(job_id)
+        self.store = store
+        self.sites = sites
+        self.head = head
+        """The newest global model."""
+        self.head_sha256: str | None = None
+        """Hash of the newest `round.json`."""
+        self.records: list[Record] = []
+        self.reporter = Reporter()
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.recipe.name
+
+
+@flow(
+    name="federated-round",
+    flow_run_name="{job.name} round {number}",
+    validate_parameters=False,
+    persist_result=False,
+)
+async def federated_round(job: Job, number: int, task: Task = "train") -> None:
+    """Run a round and commit it; appends its record to the job.
+
+    Raises:
+        RoundError: fewer than `min_clients` updates were accepted (an evaluation needs none).
+    """
+    started = time.monotonic()
+    recipe, store, paths = job.recipe, job.store, job.paths
+    base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
+    excluded = {name for name in base.spec for pattern in recipe.exclude_vars if re.search(pattern, name)}
+    expected = Expected(
+        job_id=job.job_id,
+        round=number,
+        task=task,
+        base_sha256=job.head.sha256,
+        spec={name: entry for name, entry in base.spec.items() if name not in excluded},
+        transfer=recipe.params_transfer_type,
+    )
+    deadline = started + recipe.round_timeout if recipe.round_timeout is not None else None
+    chosen = choose_sites(recipe.seed, number, job.sites.names, recipe.clients_per_round)
+    outcomes = await collect(Round(job.sites, store, expected, deadline), _assignments(chosen, number, task, job.head))
+    trained = time.monotonic()
+    accepted = [outcome for outcome in outcomes.values() if isinstance(outcome, Accepted)]
+    enough = len(accepted) >= recipe.min_clients
+    following = None
+    if task == "train" and enough:
+        following = await asyncio.to_thread(
+            aggregate,
+            recipe.strategy(),
+            store=store,
+            base=base,
+            updates=accepted,
+            factors=recipe.aggregation_weights,
+            target=paths.global_model(number + 1),
+        )
+    ended = time.monotonic()
+    record = round_record(
+        job_id=job.job_id,
+        round=number,
+        task=task,
+        outcomes=outcomes,
+        known_weights=known_weights(job.records),
+        base=job.head,
+        following=following,
+        previous_sha256=job.head_sha256,
+        timings={"train_s": trained - started, "aggregate_s": ended - trained, "round_s": ended - started},
+    )
+    missing = causes(record)
+    if task == "train" and not enough:
+        raise RoundError(
+            f"round {number}: {len(accepted)} of {len(chosen)} sites sent an update that was accepted, "
+            f"min_clients is {recipe.min_clients}\n{missing}"
+        )
+    if missing:
+        get_run_logger().warning("round %d goes on without some sites\n%s", number, missing)
+    digest = await asyncio.to_thread(store.write_json, paths.record(number), record)
+    job.records.append(record)
+    job.head_sha256 = digest.sha256
+    job.head = following or job.head
+    job.reporter.table(record)
+
+
+def _assignments(chosen: Sequence[str], number: int, task: Task, base: Digest) -> list[SiteAssignment]:
+    return [
+        SiteAssignment(site=site, round=number, task=task, base_sha256=base.sha256, base_size=base.size) for site in chosen
+    ]

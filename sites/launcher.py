@@ -1,0 +1,124 @@
+"""The host's side of the zygote: start it, have it fork scripts, end it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpool.errors import FedpoolError
+
+
+_ALWAYS = ("fedpool.client.tracking", "safetensors")
+"""What every client script imports sooner or later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A running client script: its pid, what it prints, and the pipe that tells its exit code at its end."""
+
+    pid: int
+    output: int
+    status: int
+
+
+class Zygote:
+    """A running zygote process. Thread-safe; one per job.
+
+    Args:
+        threads: torch, OpenMP and BLAS threads of every script.
+    """
+
+    def __init__(self, *, threads: int) -> None:
+        if not hasattr(os, "fork"):
+            raise FedpoolError("simulation forks client scripts, which this operating system cannot: use Linux or macOS")
+        ours, theirs = socket.socketpair()
+        self._threads = threads
+        self._control = ours
+        self._lock = threading.Lock()
+        limits = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fedpool.sites.zygote", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, **limits},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in the terminal must reach the host alone, which then ends the sessions in order
+        )
+        theirs.close()
+        self._preloading: threading.Thread | None = None
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Begin to import modules in the zygote; returns at once, and the next `start` waits for it.
+
+        What cannot be imported is left to the script, which will say so itself.
+        """
+        self._preloading = threading.Thread(target=self._ask, args=({"preload": [*_ALWAYS, *modules]},), daemon=True)
+        self._preloading.start()
+
+    def start(
+        self, script: Path, *, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, seed: int
+    ) -> Script:
+        """Fork a script.
+
+        Args:
+            script: its path.
+            arguments: its command line.
+            environment: variables added to the host's.
+            folder: where it runs.
+            seed: for the random generators it starts with.
+        """
+        if self._preloading is not None:
+            self._preloading.join()
+        output, output_end = os.pipe()
+        status, status_end = os.pipe()
+        request = {
+            "script": str(script),
+            "arguments": list(arguments),
+            "environment": dict(environment),
+            "folder": str(folder),
+            "threads": self._threads,
+            "seed": seed,
+        }
+        try:
+            answer = self._ask({"fork": request}, [output_end, status_end])
+        except BaseException:
+            os.close(output)
+            os.close(status)
+            raise
+        finally:
+            os.close(output_end)
+            os.close(status_end)
+        return Script(answer["pid"], output, status)
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Signal a script and all it started; nothing happens when it ended already, or the zygote did."""
+        with suppress(FedpoolError):
+            self._ask({"kill": pid, "signal": number})
+
+    def close(self) -> None:
+        """Kill what still runs, end the zygote and wait for it."""
+        with self._lock:
+            self._control.close()
+        self._process.wait()
+
+    def _ask(self, request: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        with self._lock:
+            try:
+                socket.send_fds(self._control, [json.dumps(request).encode() + b"\n"], fds)
+                answer = b""
+                while not answer.endswith(b"\n"):
+                    more = self._control.recv(1 << 16)
+                    if not more:
+                        raise ConnectionResetError("it closed its socket")
+                    answer += more
+            except OSError as error:
+                raise FedpoolError(f"the process that starts client scripts is gone ({error})") from error
+        value: dict[str, Any] = json.loads(answer)
+        return value

@@ -1,0 +1,210 @@
+"""Simulated sites: sessions in local slots. `num_slots` bounds how many scripts train at once.
+
+With `keep_alive` a site's script lives from its first round to the job's end, whatever the number of slots; without it each
+round starts a fresh script per site, so that thousands of sites need no more memory than the slots do.
+"""
+
+import asyncio
+import contextvars
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from fedpool.bundle import unpack_bundle
+from fedpool.errors import SiteError
+from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
+from fedpool.sites.launcher import Zygote
+from fedpool.sites.session import LogLine, Session, Work
+from fedpool.sites.site_round import SiteFolder, run_site_round
+from fedpool.store import JobPaths, Store
+
+
+@runtime_checkable  # Prefect asks for the type of a flow's parameters
+class Sites(Protocol):
+    """How a job reaches its sites; the coordinator knows no more of them than this."""
+
+    names: tuple[str, ...]
+    num_slots: int
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether someone asked for the job to end."""
+        ...
+
+    def open(self, job: ClientJob, store: Store) -> None:
+        """Get ready for a job whose bundle is in the store."""
+        ...
+
+    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> UpdateManifest:
+        """Have a site do an assignment; raises `SiteError` when it fails or misses the deadline (`time.monotonic()`)."""
+        ...
+
+    async def end(self) -> None:
+        """The job is over: tell the scripts, and leave nothing of them behind."""
+        ...
+
+
+class LocalSites:
+    """Sites of a simulation, in this machine's slots.
+
+    Args:
+        names: of the sites.
+        num_slots: how many train at once.
+        threads: torch threads of each script.
+        keep_alive: whether scripts live over all rounds.
+        gpus: device numbers dealt to the slots in turn, as `CUDA_VISIBLE_DEVICES`.
+        workspace: where the sites' folders lie, on the file system of the store so that updates move and are not copied.
+        workdir: the current folder of every script.
+        imports: what to import once for all scripts; the import begins at once.
+    """
+
+    # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
+    __slots__ = (
+        "_cancel",
+        "_executor",
+        "_folder",
+        "_gpus",
+        "_job",
+        "_keep_alive",
+        "_sessions",
+        "_slots",
+        "_sockets",
+        "_store",
+        "_workdir",
+        "_zygote",
+        "names",
+        "num_slots",
+    )
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        num_slots: int,
+        threads: int,
+        keep_alive: bool,
+        gpus: Sequence[str],
+        workspace: Path,
+        workdir: Path,
+        imports: Sequence[str],
+    ) -> None:
+        self.names = tuple(names)
+        self.num_slots = num_slots
+        self._keep_alive = keep_alive
+        self._gpus = tuple(gpus)
+        self._workdir = workdir
+        self._cancel = threading.Event()
+        self._sessions: dict[str, Session] = {}
+        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(num_slots):
+            self._slots.put(slot)
+        self._executor = ThreadPoolExecutor(num_slots, thread_name_prefix="fedpool-slot")
+        workspace.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=".fedpool-sites-", dir=workspace.resolve()))
+        self._sockets = Path(tempfile.mkdtemp(prefix="fedpool-"))
+        self._zygote = Zygote(threads=threads)
+        self._zygote.preload(imports)
+        self._job: ClientJob | None = None
+        self._store: Store | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """See `Sites.cancelled`."""
+        return self._cancel.is_set()
+
+    def cancel(self) -> None:
+        """Kill every script at once; whoever waits for one gets a `SiteError`. From any thread."""
+        self._cancel.set()
+        for session in list(self._sessions.values()):
+            session.kill()
+
+    def open(self, job: ClientJob, store: Store) -> None:
+        """See `Sites.open`."""
+        with store.open(JobPaths(job.job_id).bundle(job.bundle_sha256)) as file:
+            data = file.read()
+        unpack_bundle(data, self._folder / "bundle", sha256=job.bundle_sha256)
+        self._job, self._store = job, store
+
+    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> UpdateManifest:
+        """See `Sites.perform`."""
+        loop = asyncio.get_running_loop()
+        context = contextvars.copy_context()  # the loggers behind `log` find their Prefect run and settings in it
+        return await loop.run_in_executor(self._executor, context.run, self._perform, assignment, deadline, log)
+
+    async def end(self) -> None:
+        """See `Sites.end`."""
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """End all scripts, in parallel, then the process that forked them; remove the sites' folders. Idempotent."""
+        grace_s = 0.0 if self.cancelled else 10.0
+        list(self._executor.map(lambda session: session.end(grace_s), self._sessions.values()))
+        self._executor.shutdown()
+        self._sessions.clear()
+        self._zygote.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _perform(self, assignment: SiteAssignment, deadline: float | None, log: LogLine) -> UpdateManifest:
+        assert self._job is not None and self._store is not None, "open() comes first"
+        site = assignment.site
+        if self.cancelled:
+            raise SiteError(site, assignment.round, "the job was cancelled")
+        if deadline is not None and time.monotonic() >= deadline:
+            raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
+        slot = self._slots.get()
+        try:
+            session = self._sessions.get(site) or self._new_session(site, slot)
+            if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
+                raise SiteError(site, assignment.round, "the job was cancelled")
+            manifest = run_site_round(
+                self._job,
+                assignment,
+                session=session,
+                store=self._store,
+                folder=SiteFolder(self._folder / "sites" / site),
+                deadline=deadline,
+                log=log,
+                trusted=self._store.is_local,
+            )
+            if not self._keep_alive:
+                session.end()
+            return manifest
+        except SiteError as error:
+            if self.cancelled:
+                raise SiteError(site, assignment.round, "the job was cancelled") from error
+            raise
+        finally:
+            if not self._keep_alive:
+                self._sessions.pop(site, None)
+            self._slots.put(slot)
+
+    def _new_session(self, site: str, slot: int) -> Session:
+        assert self._job is not None
+        (self._folder / "sites" / site).mkdir(parents=True, exist_ok=True)
+        sockets = self._sockets / str(self.names.index(site))
+        sockets.mkdir(exist_ok=True)
+        environment = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
+        work = Work(
+            job_id=self._job.job_id,
+            site=site,
+            script=self._folder / "bundle" / self._job.entry,
+            arguments=self._job.site_arguments.get(site, self._job.arguments),
+            config=self._job.site_config.get(site, {}),
+            environment=environment,
+        )
+        session = Session(work, self._zygote, folder=sockets, workdir=self._workdir)
+        self._sessions[site] = session
+        return session
+
+
+def default_slots(num_sites: int, gpus: Sequence[str]) -> int:
+    """One slot per device, or per processor without devices, and no more than there are sites."""
+    return max(1, min(num_sites, len(gpus) or os.cpu_count() or 1))

@@ -1,0 +1,341 @@
+"""A session: the live client script of one job at one site, and the conversation with it.
+
+`Session.perform` runs one assignment: it starts the script when none is alive, hands over the assignment, passes on what
+the script prints and logs, and returns what it sent. All of it is one blocking wait on four sources (a new connection,
+a message, output, the script's end), so it belongs on a thread.
+"""
+
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
+from pathlib import Path
+from typing import Any
+
+from fedpool.client.hosts import Assignment
+from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link
+from fedpool.errors import SiteError
+from fedpool.sites.launcher import Script, Zygote
+
+MAX_LINES_PER_ROUND = 1000
+"""Lines of a script's output that are passed on in one round; the end is always kept for an error's message."""
+
+_TAIL_LINES = 200
+_MAX_LINE_BYTES = 4096
+_END_GRACE_S = 10.0
+
+LogLine = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a session runs: a script, where, and as whom."""
+
+    job_id: str
+    site: str
+    script: Path
+    arguments: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a script sent for an assignment: the fields of its `update` message, and the last value of each logged scalar."""
+
+    update: Mapping[str, Any]
+    logged: Mapping[str, float]
+
+
+class Session:
+    """The client script of one job at one site; not thread-safe, except for `kill`.
+
+    Args:
+        work: what to run.
+        zygote: what forks the script.
+        folder: the session's own, for the socket; short, because the path of a Unix socket is limited to about 100 bytes.
+        workdir: the script's current folder.
+    """
+
+    def __init__(self, work: Work, zygote: Zygote, *, folder: Path, workdir: Path) -> None:
+        self._work = work
+        self._zygote = zygote
+        self._folder = folder
+        self._workdir = workdir
+        self._script: Script | None = None
+        self._listener: socket.socket | None = None
+        self._link: Link | None = None
+        self._key = b""
+        self._asked = False  # the script waits in is_running() for its next assignment
+        self._exit_code: int | None = None
+        self._output = _Output()
+        self._killed = threading.Event()
+
+    def perform(self, assignment: Assignment, *, deadline: float | None, log: LogLine) -> Reply:
+        """Have the script do an assignment.
+
+        Args:
+            assignment: what to do.
+            deadline: `time.monotonic()` at which the script is killed; None waits for ever.
+            log: called with each line that the script prints.
+
+        Raises:
+            SiteError: the script raised, exited, was killed or did not send in time; the session can be used again, and
+                the next assignment starts a fresh script.
+        """
+        self._output.begin(log)
+        logged: dict[str, float] = {}
+        handed = False
+        warm = self._script is not None
+        try:
+            if not warm:
+                self._start(assignment)
+            if self._killed.is_set():  # kill() may have looked just before there was a script
+                raise _Ended("was killed before it began")
+            while True:
+                if self._asked and not handed and self._link:
+                    self._link.put("assignment", assignment=asdict(assignment))
+                    self._asked, handed = False, True
+                message = self._step(deadline)
+                if message is None:
+                    continue
+                if message["kind"] == "log":
+                    logged[message["key"]] = message["value"]
+                    where = "".join(f", {name} {value}" for name, value in message["where"].items())
+                    log(f"{message['key']} = {message['value']:g}{where}")
+                elif message["kind"] == "update" and handed and message["round"] == assignment.round:
+                    self._output.finish()
+                    return Reply(message, logged)
+        except _Ended as ended:
+            finished = warm and not handed and self._exit_code == 0
+            cause = str(ended) + self._output.traceback()
+            self._clear()
+            if finished:  # a script without a loop did its one round and ended: each round gets a fresh one
+                return self.perform(assignment, deadline=deadline, log=log)
+            raise SiteError(self._work.site, assignment.round, cause) from None
+        except OSError as error:
+            # The link broke under a put: the script is ending, and its exit code says more than the broken pipe.
+            cause = f"{self._wait_for_end() or error}{self._output.traceback()}"
+            self._clear()
+            raise SiteError(self._work.site, assignment.round, cause) from None
+
+    def end(self, grace_s: float = _END_GRACE_S) -> None:
+        """Tell the script that the job is over, give it time to finish, and leave nothing of it behind."""
+        if self._script is not None:
+            deadline = time.monotonic() + grace_s
+            told = False
+            try:
+                while True:
+                    if self._asked and not told and self._link:
+                        self._link.put("end")
+                        told = True
+                    self._step(deadline)
+            except (_Ended, OSError):
+                self._clear()
+
+    def kill(self) -> None:
+        """Kill the script and all it started, for good; a `perform` that waits for it raises. From any thread."""
+        self._killed.set()
+        if (script := self._script) is not None:
+            self._zygote.kill(script.pid, signal.SIGKILL)
+
+    def _start(self, assignment: Assignment) -> None:
+        self._key = secrets.token_bytes(32)
+        address = self._folder / "s"
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(address))
+        self._listener.listen(1)
+        environment = {**self._work.environment, ADDRESS_VARIABLE: str(address), KEY_VARIABLE: self._key.hex()}
+        self._script = self._zygote.start(
+            self._work.script,
+            arguments=self._work.arguments,
+            environment=environment,
+            folder=self._workdir,
+            seed=assignment.seed or 0,
+        )
+        os.set_blocking(self._script.output, False)
+        self._output.fd = self._script.output
+
+    def _step(self, deadline: float | None) -> dict[str, Any] | None:
+        """Wait for one event; returns a message that concerns the assignment, if it was one."""
+        assert self._script is not None
+        sources: list[Any] = [self._script.status]
+        sources += [self._output.fd] if self._output.fd is not None else []
+        sources += [self._link.connection if self._link else self._listener]
+        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(sources, remaining)
+        if not ready:
+            self._zygote.kill(self._script.pid)
+            self._wait_for_end()
+            raise _Ended("sent no update before the round's deadline (round_timeout), and was killed")
+        if self._output.fd in ready:
+            self._output.read()
+        if self._link is None and self._listener in ready:
+            self._accept()
+            return None
+        if self._link is not None and self._link.connection in ready:
+            try:
+                return self._message()
+            except (EOFError, OSError):
+                # The script closed the link by ending, or by shutdown(): either way it can send nothing more.
+                raise _Ended(self._wait_for_end() or "closed its session without sending an update") from None
+        if self._script.status in ready:
+            raise _Ended(self._wait_for_end() or "ended")
+        return None
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        connection, _ = self._listener.accept()
+        link = Link(Connection(connection.detach()))
+        deliver_challenge(link.connection, self._key)
+        answer_challenge(link.connection, self._key)
+        self._link = link
+        self._listener.close()
+        (self._folder / "s").unlink()
+
+    def _message(self) -> dict[str, Any] | None:
+        assert self._link is not None
+        message = self._link.get()
+        match message["kind"]:
+            case "hello":
+                if message["protocol"] != PROTOCOL:
+                    raise _Ended(f"speaks protocol {message['protocol']} of the client API, this site speaks {PROTOCOL}")
+                work = self._work
+                self._link.put("welcome", job_id=work.job_id, site=work.site, config=dict(work.config))
+            case "next":
+                self._asked = True
+            case "bye":
+                raise _Ended("called flare.shutdown() before the job was over")
+            case _:
+                return message
+        return None
+
+    def _wait_for_end(self) -> str:
+        """Drain the output until the script has ended; returns how it ended. Kills one that lingers."""
+        assert self._script is not None
+        deadline = time.monotonic() + _END_GRACE_S
+        while self._exit_code is None:
+            sources: list[int] = [self._script.status]
+            sources += [self._output.fd] if self._output.fd is not None else []
+            ready = wait(sources, max(0.0, deadline - time.monotonic()))
+            if self._output.fd in ready:
+                self._output.read()
+            if self._script.status in ready:
+                answer = os.read(self._script.status, 32)
+                self._exit_code = int(answer) if answer else -signal.SIGKILL  # the zygote died, and its scripts with it
+            if not ready:
+                self._zygote.kill(self._script.pid)
+                deadline = time.monotonic() + _END_GRACE_S
+        self._output.drain()
+        return _describe_exit(self._exit_code)
+
+    def _clear(self) -> None:
+        """Make sure that the script is gone, and forget it."""
+        if self._script is not None:
+            self._zygote.kill(self._script.pid)
+            self._wait_for_end()
+            self._output.finish()
+            os.close(self._script.output)
+            os.close(self._script.status)
+        if self._link is not None:
+            self._link.close()
+        if self._listener is not None:
+            self._listener.close()
+        with suppress(FileNotFoundError):
+            (self._folder / "s").unlink()
+        self._script = self._link = self._listener = self._exit_code = None
+        self._output = _Output()
+        self._asked = False
+
+
+class _Ended(Exception):
+    """The script ended, or was ended; the text says how."""
+
+
+class _Output:
+    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept for error messages."""
+
+    def __init__(self) -> None:
+        self.fd: int | None = None
+        self._log: LogLine = lambda line: None
+        self._partial = b""
+        self._passed = 0
+        self._dropped = 0
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    def begin(self, log: LogLine) -> None:
+        self._log = log
+        self._passed = self._dropped = 0
+        self._tail.clear()
+
+    def read(self) -> None:
+        """Read what is there."""
+        if self.fd is None:
+            return
+        try:
+            data = os.read(self.fd, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            self.fd = None
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        while len(self._partial) > _MAX_LINE_BYTES:
+            lines.append(self._partial[:_MAX_LINE_BYTES])
+            self._partial = self._partial[_MAX_LINE_BYTES:]
+        for line in lines:
+            self._pass(line)
+
+    def drain(self) -> None:
+        """Read all that an ended script left in the pipe."""
+        if self.fd is None:
+            return
+        while self.fd is not None and wait([self.fd], 0):
+            self.read()
+
+    def finish(self) -> None:
+        """The round is over: pass on the last line, and say what was left out."""
+        self.drain()
+        if self._partial:
+            self._pass(self._partial)
+            self._partial = b""
+        if self._dropped:
+            self._log(f"... {self._dropped} more lines, not shown (limit {MAX_LINES_PER_ROUND} a round)")
+            self._dropped = 0
+
+    def traceback(self) -> str:
+        """The last traceback that was printed, else the last lines, as the end of an error's message."""
+        if self._partial:
+            self._pass(self._partial)
+            self._partial = b""
+        lines = list(self._tail)
+        starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+        chosen = lines[starts[0] :] if starts else lines[-5:]
+        return "".join(f"\n{line}" for line in chosen)
+
+    def _pass(self, line: bytes) -> None:
+        text = line[:_MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
+        self._tail.append(text)
+        if self._passed < MAX_LINES_PER_ROUND:
+            self._passed += 1
+            self._log(text)
+        else:
+            self._dropped += 1
+
+
+def _describe_exit(code: int) -> str:
+    if code == 0:
+        return "the script ended without sending an update"
+    if code > 0:
+        return f"the script ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"the script was killed by {name}"

@@ -1,0 +1,117 @@
+"""One assignment at one site: global model in, script, update and manifest out. The site's half of a round."""
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpool.client.hosts import Assignment
+from fedpool.errors import SiteError, StoreError
+from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
+from fedpool.model import NUM_STEPS
+from fedpool.sites.session import LogLine, Session
+from fedpool.store import JobPaths, Store
+from fedpool.tensors import Digest
+
+
+@dataclass(frozen=True, slots=True)
+class SiteFolder:
+    """A site's own folder: what it fetched, what its script writes, what stays with it between rounds."""
+
+    path: Path
+
+    @property
+    def update(self) -> Path:
+        """Where the script writes its update."""
+        return self.path / "update.safetensors"
+
+    @property
+    def kept(self) -> Path:
+        """The site's own values of the parameters that are not exchanged."""
+        return self.path / "kept.safetensors"
+
+
+def site_seed(job_seed: int, site: str, round: int) -> int:
+    """A seed for everything random in a script: a function of (job seed, site, round), in [0, 2**63)."""
+    digest = hashlib.sha256(f"{job_seed}/{site}/{round}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def run_site_round(
+    job: ClientJob,
+    assignment: SiteAssignment,
+    *,
+    session: Session,
+    store: Store,
+    folder: SiteFolder,
+    deadline: float | None,
+    log: LogLine,
+    trusted: bool = False,
+) -> UpdateManifest:
+    """Do an assignment and commit what came of it to the store.
+
+    Args:
+        trusted: the global model's bytes were written by this very process, so they are not hashed again.
+
+    Returns: the manifest as written to the store.
+
+    Raises:
+        SiteError: the script or the store failed.
+    """
+    started = time.monotonic()
+    paths = JobPaths(job.job_id)
+    site, round = assignment.site, assignment.round
+    try:
+        base = Digest(assignment.base_sha256, assignment.base_size)
+        model = store.fetch(paths.global_model(round), folder.path, None if trusted else base)
+        reply = session.perform(
+            Assignment(
+                round=round,
+                total_rounds=job.total_rounds,
+                task=assignment.task,
+                model=str(model),
+                update=str(folder.update),
+                kept=str(folder.kept),
+                transfer=job.transfer,
+                exclude=job.exclude,
+                seed=site_seed(job.seed, site, round),
+            ),
+            deadline=deadline,
+            log=log,
+        )
+        update = reply.update
+        if update["params_type"] is not None:
+            store.adopt(folder.update, paths.update(round, site))
+        manifest = UpdateManifest(
+            job_id=job.job_id,
+            site=site,
+            round=round,
+            task=assignment.task,
+            base_sha256=assignment.base_sha256,
+            params_type=update["params_type"],
+            sha256=update.get("sha256"),
+            size=update.get("size", 0),
+            weight=_weight(update["meta"]),
+            metrics=_finite(update["metrics"]),
+            logged=_finite(reply.logged),
+            meta=update["meta"],
+            seconds=time.monotonic() - started,
+        )
+        store.write_json(paths.manifest(round, site), manifest.model_dump(mode="json"))
+    except (OSError, StoreError) as error:
+        raise SiteError(site, round, f"its part of the store failed: {error}") from error
+    return manifest
+
+
+def _weight(meta: Mapping[str, Any]) -> float | str:
+    value = meta.get(NUM_STEPS, 1)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return float(value)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

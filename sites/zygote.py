@@ -1,0 +1,173 @@
+"""The zygote: a process that has imported what client scripts need, and forks a script in milliseconds.
+
+`multiprocessing`'s own fork server runs the caller's `__main__` again in every child, which would run a user's `job.py`
+again; this one runs nothing but the script it is asked to. It is single-threaded, so that forking is safe, and it is the
+parent of every script it forks: when its control socket closes (the host ended, or was killed), it kills them all and ends.
+
+Run as `python -m fedpool.sites.zygote FD`, where FD is a socket inherited from the host. Each request is one JSON line:
+`{"preload": [...]}` answers `{"failed": {name: why}}`; `{"fork": {...}}` comes with two file descriptors (the script's
+output, the status pipe) and answers `{"pid": n}`; `{"kill": pid, "signal": n}` answers `{"killed": bool}`. The status pipe
+gets the script's exit code as a decimal number (negative: a signal) when it ends, and is closed then.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_REQUEST_BYTES = 1 << 20
+
+
+def serve(control: socket.socket) -> None:
+    """Answer requests until the control socket closes."""
+    children: dict[int, int] = {}  # pid of a running script -> its status pipe
+    wake_read, wake_write = os.pipe()
+    for fd in (wake_read, wake_write):
+        os.set_blocking(fd, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the host's to handle
+    try:
+        while True:
+            ready, _, _ = select.select([control, wake_read], [], [])
+            if wake_read in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(wake_read, 4096)
+                _reap(children)
+            if control in ready:
+                data, fds, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 2)
+                while data and not data.endswith(b"\n"):
+                    more = control.recv(MAX_REQUEST_BYTES)
+                    data = data + more if more else b""
+                if not data:
+                    return
+                control.sendall(json.dumps(_answer(json.loads(data), fds, children, (control.fileno(), wake_read, wake_write))).encode() + b"\n")
+    finally:
+        for pid in children:
+            _kill_group(pid, signal.SIGKILL)
+        while children:
+            _reap(children, block=True)
+
+
+def _answer(request: dict[str, Any], fds: list[int], children: dict[int, int], own_fds: tuple[int, ...]) -> dict[str, Any]:
+    if "preload" in request:
+        return {"failed": _preload(request["preload"])}
+    if "kill" in request:
+        return {"killed": request["kill"] in children and _kill_group(request["kill"], request["signal"])}
+    output, status = fds
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        for fd in (*own_fds, status, *children.values()):
+            os.close(fd)
+        _run_script(output, **request["fork"])
+    os.close(output)
+    children[pid] = status
+    return {"pid": pid}
+
+
+def _preload(names: list[str]) -> dict[str, str]:
+    failed: dict[str, str] = {}
+    for name in names:
+        package, _, attribute = name.rpartition(".")
+        try:
+            # `a.b` from `from a import b` may be a module or any object: as in that statement, importing a is enough.
+            __import__(package or name, fromlist=[attribute] if package else ())
+        except BaseException as error:  # noqa: BLE001  # imports run anyone's code; the script will raise it itself
+            failed[name] = f"{type(error).__name__}: {error}"
+    importlib.invalidate_caches()
+    gc.collect()
+    gc.freeze()  # the collector in a child would write to, and so copy, every page of these objects
+    return failed
+
+
+def _reap(children: dict[int, int], *, block: bool = False) -> None:
+    while children:
+        try:
+            pid, wait_status = os.waitpid(-1, 0 if block else os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        status = children.pop(pid, None)
+        if status is None:
+            continue
+        _kill_group(pid, signal.SIGKILL)  # what the script started and left behind
+        with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+            os.write(status, str(os.waitstatus_to_exitcode(wait_status)).encode())
+        os.close(status)
+
+
+def _kill_group(pid: int, number: int) -> bool:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _run_script(
+    output: int, *, script: str, arguments: list[str], environment: dict[str, str], folder: str, threads: int, seed: int
+) -> NoReturn:
+    """Become the script: own process group, own output, `sys.argv` and `sys.path` as `python script.py` would set them."""
+    os.setsid()
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(null)
+    os.close(output)
+    code = 1
+    try:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.argv = [script, *arguments]
+        sys.path[0] = str(Path(script).parent)
+        code = _execute(script, threads, seed)
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as an interpreter's end does
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        # Not sys.exit: tearing down the preloaded modules would touch, and so copy, pages shared with every other script.
+        os._exit(code)
+
+
+def _execute(script: str, threads: int, seed: int) -> int:
+    from fedpool.client.api import seed_everything
+
+    seed_everything(seed)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:  # noqa: BLE001  # the end of an interpreter: print what ended it
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename != script:
+            trace = trace.tb_next  # our frames and runpy's say nothing about the script
+        traceback.print_exception(type(error), error, trace or error.__traceback__)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,84 @@
+"""fedpool: federated learning as Prefect flows.
+
+Names are resolved when first used (PEP 562), so that a client script, which imports `fedpool.client`, pays for nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpool.deployments.run import JobStatus, Result, Run
+    from fedpool.deployments.sim import SimEnv
+    from fedpool.errors import (
+        ClientError,
+        FedpoolError,
+        IntegrityError,
+        JobCancelled,
+        JobError,
+        JobFailed,
+        RecipeError,
+        RoundError,
+        ServerError,
+        SiteError,
+        StoreError,
+    )
+    from fedpool.flows.fedavg import FedAvgRecipe
+    from fedpool.model import FLModel, ParamsType
+    from fedpool.recipe import Recipe
+    from fedpool.store import Store
+
+_HOMES = {
+    "fedpool.deployments.run": ("JobStatus", "Result", "Run"),
+    "fedpool.deployments.sim": ("SimEnv",),
+    "fedpool.errors": (
+        "ClientError",
+        "FedpoolError",
+        "IntegrityError",
+        "JobCancelled",
+        "JobError",
+        "JobFailed",
+        "RecipeError",
+        "RoundError",
+        "ServerError",
+        "SiteError",
+        "StoreError",
+    ),
+    "fedpool.flows.fedavg": ("FedAvgRecipe",),
+    "fedpool.model": ("FLModel", "ParamsType"),
+    "fedpool.recipe": ("Recipe",),
+    "fedpool.store": ("Store",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ClientError",
+    "FLModel",
+    "FedAvgRecipe",
+    "FedpoolError",
+    "IntegrityError",
+    "JobCancelled",
+    "JobError",
+    "JobFailed",
+    "JobStatus",
+    "ParamsType",
+    "Recipe",
+    "RecipeError",
+    "Result",
+    "RoundError",
+    "Run",
+    "ServerError",
+    "SimEnv",
+    "SiteError",
+    "Store",
+    "StoreError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedpool' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

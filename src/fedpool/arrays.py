@@ -1,0 +1,149 @@
+"""torch tensors and numpy arrays on one side, the bytes of safetensors on the other; neither framework is imported early.
+
+A script without torch must not pay for it, and bfloat16 in numpy needs `ml_dtypes`, so every import here is made where
+the first value asks for it.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from fedpool.tensors import Digest, ReadRange, TensorReader, TensorSpec, file_order, write_tensors
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ParamsFormat = Literal["torch", "numpy"]
+
+_TORCH = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_FROM_SAFETENSORS = {code: name for name, code in _TORCH.items()}
+
+
+def torch_dtype(code: str) -> "torch.dtype":
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _FROM_SAFETENSORS[code])
+    return dtype
+
+
+def numpy_dtype(code: str) -> "np.dtype[Any]":
+    """The numpy dtype of a safetensors dtype name; bfloat16 is that of `ml_dtypes`."""
+    import numpy as np
+
+    if code == "BF16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(_FROM_SAFETENSORS[code])
+
+
+def is_torch(value: Any) -> bool:
+    """Whether value is a torch tensor, without importing torch to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def describe(name: str, value: Any) -> TensorSpec:
+    """dtype and shape of a torch tensor, numpy array or numpy scalar.
+
+    Raises:
+        TypeError: value is none of these, or of a dtype that cannot travel.
+    """
+    import numpy as np
+
+    if is_torch(value):
+        code = _TORCH.get(str(value.dtype).removeprefix("torch."))
+    elif isinstance(value, np.ndarray | np.generic):
+        code = _TORCH.get(value.dtype.name)
+    else:
+        raise TypeError(f"params[{name!r}] is a {type(value).__name__}: give a torch tensor or a numpy array")
+    if code is None:
+        raise TypeError(f"params[{name!r}] has dtype {value.dtype}: convert it to one of {', '.join(_TORCH)}")
+    return TensorSpec(code, tuple(value.shape))
+
+
+def as_bytes(value: Any) -> memoryview:
+    """The elements of a torch tensor or numpy array in C order, as bytes; a view where the layout allows it."""
+    import numpy as np
+
+    if is_torch(value):
+        import torch
+
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy())
+    array = np.ascontiguousarray(value).reshape(-1)
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return memoryview(array.view(np.uint8))
+
+
+def save_arrays(file: IO[bytes], params: Mapping[str, Any]) -> Digest:
+    """Write params (torch tensors or numpy arrays of any shape) as safetensors; returns sha256 and size.
+
+    Raises:
+        TypeError: a value is no array or of a dtype that cannot travel.
+    """
+    spec = {name: describe(name, value) for name, value in params.items()}
+    return write_tensors(file, spec, (as_bytes(params[name]) for name in file_order(spec)))
+
+
+def load_arrays(path: str | Path, params_format: ParamsFormat) -> dict[str, Any]:
+    """All tensors of a local safetensors file, in the order of their names.
+
+    torch tensors are views of a private memory map: reading costs nothing until they are touched, sites on one machine
+    share the pages, and writing to them does not reach the file. numpy arrays are copies.
+    """
+    if params_format == "torch":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+    import numpy as np
+
+    with Path(path).open("rb") as file:
+        reader = TensorReader(range_reader(file), file.seek(0, 2), where=str(path))
+        return {
+            name: np.frombuffer(
+                reader.read_block(name, 0, reader.spec[name].num_elements), numpy_dtype(reader.spec[name].dtype)
+            ).reshape(reader.spec[name].shape)
+            for name in sorted(reader.spec)
+        }
+
+
+def range_reader(file: IO[bytes]) -> ReadRange:
+    """Reads byte ranges of an open file; a range past its end comes back short."""
+
+    def read(start: int, stop: int) -> bytearray:
+        file.seek(start)
+        data = bytearray(stop - start)
+        view = memoryview(data)
+        while view:
+            count = file.readinto(view)  # type: ignore[attr-defined]  # every binary file has it; IO lacks it
+            if not count:
+                return data[: len(data) - len(view)]
+            view = view[count:]
+        return data
+
+    return read
+
+
+def torch_block(data: bytearray, code: str) -> "torch.Tensor":
+    """A flat torch tensor over the bytes of a block (shared, not copied)."""
+    import torch
+
+    return torch.frombuffer(data, dtype=torch_dtype(code)) if data else torch.empty(0, dtype=torch_dtype(code))
+
+
+def blocks(spec: Mapping[str, TensorSpec], num_elements: int) -> Iterator[tuple[str, int, int]]:
+    """(name, start, stop) of every block of a model, at most `num_elements` each, in file order."""
+    for name in file_order(spec):
+        size = spec[name].num_elements
+        for start in range(0, size, num_elements):
+            yield name, start, min(start + num_elements, size)

@@ -1,0 +1,156 @@
+"""The client API: six lines turn a local training script into a federated client.
+
+::
+
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        input_model = flare.receive()
+        model.load_state_dict(input_model.params)
+        ...                                            # your own training loop
+        flare.send(flare.FLModel(params=model.state_dict(), metrics={"accuracy": score_of_received_model},
+                                 meta={"NUM_STEPS_CURRENT_ROUND": steps}))
+
+Function names, `FLModel` and `ParamsType` are those of `nvflare.client`. Importing this module costs neither Prefect nor
+torch. Run with no host around, a script goes through one round on its own initial weights.
+"""
+
+import warnings
+from typing import Any
+
+from fedpool.arrays import ParamsFormat
+from fedpool.client.api import Client as _Client
+from fedpool.client.api import start as _start
+from fedpool.errors import ClientError
+from fedpool.model import FLModel, ParamsType
+
+__all__ = [
+    "FLModel",
+    "ParamsType",
+    "get_config",
+    "get_job_id",
+    "get_site_name",
+    "get_task_name",
+    "init",
+    "is_evaluate",
+    "is_running",
+    "is_submit_model",
+    "is_train",
+    "log",
+    "receive",
+    "send",
+    "shutdown",
+    "system_info",
+]
+
+_client: _Client | None = None  # a process is one client; the functions below are its methods
+
+
+def _current() -> _Client:
+    if _client is None:
+        raise ClientError("the client API is not initialised: call flare.init() first")
+    return _client
+
+
+def init(rank: int | str | None = None, *, params_format: ParamsFormat | None = None) -> None:
+    """Connect this script to its host; call it once, before anything else.
+
+    Args:
+        rank: the global rank of this process under torchrun; only rank 0 talks. Read from `RANK` when None.
+        params_format: "torch" or "numpy": how params arrive. None: torch when the script has imported it, else numpy.
+
+    A second call warns and changes nothing.
+    """
+    global _client
+    if _client is not None:
+        warnings.warn("flare.init() was called already: this call changes nothing", stacklevel=2)
+        return
+    _client = _start(None if rank is None else int(rank), params_format)
+
+
+def is_running() -> bool:
+    """Block until there is an assignment (True) or the job is over (False)."""
+    return _current().is_running()
+
+
+def receive(timeout: float | None = None) -> FLModel | None:
+    """The global model of the round; the same one when called again in the round.
+
+    Args:
+        timeout: seconds to wait for an assignment; None waits until there is one or the job is over.
+
+    Returns: a model with `params`, `current_round` and `total_rounds`; None after `timeout` or when the job is over.
+    """
+    return _current().receive(timeout)
+
+
+def send(model: FLModel, clear_cache: bool = True) -> None:
+    """Send the round's update, once a round, after `receive()`.
+
+    Args:
+        model: `params` (name -> torch tensor or numpy array), `metrics` (name -> number, the score of the *received*
+            model), or both; `meta["NUM_STEPS_CURRENT_ROUND"]` is the update's weight (1 when absent).
+        clear_cache: accepted for compatibility; nothing is cached past a send.
+
+    Raises:
+        ClientError: out of order, not an `FLModel`, neither params nor metrics, or params that are not a dict of arrays.
+    """
+    _current().send(model)
+
+
+def is_train() -> bool:
+    """Whether the assignment is to train the received model."""
+    return _current().task_name == "train"
+
+
+def is_evaluate() -> bool:
+    """Whether the assignment is to score the received model and send metrics only."""
+    return _current().task_name == "evaluate"
+
+
+def is_submit_model() -> bool:
+    """Whether the assignment is to send the site's own model."""
+    return _current().task_name == "submit_model"
+
+
+def get_job_id() -> str:
+    """The id of the job that this script works for."""
+    return _current().job_id
+
+
+def get_site_name() -> str:
+    """The name of the site that this script runs at."""
+    return _current().site_name
+
+
+def get_task_name() -> str:
+    """`train`, `evaluate` or `submit_model`."""
+    return _current().task_name
+
+
+def get_config() -> dict[str, Any]:
+    """What the recipe (`per_site_config`) and the site itself configured for this script."""
+    return _current().config
+
+
+def system_info() -> dict[str, str]:
+    """`job_id` and `site_name`."""
+    return {"job_id": _current().job_id, "site_name": _current().site_name}
+
+
+def log(key: str, value: Any, data_type: Any = None, **where: Any) -> None:
+    """Send a scalar: it shows in the site's log and, with its last value, in the round's metrics.
+
+    Args:
+        key: its name.
+        value: a number, numpy scalar or one-element tensor.
+        data_type: accepted for compatibility and ignored.
+        where: what else to show in the log, for example `global_step=12`.
+    """
+    _current().log(key, value, **where)
+
+
+def shutdown() -> None:
+    """Leave the session; the script may go on, but takes part in nothing more."""
+    _current().shutdown()

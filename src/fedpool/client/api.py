@@ -1,0 +1,214 @@
+"""The client API's state machine: what may be called when, and what a call does. One `Client` lives in a client script."""
+
+import math
+import random
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_arrays
+from fedpool.client.hosts import Assignment, Host, Waiting, find_host
+from fedpool.errors import ClientError
+from fedpool.model import FLModel, ParamsType
+
+
+class Client:
+    """A client script's side of a session.
+
+    Args:
+        host: where assignments come from.
+        params_format: how params arrive; None decides by whether the script has imported torch.
+    """
+
+    def __init__(self, host: Host, params_format: ParamsFormat | None = None) -> None:
+        self._host = host
+        self._format = params_format
+        self._assignment: Assignment | None = None
+        self._model: FLModel | None = None
+        self._sent_round: int | None = None
+        self._ended = False
+        self._warned_round: int | None = None
+
+    @property
+    def site_name(self) -> str:
+        """The site's name."""
+        return self._host.welcome.site
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self._host.welcome.job_id
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the recipe and the site configured for this site (a copy)."""
+        return dict(self._host.welcome.config)
+
+    @property
+    def task_name(self) -> str:
+        """`train`, `evaluate` or `submit_model`."""
+        if self._assignment is None:
+            raise ClientError("there is no task yet: call this between flare.is_running() and flare.send()")
+        return self._assignment.task
+
+    def is_running(self) -> bool:
+        """Block until there is an assignment (True) or the job is over (False)."""
+        if self._assignment and self._model and self._warned_round != self._assignment.round:
+            self._warned_round = self._assignment.round
+            warnings.warn(
+                f"round {self._assignment.round} was received but not sent: is_running() goes on with the same round; "
+                "call flare.send() once a round",
+                stacklevel=3,
+            )
+        return self._assignment is not None or self._next(None)
+
+    def receive(self, timeout: float | None = None) -> FLModel | None:
+        """The global model of the round; the same one again in the same round; None after timeout seconds or at the end."""
+        if self._assignment is None:
+            try:
+                if not self._next(timeout):
+                    return None
+            except Waiting:
+                return None
+        assignment = self._assignment
+        assert assignment is not None
+        if self._model is None:
+            params = self._host.params(assignment, self._params_format())
+            if assignment.kept and Path(assignment.kept).exists():
+                params.update(load_arrays(assignment.kept, self._params_format()))
+            self._model = FLModel(
+                params_type=ParamsType.FULL,
+                params=params,
+                start_round=0,
+                current_round=assignment.round,
+                total_rounds=assignment.total_rounds,
+            )
+        return self._model
+
+    def send(self, model: FLModel) -> None:
+        """Send the round's update; see `fedpool.client.send`."""
+        if not isinstance(model, FLModel):
+            raise ClientError(f"send() takes a flare.FLModel, got {type(model).__name__}: wrap it as flare.FLModel(params=...)")
+        if self._assignment is None or self._model is None:
+            if self._assignment is None and self._sent_round is not None:
+                raise ClientError(f"round {self._sent_round} was sent already: call flare.is_running() for the next one")
+            raise ClientError("send() before receive(): call flare.receive() first, then train, then send")
+        if model.params is None and model.metrics is None:
+            raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
+        assignment = self._assignment
+        metrics = {name: _number(f"metrics[{name!r}]", value) for name, value in (model.metrics or {}).items()}
+        message: dict[str, Any] = {
+            "round": assignment.round,
+            "metrics": metrics,
+            "meta": _plain_meta(model.meta),
+            "params_type": None,
+            "num_params": 0,
+        }
+        if model.params is not None and assignment.task != "evaluate":
+            message |= self._write(assignment, model)
+        self._host.put("update", **message)
+        self._sent_round = assignment.round
+        self._assignment = self._model = None
+
+    def log(self, key: str, value: Any, **where: Any) -> None:
+        """Send a scalar to the host."""
+        self._host.put("log", key=str(key), value=_number(f"log({key!r})", value), where={k: str(v) for k, v in where.items()})
+
+    def shutdown(self) -> None:
+        """Say goodbye to the host."""
+        self._host.close()
+
+    def _next(self, timeout: float | None) -> bool:
+        if self._ended:
+            return False
+        self._assignment = self._host.next(timeout)
+        self._ended = self._assignment is None
+        if self._assignment and self._assignment.seed is not None:
+            seed_everything(self._assignment.seed)
+        return not self._ended
+
+    def _params_format(self) -> ParamsFormat:
+        return self._format or ("torch" if "torch" in sys.modules else "numpy")
+
+    def _write(self, assignment: Assignment, model: FLModel) -> dict[str, Any]:
+        assert self._model is not None and self._model.params is not None and model.params is not None
+        params = model.params
+        if not isinstance(params, Mapping):
+            raise ClientError(f"params must be a dict of name -> array, got {type(params).__name__}: send model.state_dict()")
+        params_type = ParamsType(model.params_type or ParamsType.FULL)
+        excluded = {name for name in params if any(re.search(pattern, name) for pattern in assignment.exclude)}
+        sent = {name: value for name, value in params.items() if name not in excluded}
+        try:
+            if assignment.transfer == "DIFF" and params_type is ParamsType.FULL:
+                sent = {name: _difference(value, self._model.params.get(name)) for name, value in sent.items()}
+                params_type = ParamsType.DIFF
+            # Without a host there is nowhere to write: the params are checked and counted all the same.
+            with Path(assignment.update or "/dev/null").open("wb") as file:
+                digest = save_arrays(file, sent)
+            if excluded and assignment.kept:
+                kept = {name: params[name] for name in excluded}
+                # A DIFF of a parameter that stays here is not a value to go on from; FULL is.
+                if model.params_type is not ParamsType.DIFF:
+                    with Path(assignment.kept).open("wb") as file:
+                        save_arrays(file, kept)
+        except TypeError as error:
+            raise ClientError(str(error)) from None
+        return {"params_type": params_type.value, "sha256": digest.sha256, "size": digest.size, "num_params": len(sent)}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of the libraries that the script has imported: random, numpy, torch."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
+
+
+def _difference(value: Any, base: Any) -> Any:
+    """value - base; integers as int64, because unsigned ones would wrap around.
+
+    A boolean has no difference and stays as it is, and so does what has no base to subtract: the gate judges it.
+    """
+    if base is None or not hasattr(value, "shape") or tuple(value.shape) != tuple(base.shape):
+        return value
+    kind = describe("", value).kind
+    if kind == "bool":
+        return value
+    if is_torch(value) or is_torch(base):
+        import torch
+
+        dtype = torch.int64 if kind == "int" else None
+        value = torch.as_tensor(value).detach().cpu()
+        value = value.to(dtype or value.dtype)
+        return value - torch.as_tensor(base).to(value.dtype)
+    value = value.astype("int64") if kind == "int" else value
+    return value - base.astype(value.dtype)
+
+
+def _number(what: str, value: Any) -> float:
+    """A Python float of any scalar: number, numpy scalar, 0-d or one-element array."""
+    try:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ClientError(f"{what} must be one number, got {type(value).__name__}: {value!r}") from None
+
+
+def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, value in meta.items():
+        value = value.item() if hasattr(value, "item") and not isinstance(value, str) else value
+        if not isinstance(value, str | int | float | bool | None):
+            raise ClientError(f"meta[{key!r}] must be a number or a string, got {type(value).__name__}: send arrays as params")
+        plain[str(key)] = value if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return plain
+
+
+def start(rank: int | None, params_format: ParamsFormat | None) -> Client:
+    """Connect this process to its host."""
+    if params_format not in (None, "torch", "numpy"):
+        raise ClientError(f'params_format must be "torch" or "numpy", got {params_format!r}')
+    return Client(find_host(rank), params_format)

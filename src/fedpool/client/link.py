@@ -1,0 +1,43 @@
+"""The wire between a client script and its session host: JSON objects over `multiprocessing.connection`, never pickles.
+
+Script to host: `hello`, `next`, `update`, `log`, `bye`. Host to script: `welcome`, `assignment`, `end`.
+Tensors do not pass here: they lie in safetensors files whose paths the assignment gives.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+PROTOCOL = 1
+ADDRESS_VARIABLE = "FEDPOOL_SESSION_ADDRESS"
+KEY_VARIABLE = "FEDPOOL_SESSION_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One end of the wire."""
+
+    connection: "Connection[Any, Any]"
+
+    def put(self, kind: str, **fields: Any) -> None:
+        """Send a message; raises `OSError` when the other end is gone."""
+        self.connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
+
+    def get(self) -> dict[str, Any]:
+        """The next message; raises `EOFError` or `OSError` when the other end is gone."""
+        message: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        return message
+
+    def close(self) -> None:
+        """Close this end; the other sees the end of the file."""
+        self.connection.close()
+
+
+def connect() -> Link | None:
+    """The link to the host that started this process, or None when none did (the script runs standalone)."""
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if address is None:
+        return None
+    return Link(Client(address, authkey=bytes.fromhex(os.environ[KEY_VARIABLE])))

@@ -1,0 +1,69 @@
+"""Every error fedpool raises on purpose, in one tree::
+
+    FedpoolError
+    ├── ClientError          the client API was called out of order or with a wrong value (in a client script)
+    ├── RecipeError          a recipe or an environment that cannot run as written; also a ValueError
+    ├── StoreError           the job's object storage refused, or an object is already there
+    │   └── IntegrityError   bytes that are not what their manifest or their format says
+    ├── SiteError            a site's script failed: names the site, the round and the cause
+    ├── RoundError           a round ended with fewer accepted updates than `min_clients`
+    ├── ServerError          the private Prefect server did not start
+    └── JobError             a job has no result
+        ├── JobFailed        because it failed
+        └── JobCancelled     because someone cancelled it
+
+Inside a recipe's validators a `RecipeError` reaches the user as pydantic's `ValidationError`, a `ValueError` too.
+"""
+
+
+class FedpoolError(Exception):
+    """The root of the tree: catch it to catch everything fedpool raises on purpose."""
+
+
+class ClientError(FedpoolError, RuntimeError):
+    """The client API was called out of order or with a wrong value; the message says what to do instead."""
+
+
+class RecipeError(FedpoolError, ValueError):
+    """A recipe or an environment that cannot run as written; the message names the value and the remedy."""
+
+
+class StoreError(FedpoolError):
+    """The store refused an operation, or an object is already where a new one should go."""
+
+
+class IntegrityError(StoreError):
+    """Bytes that are not what their manifest or their format says."""
+
+
+class SiteError(FedpoolError):
+    """A site did not deliver in a round.
+
+    Attributes: `site`, `round` (from 0) and `cause`, one paragraph that ends with the script's traceback if it has one.
+    """
+
+    def __init__(self, site: str, round: int, cause: str) -> None:
+        super().__init__(f"{site}, round {round}: {cause}")
+        self.site = site
+        self.round = round
+        self.cause = cause
+
+
+class RoundError(FedpoolError):
+    """A round ended with fewer accepted updates than `min_clients`; the message names each site and its cause."""
+
+
+class ServerError(FedpoolError):
+    """The private Prefect server did not start; the message ends with what it printed."""
+
+
+class JobError(FedpoolError):
+    """A job has no result to give."""
+
+
+class JobFailed(JobError):
+    """The job failed; the message says in which round and why."""
+
+
+class JobCancelled(JobError):
+    """The job was cancelled before its end."""

@@ -1,0 +1,122 @@
+"""The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as plain tensors, checked."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedpool.arrays import describe, load_arrays, save_arrays
+from fedpool.errors import RecipeError
+from fedpool.tensors import Digest, TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class InitialModel:
+    """The tensors that round 0 starts from.
+
+    Attributes:
+        spec: name -> dtype and shape.
+        params: name -> torch tensor or numpy array; None once they lie in a store and only the spec is known.
+    """
+
+    spec: Mapping[str, TensorSpec]
+    params: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements over all tensors."""
+        return sum(entry.num_elements for entry in self.spec.values())
+
+    @cached_property
+    def digest(self) -> Digest:
+        """sha256 and size of the model as safetensors."""
+        assert self.params is not None, "only the spec of this model is known"
+        return save_arrays(_Nowhere(), self.params)
+
+
+class _Nowhere(io.RawIOBase):
+    """A file that forgets, for the hash of what would be written."""
+
+    def write(self, data: Any, /) -> int:
+        return len(data)
+
+
+def initial_model(model: Any, checkpoint: str | Path | None = None) -> InitialModel:
+    """The initial model of whatever the user gave.
+
+    Args:
+        model: a `torch.nn.Module`, a state dict (torch tensors or numpy arrays), or the path of a safetensors or torch
+            checkpoint. Torch checkpoints are read with `weights_only=True`.
+        checkpoint: path of a checkpoint whose values replace those of `model`; its keys and shapes must fit.
+
+    Raises:
+        RecipeError: nothing of the above, a checkpoint that cannot be read, or one that does not fit.
+    """
+    if isinstance(model, str | Path):
+        params = _load_checkpoint(Path(model))
+    elif hasattr(model, "state_dict") and callable(model.state_dict):
+        params = model.state_dict()
+    elif isinstance(model, Mapping):
+        params = model
+    else:
+        raise RecipeError(
+            f"model must be a torch.nn.Module, a state dict, or the path of a checkpoint, got {type(model).__name__}: {model!r}"
+        )
+    spec = _describe(params, "model")
+    if checkpoint is not None:
+        loaded = _load_checkpoint(Path(checkpoint))
+        _check_fit(spec, _describe(loaded, "initial_ckpt"), checkpoint)
+        params = loaded
+    return InitialModel(spec, _copied(params))
+
+
+def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:
+    if not params:
+        raise RecipeError(f"{what} has no parameters: there is nothing to train")
+    try:
+        return {str(name): describe(str(name), value) for name, value in params.items()}
+    except TypeError as error:
+        raise RecipeError(f"{what}: {error}") from None
+
+
+def _copied(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of their own: training the user's module after the recipe was built must not change the recipe."""
+    return {
+        str(name): value.detach().cpu().clone() if hasattr(value, "detach") else value.copy() for name, value in params.items()
+    }
+
+
+def _load_checkpoint(path: Path) -> Mapping[str, Any]:
+    import torch
+
+    if not path.is_file():
+        raise RecipeError(f"checkpoint {str(path)!r} is not a file (looked in {Path.cwd()})")
+    try:
+        if path.suffix == ".safetensors":
+            return load_arrays(path, "torch")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  # both libraries raise whatever their parsers meet in a broken file
+        raise RecipeError(
+            f"checkpoint {str(path)!r} cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'tensors'}: "
+            f"{type(error).__name__}: {error}. Save a state dict: torch.save(model.state_dict(), path), or safetensors"
+        ) from error
+    nested = loaded.get("state_dict") if isinstance(loaded, Mapping) else None
+    params = nested if isinstance(nested, Mapping) else loaded
+    if not isinstance(params, Mapping):
+        raise RecipeError(f"checkpoint {str(path)!r} holds a {type(params).__name__}, not a state dict")
+    return params
+
+
+def _check_fit(model: Mapping[str, TensorSpec], checkpoint: Mapping[str, TensorSpec], path: Any) -> None:
+    problems = [f"{name} is missing" for name in sorted(model.keys() - checkpoint.keys())]
+    problems += [f"{name} is not in the model" for name in sorted(checkpoint.keys() - model.keys())]
+    problems += [
+        f"{name}: expected {model[name]}, got {checkpoint[name]}"
+        for name in sorted(model.keys() & checkpoint.keys())
+        if model[name] != checkpoint[name]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise RecipeError(f"initial_ckpt {str(path)!r} does not fit the model: {'; '.join(problems[:5])}{more}")

@@ -1,0 +1,68 @@
+"""The values that cross between the coordinator and a site, each a frozen pydantic model because the other side is not trusted.
+
+`ClientJob` and `SiteAssignment` go to the site; `UpdateManifest` comes back, and is what `update.json` holds.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROTOCOL = 1
+
+Task = Literal["train", "evaluate", "submit_model"]
+
+
+class Value(BaseModel):
+    """Base of the values here: frozen, and nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ClientJob(Value):
+    """What every site needs to know of a job, once."""
+
+    job_id: str
+    total_rounds: int
+    entry: str = Field(description="name of the client script inside the bundle")
+    bundle_sha256: str
+    imports: tuple[str, ...] = Field(description="dotted names that the script imports, for preloading")
+    arguments: tuple[str, ...] = Field(description="command line of the script")
+    site_arguments: dict[str, tuple[str, ...]] = Field(description="command lines of the sites that have their own")
+    site_config: dict[str, dict[str, Any]] = Field(description="what get_config() returns at each site")
+    transfer: Literal["FULL", "DIFF"]
+    exclude: tuple[str, ...] = Field(description="patterns of the parameters that stay at the site")
+    seed: int
+    threads: int
+
+
+class SiteAssignment(Value):
+    """What one site is asked to do in one round."""
+
+    site: str
+    round: int
+    task: Task
+    base_sha256: str = Field(description="sha256 of the round's global model")
+    base_size: int
+
+
+class UpdateManifest(Value):
+    """The commit of what a site sent in a round.
+
+    `weight` is the site's `NUM_STEPS_CURRENT_ROUND` (1 when absent), as a string when it was not a finite number, which JSON
+    cannot hold and the gate refuses. A metric that was not finite is null.
+    """
+
+    protocol: Literal[1] = 1
+    job_id: str
+    site: str
+    round: int
+    task: Task
+    base_sha256: str
+    params_type: Literal["FULL", "DIFF"] | None = None
+    sha256: str | None = None
+    size: int = 0
+    weight: float | str = 1.0
+    metrics: dict[str, float | None] = {}
+    logged: dict[str, float | None] = {}
+    meta: dict[str, str | int | float | bool | None] = {}
+    seconds: float

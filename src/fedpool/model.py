@@ -1,0 +1,80 @@
+"""`FLModel`, the value that a client script receives and sends, and `ParamsType`.
+
+Names and argument order are those of `nvflare.client`, so that a script written for it works after its import line is
+changed. This module imports nothing but the standard library.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
+"""The key of `FLModel.meta` under which a script reports its local steps: the weight of its update."""
+
+
+class ParamsType(StrEnum):
+    """What `FLModel.params` holds: the parameters themselves, or their difference to the received global model."""
+
+    FULL = "FULL"
+    DIFF = "DIFF"
+
+
+@dataclass
+class FLModel:
+    """A model, or the metrics of one, on its way between the coordinator and a client script.
+
+    Attributes:
+        params_type: `FULL` or `DIFF`; `FULL` when params are given without it.
+        params: parameter name -> torch tensor or numpy array, of any shape.
+        optimizer_params: kept for compatibility; never leaves the site.
+        metrics: metric name -> number. Sent with params, they are the score of the *received* global model.
+        start_round, current_round, total_rounds: rounds are numbered from 0.
+        meta: free values; `meta["NUM_STEPS_CURRENT_ROUND"]` is the weight of the update.
+
+    Raises:
+        ValueError: `params_type` without `params`, an unknown `params_type`, or a negative round.
+        TypeError: `metrics` or `meta` is not a dict.
+    """
+
+    params_type: ParamsType | str | None = None
+    params: Mapping[str, Any] | None = None
+    optimizer_params: Any = None
+    metrics: dict[str, Any] | None = None
+    start_round: int | None = 0
+    current_round: int | None = None
+    total_rounds: int | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.params_type is not None:
+            self.params_type = ParamsType(self.params_type)
+            if self.params is None:
+                raise ValueError(f"params_type={self.params_type.value} describes params, but params is None: give both")
+        elif self.params is not None:
+            self.params_type = ParamsType.FULL
+        if self.meta is None:
+            self.meta = {}
+        for name in ("metrics", "meta"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise TypeError(f"{name} must be a dict, got {type(value).__name__}: {value!r}")
+        for name in ("start_round", "current_round", "total_rounds"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
+
+    def summary(self) -> dict[str, Any]:
+        """What the model holds, without the tensors: counts for params, values for the rest."""
+        shown = {
+            "params_type": self.params_type,
+            "params": None if self.params is None else len(self.params),
+            "metrics": self.metrics,
+            "current_round": self.current_round,
+            "total_rounds": self.total_rounds,
+            "meta": self.meta,
+        }
+        return {name: value for name, value in shown.items() if value not in (None, {})}
+
+    def __repr__(self) -> str:
+        return f"FLModel({', '.join(f'{name}={value!r}' for name, value in self.summary().items())})"

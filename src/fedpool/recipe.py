@@ -1,0 +1,232 @@
+"""`Recipe`, the base of every recipe: a frozen pydantic model of *what* to run. Where it runs is the environment's matter.
+
+Everything that can be known to be wrong is refused when the recipe is built. The fields' descriptions and bounds are what
+Prefect shows as a form. The two fields that are files or objects of the user's (`model`, `train_script`) become plain
+values at once: tensors with their spec, and a content-addressed bundle.
+"""
+
+import re
+import shlex
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    SkipValidation,
+    field_validator,
+    model_validator,
+)
+
+from fedpool.bundle import Bundle, build_bundle
+from fedpool.conditions import StopCondition, parse_condition
+from fedpool.errors import RecipeError
+from fedpool.initial import InitialModel, initial_model
+from fedpool.manifest import ClientJob
+from fedpool.store import check_name
+
+
+class Environment(Protocol):
+    """Where a recipe runs; see `fedpool.deployments`."""
+
+    def execute(self, recipe: "Recipe", *, wait: bool = True) -> Any:
+        """Run the recipe."""
+        ...
+
+
+def _positive_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
+    for site, weight in weights.items():
+        check_name("site", site)
+        if not 0 <= weight < float("inf"):
+            raise RecipeError(f"aggregation_weights[{site!r}] must be a finite number from 0, got {weight}")
+    if weights and not any(weights.values()):
+        raise RecipeError("aggregation_weights are all 0: no update would count")
+    return weights
+
+
+def _split(arguments: str | Sequence[str], where: str) -> tuple[str, ...]:
+    if not isinstance(arguments, str):
+        return tuple(str(argument) for argument in arguments)
+    try:
+        return tuple(shlex.split(arguments))
+    except ValueError as error:
+        raise RecipeError(f"{where} {arguments!r} cannot be split into words ({error}): balance its quotes, or give a list") from None
+
+
+def _model_form(model: InitialModel) -> dict[str, Any]:
+    return {"sha256": model.digest.sha256, "tensors": len(model.spec), "parameters": model.num_parameters}
+
+
+class Recipe(BaseModel):
+    """What every recipe has. Frozen; unknown fields are refused.
+
+    Subclasses add their algorithm's parameters and give its `strategy`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    name: str = Field(description="name of the job: letters, digits, '.', '_' and '-'", max_length=64)
+    model: Annotated[SkipValidation[Any], PlainSerializer(_model_form)] = Field(
+        description="initial model: a torch.nn.Module, a state dict, or the path of a safetensors or torch checkpoint"
+    )
+    train_script: str = Field(description="path of the client script")
+    train_args: str | tuple[str, ...] = Field("", description="command line of the client script, as one string or a list")
+    min_clients: int = Field(description="accepted updates that a round needs; with fewer it fails", ge=1)
+    num_rounds: int = Field(description="rounds to run", ge=1, le=100_000)
+    clients_per_round: int | None = Field(
+        None, description="sites drawn for each round, as a function of the seed; empty: all of them", ge=1
+    )
+    initial_ckpt: Path | None = Field(None, description="checkpoint whose values replace the initial model's; keys must fit")
+    params_transfer_type: Literal["FULL", "DIFF"] = Field(
+        "FULL", description="what sites send: their parameters, or the difference to the model they received"
+    )
+    aggregation_weights: Annotated[dict[str, float], AfterValidator(_positive_weights)] = Field(
+        default_factory=dict, description="site -> factor on its updates' weight; 1 for a site that is not named"
+    )
+    exclude_vars: tuple[str, ...] = Field(
+        (), description="regular expressions; parameters in whose names one is found are not exchanged and stay at the site"
+    )
+    key_metric: str = Field("accuracy", description="metric by which the best model is chosen", min_length=1)
+    key_metric_mode: Literal["max", "min"] = Field("max", description="whether more or less of the key metric is better")
+    stop_cond: str | None = Field(None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"')
+    patience: int | None = Field(None, description="stop early after this many rounds without a better key metric", ge=1)
+    seed: int = Field(0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63)
+    per_site_config: dict[str, dict[str, JsonValue]] = Field(
+        default_factory=dict,
+        description="site -> values that flare.get_config() returns there; the key train_args replaces the command line",
+    )
+    round_timeout: float | None = Field(
+        None, description="seconds after which a round's missing sites are killed and counted as failed; empty: never", gt=0
+    )
+    include: tuple[str, ...] = Field(
+        (), description="more files and folders for the bundle, relative to the client script's folder"
+    )
+    threads_per_site: int = Field(
+        1, description="torch threads of each client script; recorded, because the bits of a sum can depend on it", ge=1, le=1024
+    )
+
+    _bundle: Bundle
+    _arguments: tuple[str, ...]
+    _site_arguments: dict[str, tuple[str, ...]]
+
+    @field_validator("exclude_vars", "include", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    @field_validator("aggregation_weights", "per_site_config", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @field_validator("name")
+    @classmethod
+    def _name_fits(cls, value: str) -> str:
+        return check_name("name", value)
+
+    @field_validator("train_script", mode="before")
+    @classmethod
+    def _script_path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("stop_cond")
+    @classmethod
+    def _condition_parses(cls, value: str | None) -> str | None:
+        return None if value is None else str(parse_condition(value))
+
+    @model_validator(mode="after")
+    def _prepare(self) -> Self:
+        if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
+            raise RecipeError(
+                f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}: no round could succeed"
+            )
+        self._bundle = build_bundle(self.train_script, self.include)
+        self._arguments = _split(self.train_args, "train_args")
+        self._site_arguments = {}
+        for site, config in self.per_site_config.items():
+            check_name("site", site)
+            if "train_args" in config:
+                arguments = config["train_args"]
+                if not isinstance(arguments, str | list):
+                    raise RecipeError(f"per_site_config[{site!r}]['train_args'] must be a string or a list, got {arguments!r}")
+                self._site_arguments[site] = _split(arguments, f"per_site_config[{site!r}]['train_args']")  # type: ignore[arg-type]
+        if not isinstance(self.model, InitialModel):
+            object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt))
+        self._check_excluded()
+        return self
+
+    def _check_excluded(self) -> None:
+        left = set(self.model.spec)
+        for pattern in self.exclude_vars:
+            try:
+                found = {name for name in self.model.spec if re.search(pattern, name)}
+            except re.error as error:
+                raise RecipeError(f"exclude_vars {pattern!r} is not a regular expression: {error}") from None
+            if not found:
+                raise RecipeError(f"exclude_vars {pattern!r} is found in no parameter: {', '.join(sorted(self.model.spec)[:8])}")
+            left -= found
+        if not left:
+            raise RecipeError(f"exclude_vars {list(self.exclude_vars)} leave no parameter to train together")
+
+    @property
+    def bundle(self) -> Bundle:
+        """The client script and its modules."""
+        return self._bundle
+
+    @property
+    def stop_condition(self) -> StopCondition | None:
+        """`stop_cond`, parsed."""
+        return parse_condition(self.stop_cond) if self.stop_cond else None
+
+    def client_job(self, job_id: str) -> ClientJob:
+        """What the sites of a job need to know."""
+        return ClientJob(
+            job_id=job_id,
+            total_rounds=self.num_rounds,
+            entry=self.bundle.entry,
+            bundle_sha256=self.bundle.sha256,
+            imports=self.bundle.imports,
+            arguments=self._arguments,
+            site_arguments=self._site_arguments,
+            site_config={
+                site: {key: value for key, value in config.items() if key != "train_args"}
+                for site, config in self.per_site_config.items()
+            },
+            transfer=self.params_transfer_type,
+            exclude=self.exclude_vars,
+            seed=self.seed,
+            threads=self.threads_per_site,
+        )
+
+    def check_sites(self, sites: Sequence[str]) -> None:
+        """Check the recipe against the sites that an environment has.
+
+        Raises:
+            RecipeError: too few sites, or a site named in the recipe that the environment lacks.
+        """
+        if self.min_clients > len(sites):
+            raise RecipeError(f"min_clients={self.min_clients}, but the environment has {len(sites)} sites: no round could succeed")
+        if self.clients_per_round is not None and self.clients_per_round > len(sites):
+            raise RecipeError(f"clients_per_round={self.clients_per_round}, but the environment has {len(sites)} sites")
+        for what in ("aggregation_weights", "per_site_config"):
+            if unknown := sorted(set(getattr(self, what)) - set(sites)):
+                raise RecipeError(f"{what} names {', '.join(unknown)}, but the sites are {', '.join(sites[:8])}")
+
+    def execute(self, env: Environment, *, wait: bool = True) -> Any:
+        """Run the recipe in an environment; returns its `Run`.
+
+        Args:
+            env: where.
+            wait: block until the job has ended; False returns at once.
+        """
+        return env.execute(self, wait=wait)
+
+    @abstractmethod
+    def strategy(self) -> Any:
+        """The recipe's algorithm: a `fedpool.flows.strategy.Strategy`."""

@@ -1,0 +1,286 @@
+"""The store: where a job's objects lie, and the only place where paths inside it are built.
+
+Layout (all safetensors and JSON, nothing pickled, nothing ever overwritten)::
+
+    {root}/{job_id}/job.json
+    {root}/{job_id}/bundle-{sha256}.zip
+    {root}/{job_id}/rounds/00000/global.safetensors
+    {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors + update.json
+    {root}/{job_id}/rounds/00000/round.json
+    {root}/{job_id}/result.json
+
+An object exists when its manifest does: write the object, then the JSON that holds its sha256 and size. Exclusive creation
+guards against two writers where the backend can (local files; S3 with conditional writes) and is never the only guard.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from fedpool.arrays import range_reader
+from fedpool.errors import IntegrityError, RecipeError, StoreError
+from fedpool.tensors import Digest, TensorReader
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_name(what: str, name: str) -> str:
+    """Return name if it may be part of a path in the store.
+
+    Raises:
+        RecipeError: it is empty, longer than 128, or has other characters than letters, digits, `.`, `_` and `-`.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"{what} {name!r} cannot be part of a path: use 1 to 128 letters, digits, '.', '_' or '-', "
+            "and begin with a letter or a digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class JobPaths:
+    """The paths of one job inside the store."""
+
+    job_id: str
+
+    def __post_init__(self) -> None:
+        check_name("job_id", self.job_id)
+
+    @property
+    def job(self) -> str:
+        """The manifest of the job."""
+        return f"{self.job_id}/job.json"
+
+    @property
+    def result(self) -> str:
+        """What the job came to; its presence says that the job ended."""
+        return f"{self.job_id}/result.json"
+
+    def bundle(self, sha256: str) -> str:
+        """The client script and its modules."""
+        if not _SHA256.fullmatch(sha256):
+            raise RecipeError(f"bundle hash {sha256!r} is not a sha256 in hex")
+        return f"{self.job_id}/bundle-{sha256}.zip"
+
+    def global_model(self, round: int) -> str:
+        """The model that the round starts from."""
+        return f"{self._round(round)}/global.safetensors"
+
+    def record(self, round: int) -> str:
+        """The commit of the round."""
+        return f"{self._round(round)}/round.json"
+
+    def sites(self, round: int) -> str:
+        """The folder of what sites sent in the round."""
+        return f"{self._round(round)}/sites"
+
+    def update(self, round: int, site: str) -> str:
+        """The tensors that a site sent in the round."""
+        return f"{self.sites(round)}/{check_name('site', site)}/update.safetensors"
+
+    def manifest(self, round: int, site: str) -> str:
+        """The manifest that commits a site's update."""
+        return f"{self.sites(round)}/{check_name('site', site)}/update.json"
+
+    def _round(self, round: int) -> str:
+        if round < 0:
+            raise RecipeError(f"round {round} does not exist: rounds are numbered from 0")
+        return f"{self.job_id}/rounds/{round:05d}"
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """The one form in which JSON lies in the store: sorted keys, two spaces, strict (no NaN), a newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+class Store:
+    """A job's object storage: any fsspec URL.
+
+    Args:
+        url: a folder or an fsspec URL such as `s3://bucket/prefix`.
+        storage_options: passed to fsspec; credentials belong here or in the environment, never in a recipe.
+    """
+
+    def __init__(self, url: str | Path, **storage_options: Any) -> None:
+        self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
+        self.url: str = self.fs.unstrip_protocol(self.root)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def full(self, path: str) -> str:
+        """The path as the file system, or a person, knows it."""
+        return f"{self.root.rstrip('/')}/{path}"
+
+    def exists(self, path: str) -> bool:
+        """Whether there is an object at path."""
+        return bool(self.fs.exists(self.full(path)))
+
+    def names(self, path: str) -> list[str]:
+        """Sorted names of what lies in a folder; empty when the folder does not exist."""
+        try:
+            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.full(path), detail=False))
+        except FileNotFoundError:
+            return []
+
+    def open(self, path: str) -> IO[bytes]:
+        """A binary file to read, with seek. The caller checks its hash against a manifest before trusting it."""
+        file: IO[bytes] = self.fs.open(self.full(path), "rb")
+        return file
+
+    def tensors(self, path: str, size: int) -> TensorReader:
+        """Block-wise access to a safetensors object of `size` bytes, opened anew for each block."""
+        full = self.full(path)
+
+        def read_local(start: int, stop: int) -> bytearray:
+            with Path(full).open("rb", buffering=0) as file:
+                return range_reader(file)(start, stop)
+
+        def read_remote(start: int, stop: int) -> bytearray:
+            return bytearray(self.fs.cat_file(full, start=start, end=stop)) if stop > start else bytearray()
+
+        return TensorReader(read_local if self.is_local else read_remote, size, where=full)
+
+    def read_json(self, path: str) -> dict[str, Any]:
+        """A JSON object.
+
+        Raises:
+            FileNotFoundError: there is none.
+            IntegrityError: it is not a JSON object.
+        """
+        try:
+            value = json.loads(self.fs.cat_file(self.full(path)))
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(f"{self.full(path)} is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise IntegrityError(f"{self.full(path)} is not a JSON object")
+        return value
+
+    def write_json(self, path: str, value: Mapping[str, Any]) -> Digest:
+        """Write JSON whole or not at all; returns its digest.
+
+        Raises:
+            StoreError: there is an object already.
+        """
+        data = to_json(value)
+        self.write_bytes(path, data)
+        return Digest(hashlib.sha256(data).hexdigest(), len(data))
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write an object whole or not at all.
+
+        Raises:
+            StoreError: there is an object already.
+        """
+        with self.staged(path) as file:
+            file.write(data)
+
+    @contextmanager
+    def staged(self, path: str) -> Iterator[IO[bytes]]:
+        """A local file to write; it becomes the object at path when the block ends, and vanishes when it raises."""
+        with self._scratch() as folder:
+            local = Path(folder) / "object"
+            with local.open("wb") as file:
+                yield file
+            self.adopt(local, path)
+
+    def adopt(self, local: Path, path: str) -> None:
+        """Move a local file into the store, exclusively.
+
+        Raises:
+            StoreError: there is an object already.
+        """
+        target = self.full(path)
+        try:
+            if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                _link(local, Path(target))
+            else:
+                if self.fs.exists(target):
+                    raise FileExistsError(target)
+                self.fs.put_file(str(local), target)
+        except FileExistsError:
+            raise StoreError(f"{target} exists already, and nothing in the store is overwritten: use a new job_id") from None
+        local.unlink()
+
+    @contextmanager
+    def _scratch(self) -> Iterator[str]:
+        # Beside the objects where the store is local, so that the move into place is a link and not a copy.
+        if self.is_local:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fedpool-", dir=self.root if self.is_local else None) as folder:
+            yield folder
+
+    def fetch(self, path: str, folder: Path, digest: Digest | None = None) -> Path:
+        """A local file with the object's bytes: the object itself where the store is local, else a copy in folder.
+
+        Raises:
+            FileNotFoundError: there is no object.
+            IntegrityError: the bytes differ from digest.
+        """
+        if self.is_local:
+            local = Path(self.full(path))
+        else:
+            local = folder / path.replace("/", "_")
+            self.fs.get_file(self.full(path), str(local))
+        if digest is not None:
+            with local.open("rb") as file:
+                check_digest(file, digest, where=self.full(path))
+        return local
+
+
+def hash_file(file: IO[bytes]) -> Digest:
+    """sha256 and size of a file from its beginning."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    size = 0
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+        size += len(chunk)
+    return Digest(digest.hexdigest(), size)
+
+
+def check_digest(file: IO[bytes], expected: Digest, *, where: str) -> None:
+    """Raise `IntegrityError` unless the file's bytes are those that the manifest describes."""
+    found = hash_file(file)
+    if found != expected:
+        raise IntegrityError(
+            f"{where} differs from its manifest: {found.size} bytes with sha256 {found.sha256}, "
+            f"expected {expected.size} bytes with {expected.sha256}"
+        )
+
+
+def _link(local: Path, target: Path) -> None:
+    """Move exclusively: a hard link fails where a rename would overwrite."""
+    try:
+        os.link(local, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+            raise
+        # Another file system, or one without hard links: copy under a name of its own, then link or create.
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            shutil.copyfile(local, partial)
+            try:
+                os.link(partial, target)
+            except OSError as again:
+                if again.errno not in (errno.EPERM, errno.ENOTSUP):
+                    raise
+                with target.open("xb"):
+                    pass
+                partial.replace(target)
+        finally:
+            with suppress(FileNotFoundError):
+                partial.unlink()

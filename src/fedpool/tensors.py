@@ -1,0 +1,185 @@
+"""The safetensors format, written as a stream and read in blocks; no framework, no whole model in memory.
+
+The safetensors library (used where a script loads a whole model) writes a file only from a complete dict and reads only
+whole tensors from a local path. The coordinator aggregates block by block from any store, so this module holds the
+format itself: 8 bytes of header length (little endian), a JSON header, the tensors' bytes
+(https://huggingface.co/docs/safetensors). Same tensors, same bytes: names are ordered by (item size descending, name),
+which also aligns every tensor.
+
+Legend: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive elements of one tensor, flattened in C order.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedpool.errors import IntegrityError
+
+ITEM_SIZES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes per element of every dtype that may travel."""
+
+MAX_HEADER_BYTES = 64 << 20
+
+
+class Writable(Protocol):
+    """The one method of a file that a stream of tensors needs."""
+
+    def write(self, data: Any, /) -> Any:
+        """Append bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """dtype (safetensors name) and shape of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape; 1 for a 0-d tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's bytes."""
+        return self.num_elements * ITEM_SIZES[self.dtype]
+
+    @property
+    def kind(self) -> str:
+        """`float`, `int` or `bool`: what a dtype may be swapped for without changing what the value means."""
+        return "float" if "F" in self.dtype else "bool" if self.dtype == "BOOL" else "int"
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+Spec = Mapping[str, TensorSpec]
+ReadRange = Callable[[int, int], bytearray]
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What a manifest says of an object's bytes: sha256 in hex, size in bytes."""
+
+    sha256: str
+    size: int
+
+
+def file_order(spec: Spec) -> list[str]:
+    """The names in the order in which their bytes lie in the file."""
+    return sorted(spec, key=lambda name: (-ITEM_SIZES[spec[name].dtype], name))
+
+
+def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> Digest:
+    """Write a safetensors file as a stream.
+
+    Args:
+        file: anything with `write(bytes-like)`.
+        spec: what is written.
+        buffers: the tensors' bytes, in `file_order(spec)`, in as many bytes-like pieces as the caller likes.
+
+    Returns: sha256 and size of what was written.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name in file_order(spec):
+        end = offset + spec[name].num_bytes
+        header[name] = {"dtype": spec[name].dtype, "shape": list(spec[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    size = 0
+    for piece in (len(head).to_bytes(8, "little"), head):
+        file.write(piece)
+        digest.update(piece)
+        size += len(piece)
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        file.write(view)
+        digest.update(view)
+        size += len(view)
+    assert size == 8 + len(head) + offset, "the buffers do not add up to the spec"
+    return Digest(digest.hexdigest(), size)
+
+
+class TensorReader:
+    """Random access to the tensors of a safetensors file, block by block, through a function that reads byte ranges.
+
+    Holds no file open, so a round of a thousand updates needs no thousand file descriptors. Does not check the file's hash:
+    that is the gate's duty, and the store's.
+
+    Args:
+        read_range: (start, stop) -> the bytes in between.
+        size: of the file in bytes.
+        where: what to call the file in errors.
+
+    Raises:
+        IntegrityError: the header is not that of a safetensors file of that size.
+    """
+
+    def __init__(self, read_range: ReadRange, size: int, *, where: str) -> None:
+        self._read_range = read_range
+        self._size = size
+        self.where = where
+        self._offsets: dict[str, int] = {}
+        self.spec: dict[str, TensorSpec] = {}
+        self._parse()
+
+    def _parse(self) -> None:
+        total = self._size
+        length = int.from_bytes(self._read_range(0, 8), "little") if total >= 8 else 0
+        if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
+            raise self._bad(f"its header claims {length} bytes of a file of {total}")
+        try:
+            header = json.loads(self._read_range(8, 8 + length))
+        except (ValueError, RecursionError) as error:
+            raise self._bad(f"its header is not JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise self._bad("its header is not a JSON object")
+        header.pop("__metadata__", None)
+        spans: list[tuple[int, int]] = []
+        for name, entry in header.items():
+            try:
+                dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+                known = dtype in ITEM_SIZES
+            except (TypeError, KeyError, ValueError):
+                raise self._bad(f"the entry of {name!r} is malformed") from None
+            if not whole or not known:
+                raise self._bad(f"the entry of {name!r} has an unknown dtype or a bad shape: {dtype!r} {shape!r}")
+            spec = TensorSpec(dtype, tuple(shape))
+            if end - start != spec.num_bytes:
+                raise self._bad(f"{name!r} is {spec} but has {end - start} bytes")
+            self.spec[name] = spec
+            self._offsets[name] = 8 + length + start
+            spans.append((start, end))
+        # Tensors that overlap or leave holes would let a file hold bytes that no check ever looks at.
+        position = 0
+        for start, end in sorted(spans):
+            if start != position:
+                raise self._bad(f"its tensors overlap or leave a hole at byte {position}")
+            position = end
+        if 8 + length + position != total:
+            raise self._bad(f"it has {total} bytes where its header describes {8 + length + position}")
+
+    def _bad(self, why: str) -> IntegrityError:
+        return IntegrityError(f"{self.where} is not a sound safetensors file: {why}")
+
+    def read_block(self, name: str, start: int, stop: int) -> bytearray:
+        """The bytes of elements `start` to `stop` of the flattened tensor `name`."""
+        item = ITEM_SIZES[self.spec[name].dtype]
+        offset = self._offsets[name]
+        block = self._read_range(offset + start * item, offset + stop * item)
+        if len(block) != (stop - start) * item:
+            raise self._bad(f"it ended inside {name!r}")
+        return block

@@ -1,0 +1,39 @@
+"""Metrics of a global model out of what sites report, and what follows from them: the best model, early stopping."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+Metrics = Mapping[str, float | None]
+
+
+def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
+    """Weighted mean of each metric over the sites that report it.
+
+    Args:
+        reports: (weight from 0, metrics) pairs; a metric that is None was not a finite number and is left out.
+
+    Where all sites that report a metric have weight 0, their plain mean is taken.
+    """
+    values: dict[str, list[tuple[float, float]]] = {}
+    for weight, metrics in reports:
+        for name, value in metrics.items():
+            if value is not None:
+                values.setdefault(name, []).append((weight, value))
+    result = {}
+    for name, pairs in sorted(values.items()):
+        heaviest = max(weight for weight, _ in pairs)
+        shares = [weight / heaviest if heaviest else 1.0 for weight, _ in pairs]
+        result[name] = sum(share * value for share, (_, value) in zip(shares, pairs, strict=True)) / sum(shares)
+    return result
+
+
+def best_round(scores: Sequence[float | None], mode: Literal["max", "min"]) -> int | None:
+    """Index of the best score, the earliest among equals; None when there is no score."""
+    known = [(score if mode == "max" else -score, -index) for index, score in enumerate(scores) if score is not None]
+    return -max(known)[1] if known else None
+
+
+def has_stalled(scores: Sequence[float | None], mode: Literal["max", "min"], patience: int) -> bool:
+    """Whether the last `patience` scores brought nothing better than what was there before them."""
+    best = best_round(scores, mode)
+    return best is not None and len(scores) - 1 - best >= patience

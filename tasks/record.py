@@ -1,0 +1,96 @@
+"""`round.json`, the commit of a round: what was asked, what came, what it was made into."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpool.errors import SiteError
+from fedpool.model import NUM_STEPS
+from fedpool.tasks.gate import Accepted, Rejected
+from fedpool.tasks.metrics import mean_metrics
+from fedpool.tensors import Digest
+
+PROTOCOL = 1
+
+Record = Mapping[str, Any]
+
+
+def round_record(
+    *,
+    job_id: str,
+    round: int,
+    task: str,
+    outcomes: Mapping[str, Accepted | Rejected | SiteError],
+    known_weights: Mapping[str, float],
+    base: Digest,
+    following: Digest | None,
+    previous_sha256: str | None,
+    timings: Mapping[str, float],
+) -> dict[str, Any]:
+    """The record of a round.
+
+    Args:
+        known_weights: site -> weight of its last training update, for scores that come without one.
+        base: the round's global model; the record's metrics are its score.
+        following: the next global model; None after an evaluation.
+        previous_sha256: hash of the previous round's record; None in round 0.
+        timings: name -> seconds.
+    """
+    accepted = [_accepted(site, outcome, known_weights) for site, outcome in sorted(outcomes.items()) if isinstance(outcome, Accepted)]
+    return {
+        "protocol": PROTOCOL,
+        "job_id": job_id,
+        "round": round,
+        "task": task,
+        "sites": sorted(outcomes),
+        "accepted": accepted,
+        "rejected": [
+            {"site": site, "sha256": outcome.manifest.sha256, "code": outcome.code, "reason": outcome.reason}
+            for site, outcome in sorted(outcomes.items())
+            if isinstance(outcome, Rejected)
+        ],
+        "failed": [
+            {"site": site, "cause": outcome.cause}
+            for site, outcome in sorted(outcomes.items())
+            if isinstance(outcome, SiteError)
+        ],
+        "metrics": mean_metrics((entry["weight"], entry["metrics"]) for entry in accepted),
+        "logged": mean_metrics((entry["weight"], entry["logged"]) for entry in accepted),
+        "timings": {name: round_ms(value) for name, value in timings.items()},
+        "global": {"sha256": base.sha256, "size": base.size},
+        "next_global": {"sha256": following.sha256, "size": following.size} if following else None,
+        "previous_sha256": previous_sha256,
+    }
+
+
+def _accepted(site: str, outcome: Accepted, known_weights: Mapping[str, float]) -> dict[str, Any]:
+    manifest = outcome.manifest
+    weight = outcome.weight
+    if manifest.task == "evaluate" and NUM_STEPS not in manifest.meta:
+        weight = known_weights.get(site, weight)
+    return {
+        "site": site,
+        "sha256": manifest.sha256,
+        "size": manifest.size,
+        "params_type": manifest.params_type,
+        "weight": weight,
+        "metrics": manifest.metrics,
+        "logged": manifest.logged,
+        "seconds": round_ms(manifest.seconds),
+    }
+
+
+def round_ms(seconds: float) -> float:
+    """Seconds to the millisecond."""
+    return float(f"{seconds:.3f}")
+
+
+def known_weights(records: Sequence[Record]) -> dict[str, float]:
+    """site -> weight of its last accepted training update."""
+    return {entry["site"]: entry["weight"] for record in records if record["task"] == "train" for entry in record["accepted"]}
+
+
+def causes(record: Record) -> str:
+    """Why sites are missing from a round, one paragraph a site."""
+    lines = [f"{entry['site']} failed: {entry['cause']}" for entry in record["failed"]]
+    lines += [f"{entry['site']}'s update was rejected ({entry['code']}): {entry['reason']}" for entry in record["rejected"]]
+    return "\n".join(lines)
