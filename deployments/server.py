@@ -47,7 +47,7 @@ class PrivateServer:
             "DO_NOT_TRACK": "1",
             **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _UNUSED_SERVICES},
         }
-        command = [sys.executable, "-m", "fedpool.deployments.server_process", str(port)]
+        command = [sys.executable, "-m", "fedpool.deployments.server_process", str(port), str(_cache_folder())]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -70,9 +70,9 @@ class PrivateServer:
                 try:
                     if client.get(f"{self.api_url}/health").status_code == 200:
                         return
-                except httpx.TransportError as error:
+                except httpx.TransportError:  # not yet
                     if self._process.poll() is not None:
-                        raise ServerError(f"the private Prefect server ended while starting:\n{self._tail()}") from error
+                        raise ServerError(f"the private Prefect server ended while starting:\n{self._tail()}") from None
                 if time.monotonic() > deadline:
                     raise ServerError(f"the private Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail()}")
                 try:  # a wait that ends at once when the process does
@@ -92,6 +92,11 @@ class PrivateServer:
 
     def _tail(self) -> str:
         return "\n".join(self._output.read_text(errors="replace").splitlines()[-20:])
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fedpool"
 
 
 @contextmanager

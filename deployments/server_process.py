@@ -1,29 +1,75 @@
 """The process of a private Prefect server: serves on the loopback until its standard input ends.
 
-Run as `python -m fedpool.deployments.server_process PORT`. Its parent holds the other end of the standard input, so that the
-server ends with it, however the parent ends.
+Run as `python -m fedpool.deployments.server_process PORT CACHE`. Its parent holds the other end of the standard input, so
+that the server ends with it, however the parent ends.
+
+Prefect builds its tables by running every migration it ever had, which takes most of the time that a server needs to start.
+The empty tables are the same each time, so they are kept in CACHE (a SQLite file, one per version of Prefect) and copied into
+the memory of the next server; Prefect's own migrations run all the same and find nothing left to do.
 """
 
+import asyncio
 import os
 import signal
+import sqlite3
 import sys
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
 
+import aiosqlite
+import prefect
 import uvicorn
+from prefect.server.database import PrefectDBInterface, provide_database_interface
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin: a thread inside its lock would spoil the interpreter's end
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main(port: int) -> None:
+@asynccontextmanager
+async def _memory(database: PrefectDBInterface) -> AsyncIterator[Any]:
+    """The SQLite connection that all of the server shares. Prefect's pool has just this one: hold it briefly."""
+    engine = await database.engine()
+    async with engine.connect() as connection:
+        yield (await connection.get_raw_connection()).driver_connection
+
+
+async def _prepare_tables(cache: Path) -> None:
+    """Create the tables, from the cache when there is one, and fill the cache when there is none."""
+    database = provide_database_interface()
+    known = cache.exists()
+    if known:
+        async with aiosqlite.connect(cache) as source, _memory(database) as memory:
+            await source.backup(memory)
+    await database.create_db()
+    if not known:
+        partial = cache.with_suffix(f".{os.getpid()}")
+        with suppress(OSError, sqlite3.OperationalError):  # a cache that cannot be written is no cache
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            async with _memory(database) as memory, aiosqlite.connect(partial) as target:
+                await memory.backup(target)
+            partial.replace(cache)
+
+
+async def main(port: int, cache: Path) -> None:
     """Serve Prefect's API and UI on 127.0.0.1."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    uvicorn.run(
+    tables = cache / f"prefect-{prefect.__version__}.sqlite"
+    try:
+        await _prepare_tables(tables)
+    except sqlite3.DatabaseError:  # the cache is damaged: make the tables anew
+        tables.unlink(missing_ok=True)
+        await _prepare_tables(tables)
+    config = uvicorn.Config(
         "prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="warning", lifespan="on"
     )
+    await uvicorn.Server(config).serve()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2])))

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker
+from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from rich.console import Console
@@ -157,9 +157,9 @@ def _quiet_console() -> Iterator[None]:
     """Keep the runs' logs in the UI and off the terminal, where the progress line is."""
 
     def is_not_of_a_run(record: logging.LogRecord) -> bool:
-        return not record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+        return not record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect.engine"))
 
-    handlers: Sequence[logging.Handler] = list(logging.getLogger("prefect").handlers)
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, PrefectConsoleHandler)]
     for handler in handlers:
         handler.addFilter(is_not_of_a_run)
     try:
