@@ -10,7 +10,7 @@ from rich.table import Table
 from fedpool.deployments.run import JobStatus, Progress, Run
 from fedpool.errors import FedpoolError
 from fedpool.recipe import Recipe
-from fedpool.tasks.report import report_rows
+from fedpool.tasks.tables import report_rows
 
 _POLL_S = 0.2
 
@@ -32,8 +32,15 @@ def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
         while not run.wait(_POLL_S):
             progress = run.get_progress()
             number = min(progress.num_committed, recipe.num_rounds)
-            step = "scoring" if progress.num_committed >= recipe.num_rounds else f"round {number + 1}/{recipe.num_rounds}"
-            bars.update(bar, description=f"{recipe.name} {step}", completed=progress.num_answered, metric=_metric(progress, recipe))
+            step = (
+                "scoring" if progress.num_committed >= recipe.num_rounds else f"round {number + 1}/{recipe.num_rounds}"
+            )
+            bars.update(
+                bar,
+                description=f"{recipe.name} {step}",
+                completed=progress.num_answered,
+                metric=_metric(progress, recipe),
+            )
             if not console.is_terminal and progress.num_committed > shown:
                 shown = progress.num_committed
                 console.print(f"{recipe.name}: {shown} rounds done {_metric(progress, recipe)}", highlight=False)
@@ -50,7 +57,9 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
         return
     result = run.get_result(0)
     header, rows = report_rows(result.rounds)
-    table = Table(title=f"{recipe.name}: a round's metrics are the score of the model that it started from", title_justify="left")
+    table = Table(
+        title=f"{recipe.name}: a round's metrics are the score of the model that it started from", title_justify="left"
+    )
     for name in header:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:

@@ -1,5 +1,6 @@
 """`Run`: a handle on one job, and `Result`: what came of it. Both read the store, which is the truth about a job."""
 
+import contextvars
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,7 +85,9 @@ class Run:
         self._error: BaseException | None = None
         self._committed: list[dict[str, Any]] = []
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(work,), name=f"fedpool-{job_id}")
+        # In the caller's context: settings, tags and a surrounding flow of Prefect's are the job's too.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run, work), name=f"fedpool-{job_id}")
         self._thread.start()
 
     @property

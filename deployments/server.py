@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from prefect.settings import PREFECT_API_URL
 
 from fedpool.errors import ServerError
 
@@ -74,15 +73,19 @@ class PrivateServer:
                     if self._process.poll() is not None:
                         raise ServerError(f"the private Prefect server ended while starting:\n{self._tail()}") from None
                 if time.monotonic() > deadline:
-                    raise ServerError(f"the private Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail()}")
+                    raise ServerError(
+                        f"the private Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail()}"
+                    )
                 try:  # a wait that ends at once when the process does
                     self._process.wait(0.05)
                 except subprocess.TimeoutExpired:
                     continue
 
     def close(self) -> None:
-        """End the server and remove its folder."""
+        """End the server and remove its folder. Idempotent."""
         self._process.terminate()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -107,9 +110,3 @@ def private_server() -> Iterator[PrivateServer]:
         yield server
     finally:
         server.close()
-
-
-def configured_api() -> str | None:
-    """The Prefect API that the user has configured, or None."""
-    url: str | None = PREFECT_API_URL.value()
-    return url

@@ -39,10 +39,9 @@ async def _memory(database: PrefectDBInterface) -> AsyncIterator[Any]:
         yield (await connection.get_raw_connection()).driver_connection
 
 
-async def _prepare_tables(cache: Path) -> None:
-    """Create the tables, from the cache when there is one, and fill the cache when there is none."""
+async def _prepare_tables(cache: Path, *, known: bool) -> None:
+    """Create the tables, from the cache when it is known, and fill the cache when it is not."""
     database = provide_database_interface()
-    known = cache.exists()
     if known:
         async with aiosqlite.connect(cache) as source, _memory(database) as memory:
             await source.backup(memory)
@@ -56,20 +55,24 @@ async def _prepare_tables(cache: Path) -> None:
             partial.replace(cache)
 
 
-async def main(port: int, cache: Path) -> None:
+async def main(port: int, tables: Path, *, known: bool) -> None:
     """Serve Prefect's API and UI on 127.0.0.1."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    tables = cache / f"prefect-{prefect.__version__}.sqlite"
     try:
-        await _prepare_tables(tables)
+        await _prepare_tables(tables, known=known)
     except sqlite3.DatabaseError:  # the cache is damaged: make the tables anew
-        tables.unlink(missing_ok=True)
-        await _prepare_tables(tables)
+        await _prepare_tables(tables, known=False)
     config = uvicorn.Config(
-        "prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="warning", lifespan="on"
+        "prefect.server.api.server:create_app",
+        factory=True,
+        host="127.0.0.1",
+        port=port,
+        log_level="warning",
+        lifespan="on",
     )
     await uvicorn.Server(config).serve()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2])))
+    _tables = Path(sys.argv[2]) / f"prefect-{prefect.__version__}.sqlite"
+    asyncio.run(main(int(sys.argv[1]), _tables, known=_tables.exists()))

@@ -1,28 +1,29 @@
-"""`SimEnv`: a recipe simulated on this machine. The calling process is the coordinator, sites are sessions in local slots."""
+"""`SimEnv`: a recipe simulated on this machine. The calling process is the coordinator, sites are sessions in local slots.
+
+Nothing here imports Prefect before the job's thread does, so that a private server is starting meanwhile.
+"""
 
 import asyncio
 import logging
+import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from rich.console import Console
 
 from fedpool.deployments.progress import summarize, watch
 from fedpool.deployments.run import Run
-from fedpool.deployments.server import PrivateServer, configured_api, private_server
-from fedpool.errors import JobFailed, RecipeError
-from fedpool.flows.job import federated_job
+from fedpool.deployments.server import private_server
+from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
 from fedpool.sites.local import LocalSites, default_slots
-from fedpool.store import Store, check_name
+from fedpool.store import JobPaths, Store, check_name
 
 _DRAIN_TIMEOUT_S = 30.0
 
@@ -39,12 +40,18 @@ class SimEnv(BaseModel):
     num_clients: int | None = Field(None, description="number of sites, named site-1, site-2, ...", ge=1, le=100_000)
     clients: tuple[str, ...] | None = Field(None, description="names of the sites; instead of num_clients")
     num_threads: int | None = Field(
-        None, description="sites that train at once; default: one per device, or per processor without devices", ge=1, le=1024
+        None,
+        description="sites that train at once; default: one per device, or per processor without devices",
+        ge=1,
+        le=1024,
     )
-    gpus: str | None = Field(None, description='devices dealt to the slots in turn, e.g. "0,1"; default: what scripts find')
+    gpus: str | None = Field(
+        None, description='devices dealt to the slots in turn, e.g. "0,1"; default: what scripts find'
+    )
     workspace: Path = Field(Path("fedpool-runs"), description="folder that the jobs' folders are written to")
     keep_alive: bool = Field(
-        True, description="keep each site's script alive over all rounds; off: a fresh one each round, for thousands of sites"
+        True,
+        description="keep each site's script alive over all rounds; off: a fresh one each round, for thousands of sites",
     )
     progress: bool = Field(True, description="show progress and a summary in the terminal")
 
@@ -67,7 +74,9 @@ class SimEnv(BaseModel):
     @model_validator(mode="after")
     def _one_way_to_name_sites(self) -> Self:
         if self.clients is not None and self.num_clients not in (None, len(self.clients)):
-            raise RecipeError(f"num_clients={self.num_clients}, but clients names {len(self.clients)}: give one of the two")
+            raise RecipeError(
+                f"num_clients={self.num_clients}, but clients names {len(self.clients)}: give one of the two"
+            )
         return self
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
@@ -131,23 +140,41 @@ def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console:
     """A job from its beginning to its end, on its own thread with its own event loop."""
     with ExitStack() as stack:
         stack.callback(sites.close)
-        api_url = configured_api()
+        # A server takes seconds to start, importing Prefect one or two more: do both at once. Only Prefect can tell whether
+        # a profile names an API; then the server goes again.
+        server = None
+        if "prefect" not in sys.modules and "PREFECT_API_URL" not in os.environ:
+            server = stack.enter_context(private_server())
+
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        from fedpool.flows.job import federated_job
+
+        api_url = PREFECT_API_URL.value()
         if api_url is None:
-            server: PrivateServer = stack.enter_context(private_server())
+            server = server or stack.enter_context(private_server())
             server.wait()
             api_url = server.api_url
             console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
+        elif server is not None:
+            server.close()
         stack.enter_context(temporary_settings({PREFECT_API_URL: api_url}))
         stack.enter_context(_quiet_console())
         # Before the server goes, its clients in this process must have sent what they hold.
         stack.callback(_drain)
-        try:
-            asyncio.run(federated_job(recipe, job_id, store.url, sites, return_state=True))
-        except JobFailed:
-            return  # result.json says so
+
+        async def run_job() -> None:
+            state = await federated_job(recipe, job_id, store.url, sites, return_state=True)
+            if not store.exists(JobPaths(job_id).result):  # a job that failed in its rounds says so there
+                await state.aresult()
+
+        asyncio.run(run_job())
 
 
 def _drain() -> None:
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
     APILogWorker.drain_all(timeout=_DRAIN_TIMEOUT_S, at_exit=False)
     EventsWorker.drain_all(timeout=_DRAIN_TIMEOUT_S, at_exit=False)
 
@@ -155,6 +182,7 @@ def _drain() -> None:
 @contextmanager
 def _quiet_console() -> Iterator[None]:
     """Keep the runs' logs in the UI and off the terminal, where the progress line is."""
+    from prefect.logging.handlers import PrefectConsoleHandler
 
     def is_not_of_a_run(record: logging.LogRecord) -> bool:
         return not record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect.engine"))

@@ -21,7 +21,9 @@ class FedAvg:
 
     def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
         """See `Strategy.apply`."""
-        params = {name: weighted_mean((update.weight, update.params[name]) for update in updates) for name in state.params}
+        params = {
+            name: weighted_mean((update.weight, update.params[name]) for update in updates) for name in state.params
+        }
         return params, State(params)
 
 

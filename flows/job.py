@@ -22,7 +22,7 @@ from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.metrics import best_round, has_stalled
-from fedpool.tasks.report import final_report
+from fedpool.tasks.tables import final_report
 from fedpool.tensors import Digest
 
 JOB_FORMAT = 1

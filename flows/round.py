@@ -122,5 +122,6 @@ async def federated_round(job: Job, number: int, task: Task = "train") -> None:
 
 def _assignments(chosen: Sequence[str], number: int, task: Task, base: Digest) -> list[SiteAssignment]:
     return [
-        SiteAssignment(site=site, round=number, task=task, base_sha256=base.sha256, base_size=base.size) for site in chosen
+        SiteAssignment(site=site, round=number, task=task, base_sha256=base.sha256, base_size=base.size)
+        for site in chosen
     ]

@@ -15,7 +15,6 @@ from typing import Any
 
 from fedpool.errors import FedpoolError
 
-
 _ALWAYS = ("fedpool.client.tracking", "safetensors")
 """What every client script imports sooner or later."""
 
@@ -38,7 +37,9 @@ class Zygote:
 
     def __init__(self, *, threads: int) -> None:
         if not hasattr(os, "fork"):
-            raise FedpoolError("simulation forks client scripts, which this operating system cannot: use Linux or macOS")
+            raise FedpoolError(
+                "simulation forks client scripts, which this operating system cannot: use Linux or macOS"
+            )
         ours, theirs = socket.socketpair()
         self._threads = threads
         self._control = ours

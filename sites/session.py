@@ -206,7 +206,9 @@ class Session:
         match message["kind"]:
             case "hello":
                 if message["protocol"] != PROTOCOL:
-                    raise _Ended(f"speaks protocol {message['protocol']} of the client API, this site speaks {PROTOCOL}")
+                    raise _Ended(
+                        f"speaks protocol {message['protocol']} of the client API, this site speaks {PROTOCOL}"
+                    )
                 work = self._work
                 self._link.put("welcome", job_id=work.job_id, site=work.site, config=dict(work.config))
             case "next":

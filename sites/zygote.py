@@ -38,9 +38,10 @@ def serve(control: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the host's to handle
+    sources: list[Any] = [control, wake_read]
     try:
         while True:
-            ready, _, _ = select.select([control, wake_read], [], [])
+            ready, _, _ = select.select(sources, [], [])
             if wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake_read, 4096)
@@ -52,7 +53,12 @@ def serve(control: socket.socket) -> None:
                     data = data + more if more else b""
                 if not data:
                     return
-                control.sendall(json.dumps(_answer(json.loads(data), fds, children, (control.fileno(), wake_read, wake_write))).encode() + b"\n")
+                control.sendall(
+                    json.dumps(
+                        _answer(json.loads(data), fds, children, (control.fileno(), wake_read, wake_write))
+                    ).encode()
+                    + b"\n"
+                )
     finally:
         for pid in children:
             _kill_group(pid, signal.SIGKILL)
@@ -60,7 +66,9 @@ def serve(control: socket.socket) -> None:
             _reap(children, block=True)
 
 
-def _answer(request: dict[str, Any], fds: list[int], children: dict[int, int], own_fds: tuple[int, ...]) -> dict[str, Any]:
+def _answer(
+    request: dict[str, Any], fds: list[int], children: dict[int, int], own_fds: tuple[int, ...]
+) -> dict[str, Any]:
     if "preload" in request:
         return {"failed": _preload(request["preload"])}
     if "kill" in request:

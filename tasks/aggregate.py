@@ -44,7 +44,11 @@ def aggregate(
     weights = {update.manifest.site: update.weight * factors.get(update.manifest.site, 1.0) for update in ordered}
     heaviest = max(weights.values(), default=0.0)
     # Weights are relative. Relative to the heaviest, their sum cannot overflow.
-    counted = [(update, weights[update.manifest.site] / heaviest) for update in ordered if heaviest and weights[update.manifest.site]]
+    counted = [
+        (update, weights[update.manifest.site] / heaviest)
+        for update in ordered
+        if heaviest and weights[update.manifest.site]
+    ]
     with store.staged(target) as file:
         return write_tensors(file, base.spec, _next_blocks(strategy, base, counted))
 
@@ -62,7 +66,8 @@ def _next_blocks(
         before = torch_block(data, spec.dtype)
         wide = before.to(torch.float64)
         slices = [
-            Update(update.manifest.site, weight, _LazySlice(update, name, start, stop, wide)) for update, weight in senders
+            Update(update.manifest.site, weight, _LazySlice(update, name, start, stop, wide))
+            for update, weight in senders
         ]
         after, _ = strategy.apply(strategy.init({name: wide}), slices)
         yield as_bytes(_narrow(after[name], before, base.spec, name))
@@ -77,7 +82,9 @@ def _narrow(value: torch.Tensor, before: torch.Tensor, spec: Spec, name: str) ->
     if kind == "float":
         low, high = result.aminmax()
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            raise RoundError(f"the aggregate of {name} is not finite, though every update was: their values are too large")
+            raise RoundError(
+                f"the aggregate of {name} is not finite, though every update was: their values are too large"
+            )
     return result
 
 

@@ -3,8 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
 from fedpool.arrays import blocks, torch_block
 from fedpool.errors import IntegrityError
 from fedpool.manifest import UpdateManifest

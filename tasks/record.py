@@ -35,7 +35,11 @@ def round_record(
         previous_sha256: hash of the previous round's record; None in round 0.
         timings: name -> seconds.
     """
-    accepted = [_accepted(site, outcome, known_weights) for site, outcome in sorted(outcomes.items()) if isinstance(outcome, Accepted)]
+    accepted = [
+        _accepted(site, outcome, known_weights)
+        for site, outcome in sorted(outcomes.items())
+        if isinstance(outcome, Accepted)
+    ]
     return {
         "protocol": PROTOCOL,
         "job_id": job_id,
@@ -86,11 +90,18 @@ def round_ms(seconds: float) -> float:
 
 def known_weights(records: Sequence[Record]) -> dict[str, float]:
     """site -> weight of its last accepted training update."""
-    return {entry["site"]: entry["weight"] for record in records if record["task"] == "train" for entry in record["accepted"]}
+    return {
+        entry["site"]: entry["weight"]
+        for record in records
+        if record["task"] == "train"
+        for entry in record["accepted"]
+    }
 
 
 def causes(record: Record) -> str:
     """Why sites are missing from a round, one paragraph a site."""
     lines = [f"{entry['site']} failed: {entry['cause']}" for entry in record["failed"]]
-    lines += [f"{entry['site']}'s update was rejected ({entry['code']}): {entry['reason']}" for entry in record["rejected"]]
+    lines += [
+        f"{entry['site']}'s update was rejected ({entry['code']}): {entry['reason']}" for entry in record["rejected"]
+    ]
     return "\n".join(lines)

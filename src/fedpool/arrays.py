@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from fedpool.tensors import Digest, ReadRange, TensorReader, TensorSpec, file_order, write_tensors
+from fedpool.tensors import Digest, ReadRange, TensorReader, TensorSpec, Writable, file_order, write_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,8 @@ def numpy_dtype(code: str) -> "np.dtype[Any]":
     if code == "BF16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return dtype
     return np.dtype(_FROM_SAFETENSORS[code])
 
 
@@ -81,10 +82,10 @@ def as_bytes(value: Any) -> memoryview:
     array = np.ascontiguousarray(value).reshape(-1)
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
-    return memoryview(array.view(np.uint8))
+    return array.view(np.uint8).data
 
 
-def save_arrays(file: IO[bytes], params: Mapping[str, Any]) -> Digest:
+def save_arrays(file: Writable, params: Mapping[str, Any]) -> Digest:
     """Write params (torch tensors or numpy arrays of any shape) as safetensors; returns sha256 and size.
 
     Raises:

@@ -49,7 +49,9 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
     """
     path = Path(script)
     if not path.is_file():
-        raise RecipeError(f"train_script {str(script)!r} is not a file (looked in {Path.cwd()}): give the path of the client script")
+        raise RecipeError(
+            f"train_script {str(script)!r} is not a file (looked in {Path.cwd()}): give the path of the client script"
+        )
     path = path.resolve()  # as Python does: a linked script imports from beside its target
     folder = path.parent
     files: dict[str, bytes] = {}
@@ -112,7 +114,9 @@ def _imports(name: str, source: bytes) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join((*package[: len(package) - node.level + 1], node.module or "")) if node.level else node.module
+            base = (
+                ".".join((*package[: len(package) - node.level + 1], node.module or "")) if node.level else node.module
+            )
             base = (base or "").strip(".")
             yield from (f"{base}.{alias.name}".strip(".") for alias in node.names if alias.name != "*")
             if any(alias.name == "*" for alias in node.names):
@@ -137,10 +141,14 @@ def _local_files(folder: Path, module: str) -> Iterator[Path]:
 def _included(folder: Path, item: str) -> Iterable[tuple[str, bytes]]:
     path = folder / item
     if not path.exists():
-        raise RecipeError(f"include={item!r} does not exist in {folder}: give paths relative to the client script's folder")
+        raise RecipeError(
+            f"include={item!r} does not exist in {folder}: give paths relative to the client script's folder"
+        )
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if not file.resolve().is_relative_to(folder):
-            raise RecipeError(f"include={item!r} leads outside the client script's folder ({file.resolve()}): copy it in")
+            raise RecipeError(
+                f"include={item!r} leads outside the client script's folder ({file.resolve()}): copy it in"
+            )
         if file.is_file() and "__pycache__" not in file.parts:
             yield file.relative_to(folder).as_posix(), file.read_bytes()
 

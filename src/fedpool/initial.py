@@ -1,6 +1,5 @@
 """The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as plain tensors, checked."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +35,7 @@ class InitialModel:
         return save_arrays(_Nowhere(), self.params)
 
 
-class _Nowhere(io.RawIOBase):
+class _Nowhere:
     """A file that forgets, for the hash of what would be written."""
 
     def write(self, data: Any, /) -> int:
@@ -84,7 +83,8 @@ def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:
 def _copied(params: Mapping[str, Any]) -> dict[str, Any]:
     """Values of their own: training the user's module after the recipe was built must not change the recipe."""
     return {
-        str(name): value.detach().cpu().clone() if hasattr(value, "detach") else value.copy() for name, value in params.items()
+        str(name): value.detach().cpu().clone() if hasattr(value, "detach") else value.copy()
+        for name, value in params.items()
     }
 
 
@@ -97,7 +97,7 @@ def _load_checkpoint(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             return load_arrays(path, "torch")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  # both libraries raise whatever their parsers meet in a broken file
+    except Exception as error:  # both libraries raise whatever their parsers meet in a broken file
         raise RecipeError(
             f"checkpoint {str(path)!r} cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'tensors'}: "
             f"{type(error).__name__}: {error}. Save a state dict: torch.save(model.state_dict(), path), or safetensors"

@@ -50,11 +50,12 @@ class FLModel:
         if self.params_type is not None:
             self.params_type = ParamsType(self.params_type)
             if self.params is None:
-                raise ValueError(f"params_type={self.params_type.value} describes params, but params is None: give both")
+                raise ValueError(
+                    f"params_type={self.params_type.value} describes params, but params is None: give both"
+                )
         elif self.params is not None:
             self.params_type = ParamsType.FULL
-        if self.meta is None:
-            self.meta = {}
+        self.meta = self.meta or {}  # scripts may pass None
         for name in ("metrics", "meta"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):

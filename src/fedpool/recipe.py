@@ -56,7 +56,9 @@ def _split(arguments: str | Sequence[str], where: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(arguments))
     except ValueError as error:
-        raise RecipeError(f"{where} {arguments!r} cannot be split into words ({error}): balance its quotes, or give a list") from None
+        raise RecipeError(
+            f"{where} {arguments!r} cannot be split into words ({error}): balance its quotes, or give a list"
+        ) from None
 
 
 def _model_form(model: InitialModel) -> dict[str, Any]:
@@ -76,13 +78,17 @@ class Recipe(BaseModel):
         description="initial model: a torch.nn.Module, a state dict, or the path of a safetensors or torch checkpoint"
     )
     train_script: str = Field(description="path of the client script")
-    train_args: str | tuple[str, ...] = Field("", description="command line of the client script, as one string or a list")
+    train_args: str | tuple[str, ...] = Field(
+        "", description="command line of the client script, as one string or a list"
+    )
     min_clients: int = Field(description="accepted updates that a round needs; with fewer it fails", ge=1)
     num_rounds: int = Field(description="rounds to run", ge=1, le=100_000)
     clients_per_round: int | None = Field(
         None, description="sites drawn for each round, as a function of the seed; empty: all of them", ge=1
     )
-    initial_ckpt: Path | None = Field(None, description="checkpoint whose values replace the initial model's; keys must fit")
+    initial_ckpt: Path | None = Field(
+        None, description="checkpoint whose values replace the initial model's; keys must fit"
+    )
     params_transfer_type: Literal["FULL", "DIFF"] = Field(
         "FULL", description="what sites send: their parameters, or the difference to the model they received"
     )
@@ -90,25 +96,37 @@ class Recipe(BaseModel):
         default_factory=dict, description="site -> factor on its updates' weight; 1 for a site that is not named"
     )
     exclude_vars: tuple[str, ...] = Field(
-        (), description="regular expressions; parameters in whose names one is found are not exchanged and stay at the site"
+        (),
+        description="regular expressions; parameters in whose names one is found are not exchanged and stay at the site",
     )
     key_metric: str = Field("accuracy", description="metric by which the best model is chosen", min_length=1)
-    key_metric_mode: Literal["max", "min"] = Field("max", description="whether more or less of the key metric is better")
-    stop_cond: str | None = Field(None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"')
-    patience: int | None = Field(None, description="stop early after this many rounds without a better key metric", ge=1)
+    key_metric_mode: Literal["max", "min"] = Field(
+        "max", description="whether more or less of the key metric is better"
+    )
+    stop_cond: str | None = Field(
+        None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"'
+    )
+    patience: int | None = Field(
+        None, description="stop early after this many rounds without a better key metric", ge=1
+    )
     seed: int = Field(0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63)
     per_site_config: dict[str, dict[str, JsonValue]] = Field(
         default_factory=dict,
         description="site -> values that flare.get_config() returns there; the key train_args replaces the command line",
     )
     round_timeout: float | None = Field(
-        None, description="seconds after which a round's missing sites are killed and counted as failed; empty: never", gt=0
+        None,
+        description="seconds after which a round's missing sites are killed and counted as failed; empty: never",
+        gt=0,
     )
     include: tuple[str, ...] = Field(
         (), description="more files and folders for the bundle, relative to the client script's folder"
     )
     threads_per_site: int = Field(
-        1, description="torch threads of each client script; recorded, because the bits of a sum can depend on it", ge=1, le=1024
+        1,
+        description="torch threads of each client script; recorded, because the bits of a sum can depend on it",
+        ge=1,
+        le=1024,
     )
 
     _bundle: Bundle
@@ -154,7 +172,9 @@ class Recipe(BaseModel):
             if "train_args" in config:
                 arguments = config["train_args"]
                 if not isinstance(arguments, str | list):
-                    raise RecipeError(f"per_site_config[{site!r}]['train_args'] must be a string or a list, got {arguments!r}")
+                    raise RecipeError(
+                        f"per_site_config[{site!r}]['train_args'] must be a string or a list, got {arguments!r}"
+                    )
                 self._site_arguments[site] = _split(arguments, f"per_site_config[{site!r}]['train_args']")  # type: ignore[arg-type]
         if not isinstance(self.model, InitialModel):
             object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt))
@@ -169,7 +189,9 @@ class Recipe(BaseModel):
             except re.error as error:
                 raise RecipeError(f"exclude_vars {pattern!r} is not a regular expression: {error}") from None
             if not found:
-                raise RecipeError(f"exclude_vars {pattern!r} is found in no parameter: {', '.join(sorted(self.model.spec)[:8])}")
+                raise RecipeError(
+                    f"exclude_vars {pattern!r} is found in no parameter: {', '.join(sorted(self.model.spec)[:8])}"
+                )
             left -= found
         if not left:
             raise RecipeError(f"exclude_vars {list(self.exclude_vars)} leave no parameter to train together")
@@ -211,7 +233,9 @@ class Recipe(BaseModel):
             RecipeError: too few sites, or a site named in the recipe that the environment lacks.
         """
         if self.min_clients > len(sites):
-            raise RecipeError(f"min_clients={self.min_clients}, but the environment has {len(sites)} sites: no round could succeed")
+            raise RecipeError(
+                f"min_clients={self.min_clients}, but the environment has {len(sites)} sites: no round could succeed"
+            )
         if self.clients_per_round is not None and self.clients_per_round > len(sites):
             raise RecipeError(f"clients_per_round={self.clients_per_round}, but the environment has {len(sites)} sites")
         for what in ("aggregation_weights", "per_site_config"):

@@ -212,7 +212,9 @@ class Store:
                     raise FileExistsError(target)
                 self.fs.put_file(str(local), target)
         except FileExistsError:
-            raise StoreError(f"{target} exists already, and nothing in the store is overwritten: use a new job_id") from None
+            raise StoreError(
+                f"{target} exists already, and nothing in the store is overwritten: use a new job_id"
+            ) from None
         local.unlink()
 
     @contextmanager

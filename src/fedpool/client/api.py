@@ -91,10 +91,14 @@ class Client:
     def send(self, model: FLModel) -> None:
         """Send the round's update; see `fedpool.client.send`."""
         if not isinstance(model, FLModel):
-            raise ClientError(f"send() takes a flare.FLModel, got {type(model).__name__}: wrap it as flare.FLModel(params=...)")
+            raise ClientError(
+                f"send() takes a flare.FLModel, got {type(model).__name__}: wrap it as flare.FLModel(params=...)"
+            )
         if self._assignment is None or self._model is None:
             if self._assignment is None and self._sent_round is not None:
-                raise ClientError(f"round {self._sent_round} was sent already: call flare.is_running() for the next one")
+                raise ClientError(
+                    f"round {self._sent_round} was sent already: call flare.is_running() for the next one"
+                )
             raise ClientError("send() before receive(): call flare.receive() first, then train, then send")
         if model.params is None and model.metrics is None:
             raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
@@ -115,7 +119,9 @@ class Client:
 
     def log(self, key: str, value: Any, **where: Any) -> None:
         """Send a scalar to the host."""
-        self._host.put("log", key=str(key), value=_number(f"log({key!r})", value), where={k: str(v) for k, v in where.items()})
+        self._host.put(
+            "log", key=str(key), value=_number(f"log({key!r})", value), where={k: str(v) for k, v in where.items()}
+        )
 
     def shutdown(self) -> None:
         """Say goodbye to the host."""
@@ -137,7 +143,9 @@ class Client:
         assert self._model is not None and self._model.params is not None and model.params is not None
         params = model.params
         if not isinstance(params, Mapping):
-            raise ClientError(f"params must be a dict of name -> array, got {type(params).__name__}: send model.state_dict()")
+            raise ClientError(
+                f"params must be a dict of name -> array, got {type(params).__name__}: send model.state_dict()"
+            )
         params_type = ParamsType(model.params_type or ParamsType.FULL)
         excluded = {name for name in params if any(re.search(pattern, name) for pattern in assignment.exclude)}
         sent = {name: value for name, value in params.items() if name not in excluded}
@@ -202,7 +210,9 @@ def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in meta.items():
         value = value.item() if hasattr(value, "item") and not isinstance(value, str) else value
         if not isinstance(value, str | int | float | bool | None):
-            raise ClientError(f"meta[{key!r}] must be a number or a string, got {type(value).__name__}: send arrays as params")
+            raise ClientError(
+                f"meta[{key!r}] must be a number or a string, got {type(value).__name__}: send arrays as params"
+            )
         plain[str(key)] = value if not isinstance(value, float) or math.isfinite(value) else str(value)
     return plain
 

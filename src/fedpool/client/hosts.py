@@ -53,7 +53,10 @@ class Assignment:
 class Host(Protocol):
     """The other side of the client API."""
 
-    welcome: Welcome
+    @property
+    def welcome(self) -> Welcome:
+        """Who the script is."""
+        ...
 
     def next(self, timeout: float | None) -> Assignment | None:
         """The next assignment, None when the job is over; raises `Waiting` after timeout seconds."""
@@ -123,7 +126,9 @@ class SessionHost:
 
     @staticmethod
     def _lost() -> ClientError:
-        return ClientError("the session host is gone (the job ended, was cancelled, or its coordinator died): end this script")
+        return ClientError(
+            "the session host is gone (the job ended, was cancelled, or its coordinator died): end this script"
+        )
 
 
 class InitialParams(dict[str, Any]):
@@ -133,9 +138,8 @@ class InitialParams(dict[str, Any]):
 class Standalone:
     """No host: one round on the script's own initial weights, so that the same file can be debugged alone."""
 
-    welcome = Welcome("standalone", "site-1")
-
     def __init__(self) -> None:
+        self.welcome = Welcome("standalone", "site-1")
         self._done = False
         print("fedpool: no host around, running standalone: one round on this script's own initial weights")
 
@@ -210,7 +214,7 @@ class TorchrunHost:
         self._welcome = host.welcome if host else None
 
     @property
-    def welcome(self) -> Welcome:  # type: ignore[override]
+    def welcome(self) -> Welcome:
         """Who the script is; ranks above 0 learn it in the first `is_running()`."""
         if self._welcome is None:
             raise ClientError("ranks above 0 learn site, job and config in the first flare.is_running(): ask after it")
@@ -276,7 +280,9 @@ class TorchrunHost:
         data = json.dumps(value).encode() if self._host else b""
         size = torch.tensor([len(data)])
         dist.broadcast(size, 0, group=self._group)
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
+        buffer = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
+        )
         dist.broadcast(buffer, 0, group=self._group)
         received: dict[str, Any] = json.loads(bytes(buffer.tolist()))
         return received

@@ -1,0 +1,61 @@
+# Every target does its own set-up: Python 3.11 and make are all a machine needs.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow examples lint format docs wheel bench bench-peers oracle clean
+
+demo: $(READY)  ## hello-pt in simulation: three sites on scikit-learn's digits
+	$(RUN)/python examples/hello-pt/job.py
+
+test: $(READY)  ## the tests, with coverage of lines and branches
+	$(RUN)/coverage erase
+	$(RUN)/coverage run -m pytest -m "not slow"
+	$(RUN)/coverage combine --quiet
+	$(RUN)/coverage report --skip-covered
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(RUN)/pytest -m slow --timeout 3600
+
+examples: $(READY)  ## every example, from its README's command
+	$(RUN)/python examples/hello-numpy/job.py
+	$(RUN)/python examples/hello-pt/job.py
+	$(RUN)/python examples/cifar10/job.py --synthetic
+
+lint: $(READY)  ## ruff and mypy
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(READY)  ## let ruff rewrite
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+docs: $(READY)  ## run the commands and the code of README and docs/
+	$(RUN)/python .ci/run_docs.py
+
+wheel: $(READY)  ## build the wheel and run a job from it in a clean environment
+	.ci/check_wheel $(RUN)/python
+
+bench: $(READY)  ## the README's figures: a bare loop and fedpool side by side
+	$(RUN)/python benchmarks/simulation.py
+
+bench-peers: $(READY) .venvs/nvflare/.ready .venvs/flower/.ready  ## the same, and NVFlare and Flower
+	$(RUN)/python benchmarks/simulation.py --peers
+
+oracle: $(READY)  ## the FedAvg rows of the oracle, through SimEnv (some 15 minutes)
+	$(RUN)/python benchmarks/oracle_job.py
+
+clean:  ## remove what the targets above have made
+	rm -rf $(VENV) .venvs build dist fedpool-runs .coverage* src/*.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venvs/%/.ready: benchmarks/peers/%-requirements.txt
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/pip install --quiet --requirement $<
+	touch $@

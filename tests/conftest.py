@@ -1,0 +1,79 @@
+"""What the tests share: one real Prefect server for the whole run, and a way to run small jobs."""
+
+import contextlib
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from fedpool import FedAvgRecipe, Run, SimEnv
+from fedpool.deployments.server import private_server
+
+ADD_ONE = """
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        flare.send(flare.FLModel(params={name: value + 1 for name, value in model.params.items()}))
+"""
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[str]:
+    """A real Prefect server with an in-memory database; its API's URL."""
+    with private_server() as server:
+        server.wait()
+        with temporary_settings({PREFECT_API_URL: server.api_url}):
+            yield server.api_url
+
+
+@pytest.fixture
+def write_script(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a client script, dedented, and returns its path."""
+
+    def write(text: str, name: str = "client.py") -> Path:
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_job(prefect_api: str, tmp_path: Path, write_script: Callable[..., Path]) -> Callable[..., Run]:
+    """Runs a job to its end: `run_job(script text, env={...}, **recipe fields)`; two sites and two rounds unless told."""
+
+    def run(script: str = ADD_ONE, *, env: dict[str, Any] | None = None, wait: bool = True, **fields: Any) -> Run:
+        settings = {"num_clients": 2, "workspace": tmp_path / "runs", "progress": False} | (env or {})
+        if "clients" in settings:
+            del settings["num_clients"]
+        defaults = {"name": "test", "min_clients": 2, "num_rounds": 2, "model": {"w": np.zeros(3, np.float32)}}
+        recipe = FedAvgRecipe(**defaults | {"train_script": write_script(script)} | fields)
+        result: Run = recipe.execute(env=SimEnv(**settings), wait=wait)
+        return result
+
+    return run
+
+
+@pytest.fixture
+def leaves_nothing(prefect_api: str, tmp_path: Path) -> Iterator[None]:
+    """Fails when the test leaves a child process or a temporary file of ours behind."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
+    files_before = set(temporary.glob("fedpool-*"))
+    yield
+    left = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.pid not in before:
+                left.append(" ".join(process.cmdline()))
+    assert not left
+    assert set(temporary.glob("fedpool-*")) == files_before
+    assert not list(tmp_path.glob("runs/.fedpool*"))
