@@ -99,9 +99,12 @@ class Zygote:
         return Script(answer["pid"], output, status)
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
-        """Signal a script and all it started; nothing happens when it ended already, or the zygote did."""
-        with suppress(FedpoolError):
+        """Signal a script and all it started; nothing happens when it ended already."""
+        try:
             self._ask({"kill": pid, "signal": number})
+        except FedpoolError:  # the zygote itself was killed, and could not take its scripts with it
+            with suppress(ProcessLookupError):
+                os.killpg(pid, number)
 
     def close(self) -> None:
         """Kill what still runs, end the zygote and wait for it."""

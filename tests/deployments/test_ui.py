@@ -1,0 +1,110 @@
+"""What a person sees of a job in the Prefect UI, read through the API that the UI itself uses."""
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+    LogFilter,
+    LogFilterFlowRunId,
+    TaskRunFilter,
+    TaskRunFilterFlowRunId,
+)
+
+from fedpool import JobFailed, Run
+
+SCRIPT = """
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        print("hello from", flare.get_site_name(), "in round", model.current_round)
+        if flare.get_site_name() == "site-2" and model.current_round == {fails_in}:
+            raise ValueError("no luck")
+        flare.log("loss", 1.5)
+        flare.send(flare.FLModel(params=model.params, metrics={{"accuracy": 0.25}}, meta={{"NUM_STEPS_CURRENT_ROUND": 7}}))
+"""
+
+
+async def read(run: Run) -> dict[str, Any]:
+    """The flow runs, task runs, logs and artifacts of a job."""
+    async with get_client() as client:
+        job = next(r for r in await client.read_flow_runs(limit=200) if (r.parameters or {}).get("job_id") == run.job_id)
+        rounds = await client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[job.id]))
+        )
+        rounds.sort(key=lambda r: r.name or "")
+        ids = [job.id, *(r.id for r in rounds)]
+        tasks = await client.read_task_runs(
+            task_run_filter=TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[r.id for r in rounds]))
+        )
+        logs = await client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=ids)), limit=200)
+        artifacts = await client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=ids))
+        )
+        return {"job": job, "rounds": rounds, "tasks": tasks, "logs": logs, "artifacts": artifacts}
+
+
+def test_a_job_shows_as_flow_runs_with_logs_tables_and_a_report(run_job: Callable[..., Run]) -> None:
+    run = run_job(SCRIPT.format(fails_in=-1), name="seen")
+    seen = asyncio.run(read(run))
+    assert seen["job"].name == "seen" and seen["job"].state_name == "Completed"
+    assert seen["job"].parameters["recipe"]["num_rounds"] == 2 and seen["job"].parameters["sites"] == "<LocalSites>"
+    assert [r.name for r in seen["rounds"]] == ["seen round 0", "seen round 1", "seen round 2"]
+    assert sorted({task.name for task in seen["tasks"]}) == ["site-1", "site-2"] and len(seen["tasks"]) == 6
+    own_logs = {log.message: log.task_run_id for log in seen["logs"]}
+    task = own_logs["site-2: hello from site-2 in round 1"]
+    assert next(t for t in seen["tasks"] if t.id == task).flow_run_id == seen["rounds"][1].id
+    assert "site-1: loss = 1.5" in own_logs
+    by_key: dict[str, list[Any]] = {}
+    for artifact in seen["artifacts"]:
+        by_key.setdefault(artifact.key, []).append(artifact)
+    assert by_key["progress"][0].data == 100
+    table = next(a for a in by_key["round-table"] if a.flow_run_id == seen["rounds"][0].id)
+    rows = json.loads(table.data)
+    assert rows[0] | {"seconds": ""} == {
+        "site": "site-1", "state": "accepted", "examples": "7", "accuracy": "0.2500", "loss": "1.5000", "seconds": "",
+        "bytes": str(run.get_result().rounds[0]["accepted"][0]["size"]),
+    }  # fmt: skip
+    assert "# seen: completed" in by_key["report"][0].data and str(run.get_result().path) in by_key["report"][0].data
+
+
+def test_a_failed_round_says_which_site_which_round_and_the_traceback(run_job: Callable[..., Run]) -> None:
+    run = run_job(SCRIPT.format(fails_in=1), name="unlucky")
+    with pytest.raises(JobFailed):
+        run.get_result()
+    seen = asyncio.run(read(run))
+    assert seen["job"].state_name == "Failed"
+    failed = seen["rounds"][1]
+    assert failed.name == "unlucky round 1" and failed.state_name == "Failed"
+    for words in ("round 1", "site-2 failed", "Traceback (most recent call last)", "ValueError: no luck"):
+        assert words in failed.state.message
+    states = {task.name: task.state_name for task in seen["tasks"] if task.flow_run_id == failed.id}
+    assert states == {"site-1": "Completed", "site-2": "Failed"}
+    assert any(a.key == "report" and "ValueError: no luck" in a.data for a in seen["artifacts"])
+
+
+def test_an_aborted_job_shows_as_cancelled(run_job: Callable[..., Run]) -> None:
+    script = """
+        import threading
+        import fedpool.client as flare
+        flare.init()
+        flare.receive()
+        threading.Event().wait()
+    """
+    run = run_job(script, wait=False, model={"w": np.zeros(1)})
+    while not (os.path.isdir(run.path) and os.listdir(run.path)):
+        assert not run.wait(0.05)
+    run.abort()
+    assert run.wait(60)
+    assert asyncio.run(read(run))["job"].state_name == "Cancelled"
