@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
-from fedpool.arrays import save_arrays
+from fedpool.arrays import save_and_hash
 from fedpool.errors import FedpoolError, JobFailed
 from fedpool.flows.round import Job, federated_round
 from fedpool.recipe import Recipe
@@ -70,10 +70,10 @@ async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -
 def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> Digest:
     """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest."""
     paths = JobPaths(job_id)
-    assert recipe.bundle.data is not None and recipe.model.params is not None
+    assert recipe.bundle.data is not None
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
     with store.staged(paths.global_model(0)) as file:
-        digest = save_arrays(file, recipe.model.params)
+        digest = save_and_hash(file, recipe.model.params)
     store.write_json(
         paths.job,
         {

@@ -18,6 +18,9 @@ from fedpool.errors import FedpoolError
 _ALWAYS = ("fedpool.client.tracking", "safetensors")
 """What every client script imports sooner or later."""
 
+_WITH_TORCH = ("torch._dynamo", "safetensors.torch")
+"""What torch imports when a script makes its first optimizer: 800 modules and 2 s, which no site needs to pay by itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Script:
@@ -60,7 +63,9 @@ class Zygote:
 
         What cannot be imported is left to the script, which will say so itself.
         """
-        self._preloading = threading.Thread(target=self._ask, args=({"preload": [*_ALWAYS, *modules]},), daemon=True)
+        uses_torch = any(module.partition(".")[0] in ("torch", "lightning", "pytorch_lightning") for module in modules)
+        names = [*_ALWAYS, *modules, *(_WITH_TORCH if uses_torch else ())]
+        self._preloading = threading.Thread(target=self._ask, args=({"preload": names},), daemon=True)
         self._preloading.start()
 
     def start(

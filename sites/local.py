@@ -19,10 +19,10 @@ from typing import Protocol, runtime_checkable
 
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
-from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
+from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.sites.launcher import Zygote
 from fedpool.sites.session import LogLine, Session, Work
-from fedpool.sites.site_round import SiteFolder, run_site_round
+from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
 from fedpool.store import JobPaths, Store
 
 
@@ -42,7 +42,7 @@ class Sites(Protocol):
         """Get ready for a job whose bundle is in the store."""
         ...
 
-    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> UpdateManifest:
+    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
         """Have a site do an assignment; raises `SiteError` when it fails or misses the deadline (`time.monotonic()`)."""
         ...
 
@@ -132,7 +132,7 @@ class LocalSites:
         unpack_bundle(data, self._folder / "bundle", sha256=job.bundle_sha256)
         self._job, self._store = job, store
 
-    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> UpdateManifest:
+    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
         """See `Sites.perform`."""
         loop = asyncio.get_running_loop()
         context = contextvars.copy_context()  # the loggers behind `log` find their Prefect run and settings in it
@@ -152,7 +152,7 @@ class LocalSites:
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._sockets, ignore_errors=True)
 
-    def _perform(self, assignment: SiteAssignment, deadline: float | None, log: LogLine) -> UpdateManifest:
+    def _perform(self, assignment: SiteAssignment, deadline: float | None, log: LogLine) -> Delivery:
         assert self._job is not None and self._store is not None, "open() comes first"
         site = assignment.site
         if self.cancelled:
@@ -164,7 +164,7 @@ class LocalSites:
             session = self._sessions.get(site) or self._new_session(site, slot)
             if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
                 raise SiteError(site, assignment.round, "the job was cancelled")
-            manifest = run_site_round(
+            delivery = run_site_round(
                 self._job,
                 assignment,
                 session=session,
@@ -176,7 +176,7 @@ class LocalSites:
             )
             if not self._keep_alive:
                 session.end()
-            return manifest
+            return delivery
         except SiteError as error:
             if self.cancelled:
                 raise SiteError(site, assignment.round, "the job was cancelled") from error

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpool.arrays import inspect_tensors, range_reader
 from fedpool.client.hosts import Assignment
 from fedpool.errors import SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.sites.session import LogLine, Session
 from fedpool.store import JobPaths, Store
-from fedpool.tensors import Digest
+from fedpool.tensors import Digest, Inspection, TensorReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,14 @@ class SiteFolder:
         return self.path / "kept.safetensors"
 
 
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What a site has put into the store: the manifest, and what was seen of the update's bytes on their way (None without)."""
+
+    manifest: UpdateManifest
+    inspection: Inspection | None
+
+
 def site_seed(job_seed: int, site: str, round: int) -> int:
     """A seed for everything random in a script: a function of (job seed, site, round), in [0, 2**63)."""
     digest = hashlib.sha256(f"{job_seed}/{site}/{round}".encode()).digest()
@@ -50,13 +59,13 @@ def run_site_round(
     deadline: float | None,
     log: LogLine,
     trusted: bool = False,
-) -> UpdateManifest:
+) -> Delivery:
     """Do an assignment and commit what came of it to the store.
 
     Args:
         trusted: the global model's bytes were written by this very process, so they are not hashed again.
 
-    Returns: the manifest as written to the store.
+    Returns: the manifest as written to the store, and what was seen of the update on its way there.
 
     Raises:
         SiteError: the script or the store failed.
@@ -83,8 +92,9 @@ def run_site_round(
             log=log,
         )
         update = reply.update
+        inspection = None
         if update["params_type"] is not None:
-            store.adopt(folder.update, paths.update(round, site))
+            inspection = _deliver(folder.update, store, paths.update(round, site))
         manifest = UpdateManifest(
             job_id=job.job_id,
             site=site,
@@ -92,8 +102,8 @@ def run_site_round(
             task=assignment.task,
             base_sha256=assignment.base_sha256,
             params_type=update["params_type"],
-            sha256=update.get("sha256"),
-            size=update.get("size", 0),
+            sha256=inspection.digest.sha256 if inspection else None,
+            size=inspection.digest.size if inspection else 0,
             weight=_weight(update["meta"]),
             metrics=_finite(update["metrics"]),
             logged=_finite(reply.logged),
@@ -103,7 +113,16 @@ def run_site_round(
         store.write_json(paths.manifest(round, site), manifest.model_dump(mode="json"))
     except (OSError, StoreError) as error:
         raise SiteError(site, round, f"its part of the store failed: {error}") from error
-    return manifest
+    return Delivery(manifest, inspection)
+
+
+def _deliver(local: Path, store: Store, path: str) -> Inspection:
+    """Hash what the script wrote, here and not in the script, which is the user's code; then move it into the store."""
+    with local.open("rb", buffering=0) as file:
+        reader = TensorReader(range_reader(file), local.stat().st_size, where=local.name)
+        inspection = inspect_tensors(reader, store.block_elements)
+    store.adopt(local, path)
+    return inspection
 
 
 def _weight(meta: Mapping[str, Any]) -> float | str:

@@ -91,10 +91,12 @@ async def _ask_slot(round: Round, shared: _Shared) -> dict[str, Outcome]:
 async def _ask(round: Round, assignment: SiteAssignment) -> Outcome:
     logger = get_run_logger()
     prefix = f"{assignment.site}: "
-    manifest = await round.sites.perform(
+    delivery = await round.sites.perform(
         assignment, deadline=round.deadline, log=lambda line: logger.info("%s%s", prefix, line)
     )
-    outcome = await asyncio.to_thread(judge, round.store, assignment.site, manifest, round.expected)
+    outcome = await asyncio.to_thread(
+        judge, round.store, assignment.site, delivery.manifest, round.expected, delivery.inspection
+    )
     if isinstance(outcome, Rejected):
         logger.warning("%supdate rejected (%s): %s", prefix, outcome.code, outcome.reason)
     return outcome

@@ -3,14 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from fedpool.arrays import blocks, torch_block
+from fedpool.arrays import inspect_tensors
 from fedpool.errors import IntegrityError
 from fedpool.manifest import UpdateManifest
-from fedpool.store import JobPaths, Store, check_digest
-from fedpool.tensors import Digest, Spec, TensorReader
-
-BLOCK_ELEMENTS = 1 << 20
-"""Elements that are read at once: 4 MiB of float32, small enough for a processor's cache."""
+from fedpool.store import JobPaths, Store
+from fedpool.tensors import Inspection, Spec, TensorReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +46,15 @@ class _Refused(Exception):
         self.code = code
 
 
-def judge(store: Store, site: str, manifest: UpdateManifest, expected: Expected) -> Accepted | Rejected:
+def judge(
+    store: Store, site: str, manifest: UpdateManifest, expected: Expected, inspection: Inspection | None = None
+) -> Accepted | Rejected:
     """Check everything about an update: whom it is from, what it answers, its bytes, names, shapes, values and weight.
 
     Args:
         site: who was asked; the manifest must say the same.
+        inspection: what this very process has seen of the update as it put it into the store (a simulated site); None
+            reads the store.
     """
     try:
         _check_claims(site, manifest, expected)
@@ -62,15 +63,13 @@ def judge(store: Store, site: str, manifest: UpdateManifest, expected: Expected)
             return Accepted(manifest, weight, None)
         if manifest.params_type is None or manifest.sha256 is None:
             raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
-        path = JobPaths(expected.job_id).update(expected.round, site)
-        try:
-            with store.open(path) as file:
-                check_digest(file, Digest(manifest.sha256, manifest.size), where=f"{site}'s update")
-            tensors = store.tensors(path, manifest.size)
-        except IntegrityError as error:
-            raise _Refused("bytes", str(error)) from None
+        tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site), manifest)
         _check_names(tensors.spec, expected.spec)
-        _check_values(tensors)
+        seen = inspection or inspect_tensors(tensors, store.block_elements)
+        if seen.digest.sha256 != manifest.sha256:
+            raise _Refused("bytes", f"it has sha256 {seen.digest.sha256}, its manifest says {manifest.sha256}")
+        if seen.not_finite is not None:
+            raise _Refused("not_finite", seen.not_finite)
     except _Refused as refused:
         return Rejected(manifest, refused.code, str(refused))
     return Accepted(manifest, weight, tensors)
@@ -108,15 +107,16 @@ def _check_names(found: Spec, expected: Spec) -> None:
             raise _Refused("dtype", f"{name}: expected {expected[name].dtype}, got {found[name].dtype}")
 
 
-def _check_values(tensors: TensorReader) -> None:
-    floats = {name: entry for name, entry in tensors.spec.items() if entry.kind == "float"}
-    for name, start, stop in blocks(floats, BLOCK_ELEMENTS):
-        block = torch_block(tensors.read_block(name, start, stop), floats[name].dtype)
-        # One pass that allocates nothing: a NaN wins both ends of aminmax, an infinity is one of them.
-        low, high = block.aminmax()
-        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            count = int((~block.isfinite()).sum())
-            raise _Refused("not_finite", f"{name} holds NaN or infinity ({count} of elements {start} to {stop - 1})")
+def _open(store: Store, path: str, manifest: UpdateManifest) -> TensorReader:
+    try:
+        size = store.size(path)
+        if size != manifest.size:
+            raise _Refused("bytes", f"it has {size} bytes, its manifest says {manifest.size}")
+        return store.tensors(path, size)
+    except FileNotFoundError:
+        raise _Refused("bytes", "its manifest is there, but the update is not") from None
+    except IntegrityError as error:
+        raise _Refused("bytes", str(error)) from None
 
 
 def _some(names: list[str]) -> str:

@@ -4,12 +4,24 @@ A script without torch must not pay for it, and bfloat16 in numpy needs `ml_dtyp
 the first value asks for it.
 """
 
+import hashlib
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from fedpool.tensors import Digest, ReadRange, TensorReader, TensorSpec, Writable, file_order, write_tensors
+from fedpool.tensors import (
+    Digest,
+    Inspection,
+    ReadRange,
+    TensorReader,
+    TensorSpec,
+    Writable,
+    file_order,
+    write_and_hash,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,14 +97,20 @@ def as_bytes(value: Any) -> memoryview:
     return array.view(np.uint8).data
 
 
-def save_arrays(file: Writable, params: Mapping[str, Any]) -> Digest:
-    """Write params (torch tensors or numpy arrays of any shape) as safetensors; returns sha256 and size.
+def save_arrays(file: Writable, params: Mapping[str, Any]) -> None:
+    """Write params (torch tensors or numpy arrays of any shape) as safetensors.
 
     Raises:
         TypeError: a value is no array or of a dtype that cannot travel.
     """
     spec = {name: describe(name, value) for name, value in params.items()}
-    return write_tensors(file, spec, (as_bytes(params[name]) for name in file_order(spec)))
+    write_tensors(file, spec, (as_bytes(params[name]) for name in file_order(spec)))
+
+
+def save_and_hash(file: Writable, params: Mapping[str, Any]) -> Digest:
+    """`save_arrays`, with sha256 and size of what was written."""
+    spec = {name: describe(name, value) for name, value in params.items()}
+    return write_and_hash(file, spec, (as_bytes(params[name]) for name in file_order(spec)))
 
 
 def load_arrays(path: str | Path, params_format: ParamsFormat) -> dict[str, Any]:
@@ -142,9 +160,18 @@ def torch_block(data: bytearray, code: str) -> "torch.Tensor":
     return torch.frombuffer(data, dtype=torch_dtype(code)) if data else torch.empty(0, dtype=torch_dtype(code))
 
 
-def blocks(spec: Mapping[str, TensorSpec], num_elements: int) -> Iterator[tuple[str, int, int]]:
-    """(name, start, stop) of every block of a model, at most `num_elements` each, in file order."""
-    for name in file_order(spec):
-        size = spec[name].num_elements
-        for start in range(0, size, num_elements):
-            yield name, start, min(start + num_elements, size)
+def inspect_tensors(reader: TensorReader, block_elements: int) -> Inspection:
+    """Hash every byte of a file of tensors and look at every float, in one pass."""
+    digest = hashlib.sha256(reader.head)
+    size = len(reader.head)
+    not_finite: str | None = None
+    for name, start, stop in reader.blocks(block_elements):
+        data = reader.read_block(name, start, stop)
+        digest.update(data)
+        size += len(data)
+        if reader.spec[name].kind == "float" and not_finite is None:
+            # A NaN wins both ends of aminmax, an infinity is one of them.
+            low, high = torch_block(data, reader.spec[name].dtype).aminmax()
+            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+                not_finite = f"{name} holds NaN or infinity, first among its elements {start} to {stop - 1}"
+    return Inspection(Digest(digest.hexdigest(), size), not_finite)

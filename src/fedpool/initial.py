@@ -1,12 +1,12 @@
 """The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as plain tensors, checked."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedpool.arrays import describe, load_arrays, save_arrays
+from fedpool.arrays import describe, load_arrays, save_and_hash
 from fedpool.errors import RecipeError
 from fedpool.tensors import Digest, TensorSpec
 
@@ -17,29 +17,19 @@ class InitialModel:
 
     Attributes:
         spec: name -> dtype and shape.
-        params: name -> torch tensor or numpy array; None once they lie in a store and only the spec is known.
+        digest: sha256 and size of the model as safetensors.
+        params: name -> torch tensor, values of the recipe's own: training the user's module further does not change them. They
+            are memory-mapped from a file that has no name any more, so that a large model is not in memory twice.
     """
 
     spec: Mapping[str, TensorSpec]
-    params: Mapping[str, Any] | None = field(default=None, repr=False)
+    digest: Digest
+    params: Mapping[str, Any] = field(repr=False)
 
     @property
     def num_parameters(self) -> int:
         """Elements over all tensors."""
         return sum(entry.num_elements for entry in self.spec.values())
-
-    @cached_property
-    def digest(self) -> Digest:
-        """sha256 and size of the model as safetensors."""
-        assert self.params is not None, "only the spec of this model is known"
-        return save_arrays(_Nowhere(), self.params)
-
-
-class _Nowhere:
-    """A file that forgets, for the hash of what would be written."""
-
-    def write(self, data: Any, /) -> int:
-        return len(data)
 
 
 def initial_model(model: Any, checkpoint: str | Path | None = None) -> InitialModel:
@@ -68,7 +58,10 @@ def initial_model(model: Any, checkpoint: str | Path | None = None) -> InitialMo
         loaded = _load_checkpoint(Path(checkpoint))
         _check_fit(spec, _describe(loaded, "initial_ckpt"), checkpoint)
         params = loaded
-    return InitialModel(spec, _copied(params))
+    with tempfile.NamedTemporaryFile(prefix="fedpool-", suffix=".safetensors") as file:
+        digest = save_and_hash(file, {str(name): value for name, value in params.items()})
+        file.flush()
+        return InitialModel(spec, digest, load_arrays(file.name, "torch"))
 
 
 def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:
@@ -78,14 +71,6 @@ def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:
         return {str(name): describe(str(name), value) for name, value in params.items()}
     except TypeError as error:
         raise RecipeError(f"{what}: {error}") from None
-
-
-def _copied(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of their own: training the user's module after the recipe was built must not change the recipe."""
-    return {
-        str(name): value.detach().cpu().clone() if hasattr(value, "detach") else value.copy()
-        for name, value in params.items()
-    }
 
 
 def _load_checkpoint(path: Path) -> Mapping[str, Any]:

@@ -12,8 +12,9 @@ Legend: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive e
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 from fedpool.errors import IntegrityError
@@ -79,15 +80,44 @@ def file_order(spec: Spec) -> list[str]:
     return sorted(spec, key=lambda name: (-ITEM_SIZES[spec[name].dtype], name))
 
 
-def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> Digest:
+def block_ranges(name: str, size: int, num_elements: int) -> Iterator[tuple[str, int, int]]:
+    """(name, start, stop) of the blocks of a tensor of `size` elements."""
+    for start in range(0, size, num_elements):
+        yield name, start, min(start + num_elements, size)
+
+
+class _Hashing:
+    """A file that hashes what passes through it."""
+
+    def __init__(self, file: Writable) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: Any, /) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._size += len(data)
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(self._sha256.hexdigest(), self._size)
+
+
+def write_and_hash(file: Writable, spec: Spec, buffers: Iterable[Any]) -> Digest:
+    """`write_tensors`, with sha256 and size of what was written."""
+    hashing = _Hashing(file)
+    write_tensors(hashing, spec, buffers)
+    return hashing.digest
+
+
+def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> None:
     """Write a safetensors file as a stream.
 
     Args:
         file: anything with `write(bytes-like)`.
         spec: what is written.
         buffers: the tensors' bytes, in `file_order(spec)`, in as many bytes-like pieces as the caller likes.
-
-    Returns: sha256 and size of what was written.
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -97,19 +127,12 @@ def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> Digest:
         offset = end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
     size = 0
-    for piece in (len(head).to_bytes(8, "little"), head):
-        file.write(piece)
-        digest.update(piece)
-        size += len(piece)
-    for buffer in buffers:
+    for buffer in chain((len(head).to_bytes(8, "little"), head), buffers):
         view = memoryview(buffer).cast("B")
         file.write(view)
-        digest.update(view)
         size += len(view)
     assert size == 8 + len(head) + offset, "the buffers do not add up to the spec"
-    return Digest(digest.hexdigest(), size)
 
 
 class TensorReader:
@@ -131,6 +154,8 @@ class TensorReader:
         self._read_range = read_range
         self._size = size
         self.where = where
+        self.head = b""
+        """Header length and header: what comes before the tensors' bytes."""
         self._offsets: dict[str, int] = {}
         self.spec: dict[str, TensorSpec] = {}
         self._parse()
@@ -140,8 +165,9 @@ class TensorReader:
         length = int.from_bytes(self._read_range(0, 8), "little") if total >= 8 else 0
         if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
             raise self._bad(f"its header claims {length} bytes of a file of {total}")
+        self.head = bytes(self._read_range(0, 8 + length))
         try:
-            header = json.loads(self._read_range(8, 8 + length))
+            header = json.loads(self.head[8:])
         except (ValueError, RecursionError) as error:
             raise self._bad(f"its header is not JSON ({error})") from None
         if not isinstance(header, dict):
@@ -175,6 +201,11 @@ class TensorReader:
     def _bad(self, why: str) -> IntegrityError:
         return IntegrityError(f"{self.where} is not a sound safetensors file: {why}")
 
+    def blocks(self, num_elements: int) -> Iterator[tuple[str, int, int]]:
+        """(name, start, stop) of every block, at most `num_elements` each, in the order of the file: after `head`, all of it."""
+        for name in sorted(self.spec, key=lambda name: self._offsets[name]):
+            yield from block_ranges(name, self.spec[name].num_elements, num_elements)
+
     def read_block(self, name: str, start: int, stop: int) -> bytearray:
         """The bytes of elements `start` to `stop` of the flattened tensor `name`."""
         item = ITEM_SIZES[self.spec[name].dtype]
@@ -183,3 +214,11 @@ class TensorReader:
         if len(block) != (stop - start) * item:
             raise self._bad(f"it ended inside {name!r}")
         return block
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What one pass over a file of tensors has seen: its digest, and where the first NaN or infinity is, if anywhere."""
+
+    digest: Digest
+    not_finite: str | None

@@ -1,0 +1,41 @@
+"""What `import fedpool.client` costs: a script pays for nothing that it does not use."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("prefect", "lightning", "pytorch_lightning", "s3fs", "fsspec", "torch", "numpy", "pydantic", "rich", "httpx")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", ["fedpool", "fedpool.client", "fedpool.client.tracking"])
+def test_importing_it_loads_no_framework(module: str) -> None:
+    code = f"import json, sys, {module}; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    assert json.loads(python("-c", code).stdout) == []
+
+
+def test_initialising_and_running_standalone_loads_no_framework_either() -> None:
+    code = (
+        "import json, sys; import fedpool.client as flare\n"
+        "flare.init()\nwhile flare.is_running():\n    flare.receive()\n    flare.send(flare.FLModel(metrics={'a': 1}))\n"
+        f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    )
+    assert json.loads(python("-c", code).stdout.splitlines()[-1]) == []
+
+
+def test_importing_it_takes_less_than_a_fifth_of_a_second() -> None:
+    def cumulative_us() -> int:
+        lines = python("-X", "importtime", "-c", "import fedpool.client").stderr.splitlines()
+        (line,) = [line for line in lines if line.endswith("| fedpool.client")]
+        found = re.search(r"\|\s*(\d+) \|", line)
+        assert found is not None
+        return int(found[1])
+
+    best = min(cumulative_us() for _ in range(5))  # the best of five, because the machine may be busy with other things
+    assert best < 200_000

@@ -1,0 +1,281 @@
+"""Under torchrun only rank 0 talks: the others get site, assignment and model by broadcast, and their `send` does nothing."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from fedpool.arrays import ParamsFormat, as_bytes, load_arrays, save_arrays
+from fedpool.client.hosts import Assignment, TorchrunHost, Waiting, Welcome
+from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, Link
+
+PARAMS = {
+    "w": torch.arange(6.0).reshape(2, 3),
+    "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "count": torch.tensor(2**40 + 1),
+    "mask": torch.tensor([True, False]),
+    "empty": torch.empty(0, 3),
+}
+
+# Each rank writes what it saw. Rank 1 sends other values than rank 0 and after it, and in the last round an empty model.
+SESSION_SCRIPT = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+import fedpool.client as flare
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+flare.init(rank=rank)
+seen = {"rounds": []}
+try:
+    flare.get_site_name()
+except RuntimeError as error:
+    seen["early"] = str(error)
+while "send" not in seen and flare.is_running():
+    model = flare.receive()
+    again = flare.receive() is model
+    params = {name: [str(value.dtype), value.tolist()] for name, value in model.params.items()}
+    seen["rounds"].append([flare.get_site_name(), flare.get_job_id(), flare.get_config(), flare.get_task_name(),
+                           model.current_round, model.total_rounds, again, params])
+    flare.log("loss", 0.5 + rank)
+    try:
+        if rank == 0:
+            flare.send(flare.FLModel(params={"w": torch.zeros(2)}, metrics={"accuracy": 0.5}))
+            dist.barrier()
+        else:
+            dist.barrier()
+            flare.send(flare.FLModel(params={"w": torch.ones(2)}) if model.current_round == 0 else flare.FLModel())
+    except RuntimeError as error:
+        seen["send"] = str(error)
+    with open(os.path.join(sys.argv[1], f"rank-{rank}.json"), "w") as file:
+        json.dump(seen, file)
+dist.destroy_process_group()
+"""
+
+STANDALONE_SCRIPT = """
+import torch
+import torch.distributed as dist
+import fedpool.client as flare
+
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+model = torch.nn.Linear(2, 1)
+flare.init()
+rounds = 0
+while flare.is_running():
+    input_model = flare.receive()
+    model.load_state_dict(input_model.params)
+    flare.send(flare.FLModel(params=model.state_dict(), metrics={"accuracy": 0.5}))
+    rounds += 1
+print(f"rank {dist.get_rank()} ran {rounds} round with {len(input_model.params)} params\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+UNINITIALISED_SCRIPT = "import fedpool.client as flare\nflare.init()\nflare.is_running()\n"
+
+
+class SessionThread(threading.Thread):
+    """The host's end of a session: welcomes one script, gives out assignments in turn, keeps its messages."""
+
+    def __init__(self, address: str, key: bytes, assignments: list[Assignment]) -> None:
+        super().__init__(daemon=True)
+        self.messages: list[dict[str, Any]] = []
+        self._assignments = assignments
+        self._listener = Listener(address, family="AF_UNIX", authkey=key)
+
+    def run(self) -> None:
+        with self._listener, self._listener.accept() as connection:
+            link = Link(connection)
+            while True:
+                try:
+                    message = link.get()
+                except EOFError:
+                    return
+                self.messages.append(message)
+                if message["kind"] == "hello":
+                    link.put("welcome", job_id="job-1", site="site-7", config={"lr": 0.1})
+                elif message["kind"] == "next" and self._assignments:
+                    link.put("assignment", assignment=asdict(self._assignments.pop(0)))
+                elif message["kind"] == "next":
+                    link.put("end")
+
+
+def torchrun(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "client.py"
+    path.write_text(script)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDPOOL_")}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**environment, "OMP_NUM_THREADS": "1", **variables},
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SessionThread, subprocess.CompletedProcess[str]]:
+    """A job of two rounds at a site whose script runs on two ranks."""
+    folder = tmp_path_factory.mktemp("session")
+    with (folder / "global").open("wb") as file:
+        save_arrays(file, PARAMS)
+    assignments = [Assignment(n, 2, model=str(folder / "global"), update=str(folder / f"update-{n}")) for n in range(2)]
+    with tempfile.TemporaryDirectory(prefix="fp-") as short:  # the path of a Unix socket is limited to about 100 bytes
+        host = SessionThread(f"{short}/s", b"secret", assignments)
+        host.start()
+        variables = {ADDRESS_VARIABLE: f"{short}/s", KEY_VARIABLE: b"secret".hex()}
+        ran = torchrun(folder, SESSION_SCRIPT, str(folder), **variables)
+        host.join(10)
+    return folder, host, ran
+
+
+@pytest.fixture
+def seen(session: tuple[Path, SessionThread, subprocess.CompletedProcess[str]]) -> list[dict[str, Any]]:
+    """What each rank saw."""
+    folder, _, _ = session
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_every_rank_sees_the_same_site_assignment_and_params(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["rounds"] == seen[1]["rounds"]
+    site, job, config, task, number, total, again, params = seen[0]["rounds"][0]
+    assert (site, job, config, task, number, total, again) == ("site-7", "job-1", {"lr": 0.1}, "train", 0, 2, True)
+    assert params == {name: [str(value.dtype), value.tolist()] for name, value in PARAMS.items()}
+
+
+def test_a_rank_above_0_learns_who_it_is_in_the_first_is_running(seen: list[dict[str, Any]]) -> None:
+    assert "early" not in seen[0]
+    assert "ranks above 0 learn site, job and config in the first flare.is_running()" in seen[1]["early"]
+
+
+def test_only_rank_0_talks_to_the_host(session: tuple[Path, SessionThread, Any], seen: list[dict[str, Any]]) -> None:
+    _, host, _ = session
+    assert len(seen[1]["rounds"]) == 2
+    kinds = [message["kind"] for message in host.messages]
+    assert kinds == ["hello", *["next", "log", "update"] * 2, "next"]
+    assert {message["value"] for message in host.messages if message["kind"] == "log"} == {0.5}
+
+
+def test_the_update_is_rank_0s_whatever_the_others_send(
+    session: tuple[Path, SessionThread, Any], seen: list[dict[str, Any]]
+) -> None:
+    folder, _, _ = session
+    assert seen[0]["rounds"]
+    assert load_arrays(folder / "update-0", "torch")["w"].tolist() == [0.0, 0.0]
+
+
+def test_a_send_above_rank_0_does_nothing_whatever_the_model_holds(
+    session: tuple[Path, SessionThread, subprocess.CompletedProcess[str]], seen: list[dict[str, Any]]
+) -> None:
+    _, _, ran = session
+    assert [rank.get("send") for rank in seen] == [None, None]
+    assert [len(rank["rounds"]) for rank in seen] == [2, 2]
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.fixture(scope="module")
+def standalone(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    return torchrun(tmp_path_factory.mktemp("standalone"), STANDALONE_SCRIPT)
+
+
+def test_standalone_only_rank_0_prints_what_was_sent(standalone: subprocess.CompletedProcess[str]) -> None:
+    assert standalone.returncode == 0, standalone.stderr
+    assert standalone.stdout.count("fedpool: no host around") == 1
+    assert standalone.stdout.count("fedpool: sent 2 parameters, accuracy = 0.5") == 1
+
+
+def test_standalone_every_rank_runs_one_round_on_its_own_weights(standalone: subprocess.CompletedProcess[str]) -> None:
+    for rank in range(2):
+        assert f"rank {rank} ran 1 round with 0 params\n" in standalone.stdout
+
+
+def test_without_a_process_group_every_rank_is_told_to_make_one(tmp_path: Path) -> None:
+    ran = torchrun(tmp_path, UNINITIALISED_SCRIPT)
+    assert ran.returncode != 0
+    assert (
+        "ClientError: under torchrun, call torch.distributed.init_process_group() before the first flare.is_running()"
+        in ran.stderr
+    )
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group with this process alone."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class OneRound:
+    """A host in memory that gives out one assignment; a timeout is over at once."""
+
+    welcome = Welcome("job-1", "site-1")
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.sent: list[str] = []
+
+    def next(self, timeout: float | None) -> Assignment | None:
+        if timeout is not None:
+            raise Waiting
+        return self.assignment
+
+    def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
+        assert assignment.model is not None
+        return load_arrays(assignment.model, params_format)
+
+    def put(self, kind: str, **fields: Any) -> None:
+        self.sent.append(kind)
+
+    def close(self) -> None:
+        self.sent.append("bye")
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("params_format", ["torch", "numpy"])
+def test_params_of_every_dtype_are_broadcast_unchanged_in_either_format(
+    params_format: ParamsFormat, tmp_path: Path
+) -> None:
+    with (tmp_path / "global").open("wb") as file:
+        save_arrays(file, PARAMS)
+    host = TorchrunHost(0, OneRound(Assignment(0, 1, model=str(tmp_path / "global"))))
+    assignment = host.next(None)
+    assert assignment is not None
+    params = host.params(assignment, params_format)
+    assert {type(value) for value in params.values()} == {torch.Tensor if params_format == "torch" else np.ndarray}
+    assert params["half"].dtype == (torch.bfloat16 if params_format == "torch" else ml_dtypes.bfloat16)
+    assert {name: bytes(as_bytes(value)) for name, value in params.items()} == {
+        name: bytes(as_bytes(value)) for name, value in PARAMS.items()
+    }
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_time_out_of_rank_0_is_one_of_all_ranks() -> None:
+    host = TorchrunHost(0, OneRound(Assignment(3, 5, exclude=("^head",), seed=2**62)))
+    with pytest.raises(Waiting):
+        host.next(1.0)
+    assert host.next(None) == Assignment(3, 5, exclude=("^head",), seed=2**62)
+
+
+def test_messages_and_goodbyes_are_rank_0s_alone() -> None:
+    real = OneRound(Assignment(0, 1))
+    for host in (TorchrunHost(0, real), TorchrunHost(1, None)):
+        host.put("log", key="loss", value=0.5, where={})
+        host.close()
+    assert real.sent == ["log", "bye"]

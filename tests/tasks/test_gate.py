@@ -1,0 +1,240 @@
+"""The gate: an update is accepted, or rejected with a code and a reason that says what was wrong."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpool.arrays import save_arrays
+from fedpool.manifest import UpdateManifest
+from fedpool.store import JobPaths, Store
+from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
+from fedpool.tensors import TensorSpec
+
+PATHS = JobPaths("job-1")
+BASE_SHA256 = "b" * 64
+SPEC = {
+    "w": TensorSpec("F32", (2, 3)),
+    "half": TensorSpec("BF16", (2,)),
+    "count": TensorSpec("I64", ()),
+    "mask": TensorSpec("BOOL", (2,)),
+    "none": TensorSpec("F32", (0,)),
+}
+GOOD: Mapping[str, Any] = {
+    "w": torch.ones(2, 3),
+    "half": torch.ones(2, dtype=torch.bfloat16),
+    "count": torch.tensor(3),
+    "mask": torch.tensor([True, False]),
+    "none": torch.empty(0),
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def expected(**changes: Any) -> Expected:
+    fields: dict[str, Any] = {
+        "job_id": "job-1",
+        "round": 2,
+        "task": "train",
+        "base_sha256": BASE_SHA256,
+        "spec": SPEC,
+        "transfer": "FULL",
+    }
+    return Expected(**{**fields, **changes})
+
+
+def sent(store: Store, params: Mapping[str, Any] | None = GOOD, **changes: Any) -> UpdateManifest:
+    """What site-1 sent: the update in the store and its manifest."""
+    fields: dict[str, Any] = {
+        "job_id": "job-1",
+        "site": "site-1",
+        "round": 2,
+        "task": "train",
+        "base_sha256": BASE_SHA256,
+        "weight": 5.0,
+        "seconds": 1.0,
+    }
+    if params is not None:
+        with store.staged(PATHS.update(2, "site-1")) as file:
+            digest = save_arrays(file, params)
+        fields |= {"params_type": "FULL", "sha256": digest.sha256, "size": digest.size}
+    return UpdateManifest(**{**fields, **changes})
+
+
+def rejected(store: Store, manifest: UpdateManifest, **changes: Any) -> tuple[str, str]:
+    outcome = judge(store, "site-1", manifest, expected(**changes))
+    assert isinstance(outcome, Rejected)
+    assert outcome.manifest is manifest
+    return outcome.code, outcome.reason
+
+
+def accepted(store: Store, manifest: UpdateManifest, **changes: Any) -> Accepted:
+    outcome = judge(store, "site-1", manifest, expected(**changes))
+    assert isinstance(outcome, Accepted), outcome
+    return outcome
+
+
+def test_a_good_update_is_accepted_with_its_weight_and_tensors(store: Store) -> None:
+    outcome = accepted(store, sent(store))
+    assert outcome.weight == 5.0
+    assert outcome.tensors is not None
+    assert outcome.tensors.spec == SPEC
+
+
+def test_an_empty_site_of_weight_0_is_accepted(store: Store) -> None:
+    assert accepted(store, sent(store, weight=0.0)).weight == 0.0
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "words"),
+    [
+        ("job", {"job_id": "job-2"}, "says job job-2, expected job-1"),
+        ("site", {"site": "site-2"}, "says site site-2, expected site-1"),
+        ("round", {"round": 1}, "says round 1, expected 2"),
+        ("task", {"task": "evaluate"}, "says task evaluate, expected train"),
+        ("base", {"base_sha256": "c" * 64}, f"says base {'c' * 64}, expected {'b' * 64}"),
+    ],
+)
+def test_an_answer_to_another_question_is_rejected(
+    code: str, changes: dict[str, Any], words: str, store: Store
+) -> None:
+    found, reason = rejected(store, sent(store, **changes))
+    assert found == code
+    assert words in reason
+
+
+def test_a_full_update_is_rejected_where_a_difference_is_expected(store: Store) -> None:
+    assert rejected(store, sent(store), transfer="DIFF") == ("params_type", "it is FULL where the recipe asks for DIFF")
+
+
+@pytest.mark.parametrize("transfer", ["FULL", "DIFF"])
+def test_a_declared_difference_is_accepted_either_way(transfer: str, store: Store) -> None:
+    assert accepted(store, sent(store, params_type="DIFF"), transfer=transfer).tensors is not None
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "nan", "many", "True"])
+def test_a_weight_that_is_no_finite_number_from_0_is_rejected(weight: float | str, store: Store) -> None:
+    code, reason = rejected(store, sent(store, weight=weight))
+    assert code == "weight"
+    assert f"its weight is {weight}: NUM_STEPS_CURRENT_ROUND must be a finite number from 0" == reason
+
+
+def test_metrics_without_parameters_are_rejected_in_a_training_round(store: Store) -> None:
+    code, reason = rejected(store, sent(store, None, metrics={"acc": 0.5}))
+    assert code == "no_params"
+    assert "send params in a training round" in reason
+
+
+def test_parameters_without_a_hash_are_rejected(store: Store) -> None:
+    assert rejected(store, sent(store, sha256=None))[0] == "no_params"
+
+
+def test_an_evaluation_needs_no_parameters(store: Store) -> None:
+    assert accepted(store, sent(store, None, task="evaluate"), task="evaluate").tensors is None
+
+
+def test_a_site_that_has_no_model_of_its_own_may_say_so(store: Store) -> None:
+    assert accepted(store, sent(store, None, task="submit_model"), task="submit_model").tensors is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sha256": "0" * 64}, f"its manifest says {'0' * 64}"),
+        ({"size": 3}, "its manifest says 3"),
+        ({"size": 10**12}, "its manifest says 1000000000000"),
+        ({"size": -1}, "its manifest says -1"),
+    ],
+)
+def test_bytes_that_differ_from_the_manifest_are_rejected(changes: dict[str, Any], words: str, store: Store) -> None:
+    code, reason = rejected(store, sent(store, **changes))
+    assert code == "bytes"
+    assert words in reason
+
+
+@pytest.mark.parametrize("at", [8, 20, -1])
+def test_a_byte_that_changed_anywhere_in_the_file_is_found(at: int, store: Store) -> None:
+    manifest = sent(store)
+    path = Path(store.full(PATHS.update(2, "site-1")))
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert rejected(store, manifest)[0] in ("bytes", "unknown_parameter")
+
+
+def test_bytes_that_are_no_safetensors_file_are_rejected(store: Store) -> None:
+    digest = store.write_json(PATHS.update(2, "site-1"), {"no": "tensors"})
+    code, reason = rejected(store, sent(store, None, params_type="FULL", sha256=digest.sha256, size=digest.size))
+    assert code == "bytes"
+    assert "is not a sound safetensors file" in reason
+
+
+def test_an_update_that_is_not_in_the_store_is_rejected(store: Store) -> None:
+    code, reason = rejected(store, sent(store, None, params_type="FULL", sha256="0" * 64, size=100))
+    assert code == "bytes"
+    assert "its manifest is there, but the update is not" in reason
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("code", "params", "words"),
+    [
+        ("unknown_parameter", {**GOOD, "x": torch.ones(1)}, "parameters that the model lacks: x"),
+        ("unknown_parameter", {**GOOD, **{f"x{n}": torch.ones(1) for n in range(7)}}, "x0, x1, x2, x3, x4 and 2 more"),
+        ("missing_parameter", without("w"), "lacks parameters of the model: w"),
+        ("missing_parameter", {}, "count, half, mask, none, w"),
+        ("unknown_parameter", {**without("w"), "W": torch.ones(2, 3)}, "lacks: W"),
+        ("shape", {**GOOD, "w": torch.ones(3, 2)}, "w: expected [2, 3], got [3, 2]"),
+        ("shape", {**GOOD, "w": torch.ones(6)}, "w: expected [2, 3], got [6]"),
+        ("shape", {**GOOD, "count": torch.tensor([3])}, "count: expected [], got [1]"),
+        ("dtype", {**GOOD, "w": torch.ones(2, 3, dtype=torch.int32)}, "w: expected F32, got I32"),
+        ("dtype", {**GOOD, "count": torch.tensor(3.0)}, "count: expected I64, got F32"),
+        ("dtype", {**GOOD, "mask": torch.ones(2, dtype=torch.uint8)}, "mask: expected BOOL, got U8"),
+    ],
+)  # fmt: skip
+def test_parameters_that_do_not_fit_the_model_are_rejected_by_name(
+    code: str, params: dict[str, Any], words: str, store: Store
+) -> None:
+    found, reason = rejected(store, sent(store, params))
+    assert found == code
+    assert words in reason
+
+
+def test_another_dtype_of_the_same_kind_is_accepted(store: Store) -> None:
+    params = {**GOOD, "w": torch.ones(2, 3, dtype=torch.float64), "half": torch.ones(2), "count": np.int32(3)}
+    assert accepted(store, sent(store, params)).tensors is not None
+
+
+@pytest.mark.parametrize("name", ["w", "half"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_rejected_by_name(name: str, bad: float, store: Store) -> None:
+    value = GOOD[name].clone()
+    value.view(-1)[1] = bad
+    code, reason = rejected(store, sent(store, {**GOOD, name: value}))
+    assert code == "not_finite"
+    assert reason == f"{name} holds NaN or infinity, first among its elements 0 to {value.numel() - 1}"
+
+
+def test_every_block_is_looked_at_and_the_first_bad_one_is_named(store: Store) -> None:
+    store.block_elements = 4
+    value = torch.ones(14)
+    value[9] = value[13] = math.nan
+    code, reason = rejected(store, sent(store, {"w": value}), spec={"w": TensorSpec("F32", (14,))})
+    assert code == "not_finite"
+    assert reason == "w holds NaN or infinity, first among its elements 8 to 11"
+
+
+def test_a_rejected_update_stays_in_the_store(store: Store) -> None:
+    manifest = sent(store, weight=-1.0)
+    assert rejected(store, manifest)[0] == "weight"
+    assert store.exists(PATHS.update(2, "site-1"))

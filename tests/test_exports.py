@@ -1,0 +1,103 @@
+"""The public names: what `fedpool` and `fedpool.client` export, and that a change of it is a decision."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import fedpool
+import fedpool.client
+
+FACADE = [
+    "ClientError",
+    "FLModel",
+    "FedAvgRecipe",
+    "FedpoolError",
+    "IntegrityError",
+    "JobCancelled",
+    "JobError",
+    "JobFailed",
+    "JobStatus",
+    "ParamsType",
+    "Recipe",
+    "RecipeError",
+    "Result",
+    "RoundError",
+    "Run",
+    "ServerError",
+    "SimEnv",
+    "SiteError",
+    "Store",
+    "StoreError",
+]
+
+CLIENT = [
+    "FLModel",
+    "ParamsType",
+    "get_config",
+    "get_job_id",
+    "get_site_name",
+    "get_task_name",
+    "init",
+    "is_evaluate",
+    "is_running",
+    "is_submit_model",
+    "is_train",
+    "log",
+    "receive",
+    "send",
+    "shutdown",
+    "system_info",
+]
+
+
+def test_the_facade_exports_these_names_and_no_other() -> None:
+    assert fedpool.__all__ == FACADE
+
+
+def test_the_client_exports_these_names_and_no_other() -> None:
+    assert fedpool.client.__all__ == CLIENT
+
+
+@pytest.mark.parametrize(("module", "names"), [("fedpool", FACADE), ("fedpool.client", CLIENT)])
+def test_every_name_resolves_to_something_of_that_name(module: str, names: list[str]) -> None:
+    for name in names:
+        assert getattr(importlib.import_module(module), name).__name__ == name
+
+
+@pytest.mark.parametrize("name", ["FLModel", "ParamsType"])
+def test_the_facade_and_the_client_speak_of_the_same_model(name: str) -> None:
+    assert getattr(fedpool, name) is getattr(fedpool.client, name)
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert dir(fedpool) == sorted(FACADE)
+    assert set(CLIENT) <= set(dir(fedpool.client))
+
+
+def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
+    with pytest.raises(AttributeError, match="module 'fedpool' has no attribute 'FedAvgRecipy'"):
+        fedpool.FedAvgRecipy  # noqa: B018  # the access is what is tested
+    assert not hasattr(fedpool, "_HOMELESS")
+
+
+def test_an_unknown_name_cannot_be_imported() -> None:
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        exec("from fedpool import Nothing")  # noqa: S102  # an import that fails cannot be written at the top
+
+
+def test_a_name_is_loaded_when_it_is_first_used() -> None:
+    code = (
+        "import sys, fedpool\n"
+        "print('prefect' in sys.modules, 'torch' in sys.modules)\n"
+        "fedpool.FLModel, fedpool.SiteError\n"
+        "print('prefect' in sys.modules, 'torch' in sys.modules)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False"] * 4
+
+
+@pytest.mark.parametrize("name", [name for name in FACADE if name.endswith(("Error", "Failed", "Cancelled"))])
+def test_every_error_is_caught_by_catching_the_root(name: str) -> None:
+    assert issubclass(getattr(fedpool, name), fedpool.FedpoolError)

@@ -1,0 +1,222 @@
+"""The initial model: whatever the user has becomes plain tensors of its own, or is refused."""
+
+import io
+import os
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from fedpool.arrays import save_arrays
+from fedpool.errors import RecipeError
+from fedpool.initial import InitialModel, initial_model
+from fedpool.tensors import Digest, TensorSpec
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+        self.norm = torch.nn.BatchNorm1d(2)
+
+
+def plain(model: InitialModel) -> dict[str, Any]:
+    return {name: value.tolist() for name, value in model.params.items()}
+
+
+def saved(path: Path, params: dict[str, Any]) -> Path:
+    with path.open("wb") as file:
+        save_arrays(file, params)
+    return path
+
+
+def test_a_module_gives_its_state_dict_with_buffers() -> None:
+    net = Net()
+    model = initial_model(net)
+    assert model.spec["fc.weight"] == TensorSpec("F32", (2, 3))
+    assert model.spec["norm.num_batches_tracked"] == TensorSpec("I64", ())
+    assert plain(model) == {name: value.tolist() for name, value in net.state_dict().items()}
+    assert model.num_parameters == sum(value.numel() for value in net.state_dict().values())
+
+
+def test_training_the_module_afterwards_does_not_change_the_initial_model() -> None:
+    net = Net()
+    model = initial_model(net)
+    before = plain(model)
+    with torch.no_grad():
+        net.fc.weight += 1
+    assert plain(model) == before
+
+
+def test_changing_a_numpy_state_dict_afterwards_does_not_change_the_initial_model() -> None:
+    state = {"w": np.zeros(2)}
+    model = initial_model(state)
+    state["w"] += 1
+    assert plain(model) == {"w": [0.0, 0.0]}
+
+
+def test_a_state_dict_may_hold_torch_tensors_numpy_arrays_and_scalars() -> None:
+    model = initial_model(
+        OrderedDict(
+            t=torch.ones(2, dtype=torch.bfloat16),
+            n=np.ones(2, dtype=ml_dtypes.bfloat16),
+            s=np.float32(3),
+            b=np.array(True),
+        )
+    )
+    assert {name: str(entry) for name, entry in model.spec.items()} == {
+        "t": "BF16 [2]",
+        "n": "BF16 [2]",
+        "s": "F32 []",
+        "b": "BOOL []",
+    }
+    assert float(model.params["s"]) == 3.0
+
+
+def test_a_parameter_that_requires_gradients_is_detached() -> None:
+    model = initial_model({"w": torch.nn.Parameter(torch.ones(2))})
+    assert not model.params["w"].requires_grad
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_the_path_of_a_safetensors_file_gives_its_tensors(as_text: bool, tmp_path: Path) -> None:
+    path = saved(tmp_path / "model.safetensors", {"w": np.array([1.0, 2.0], dtype=np.float32)})
+    assert plain(initial_model(str(path) if as_text else path)) == {"w": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}], ids=["plain", "nested"]
+)
+def test_the_path_of_a_torch_checkpoint_gives_its_state_dict(wrap: Any, tmp_path: Path) -> None:
+    net = Net()
+    torch.save(wrap(net.state_dict()), tmp_path / "model.pt")
+    assert plain(initial_model(tmp_path / "model.pt")) == {
+        name: value.tolist() for name, value in net.state_dict().items()
+    }
+
+
+class Trap:
+    """Pickled, it would make a folder when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_with_a_pickled_object_is_refused_and_nothing_in_it_runs(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "model.pt")
+    with pytest.raises(RecipeError, match=r"(?s)cannot be read as tensors.*torch\.save\(model\.state_dict\(\), path\)"):
+        initial_model(tmp_path / "model.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_checkpoint_of_a_whole_module_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "model.pt")
+    with pytest.raises(RecipeError, match="Save a state dict"):
+        initial_model(tmp_path / "model.pt")
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_where_it_was_sought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"checkpoint 'model\.pt' is not a file") as refused:
+        initial_model("model.pt")
+    assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("model.pt", "tensors"), ("model.safetensors", "safetensors")])
+def test_a_broken_checkpoint_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(RecipeError, match=f"{name}' cannot be read as {kind}"):
+        initial_model(tmp_path / name)
+
+
+def test_a_checkpoint_that_holds_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.ones(1)], tmp_path / "model.pt")
+    with pytest.raises(RecipeError, match="holds a list, not a state dict"):
+        initial_model(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("model", [None, 3, [torch.ones(1)], torch.ones(1), Net])
+def test_anything_else_is_refused(model: Any) -> None:
+    with pytest.raises(
+        RecipeError, match=r"model must be a torch\.nn\.Module, a state dict, or the path of a checkpoint"
+    ):
+        initial_model(model)
+
+
+@pytest.mark.parametrize("model", [{}, torch.nn.ReLU()])
+def test_a_model_without_parameters_is_refused(model: Any) -> None:
+    with pytest.raises(RecipeError, match="model has no parameters"):
+        initial_model(model)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [([1.0], r"params\['w'\] is a list"), (np.array([1j]), "dtype complex128"), (None, "NoneType")]
+)
+def test_a_state_dict_with_something_else_than_arrays_is_refused_by_name(value: Any, words: str) -> None:
+    with pytest.raises(RecipeError, match=f"model: .*{words}"):
+        initial_model({"w": value})
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_the_values_of_a_checkpoint_replace_those_of_the_model(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"ckpt{suffix}"
+    values = {"w": torch.tensor([5.0, 6.0])}
+    if suffix == ".pt":
+        torch.save(values, path)
+    else:
+        saved(path, values)
+    model = initial_model({"w": torch.zeros(2)}, path)
+    assert plain(model) == {"w": [5.0, 6.0]}
+    assert model.spec == {"w": TensorSpec("F32", (2,))}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "words"),
+    [
+        ({"w": torch.zeros(2)}, "b is missing"),
+        ({"w": torch.zeros(2), "b": torch.zeros(1), "x": torch.zeros(1)}, "x is not in the model"),
+        ({"w": torch.zeros(3), "b": torch.zeros(1)}, r"w: expected F32 \[2\], got F32 \[3\]"),
+        ({"w": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(1)}, r"w: expected F32 \[2\], got I64 \[2\]"),
+        ({f"layer{n}": torch.zeros(1) for n in range(9)}, r"\(and 6 more\)"),
+    ],
+    ids=["missing", "unknown", "shape", "dtype", "many"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_parameters(
+    checkpoint: dict[str, torch.Tensor], words: str, tmp_path: Path
+) -> None:
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(RecipeError, match=rf"initial_ckpt '.*ckpt\.pt' does not fit the model: .*{words}"):
+        initial_model({"w": torch.zeros(2), "b": torch.zeros(1)}, tmp_path / "ckpt.pt")
+
+
+def test_the_digest_is_that_of_the_file_that_would_be_written() -> None:
+    model = initial_model(Net())
+    file = io.BytesIO()
+    assert model.digest == save_arrays(file, model.params)
+    assert model.digest.size == len(file.getvalue())
+
+
+def test_the_same_tensors_have_the_same_digest_as_torch_or_numpy() -> None:
+    state = {"w": torch.arange(4.0), "n": torch.tensor(3)}
+    digests: set[Digest] = {
+        initial_model(state).digest,
+        initial_model({name: state[name].numpy() for name in reversed(state)}).digest,
+    }
+    assert len(digests) == 1
+
+
+def test_the_file_behind_the_values_has_no_name_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = initial_model({"w": torch.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+    assert plain(model) == {"w": [1.0, 1.0]}

@@ -1,0 +1,377 @@
+"""The recipe: frozen, described, and everything that can be known to be wrong is refused when it is built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from fedpool.arrays import save_arrays
+from fedpool.errors import RecipeError
+from fedpool.flows.fedavg import FedAvg, FedAvgRecipe
+from fedpool.recipe import Recipe
+from fedpool.store import to_json
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "client.py"
+    path.write_text("import helper\n")
+    (tmp_path / "helper.py").write_text("import json\n")
+    return path
+
+
+@pytest.fixture
+def fields(script: Path) -> dict[str, Any]:
+    """The least that a recipe needs."""
+    return {
+        "name": "hello",
+        "model": {"body.w": np.zeros((2, 3), dtype=np.float32), "head.w": np.zeros(2, dtype=np.float32)},
+        "train_script": script,
+        "min_clients": 2,
+        "num_rounds": 3,
+    }
+
+
+def refusal(fields: dict[str, Any], **changes: Any) -> str:
+    """What a recipe with these changes is refused with."""
+    with pytest.raises(ValueError) as refused:  # the contract: a plain ValueError, whatever raised it
+        FedAvgRecipe(**{**fields, **changes})
+    return str(refused.value)
+
+
+def test_the_least_recipe_has_the_documented_defaults(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**fields)
+    assert recipe.train_args == ""
+    assert recipe.clients_per_round is None
+    assert recipe.initial_ckpt is None
+    assert recipe.params_transfer_type == "FULL"
+    assert recipe.aggregation_weights == {}
+    assert recipe.exclude_vars == ()
+    assert (recipe.key_metric, recipe.key_metric_mode) == ("accuracy", "max")
+    assert recipe.stop_cond is None
+    assert recipe.patience is None
+    assert recipe.seed == 0
+    assert recipe.per_site_config == {}
+    assert recipe.round_timeout is None
+
+
+def test_its_strategy_is_federated_averaging(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**fields)
+    assert isinstance(recipe, Recipe)
+    assert isinstance(recipe.strategy(), FedAvg)
+
+
+def test_a_recipe_is_frozen(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**fields)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.num_rounds = 5
+    assert recipe.num_rounds == 3
+
+
+def test_positional_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        FedAvgRecipe("hello")  # type: ignore[call-arg]  # that is the point
+
+
+@pytest.mark.parametrize("missing", ["name", "model", "train_script", "min_clients", "num_rounds"])
+def test_a_field_that_every_job_needs_must_be_given(missing: str, fields: dict[str, Any]) -> None:
+    del fields[missing]
+    words = refusal(fields)
+    assert missing in words
+    assert "required" in words.lower()
+
+
+def test_an_unknown_field_is_refused_by_name(fields: dict[str, Any]) -> None:
+    assert "num_round\n  Extra inputs are not permitted" in refusal(fields, num_round=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_clients", 0), ("num_rounds", 0), ("num_rounds", 100_001), ("clients_per_round", 0), ("patience", 0), ("seed", -1),
+        ("seed", 2**63), ("round_timeout", 0), ("round_timeout", -1.0), ("round_timeout", float("nan")),
+        ("round_timeout", float("inf")), ("threads_per_site", 0), ("key_metric", ""), ("key_metric_mode", "best"),
+        ("params_transfer_type", "HALF"), ("num_rounds", 2.5), ("num_rounds", "many"), ("train_args", 3),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_bounds_is_refused_by_field(field: str, value: Any, fields: dict[str, Any]) -> None:
+    assert field in refusal(fields, **{field: value})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", "hello world", ".hidden", "x" * 65])
+def test_a_name_that_cannot_be_a_folder_is_refused(name: str, fields: dict[str, Any]) -> None:
+    assert "name" in refusal(fields, name=name)
+
+
+def test_a_script_that_is_missing_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    words = refusal(fields, train_script=tmp_path / "nowhere.py")
+    assert "train_script" in words
+    assert "nowhere.py' is not a file" in words
+
+
+def test_a_script_that_does_not_compile_is_refused(fields: dict[str, Any], script: Path) -> None:
+    script.write_text("def train(:\n")
+    assert "client.py does not compile" in refusal(fields)
+
+
+def test_the_bundle_is_that_of_the_script_when_the_recipe_was_built(fields: dict[str, Any], script: Path) -> None:
+    recipe = FedAvgRecipe(**fields)
+    before = recipe.bundle.sha256
+    script.write_text("print('changed since')\n")
+    assert recipe.bundle.sha256 == before
+    assert FedAvgRecipe(**fields).bundle.sha256 != before
+
+
+def test_one_include_needs_no_list(fields: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("a")
+    one, many = (FedAvgRecipe(**{**fields, "include": value}) for value in ("labels.txt", ["labels.txt"]))
+    assert one.include == many.include == ("labels.txt",)
+    assert one.bundle.sha256 == many.bundle.sha256 != FedAvgRecipe(**fields).bundle.sha256
+
+
+@pytest.mark.parametrize(
+    ("train_args", "arguments"),
+    [
+        ("", ()),
+        ("--lr 0.1 --name 'two words'", ("--lr", "0.1", "--name", "two words")),
+        (["--name", "two words", "it's"], ("--name", "two words", "it's")),
+    ],
+)
+def test_train_args_are_split_as_a_shell_would_or_taken_from_a_list(
+    train_args: Any, arguments: tuple[str, ...], fields: dict[str, Any]
+) -> None:
+    assert FedAvgRecipe(**{**fields, "train_args": train_args}).client_job("j").arguments == arguments
+
+
+def test_unbalanced_quotes_in_train_args_are_refused(fields: dict[str, Any]) -> None:
+    words = refusal(fields, train_args="--name 'two words")
+    assert "train_args" in words
+    assert "balance its quotes" in words
+
+
+def test_min_clients_may_not_exceed_clients_per_round(fields: dict[str, Any]) -> None:
+    assert "min_clients=2 is more than clients_per_round=1" in refusal(fields, clients_per_round=1)
+    assert FedAvgRecipe(**{**fields, "clients_per_round": 2}).clients_per_round == 2
+
+
+@pytest.mark.parametrize("kind", ["module", "torch", "numpy", "safetensors", "checkpoint"])
+def test_the_model_may_come_in_every_documented_form(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    net = torch.nn.Linear(2, 1)
+    state = net.state_dict()
+    safetensors, checkpoint = tmp_path / "m.safetensors", tmp_path / "m.pt"
+    with safetensors.open("wb") as file:
+        save_arrays(file, state)
+    torch.save(state, checkpoint)
+    model = {
+        "module": net,
+        "torch": state,
+        "numpy": {name: value.numpy() for name, value in state.items()},
+        "safetensors": safetensors,
+        "checkpoint": str(checkpoint),
+    }[kind]
+    recipe = FedAvgRecipe(**{**fields, "model": model})
+    assert {name: str(entry) for name, entry in recipe.model.spec.items()} == {
+        "weight": "F32 [1, 2]",
+        "bias": "F32 [1]",
+    }
+    assert {name: value.tolist() for name, value in recipe.model.params.items()} == {
+        name: value.tolist() for name, value in state.items()
+    }
+
+
+def test_a_model_of_no_known_form_is_refused(fields: dict[str, Any]) -> None:
+    assert "model must be a torch.nn.Module" in refusal(fields, model=3)
+
+
+def test_a_checkpoint_whose_keys_do_not_fit_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"body.w": torch.zeros(2, 3), "tail.w": torch.zeros(2)}, tmp_path / "c.pt")
+    words = refusal(fields, initial_ckpt=tmp_path / "c.pt")
+    assert "does not fit the model" in words
+    assert "head.w is missing" in words
+    assert "tail.w is not in the model" in words
+
+
+def test_a_checkpoint_that_fits_gives_the_initial_values(fields: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"body.w": torch.ones(2, 3), "head.w": torch.full((2,), 7.0)}, tmp_path / "c.pt")
+    recipe = FedAvgRecipe(**{**fields, "initial_ckpt": str(tmp_path / "c.pt")})
+    assert recipe.model.params["head.w"].tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("text", ["accuracy>=0.8", "accuracy >= 0.8", " accuracy  >=0.80"])
+def test_a_stop_condition_parses_with_and_without_spaces(text: str, fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**{**fields, "stop_cond": text})
+    assert recipe.stop_cond == "accuracy >= 0.8"
+    assert recipe.stop_condition is not None
+    assert recipe.stop_condition.holds({"accuracy": 0.8})
+
+
+def test_a_stop_condition_keeps_every_digit_of_its_threshold(fields: dict[str, Any]) -> None:
+    condition = FedAvgRecipe(**{**fields, "stop_cond": "loss <= 0.123456789"}).stop_condition
+    assert condition is not None
+    assert condition.threshold == 0.123456789
+
+
+def test_a_stop_condition_that_does_not_parse_is_refused(fields: dict[str, Any]) -> None:
+    assert "metric >= number" in refusal(fields, stop_cond="accuracy is good")
+
+
+def test_without_a_stop_condition_there_is_none(fields: dict[str, Any]) -> None:
+    assert FedAvgRecipe(**fields).stop_condition is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"site-1": -1.0}, "finite number from 0"),
+        ({"site-1": float("inf")}, "finite number from 0"),
+        ({"site-1": float("nan")}, "finite number from 0"),
+        ({"site-1": 0.0, "site-2": 0.0}, "all 0"),
+        ({"../site": 1.0}, "cannot be part of a path"),
+        ({"site-1": "heavy"}, "aggregation_weights"),
+    ],
+)
+def test_aggregation_weights_that_cannot_work_are_refused(
+    weights: dict[str, Any], words: str, fields: dict[str, Any]
+) -> None:
+    assert words in refusal(fields, aggregation_weights=weights)
+
+
+def test_aggregation_weights_are_kept_and_none_means_none(fields: dict[str, Any]) -> None:
+    assert FedAvgRecipe(**{**fields, "aggregation_weights": {"site-1": 0, "site-2": 2}}).aggregation_weights == {
+        "site-1": 0.0,
+        "site-2": 2.0,
+    }
+    assert FedAvgRecipe(**{**fields, "aggregation_weights": None}).aggregation_weights == {}
+
+
+def test_one_pattern_of_excluded_vars_needs_no_list(fields: dict[str, Any]) -> None:
+    assert FedAvgRecipe(**{**fields, "exclude_vars": "head"}).client_job("j").exclude == ("head",)
+    assert FedAvgRecipe(**{**fields, "exclude_vars": None}).exclude_vars == ()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        ("(", "is not a regular expression"),
+        ("tail", "is found in no parameter: body.w, head.w"),
+        ("w$", "leave no parameter to train"),
+    ],
+)
+def test_excluded_vars_that_cannot_work_are_refused(patterns: str, words: str, fields: dict[str, Any]) -> None:
+    assert words in refusal(fields, exclude_vars=patterns)
+
+
+def test_per_site_config_reaches_its_site_and_its_train_args_replace_the_command_line(fields: dict[str, Any]) -> None:
+    config = {
+        "site-1": {"data": "a.csv", "folds": [1, 2]},
+        "site-2": {"train_args": "--lr 'two words'"},
+        "site-3": {"train_args": ["x y"]},
+    }
+    job = FedAvgRecipe(**{**fields, "train_args": "--lr 1", "per_site_config": config}).client_job("j")
+    assert job.site_config == {"site-1": {"data": "a.csv", "folds": [1, 2]}, "site-2": {}, "site-3": {}}
+    assert job.arguments == ("--lr", "1")
+    assert job.site_arguments == {"site-2": ("--lr", "two words"), "site-3": ("x y",)}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"site 1": {}}, "cannot be part of a path"),
+        ({"site-1": {"train_args": 3}}, "must be a string or a list"),
+        ({"site-1": {"train_args": "'"}}, "per_site_config['site-1']['train_args']"),
+        ({"site-1": {"data": Path("a")}}, "per_site_config"),
+        ({"site-1": 3}, "per_site_config"),
+    ],
+)
+def test_per_site_config_that_cannot_work_is_refused(
+    config: dict[str, Any], words: str, fields: dict[str, Any]
+) -> None:
+    assert words in refusal(fields, per_site_config=config)
+
+
+def test_per_site_config_that_json_cannot_hold_is_refused_when_the_recipe_is_built(fields: dict[str, Any]) -> None:
+    assert "per_site_config" in refusal(fields, per_site_config={"site-1": {"lr": float("nan")}})
+
+
+def test_per_site_config_of_none_is_empty(fields: dict[str, Any]) -> None:
+    assert FedAvgRecipe(**{**fields, "per_site_config": None}).per_site_config == {}
+
+
+def test_what_the_sites_are_told_is_what_the_recipe_says(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**{**fields, "params_transfer_type": "DIFF", "seed": 7, "threads_per_site": 2})
+    job = recipe.client_job("hello-1")
+    assert (job.job_id, job.total_rounds, job.transfer, job.seed, job.threads) == ("hello-1", 3, "DIFF", 7, 2)
+    assert (job.entry, job.bundle_sha256, job.imports) == ("client.py", recipe.bundle.sha256, ("json",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"min_clients": 4}, "min_clients=4, but the environment has 3 sites"),
+        ({"clients_per_round": 4}, "clients_per_round=4, but the environment has 3 sites"),
+        ({"aggregation_weights": {"site-9": 1.0}}, "aggregation_weights names site-9"),
+        ({"per_site_config": {"site-9": {}}}, "per_site_config names site-9"),
+    ],
+)
+def test_a_recipe_is_checked_against_the_sites_of_an_environment(
+    changes: dict[str, Any], words: str, fields: dict[str, Any]
+) -> None:
+    recipe = FedAvgRecipe(**{**fields, **changes})
+    with pytest.raises(RecipeError, match=words):
+        recipe.check_sites(["site-1", "site-2", "site-3"])
+
+
+def test_a_recipe_passes_where_its_sites_are_and_nowhere_else(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(
+        **fields, aggregation_weights={"site-1": 2.0}, per_site_config={"site-2": {}}, clients_per_round=2
+    )
+    recipe.check_sites(["site-1", "site-2"])
+    with pytest.raises(RecipeError):
+        recipe.check_sites(["site-1"])
+
+
+def test_the_fields_of_a_recipe_make_another_with_the_same_model(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**fields)
+    longer = FedAvgRecipe(**{**dict(recipe), "num_rounds": 9})
+    assert longer.num_rounds == 9
+    assert longer.model is recipe.model
+    assert longer.bundle == recipe.bundle
+
+
+def test_execute_hands_the_recipe_to_the_environment(fields: dict[str, Any]) -> None:
+    class Elsewhere:
+        def execute(self, recipe: Recipe, *, wait: bool = True) -> tuple[Recipe, bool]:
+            return recipe, wait
+
+    recipe = FedAvgRecipe(**fields)
+    assert recipe.execute(Elsewhere()) == (recipe, True)
+    assert recipe.execute(env=Elsewhere(), wait=False) == (recipe, False)
+
+
+def test_a_recipe_written_as_json_holds_the_models_hash_and_not_its_values(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**{**fields, "per_site_config": {"site-1": {"a": [1, None]}}, "round_timeout": 1.5})
+    dumped = json.loads(to_json(recipe.model_dump(mode="json")))
+    assert dumped["model"] == {"sha256": recipe.model.digest.sha256, "tensors": 2, "parameters": 8}
+    assert dumped["train_script"] == str(fields["train_script"])
+    assert dumped["round_timeout"] == 1.5
+
+
+@pytest.mark.parametrize("mode", ["validation", "serialization"])
+def test_every_field_is_described_in_the_json_schema(mode: Any) -> None:
+    schema = FedAvgRecipe.model_json_schema(mode=mode)
+    assert set(schema["properties"]) == set(FedAvgRecipe.model_fields)
+    assert [name for name, entry in schema["properties"].items() if len(entry.get("description", "")) < 10] == []
+    assert schema["additionalProperties"] is False
+
+
+def test_every_number_is_bounded_in_the_json_schema() -> None:
+    unbounded = []
+    for name, entry in FedAvgRecipe.model_json_schema()["properties"].items():
+        for form in entry.get("anyOf", [entry]):
+            if form.get("type") in ("integer", "number") and not {"minimum", "exclusiveMinimum"} & set(form):
+                unbounded.append(name)
+    assert unbounded == []
