@@ -1,0 +1,65 @@
+"""What every engine's scripts share: their arguments, the workloads, and the stamps from which round times are read."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import digits
+import large
+import torch
+
+WORKLOADS: dict[str, ModuleType] = {"digits": digits, "large": large}
+STAMPS = "FEDPOOL_BENCH_STAMPS"
+"""Environment variable that names the file of the stamps."""
+
+
+def job_arguments() -> argparse.Namespace:
+    """The arguments that simulation.py gives to an engine."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--sites", type=int, required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True, help="sites that train at the same time")
+    parser.add_argument("--workspace", required=True, help="an empty folder for whatever the engine writes")
+    parser.add_argument("--cold-sites", action="store_true", help="keep no site alive between rounds")
+    return parser.parse_args()
+
+
+def stamp(site: int, received_at: float, score: float) -> None:
+    """Note that a site received a round's model at that time, and how the model scored there.
+
+    The sites do it, and not the server, because this is the one moment that every engine shows to user code.
+    """
+    with Path(os.environ[STAMPS]).open("a", encoding="utf-8") as file:
+        file.write(f"{site} {received_at} {score}\n")  # one short write: lines of several processes do not mix
+
+
+def serve(flare: Any) -> None:
+    """The client script of the engines that have this client API: fedpool and NVFlare run the same lines."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--sites", type=int, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    workload = WORKLOADS[arguments.workload]
+    model = workload.build_model()
+    flare.init()
+    site = int(flare.get_site_name().removeprefix("site-")) - 1
+    while flare.is_running():
+        received = flare.receive()
+        received_at = time.time()
+        model.load_state_dict(received.params)
+        score = workload.evaluate(model)
+        if flare.is_evaluate():
+            flare.send(flare.FLModel(metrics={"accuracy": score}))
+            continue
+        stamp(site, received_at, score)
+        num_steps = workload.train(model, site=site, num_sites=arguments.sites, round_number=received.current_round)
+        flare.send(
+            flare.FLModel(
+                params=model.state_dict(), metrics={"accuracy": score}, meta={"NUM_STEPS_CURRENT_ROUND": num_steps}
+            )
+        )

@@ -1,0 +1,146 @@
+"""Run one engine once and measure it from outside: time, rounds, memory."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from memory import PeakMemory
+
+ENGINES_FOLDER = Path(__file__).resolve().parent / "engines"
+MARKER = "FEDPOOL_BENCH_MARKER"
+STAMPS = "FEDPOOL_BENCH_STAMPS"
+ENDING_S = 10.0
+"""How long an engine's daemons may outlive it before they are stopped, so that they do not burden the next run."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A framework, as it is run here.
+
+    Attributes:
+        script: of the folder engines.
+        peer: name of its virtual environment, or None for the interpreter that runs this script.
+        per_site: one process a site over all rounds, instead of `--threads` at a time.
+        max_sites: more would take hours.
+    """
+
+    script: str
+    peer: str | None = None
+    per_site: bool = False
+    max_sites: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job, given to every engine."""
+
+    title: str
+    workload: str
+    num_sites: int
+    num_rounds: int
+    cold_sites: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one run cost; `score` is what the first site measured on the last model it received."""
+
+    total_s: float
+    round_s: tuple[float, ...]
+    peak_bytes: int
+    num_processes: int
+    score: float
+
+
+class EngineError(Exception):
+    """An engine did not finish its job; the message holds the end of its output."""
+
+
+def run_engine(engine: Engine, case: Case, python: Path, num_threads: int, timeout_s: float) -> Sample:
+    """Run a case once.
+
+    Raises:
+        EngineError: the engine failed, ran out of time or left out a site in a round.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fpb-"))  # short: Ray puts sockets in it, whose paths are limited
+    try:
+        return _run_in(folder, engine, case, python, num_threads, timeout_s)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads: int, timeout_s: float) -> Sample:
+    marker = f"{MARKER}={uuid.uuid4().hex}"
+    stamps, log = folder / "stamps.txt", folder / "output.txt"
+    command = [str(python), str(ENGINES_FOLDER / engine.script)]
+    command += ["--workload", case.workload, "--sites", str(case.num_sites), "--rounds", str(case.num_rounds)]
+    command += ["--threads", str(case.num_sites if engine.per_site else num_threads), "--workspace", str(folder / "w")]
+    command += ["--cold-sites"] * case.cold_sites
+    started = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ENGINES_FOLDER,
+            env=_environment(folder, marker),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    memory = PeakMemory(process.pid, marker=marker)
+    try:
+        with memory:
+            code: int | str = process.wait(timeout_s)
+            total_s = time.perf_counter() - started
+    except subprocess.TimeoutExpired:
+        code = f"none after {timeout_s:.0f} s"
+    finally:  # also when the user interrupts: the engine is in a session of its own
+        _end(memory, patience_s=ENDING_S if process.returncode == 0 else 0)
+        process.wait()
+    received = [line.split() for line in stamps.read_text().splitlines()] if stamps.exists() else []
+    expected = {str(site): case.num_rounds for site in range(case.num_sites)}
+    if code != 0 or Counter(site for site, _, _ in received) != expected:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise EngineError(f"exit code {code}; models received: {len(received)} of {sum(expected.values())}\n{tail}")
+    first = [(float(at), float(score)) for site, at, score in received if site == "0"]
+    round_s = tuple(after[0] - before[0] for before, after in pairwise(first))
+    return Sample(total_s, round_s, memory.peak_bytes, memory.num_processes, first[-1][1])
+
+
+def _environment(folder: Path, marker: str) -> dict[str, str]:
+    """The environment of an engine: the user's, less their settings for these frameworks; nothing phones home."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FEDPOOL_", "PREFECT_", "RAY_", "FLWR_", "NVFLARE_"))
+    }
+    name, value = marker.split("=")
+    return kept | {
+        name: value,
+        STAMPS: str(folder / "stamps.txt"),
+        "OMP_NUM_THREADS": "1",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "PREFECT_HOME": str(folder / "prefect"),
+        "FLWR_HOME": str(folder / "flwr"),
+        "RAY_TMPDIR": str(folder),
+    }
+
+
+def _end(memory: PeakMemory, *, patience_s: float) -> None:
+    """Wait for the engine's processes, then stop those that are left: only what this run started is among them."""
+    deadline = time.monotonic() + patience_s
+    while (left := memory.members()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
