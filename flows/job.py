@@ -7,17 +7,20 @@ Persists no Prefect result: whatever lasts is in the store.
 
 import asyncio
 import platform
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.arrays import save_and_hash
 from fedpool.errors import FedpoolError, JobFailed
-from fedpool.flows.round import Job, federated_round
+from fedpool.flows.round import Job, RoundSignals, federated_round
+from fedpool.manifest import Task
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
@@ -97,20 +100,69 @@ def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> 
 
 async def _run_rounds(job: Job) -> str | None:
     """Run the training rounds and the evaluation of the last model; returns what stopped the job early, if anything did."""
-    recipe = job.recipe
+    task: Task | None = "train"
     stopped_by = None
-    for number in range(recipe.num_rounds):
-        job.reporter.progress(100 * number / recipe.num_rounds)
-        await federated_round(job, number)
-        if number + 1 < recipe.num_rounds and (stopped_by := _stops(job)):
-            break
-    if any(record["metrics"] for record in job.records):
-        # Sites score the model that they receive, so the last one is scored by a round of its own.
-        await federated_round(job, len(job.records), "evaluate")
-    elif not job.sites.cancelled:
-        get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
+    runs: list[asyncio.Task[None]] = []
+    try:
+        while task is not None:
+            number = len(job.records)
+            if number == len(runs):
+                runs.append(_begin(job, number))
+            job.rounds[number].turn.set_result(task)
+            if task == "train" and _is_followed(job, number):
+                runs.append(_begin(job, number + 1))
+            await _committed(job, number, runs[number])
+            job.reporter.progress(100 * (number + 1) / (job.recipe.num_rounds + 1))
+            task, stopped_by = _next(job, task, stopped_by)
+    finally:
+        for signals in job.rounds.values():
+            if not signals.turn.done():
+                signals.turn.set_result(None)
+        # The run of a committed round may still be reporting its end to Prefect.
+        await asyncio.gather(*runs, return_exceptions=True)
     job.reporter.progress(100)
     return stopped_by
+
+
+def _begin(job: Job, number: int) -> asyncio.Task[None]:
+    """Create the flow run of a round; it waits for its turn."""
+    job.rounds[number] = RoundSignals()
+
+    async def run() -> None:
+        with suppress(CancelledRun):  # its turn never came
+            await federated_round(job, number)
+
+    return asyncio.create_task(run())
+
+
+async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:
+    """Wait until the round is committed; raises what its run raises."""
+    commit = asyncio.create_task(job.rounds[number].committed.wait())
+    try:
+        await asyncio.wait({commit, run}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.rounds[number].committed.is_set():
+            await run
+    finally:
+        commit.cancel()
+
+
+def _is_followed(job: Job, number: int) -> bool:
+    """Whether a round will come after a training round, as far as is known while it trains."""
+    return number + 1 < job.recipe.num_rounds or any(record["metrics"] for record in job.records)
+
+
+def _next(job: Job, task: Task, stopped_by: str | None) -> tuple[Task | None, str | None]:
+    """What the next round does, and what stopped the training early, if anything did."""
+    if task == "evaluate":
+        return None, stopped_by
+    if len(job.records) < job.recipe.num_rounds:
+        stopped_by = _stops(job)
+        if stopped_by is None:
+            return "train", None
+    if any(record["metrics"] for record in job.records):
+        return "evaluate", stopped_by  # sites score the model that they receive: the last one needs a round of its own
+    get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
+    return None, stopped_by
 
 
 def _stops(job: Job) -> str | None:

@@ -23,11 +23,16 @@ def weighted_mean(values: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
     """
     total = 0.0
     mean: torch.Tensor | None = None
+    own = False  # the first value is the caller's: only what came of it may be written to
     for weight, value in values:
         if weight == 0:
             continue
         total += weight
-        mean = value.clone() if mean is None else mean.lerp_(value, weight / total)
+        if mean is None:
+            mean = value
+        else:
+            mean = mean.lerp_(value, weight / total) if own else mean.lerp(value, weight / total)
+            own = True
     if mean is None:
         raise ValueError("no value has a weight above 0")
     return mean

@@ -26,15 +26,18 @@ from fedpool.tasks.tables import round_table
 class Reporter:
     """Writes artifacts behind the job's back: in order, each for the flow run in whose context `later` was called."""
 
-    __slots__ = ("_last", "_progress")
+    __slots__ = ("_last", "_progress", "_shown", "_wanted")
 
     def __init__(self) -> None:
         self._last: asyncio.Task[None] | None = None
         self._progress: UUID | None = None
+        self._shown: float | None = None
+        self._wanted = 0.0
 
     def progress(self, percent: float) -> None:
         """Show or move the job's progress bar."""
-        self._later(self._move(percent))
+        self._wanted = percent
+        self._later(self._move())
 
     def table(self, record: Record) -> None:
         """The table of a round."""
@@ -56,12 +59,15 @@ class Reporter:
     def _later(self, write: Coroutine[Any, Any, Any]) -> None:
         self._last = asyncio.create_task(_write_after(self._last, write))
 
-    async def _move(self, percent: float) -> None:
+    async def _move(self) -> None:
+        if self._wanted == self._shown:  # an earlier write was late enough to bring this one's news
+            return
+        self._shown = self._wanted
         if self._progress is None:
-            created = await acreate_progress_artifact(percent, key="progress", description="rounds of the job")
+            created = await acreate_progress_artifact(self._shown, key="progress", description="rounds of the job")
             self._progress = created if isinstance(created, UUID) else None
         else:
-            await aupdate_progress_artifact(self._progress, percent)
+            await aupdate_progress_artifact(self._progress, self._shown)
 
 
 async def _write_after(previous: asyncio.Task[None] | None, write: Coroutine[Any, Any, Any]) -> None:

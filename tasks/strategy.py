@@ -1,6 +1,7 @@
 """What a strategy is: two pure functions on frozen state, after fedjax's `FederatedAlgorithm`.
 
-Legend: a *slice* is part of a model, a mapping of parameter names to flat float64 tensors (one block of a parameter each).
+Legend: a *slice* is part of a model, a mapping of parameter names to flat float64 tensors (one block of a parameter each;
+integers as differences to a common origin, booleans as 0 and 1).
 A strategy is given slice after slice of the model, never the whole, so memory does not grow with model or number of sites.
 """
 

@@ -19,7 +19,7 @@ from fedpool.arrays import (
     load_arrays,
     numpy_dtype,
     range_reader,
-    save_arrays,
+    save_and_hash,
     torch_block,
     torch_dtype,
 )
@@ -31,7 +31,7 @@ CODES = sorted(ITEM_SIZES)
 
 def saved(path: Path, params: dict[str, Any]) -> Path:
     with path.open("wb") as file:
-        save_arrays(file, params)
+        save_and_hash(file, params)
     return path
 
 
@@ -132,7 +132,7 @@ def test_a_broken_file_read_as_numpy_is_refused_by_name(tmp_path: Path) -> None:
 )
 def test_what_cannot_travel_is_refused_by_name_with_the_remedy(value: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):
-        save_arrays(io.BytesIO(), {"w": value})
+        save_and_hash(io.BytesIO(), {"w": value})
 
 
 def test_a_description_holds_dtype_and_shape() -> None:

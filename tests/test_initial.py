@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpool.arrays import save_arrays
+from fedpool.arrays import save_and_hash
 from fedpool.errors import RecipeError
 from fedpool.initial import InitialModel, initial_model
 from fedpool.tensors import Digest, TensorSpec
@@ -31,7 +31,7 @@ def plain(model: InitialModel) -> dict[str, Any]:
 
 def saved(path: Path, params: dict[str, Any]) -> Path:
     with path.open("wb") as file:
-        save_arrays(file, params)
+        save_and_hash(file, params)
     return path
 
 
@@ -145,12 +145,17 @@ def test_a_checkpoint_that_holds_no_state_dict_is_refused(tmp_path: Path) -> Non
         initial_model(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("model", [None, 3, [torch.ones(1)], torch.ones(1), Net])
+@pytest.mark.parametrize("model", [None, 3, [torch.ones(1)], torch.ones(1)])
 def test_anything_else_is_refused(model: Any) -> None:
     with pytest.raises(
         RecipeError, match=r"model must be a torch\.nn\.Module, a state dict, or the path of a checkpoint"
     ):
         initial_model(model)
+
+
+def test_a_class_where_an_instance_belongs_is_refused_with_the_remedy() -> None:
+    with pytest.raises(RecipeError, match=r"model is the class Net: give an instance, Net\(\)"):
+        initial_model(Net)
 
 
 @pytest.mark.parametrize("model", [{}, torch.nn.ReLU()])
@@ -202,7 +207,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_parameters(
 def test_the_digest_is_that_of_the_file_that_would_be_written() -> None:
     model = initial_model(Net())
     file = io.BytesIO()
-    assert model.digest == save_arrays(file, model.params)
+    assert model.digest == save_and_hash(file, model.params)
     assert model.digest.size == len(file.getvalue())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fedpool.arrays import save_arrays
+from fedpool.arrays import save_and_hash
 from fedpool.errors import RecipeError
 from fedpool.flows.fedavg import FedAvg, FedAvgRecipe
 from fedpool.recipe import Recipe
@@ -164,7 +164,7 @@ def test_the_model_may_come_in_every_documented_form(kind: str, fields: dict[str
     state = net.state_dict()
     safetensors, checkpoint = tmp_path / "m.safetensors", tmp_path / "m.pt"
     with safetensors.open("wb") as file:
-        save_arrays(file, state)
+        save_and_hash(file, state)
     torch.save(state, checkpoint)
     model = {
         "module": net,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpool.arrays import save_arrays
+from fedpool.arrays import save_and_hash
 from fedpool.errors import FedpoolError, IntegrityError, RecipeError, StoreError
 from fedpool.store import JobPaths, Store, check_digest, check_name, hash_file, to_json
 from fedpool.tensors import Digest, TensorSpec
@@ -155,7 +155,7 @@ def test_a_fetched_object_that_differs_from_its_manifest_is_refused(store: Store
 
 def test_tensors_are_read_block_by_block(store: Store) -> None:
     with store.staged("job/model") as file:
-        digest = save_arrays(file, {"w": np.arange(10, dtype=np.float32)})
+        digest = save_and_hash(file, {"w": np.arange(10, dtype=np.float32)})
     reader = store.tensors("job/model", digest.size)
     assert reader.spec == {"w": TensorSpec("F32", (10,))}
     assert np.frombuffer(reader.read_block("w", 3, 6), np.float32).tolist() == [3.0, 4.0, 5.0]
@@ -171,7 +171,7 @@ def test_the_size_of_an_object_is_known_without_reading_it(store: Store) -> None
 
 def test_tensors_of_another_size_than_the_manifest_says_are_refused(store: Store) -> None:
     with store.staged("job/model") as file:
-        digest = save_arrays(file, {"w": np.arange(10, dtype=np.float32)})
+        digest = save_and_hash(file, {"w": np.arange(10, dtype=np.float32)})
     for size in (digest.size - 1, digest.size + 1):
         with pytest.raises(IntegrityError, match="job/model is not a sound safetensors file"):
             store.tensors("job/model", size)

@@ -21,7 +21,7 @@ from fedpool.tensors import (
     TensorSpec,
     block_ranges,
     file_order,
-    write_tensors,
+    write_and_hash,
 )
 
 specs = st.dictionaries(
@@ -40,7 +40,7 @@ def reader_of(data: bytes, read: bytes | None = None) -> TensorReader:
 def written(contents: Mapping[str, tuple[TensorSpec, bytes]]) -> bytes:
     file = io.BytesIO()
     spec = {name: entry for name, (entry, _) in contents.items()}
-    digest = write_tensors(file, spec, (contents[name][1] for name in file_order(spec)))
+    digest = write_and_hash(file, spec, (contents[name][1] for name in file_order(spec)))
     assert digest.sha256 == hashlib.sha256(file.getvalue()).hexdigest()
     assert digest.size == len(file.getvalue())
     return file.getvalue()
@@ -145,7 +145,7 @@ def test_a_spec_knows_elements_bytes_and_kind() -> None:
 
 def test_buffers_that_do_not_add_up_to_the_spec_are_an_error_of_ours() -> None:
     with pytest.raises(AssertionError, match="add up"):
-        write_tensors(io.BytesIO(), {"w": TensorSpec("F32", (2,))}, [b"1234"])
+        write_and_hash(io.BytesIO(), {"w": TensorSpec("F32", (2,))}, [b"1234"])
 
 
 @pytest.mark.parametrize(

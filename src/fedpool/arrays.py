@@ -97,6 +97,14 @@ def as_bytes(value: Any) -> memoryview:
     return array.view(np.uint8).data
 
 
+def as_numpy(value: Any) -> "np.ndarray[Any, Any]":
+    """A torch tensor as a numpy array of the same dtype, bfloat16 included."""
+    import numpy as np
+
+    spec = describe("", value)
+    return np.frombuffer(bytearray(as_bytes(value)), numpy_dtype(spec.dtype)).reshape(spec.shape)
+
+
 def save_arrays(file: Writable, params: Mapping[str, Any]) -> None:
     """Write params (torch tensors or numpy arrays of any shape) as safetensors.
 

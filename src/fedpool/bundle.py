@@ -7,8 +7,9 @@ imported by a computed name needs `include=`. Same files, same bytes: names are 
 import ast
 import hashlib
 import io
+import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -68,15 +69,17 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
             pending.extend(local)
             if not local:
                 imports.add(module)
-    for item in include:
-        files.update(_included(folder, item))
-    size = sum(map(len, files.values()))
+    included = {name for item in include for name in _included(folder, item)}
+    sizes = {name: len(data) for name, data in files.items()}
+    sizes |= {name.as_posix(): (folder / name).stat().st_size for name in included}  # before any of it is read
+    size = sum(sizes.values())
     if size > MAX_BUNDLE_BYTES:
-        largest = max(files, key=lambda name: len(files[name]))
+        largest = max(sizes, key=lambda name: sizes[name])
         raise RecipeError(
             f"the bundle of {path.name} would hold {size / 2**20:.1f} MiB, over the limit of {MAX_BUNDLE_BYTES >> 20} MiB "
-            f"(largest: {largest}, {len(files[largest]) / 2**20:.1f} MiB): leave data at the site and give its path in train_args"
+            f"(largest: {largest}, {sizes[largest] / 2**20:.1f} MiB): leave data at the site and give its path in train_args"
         )
+    files |= {name.as_posix(): (folder / name).read_bytes() for name in included}
     data = _zip(files)
     return Bundle(path.name, hashlib.sha256(data).hexdigest(), tuple(sorted(imports)), data)
 
@@ -90,7 +93,11 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise IntegrityError(f"the bundle has sha256 {found}, its job says {sha256}")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+    except zipfile.BadZipFile as error:
+        raise IntegrityError(f"the bundle is not a zip: {error}") from None
+    with archive:
         if sum(entry.file_size for entry in archive.infolist()) > MAX_BUNDLE_BYTES:
             raise IntegrityError(f"the bundle would unpack to more than {MAX_BUNDLE_BYTES >> 20} MiB")
         for entry in archive.infolist():
@@ -127,18 +134,20 @@ def _local_files(folder: Path, module: str) -> Iterator[Path]:
     """The files beside the script that importing `module` would run; none when it is not a module of the folder."""
     here = folder
     for part in module.split("."):
-        if (here / part).is_dir() and ((here / part / "__init__.py").is_file() or any((here / part).glob("*.py"))):
+        # In Python's order: a package, a module, a folder without __init__.
+        if (here / part / "__init__.py").is_file():
             here = here / part
-            if (here / "__init__.py").is_file():
-                yield here / "__init__.py"
+            yield here / "__init__.py"
         elif (here / f"{part}.py").is_file():
             yield here / f"{part}.py"
             return
+        elif (here / part).is_dir():
+            here = here / part
         else:
             return
 
 
-def _included(folder: Path, item: str) -> Iterable[tuple[str, bytes]]:
+def _included(folder: Path, item: str) -> Iterator[Path]:
     path = folder / item
     if not path.exists():
         raise RecipeError(
@@ -150,7 +159,7 @@ def _included(folder: Path, item: str) -> Iterable[tuple[str, bytes]]:
                 f"include={item!r} leads outside the client script's folder ({file.resolve()}): copy it in"
             )
         if file.is_file() and "__pycache__" not in file.parts:
-            yield file.relative_to(folder).as_posix(), file.read_bytes()
+            yield Path(os.path.normpath(file)).relative_to(folder)
 
 
 def _zip(files: dict[str, bytes]) -> bytes:

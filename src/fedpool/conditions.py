@@ -28,7 +28,8 @@ class StopCondition:
         return value is not None and _OPERATORS[self.comparison](value, self.threshold)
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.comparison} {self.threshold:g}"
+        short = f"{self.threshold:g}"
+        return f"{self.metric} {self.comparison} {short if float(short) == self.threshold else repr(self.threshold)}"
 
 
 def parse_condition(text: str) -> StopCondition:

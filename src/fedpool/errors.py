@@ -48,6 +48,9 @@ class SiteError(FedpoolError):
         self.round = round
         self.cause = cause
 
+    def __reduce__(self) -> tuple[type["SiteError"], tuple[str, int, str]]:
+        return SiteError, (self.site, self.round, self.cause)
+
 
 class RoundError(FedpoolError):
     """A round ended with fewer accepted updates than `min_clients`; the message names each site and its cause."""

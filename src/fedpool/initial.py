@@ -45,6 +45,8 @@ def initial_model(model: Any, checkpoint: str | Path | None = None) -> InitialMo
     """
     if isinstance(model, str | Path):
         params = _load_checkpoint(Path(model))
+    elif isinstance(model, type):
+        raise RecipeError(f"model is the class {model.__name__}: give an instance, {model.__name__}()")
     elif hasattr(model, "state_dict") and callable(model.state_dict):
         params = model.state_dict()
     elif isinstance(model, Mapping):

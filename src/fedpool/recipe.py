@@ -5,6 +5,7 @@ Prefect shows as a form. The two fields that are files or objects of the user's 
 values at once: tensors with their spec, and a content-addressed bundle.
 """
 
+import json
 import re
 import shlex
 from abc import abstractmethod
@@ -118,6 +119,7 @@ class Recipe(BaseModel):
         None,
         description="seconds after which a round's missing sites are killed and counted as failed; empty: never",
         gt=0,
+        allow_inf_nan=False,
     )
     include: tuple[str, ...] = Field(
         (), description="more files and folders for the bundle, relative to the client script's folder"
@@ -169,6 +171,12 @@ class Recipe(BaseModel):
         self._site_arguments = {}
         for site, config in self.per_site_config.items():
             check_name("site", site)
+            try:
+                json.dumps(config, allow_nan=False)
+            except ValueError:
+                raise RecipeError(
+                    f"per_site_config[{site!r}] holds NaN or infinity, which JSON cannot: {config}"
+                ) from None
             if "train_args" in config:
                 arguments = config["train_args"]
                 if not isinstance(arguments, str | list):
@@ -253,4 +261,4 @@ class Recipe(BaseModel):
 
     @abstractmethod
     def strategy(self) -> Any:
-        """The recipe's algorithm: a `fedpool.flows.strategy.Strategy`."""
+        """The recipe's algorithm: a `fedpool.tasks.strategy.Strategy`."""

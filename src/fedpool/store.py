@@ -241,6 +241,8 @@ class Store:
         """
         if self.is_local:
             local = Path(self.full(path))
+            if not local.exists():
+                raise FileNotFoundError(local)
         else:
             local = folder / path.replace("/", "_")
             self.fs.get_file(self.full(path), str(local))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from fedpool.arrays import ParamsFormat, as_bytes, load_arrays, save_arrays
+from fedpool.arrays import ParamsFormat, as_bytes, load_arrays, save_and_hash
 from fedpool.client.hosts import Assignment, TorchrunHost, Waiting, Welcome
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, Link
 
@@ -134,7 +134,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SessionThre
     """A job of two rounds at a site whose script runs on two ranks."""
     folder = tmp_path_factory.mktemp("session")
     with (folder / "global").open("wb") as file:
-        save_arrays(file, PARAMS)
+        save_and_hash(file, PARAMS)
     assignments = [Assignment(n, 2, model=str(folder / "global"), update=str(folder / f"update-{n}")) for n in range(2)]
     with tempfile.TemporaryDirectory(prefix="fp-") as short:  # the path of a Unix socket is limited to about 100 bytes
         host = SessionThread(f"{short}/s", b"secret", assignments)
@@ -253,7 +253,7 @@ def test_params_of_every_dtype_are_broadcast_unchanged_in_either_format(
     params_format: ParamsFormat, tmp_path: Path
 ) -> None:
     with (tmp_path / "global").open("wb") as file:
-        save_arrays(file, PARAMS)
+        save_and_hash(file, PARAMS)
     host = TorchrunHost(0, OneRound(Assignment(0, 1, model=str(tmp_path / "global"))))
     assignment = host.next(None)
     assert assignment is not None

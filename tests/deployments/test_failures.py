@@ -79,7 +79,9 @@ def test_a_fault_fails_the_job_with_site_round_and_cause_when_the_site_is_needed
 
 
 @pytest.mark.parametrize("fault", ["raises", "sends NaN", "is killed"])
-def test_a_fault_is_recorded_and_the_job_goes_on_when_enough_sites_remain(fault: str, run_job: Callable[..., Run]) -> None:
+def test_a_fault_is_recorded_and_the_job_goes_on_when_enough_sites_remain(
+    fault: str, run_job: Callable[..., Run]
+) -> None:
     code, cause = FAULTS[fault]
     result = run_job(SCRIPT.format(fault=code), model=MODEL, min_clients=1, num_rounds=3).get_result()
     second = result.rounds[1]
@@ -129,7 +131,9 @@ def test_a_line_of_10_mb_is_cut(run_job: Callable[..., Run]) -> None:
 
 def test_a_script_that_fails_before_init_says_so(run_job: Callable[..., Run]) -> None:
     run = run_job("import a_module_that_is_not_installed\n")
-    with pytest.raises(JobFailed, match=r"(?s)round 0.*site-1 failed.*No module named 'a_module_that_is_not_installed'"):
+    with pytest.raises(
+        JobFailed, match=r"(?s)round 0.*site-1 failed.*No module named 'a_module_that_is_not_installed'"
+    ):
         run.get_result()
 
 
@@ -145,5 +149,7 @@ def test_an_evaluation_that_fails_does_not_cost_the_trained_model(run_job: Calla
     """
     result = run_job(script).get_result()
     assert result.num_rounds == 2 and float(result.params["w"][0]) == 2
-    assert [entry["cause"].splitlines()[-1] for entry in result.rounds[-1]["failed"]] == ["RuntimeError: cannot score"] * 2
+    assert [entry["cause"].splitlines()[-1] for entry in result.rounds[-1]["failed"]] == [
+        "RuntimeError: cannot score"
+    ] * 2
     assert result.best_round == 0  # the only scores are those of the first two models, which are equal

@@ -39,7 +39,9 @@ SCRIPT = """
 async def read(run: Run) -> dict[str, Any]:
     """The flow runs, task runs, logs and artifacts of a job."""
     async with get_client() as client:
-        job = next(r for r in await client.read_flow_runs(limit=200) if (r.parameters or {}).get("job_id") == run.job_id)
+        job = next(
+            r for r in await client.read_flow_runs(limit=200) if (r.parameters or {}).get("job_id") == run.job_id
+        )
         rounds = await client.read_flow_runs(
             flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[job.id]))
         )

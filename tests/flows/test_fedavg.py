@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpool.arrays import load_arrays, save_arrays
+from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.flows.fedavg import FedAvg
 from fedpool.manifest import UpdateManifest
 from fedpool.store import JobPaths, Store
@@ -51,11 +51,11 @@ def aggregated(
     with tempfile.TemporaryDirectory(dir=folder) as root:
         store, paths = Store(root), JobPaths("job")
         with store.staged(paths.global_model(0)) as file:
-            size = save_arrays(file, base).size
+            size = save_and_hash(file, base).size
         accepted = []
         for site, weight, params in updates:
             with store.staged(paths.update(0, site)) as file:
-                digest = save_arrays(file, params)
+                digest = save_and_hash(file, params)
             manifest = UpdateManifest(
                 job_id="job",
                 site=site,

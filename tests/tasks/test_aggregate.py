@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpool.arrays import load_arrays, numpy_dtype, save_arrays
+from fedpool.arrays import load_arrays, numpy_dtype, save_and_hash
 from fedpool.errors import RoundError
 from fedpool.flows.fedavg import FedAvg
 from fedpool.manifest import UpdateManifest
@@ -29,7 +29,7 @@ class Round:
     def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
         self.store = Store(folder)
         with self.store.staged(PATHS.global_model(0)) as file:
-            self.digest = save_arrays(file, base)
+            self.digest = save_and_hash(file, base)
         self.updates: list[Accepted] = []
 
     @property
@@ -39,7 +39,7 @@ class Round:
     def send(self, site: str, params: Mapping[str, Any], weight: float = 1.0, params_type: str = "FULL") -> None:
         """An update of a site."""
         with self.store.staged(PATHS.update(0, site)) as file:
-            digest = save_arrays(file, params)
+            digest = save_and_hash(file, params)
         manifest = UpdateManifest(
             job_id="job-1",
             site=site,

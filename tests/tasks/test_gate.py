@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpool.arrays import save_arrays
+from fedpool.arrays import save_and_hash
 from fedpool.manifest import UpdateManifest
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
@@ -63,7 +63,7 @@ def sent(store: Store, params: Mapping[str, Any] | None = GOOD, **changes: Any) 
     }
     if params is not None:
         with store.staged(PATHS.update(2, "site-1")) as file:
-            digest = save_arrays(file, params)
+            digest = save_and_hash(file, params)
         fields |= {"params_type": "FULL", "sha256": digest.sha256, "size": digest.size}
     return UpdateManifest(**{**fields, **changes})
 

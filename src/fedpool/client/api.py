@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,13 @@ class Client:
                     f"round {self._sent_round} was sent already: call flare.is_running() for the next one"
                 )
             raise ClientError("send() before receive(): call flare.receive() first, then train, then send")
+        assignment = self._assignment
+        if assignment.silent:  # rank 0 sends for all
+            self._sent_round = assignment.round
+            self._assignment = self._model = None
+            return
         if model.params is None and model.metrics is None:
             raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
-        assignment = self._assignment
         metrics = {name: _number(f"metrics[{name!r}]", value) for name, value in (model.metrics or {}).items()}
         message: dict[str, Any] = {
             "round": assignment.round,
@@ -124,8 +129,10 @@ class Client:
         )
 
     def shutdown(self) -> None:
-        """Say goodbye to the host."""
+        """Say goodbye to the host; from here on the job is over for this script."""
         self._host.close()
+        self._ended = True
+        self._assignment = self._model = None
 
     def _next(self, timeout: float | None) -> bool:
         if self._ended:
@@ -151,7 +158,9 @@ class Client:
         sent = {name: value for name, value in params.items() if name not in excluded}
         try:
             if assignment.transfer == "DIFF" and params_type is ParamsType.FULL:
-                sent = {name: _difference(value, self._model.params.get(name)) for name, value in sent.items()}
+                # From the file: the script may have trained the very tensors that it received.
+                base = load_arrays(assignment.model, self._params_format()) if assignment.model else {}
+                sent = {name: _difference(name, value, base.get(name)) for name, value in sent.items()}
                 params_type = ParamsType.DIFF
             # Without a host there is nowhere to write: the params are checked and counted all the same.
             with Path(assignment.update or "/dev/null").open("wb") as file:
@@ -160,8 +169,11 @@ class Client:
                 kept = {name: params[name] for name in excluded}
                 # A DIFF of a parameter that stays here is not a value to go on from; FULL is.
                 if model.params_type is not ParamsType.DIFF:
-                    with Path(assignment.kept).open("wb") as file:
+                    # Beside, then into place: the values received from the old file are a map of it.
+                    partial = Path(f"{assignment.kept}.partial")
+                    with partial.open("wb") as file:
                         save_arrays(file, kept)
+                    partial.replace(assignment.kept)
         except TypeError as error:
             raise ClientError(str(error)) from None
         return {"params_type": params_type.value, "num_params": len(sent)}
@@ -176,14 +188,14 @@ def seed_everything(seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def _difference(value: Any, base: Any) -> Any:
+def _difference(name: str, value: Any, base: Any) -> Any:
     """value - base; integers as int64, because unsigned ones would wrap around.
 
     A boolean has no difference and stays as it is, and so does what has no base to subtract: the gate judges it.
     """
     if base is None or not hasattr(value, "shape") or tuple(value.shape) != tuple(base.shape):
         return value
-    kind = describe("", value).kind
+    kind = describe(name, value).kind
     if kind == "bool":
         return value
     if is_torch(value) or is_torch(base):
@@ -208,7 +220,9 @@ def _number(what: str, value: Any) -> float:
 def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in meta.items():
-        value = value.item() if hasattr(value, "item") and not isinstance(value, str) else value
+        if hasattr(value, "item"):  # a numpy or torch scalar; of an array item() raises
+            with suppress(ValueError, RuntimeError):
+                value = value.item()
         if not isinstance(value, str | int | float | bool | None):
             raise ClientError(
                 f"meta[{key!r}] must be a number or a string, got {type(value).__name__}: send arrays as params"

@@ -36,7 +36,7 @@ class Assignment:
     """What the script is asked to do in one round.
 
     `model` and `update` are local paths: the global model to read, the file to write. `kept` holds the site's own values
-    of the parameters named in `exclude`. `seed` is None where nothing is seeded (standalone).
+    of the parameters named in `exclude`. `seed` is None where nothing is seeded (standalone). `silent` ranks send nothing.
     """
 
     round: int
@@ -48,6 +48,7 @@ class Assignment:
     transfer: str = "FULL"
     exclude: tuple[str, ...] = ()
     seed: int | None = None
+    silent: bool = False
 
 
 class Host(Protocol):
@@ -235,14 +236,16 @@ class TorchrunHost:
         if outcome.get("waiting"):
             raise Waiting
         fields = outcome["assignment"]
-        return Assignment(**{**fields, "exclude": tuple(fields["exclude"])}) if fields else None
+        if fields is None:
+            return None
+        return Assignment(**{**fields, "exclude": tuple(fields["exclude"]), "silent": self._host is None})
 
     def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
         """See `Host.params`; collective."""
         import torch
         import torch.distributed as dist
 
-        from fedpool.arrays import describe, torch_dtype
+        from fedpool.arrays import as_numpy, describe, torch_dtype
 
         mine: dict[str, torch.Tensor] = self._host.params(assignment, "torch") if self._host else {}
         spec = {name: describe(name, value) for name, value in mine.items()}
@@ -254,7 +257,9 @@ class TorchrunHost:
             value = mine[name].contiguous() if self._host else torch.empty(shape, dtype=torch_dtype(dtype))
             dist.broadcast(value.reshape(-1).view(torch.uint8), 0, group=self._group)
             params[name] = value
-        return params if params_format == "torch" else {name: value.numpy() for name, value in params.items()}
+        if params_format == "torch":
+            return params
+        return {name: as_numpy(value) for name, value in params.items()}
 
     def put(self, kind: str, **fields: Any) -> None:
         """See `Host.put`; only rank 0 sends."""
