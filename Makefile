@@ -41,8 +41,7 @@ wheel: $(READY)  ## build the wheel and run a job from it in a clean environment
 bench: $(READY)  ## the README's figures: a bare loop and fedpool side by side
 	$(RUN)/python benchmarks/simulation.py
 
-bench-peers: $(READY) .venvs/nvflare/.ready .venvs/flower/.ready  ## the same, and NVFlare and Flower
-	$(RUN)/python benchmarks/simulation.py --peers
+bench-peers: .venvs/nvflare/.ready .venvs/flower/.ready  ## NVFlare and Flower, for benchmarks/simulation.py --peers
 
 oracle: $(READY)  ## the FedAvg rows of the oracle, through SimEnv (some 15 minutes)
 	$(RUN)/python benchmarks/oracle_job.py

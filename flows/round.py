@@ -139,6 +139,9 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     job.head = following or job.head
     job.reporter.table(record)
     job.rounds[number].committed.set()
+    # The next round is under way by now: this costs it nothing.
+    for outcome in accepted:
+        await asyncio.to_thread(store.settle, paths.update(number, outcome.manifest.site))
     return None
 
 

@@ -19,12 +19,18 @@ def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
         for name, value in metrics.items():
             if value is not None:
                 values.setdefault(name, []).append((weight, value))
-    result = {}
-    for name, pairs in sorted(values.items()):
-        heaviest = max(weight for weight, _ in pairs)
-        shares = [weight / heaviest if heaviest else 1.0 for weight, _ in pairs]
-        result[name] = sum(share * value for share, (_, value) in zip(shares, pairs, strict=True)) / sum(shares)
-    return result
+    return {name: _mean(pairs) for name, pairs in sorted(values.items())}
+
+
+def _mean(pairs: Sequence[tuple[float, float]]) -> float:
+    """A running mean, as `fedpool.tasks.mean.weighted_mean`: sites that agree give their common value, to the bit."""
+    heaviest = max(weight for weight, _ in pairs)
+    mean = total = 0.0
+    for weight, value in pairs:
+        share = weight / heaviest if heaviest else 1.0
+        total += share
+        mean += (value - mean) * (share / total) if total else 0.0
+    return mean
 
 
 def best_round(scores: Sequence[float | None], mode: Literal["max", "min"]) -> int | None:

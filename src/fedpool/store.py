@@ -34,6 +34,7 @@ from fedpool.errors import IntegrityError, RecipeError, StoreError
 from fedpool.tensors import Digest, TensorReader
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_LARGE_BYTES = 16 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -223,6 +224,20 @@ class Store:
                 f"{target} exists already, and nothing in the store is overwritten: use a new job_id"
             ) from None
         local.unlink()
+
+    def settle(self, path: str) -> None:
+        """Have a large local object on disk now, and let go of its cached pages.
+
+        What a round leaves behind is not read again soon. Left to the kernel, the updates of a large model would take all
+        memory for their pages before anything is written, and each new round would pay for fresh ones: with 4 updates of
+        300 MB a round, rounds took a third longer.
+        """
+        if not self.is_local or not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(FileNotFoundError), Path(self.full(path)).open("rb") as file:
+            if os.fstat(file.fileno()).st_size >= _LARGE_BYTES:
+                os.fdatasync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     @contextmanager
     def _scratch(self) -> Iterator[str]:

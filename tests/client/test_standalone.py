@@ -32,9 +32,10 @@ for name, state in {"empty": {}, "other": {"x": torch.ones(1)}}.items():
     except RuntimeError as error:
         print(name, "fails:", "Missing key" in str(error))
 print("own state loads", model.load_state_dict(before))
-from fedpool.client.hosts import initial_params
+from fedpool.client.hosts import Standalone
 wrapped = torch.nn.Module.load_state_dict
-print("wrapped once", initial_params() == {}, torch.nn.Module.load_state_dict is wrapped)
+host = Standalone()
+print("wrapped once", host.params(host.next(None), "torch") == {}, torch.nn.Module.load_state_dict is wrapped)
 print("args", sys.argv[1:])
 """
 

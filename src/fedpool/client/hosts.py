@@ -149,11 +149,15 @@ class Standalone:
         if self._done:
             return None
         self._done = True
+        if (
+            "torch" in sys.modules
+        ):  # now, and not with the params: `model.load_state_dict(flare.receive().params)` binds first
+            _let_initial_params_load()
         return Assignment(round=0, total_rounds=1)
 
     def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
         """See `Host.params`."""
-        return initial_params()
+        return InitialParams()
 
     def put(self, kind: str, **fields: Any) -> None:
         """See `Host.put`: prints what a host would have been sent."""
@@ -165,13 +169,6 @@ class Standalone:
 
     def close(self) -> None:
         """See `Host.close`: nothing to close."""
-
-
-def initial_params() -> InitialParams:
-    """The params of a standalone run; see `InitialParams`."""
-    if "torch" in sys.modules:
-        _let_initial_params_load()
-    return InitialParams()
 
 
 def _let_initial_params_load() -> None:
@@ -238,6 +235,8 @@ class TorchrunHost:
         fields = outcome["assignment"]
         if fields is None:
             return None
+        if fields["model"] is None and "torch" in sys.modules:  # rank 0 runs standalone
+            _let_initial_params_load()
         return Assignment(**{**fields, "exclude": tuple(fields["exclude"]), "silent": self._host is None})
 
     def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
@@ -251,7 +250,7 @@ class TorchrunHost:
         spec = {name: describe(name, value) for name, value in mine.items()}
         shared = self._broadcast({name: [entry.dtype, list(entry.shape)] for name, entry in spec.items()})
         if not shared:
-            return mine if self._host else initial_params()
+            return mine if self._host else InitialParams()
         params: dict[str, torch.Tensor] = {}
         for name, (dtype, shape) in shared.items():
             value = mine[name].contiguous() if self._host else torch.empty(shape, dtype=torch_dtype(dtype))
