@@ -33,7 +33,9 @@ def run_page(page: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for language, text in _BLOCK.findall(page.read_text()):
             if language == "sh":
-                for command in (line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")):
+                for command in (
+                    line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")
+                ):
                     command = command.split("  #")[0].strip()
                     if command in RAN_ELSEWHERE:
                         continue

@@ -30,6 +30,9 @@ from fedpool.tensors import Digest
 
 JOB_FORMAT = 1
 
+LOOK_AHEAD = 2
+"""Rounds whose flow runs are created ahead of the one that trains: creating one takes longer than a short round does."""
+
 
 @flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
 async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -> State[Any]:
@@ -109,8 +112,8 @@ async def _run_rounds(job: Job) -> str | None:
             if number == len(runs):
                 runs.append(_begin(job, number))
             job.rounds[number].turn.set_result(task)
-            if task == "train" and _is_followed(job, number):
-                runs.append(_begin(job, number + 1))
+            while task == "train" and len(runs) <= number + LOOK_AHEAD and _is_expected(job, len(runs)):
+                runs.append(_begin(job, len(runs)))
             await _committed(job, number, runs[number])
             job.reporter.progress(100 * (number + 1) / (job.recipe.num_rounds + 1))
             task, stopped_by = _next(job, task, stopped_by)
@@ -146,9 +149,10 @@ async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:
         commit.cancel()
 
 
-def _is_followed(job: Job, number: int) -> bool:
-    """Whether a round will come after a training round, as far as is known while it trains."""
-    return number + 1 < job.recipe.num_rounds or any(record["metrics"] for record in job.records)
+def _is_expected(job: Job, number: int) -> bool:
+    """Whether a round will come, as far as is known: the evaluation does when there are metrics."""
+    num_rounds = job.recipe.num_rounds
+    return number < num_rounds or (number == num_rounds and any(record["metrics"] for record in job.records))
 
 
 def _next(job: Job, task: Task, stopped_by: str | None) -> tuple[Task | None, str | None]:

@@ -52,7 +52,9 @@ while flare.is_running():  # (3)
             loss.backward()
             optimizer.step()
     flare.log("loss", loss.item())
-    print(f"round {input_model.current_round}: received a model of accuracy {score:.3f}, trained to loss {loss.item():.3f}")
+    print(
+        f"round {input_model.current_round}: received a model of accuracy {score:.3f}, trained to loss {loss.item():.3f}"
+    )
 
     steps = args.epochs * len(loader)
     flare.send(  # (6)

@@ -185,7 +185,10 @@ def seed_everything(seed: int) -> None:
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed % 2**32)
     if (torch := sys.modules.get("torch")) is not None:
-        torch.manual_seed(seed)
+        if torch.accelerator.is_available():
+            torch.manual_seed(seed)
+        else:  # the same generator; manual_seed() would take a traceback for each device library, 3 ms together
+            torch.default_generator.manual_seed(seed)
 
 
 def _difference(name: str, value: Any, base: Any) -> Any:
