@@ -76,7 +76,6 @@ async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -
 def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> Digest:
     """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest."""
     paths = JobPaths(job_id)
-    assert recipe.bundle.data is not None
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
     with store.staged(paths.global_model(0)) as file:
         digest = save_and_hash(file, recipe.model.params)

@@ -29,13 +29,13 @@ class Bundle:
         entry: the script's name inside the zip.
         sha256: of the zip.
         imports: dotted names that the script and its modules import from outside the bundle; what a session preloads.
-        data: the zip's bytes; None once it lies in a store and only its hash is known.
+        data: the zip's bytes.
     """
 
     entry: str
     sha256: str
-    imports: tuple[str, ...] = ()
-    data: bytes | None = field(default=None, repr=False, compare=False)
+    imports: tuple[str, ...]
+    data: bytes = field(repr=False, compare=False)
 
 
 def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
