@@ -91,15 +91,11 @@ class PrivateServer:
                     continue
 
     def close(self) -> None:
-        """End the server and remove its folder. Idempotent."""
-        self._process.terminate()
+        """End the server and remove its folder. Idempotent. Killed, because it has nothing to save: its database is memory."""
+        self._process.kill()
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.wait()
         self._home.cleanup()
 
     def _tail(self) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Self
 
@@ -153,6 +154,9 @@ def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console:
         api_url = PREFECT_API_URL.value()
         if api_url is None:
             server = server or stack.enter_context(private_server())
+            # What Prefect imports when the first flow runs: now, while the server is still starting.
+            for name in ("prefect.flow_engine", "prefect.task_engine", "prefect.events.worker", "fastapi.encoders"):
+                import_module(name)
             server.wait()
             api_url = server.api_url
             console.print(f"Prefect UI while this runs: {server.address}", highlight=False)

@@ -5,6 +5,8 @@ warning in the job's log and never fails the job.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Coroutine
 from typing import Any
 from uuid import UUID
@@ -22,16 +24,19 @@ from prefect.logging import get_run_logger
 from fedpool.tasks.record import Record
 from fedpool.tasks.tables import round_table
 
+_PROGRESS_INTERVAL_S = 1.0
+
 
 class Reporter:
     """Writes artifacts behind the job's back: in order, each for the flow run in whose context `later` was called."""
 
-    __slots__ = ("_last", "_progress", "_shown", "_wanted")
+    __slots__ = ("_last", "_moved", "_progress", "_shown", "_wanted")
 
     def __init__(self) -> None:
         self._last: asyncio.Task[None] | None = None
         self._progress: UUID | None = None
         self._shown: float | None = None
+        self._moved = -math.inf
         self._wanted = 0.0
 
     def progress(self, percent: float) -> None:
@@ -60,8 +65,10 @@ class Reporter:
         self._last = asyncio.create_task(_write_after(self._last, write))
 
     async def _move(self) -> None:
-        if self._wanted == self._shown:  # an earlier write was late enough to bring this one's news
-            return
+        now = time.monotonic()
+        if self._wanted == self._shown or (self._wanted < 100 and now - self._moved < _PROGRESS_INTERVAL_S):
+            return  # an earlier write brought this one's news, or is too recent for anyone to see the difference
+        self._moved = now
         self._shown = self._wanted
         if self._progress is None:
             created = await acreate_progress_artifact(self._shown, key="progress", description="rounds of the job")
