@@ -20,7 +20,7 @@ RAN_ELSEWHERE = {
     "make examples": "a step of .ci/run",
     "make bench": "minutes long; run by hand before figures are quoted",
     "make bench-peers": "minutes long, and installs other frameworks; run by hand before figures are quoted",
-    "make oracle": "a quarter of an hour; its output is docs/fidelity.md",
+    "make oracle": "ten minutes; its output is docs/fidelity.md",
     "make test-slow": "minutes long",
     ".ci/run": "what runs this script",
 }

@@ -1,6 +1,6 @@
 """`federated_round`: one global step, one flow run, named "<job name> round 3".
 
-Its run is created while the round before still trains, because that costs Prefect some 0.2 s, and waits for its turn.
+Its run is created while an earlier round still trains, because that costs Prefect some 0.2 s, and waits for its turn.
 Fans out one task per chosen site, passes every update through the gate as it arrives, and, once all have answered, failed
 or run into `round_timeout`, aggregates, writes the next global model and then `round.json`, which commits the round. Fails when
 fewer than `min_clients` updates were accepted, with every missing site's cause in its message. Caches and persists nothing.
