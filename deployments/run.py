@@ -84,6 +84,7 @@ class Run:
         self._cancel = cancel
         self._error: BaseException | None = None
         self._committed: list[dict[str, Any]] = []
+        self._reading = threading.Lock()  # two threads that both find a record must not both keep it
         self._done = threading.Event()
         # In the caller's context: settings, tags and a surrounding flow of Prefect's are the job's too.
         context = contextvars.copy_context()
@@ -155,11 +156,12 @@ class Run:
 
     def get_progress(self) -> Progress:
         """How far the job is."""
-        while self._store.exists(self._paths.record(len(self._committed))):
-            self._committed.append(self._store.read_json(self._paths.record(len(self._committed))))
-        number = len(self._committed)
-        answered = len(self._store.names(self._paths.sites(number)))
-        return Progress(number, answered, self._committed[-1] if self._committed else None)
+        with self._reading:
+            while self._store.exists(self._paths.record(len(self._committed))):
+                self._committed.append(self._store.read_json(self._paths.record(len(self._committed))))
+            number = len(self._committed)
+            last = self._committed[-1] if self._committed else None
+        return Progress(number, len(self._store.names(self._paths.sites(number))), last)
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

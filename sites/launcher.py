@@ -94,7 +94,7 @@ class Zygote:
         }
         try:
             answer = self._ask({"fork": request}, [output_end, status_end])
-        except BaseException:
+        except FedpoolError:
             os.close(output)
             os.close(status)
             raise

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpool.errors import SiteError
+from fedpool.manifest import PROTOCOL
 from fedpool.model import NUM_STEPS
 from fedpool.tasks.gate import Accepted, Rejected
 from fedpool.tasks.metrics import mean_metrics
 from fedpool.tensors import Digest
-
-PROTOCOL = 1
 
 Record = Mapping[str, Any]
 

@@ -28,7 +28,7 @@ _PROGRESS_INTERVAL_S = 1.0
 
 
 class Reporter:
-    """Writes artifacts behind the job's back: in order, each for the flow run in whose context `later` was called."""
+    """Writes artifacts behind the job's back: in order, each for the flow run that asked for it."""
 
     __slots__ = ("_last", "_moved", "_progress", "_shown", "_wanted")
 

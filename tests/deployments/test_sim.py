@@ -344,3 +344,15 @@ def test_the_number_of_sites_follows_from_the_recipe_when_the_environment_does_n
         name="n", model={"w": np.zeros(1)}, train_script=write_script("pass"), min_clients=3, num_rounds=1
     )
     assert SimEnv().site_names(recipe) == ("site-1", "site-2", "site-3")
+
+
+def test_progress_read_by_many_threads_counts_each_round_once(run_job: Callable[..., Run]) -> None:
+    run = run_job(num_rounds=4)
+    threads = [threading.Thread(target=run.get_progress) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    progress = run.get_progress()
+    assert progress.num_committed == 4
+    assert progress.last_record is not None and progress.last_record["round"] == 3
