@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilter,
     TaskRunFilterFlowRunId,
 )
+from prefect.client.schemas.sorting import FlowRunSort
 
 from fedpool import JobFailed, Run
 
@@ -39,9 +40,8 @@ SCRIPT = """
 async def read(run: Run) -> dict[str, Any]:
     """The flow runs, task runs, logs and artifacts of a job."""
     async with get_client() as client:
-        job = next(
-            r for r in await client.read_flow_runs(limit=200) if (r.parameters or {}).get("job_id") == run.job_id
-        )
+        newest = await client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=200)  # the tests share one server
+        job = next(r for r in newest if (r.parameters or {}).get("job_id") == run.job_id)
         rounds = await client.read_flow_runs(
             flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[job.id]))
         )
