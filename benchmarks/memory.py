@@ -11,7 +11,7 @@ from types import TracebackType
 
 PROC = Path("/proc")
 INTERVAL_S = 0.05
-MAX_LOAD = 0.1
+MAX_LOAD = 0.05
 """Share of one core that sampling may take: reading one torch process costs 3-4 ms, and would slow what it measures."""
 
 

@@ -4,6 +4,8 @@ Nothing here imports Prefect before the job's thread does, so that a private ser
 """
 
 import asyncio
+import atexit
+import gc
 import logging
 import os
 import secrets
@@ -27,6 +29,15 @@ from fedpool.sites.local import LocalSites, default_slots
 from fedpool.store import JobPaths, Store, check_name
 
 _DRAIN_TIMEOUT_S = 30.0
+
+_FIRST_RUN_IMPORTS = (
+    "prefect.flow_engine",
+    "prefect.task_engine",
+    "prefect.events.worker",
+    "fastapi.encoders",
+    "anyio._backends._asyncio",
+)
+"""What Prefect imports when the first flow runs: imported while the server is still starting."""
 
 
 class SimEnv(BaseModel):
@@ -139,29 +150,18 @@ def _wait(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
 
 def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console: Console) -> None:
     """A job from its beginning to its end, on its own thread with its own event loop."""
+    # At the interpreter's end, looking for garbage among all that torch and Prefect consist of takes longer than some rounds.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     with ExitStack() as stack:
         stack.callback(sites.close)
-        # A server takes seconds to start, importing Prefect one or two more: do both at once. Only Prefect can tell whether
-        # a profile names an API; then the server goes again.
-        server = None
-        if "prefect" not in sys.modules and "PREFECT_API_URL" not in os.environ:
-            server = stack.enter_context(private_server())
+        with _collector_off():
+            api_url = _find_api(stack, console)
 
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         from fedpool.flows.job import federated_job
 
-        api_url = PREFECT_API_URL.value()
-        if api_url is None:
-            server = server or stack.enter_context(private_server())
-            # What Prefect imports when the first flow runs: now, while the server is still starting.
-            for name in ("prefect.flow_engine", "prefect.task_engine", "prefect.events.worker", "fastapi.encoders"):
-                import_module(name)
-            server.wait()
-            api_url = server.api_url
-            console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
-        elif server is not None:
-            server.close()
         stack.enter_context(temporary_settings({PREFECT_API_URL: api_url}))
         stack.enter_context(_quiet_console())
         # Before the server goes, its clients in this process must have sent what they hold.
@@ -173,6 +173,42 @@ def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console:
                 await state.aresult()
 
         asyncio.run(run_job())
+
+
+def _find_api(stack: ExitStack, console: Console) -> str:
+    """URL of the API that is configured, else of a private server that lives as long as the stack does."""
+    # A server takes seconds to start, importing Prefect one or two more: do both at once. Only Prefect can tell whether
+    # a profile names an API; then the server goes again.
+    server = None
+    if "prefect" not in sys.modules and "PREFECT_API_URL" not in os.environ:
+        server = stack.enter_context(private_server())
+
+    from prefect.settings import PREFECT_API_URL
+
+    import_module("fedpool.flows.job")
+    configured: str | None = PREFECT_API_URL.value()
+    if configured is not None:
+        if server is not None:
+            server.close()
+        return configured
+    server = server or stack.enter_context(private_server())
+    for name in _FIRST_RUN_IMPORTS:
+        import_module(name)
+    server.wait()
+    console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
+    return server.api_url
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Imports make objects that stay; looking for garbage among them takes a quarter of their time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _drain() -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fedpool.errors import IntegrityError
 from fedpool.tensors import (
     ITEM_SIZES,
     MAX_HEADER_BYTES,
+    Digest,
     TensorReader,
     TensorSpec,
     block_ranges,
@@ -255,3 +256,29 @@ def test_a_damaged_file_is_read_or_refused_and_never_anything_else(damage: bytes
     except IntegrityError:
         return
     assert sum(entry.num_bytes for entry in reader.spec.values()) < len(broken)
+
+
+def test_what_is_hashed_in_batches_is_what_lies_in_the_file() -> None:
+    pieces = [bytes([number]) * size for number, size in enumerate((3 << 20, 1, 9 << 20, (4 << 20) - 1, 7))]
+    spec = {"w": TensorSpec("U8", (sum(map(len, pieces)),))}
+    file = io.BytesIO()
+    digest = write_and_hash(file, spec, pieces)
+    assert file.getvalue().endswith(b"".join(pieces))
+    assert digest == Digest(hashlib.sha256(file.getvalue()).hexdigest(), len(file.getvalue()))
+
+
+def test_a_file_that_cannot_be_written_stops_the_stream() -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(28, "No space left on device")
+
+    pulled = []
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(100):
+            pulled.append(number)
+            yield bytes(1 << 20)
+
+    with pytest.raises(OSError, match="No space left"):
+        write_and_hash(Full(), {"w": TensorSpec("U8", (100 << 20,))}, pieces())
+    assert len(pulled) < 20

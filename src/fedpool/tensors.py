@@ -13,9 +13,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from fedpool.errors import IntegrityError
 
@@ -86,29 +87,61 @@ def block_ranges(name: str, size: int, num_elements: int) -> Iterator[tuple[str,
         yield name, start, min(start + num_elements, size)
 
 
+_BATCH_BYTES = 4 << 20
+
+
 class _Hashing:
-    """A file that hashes what passes through it."""
+    """A file that hashes what passes through it, batch by batch on a thread of its own while the caller computes the next."""
 
     def __init__(self, file: Writable) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
         self._size = 0
+        self._batch, self._spare = bytearray(_BATCH_BYTES), bytearray(_BATCH_BYTES)
+        self._filled = 0
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="fedpool-hash")
+        self._pending: Future[None] | None = None
 
-    def write(self, data: Any, /) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+
+    def write(self, data: memoryview, /) -> None:
+        while data:
+            count = min(len(data), _BATCH_BYTES - self._filled)
+            self._batch[self._filled : self._filled + count] = data[:count]
+            self._filled += count
+            data = data[count:]
+            if self._filled == _BATCH_BYTES:
+                self._hand_over()
+
+    def close(self) -> Digest:
+        self._hand_over()
+        self._wait()
+        return Digest(self._sha256.hexdigest(), self._size)
+
+    def _hand_over(self) -> None:
+        self._wait()
+        self._pending = self._executor.submit(self._pass, memoryview(self._batch)[: self._filled])
+        self._batch, self._spare, self._filled = self._spare, self._batch, 0
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def _pass(self, data: memoryview) -> None:
         self._file.write(data)
         self._sha256.update(data)
         self._size += len(data)
 
-    @property
-    def digest(self) -> Digest:
-        return Digest(self._sha256.hexdigest(), self._size)
-
 
 def write_and_hash(file: Writable, spec: Spec, buffers: Iterable[Any]) -> Digest:
     """`write_tensors`, with sha256 and size of what was written."""
-    hashing = _Hashing(file)
-    write_tensors(hashing, spec, buffers)
-    return hashing.digest
+    with _Hashing(file) as hashing:
+        write_tensors(hashing, spec, buffers)
+        return hashing.close()
 
 
 def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> None:
