@@ -9,7 +9,6 @@ fewer than `min_clients` updates were accepted, with every missing site's cause 
 import asyncio
 import re
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow
@@ -18,17 +17,17 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from fedpool.errors import RoundError
-from fedpool.manifest import SiteAssignment, Task
+from fedpool.manifest import Task
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.aggregate import aggregate
-from fedpool.tasks.collect import Round, collect
+from fedpool.tasks.collect import Round, Turn, collect
 from fedpool.tasks.gate import Accepted, Expected
 from fedpool.tasks.record import Record, causes, known_weights, round_record
 from fedpool.tasks.report import Reporter
 from fedpool.tasks.sampling import choose_sites
-from fedpool.tensors import Digest
+from fedpool.tensors import Digest, TensorReader
 
 
 class RoundSignals:
@@ -81,24 +80,23 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     Raises:
         RoundError: fewer than `min_clients` updates were accepted (an evaluation needs none).
     """
-    task = await job.rounds[number].turn
+    recipe, store, paths = job.recipe, job.store, job.paths
+    chosen = choose_sites(recipe.seed, number, job.sites.names, recipe.clients_per_round)
+    round = Round(number, job.sites, store)
+    collecting = asyncio.create_task(collect(round, chosen))
+    try:
+        task = await job.rounds[number].turn
+        if task is not None:
+            started = time.monotonic()
+            base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
+            deadline = started + recipe.round_timeout if recipe.round_timeout is not None else None
+            round.turn.set_result(Turn(task, job.head, _expected(job, number, task, base), deadline))
+    finally:
+        if not round.turn.done():
+            round.turn.set_result(None)
+        outcomes = await collecting
     if task is None:
         return Cancelled(message="the job ended before this round's turn")
-    started = time.monotonic()
-    recipe, store, paths = job.recipe, job.store, job.paths
-    base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
-    excluded = {name for name in base.spec for pattern in recipe.exclude_vars if re.search(pattern, name)}
-    expected = Expected(
-        job_id=job.job_id,
-        round=number,
-        task=task,
-        base_sha256=job.head.sha256,
-        spec={name: entry for name, entry in base.spec.items() if name not in excluded},
-        transfer=recipe.params_transfer_type,
-    )
-    deadline = started + recipe.round_timeout if recipe.round_timeout is not None else None
-    chosen = choose_sites(recipe.seed, number, job.sites.names, recipe.clients_per_round)
-    outcomes = await collect(Round(job.sites, store, expected, deadline), _assignments(chosen, number, task, job.head))
     trained = time.monotonic()
     accepted = [outcome for outcome in outcomes.values() if isinstance(outcome, Accepted)]
     enough = len(accepted) >= recipe.min_clients
@@ -145,8 +143,14 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     return None
 
 
-def _assignments(chosen: Sequence[str], number: int, task: Task, base: Digest) -> list[SiteAssignment]:
-    return [
-        SiteAssignment(site=site, round=number, task=task, base_sha256=base.sha256, base_size=base.size)
-        for site in chosen
-    ]
+def _expected(job: Job, number: int, task: Task, base: TensorReader) -> Expected:
+    recipe = job.recipe
+    excluded = {name for name in base.spec for pattern in recipe.exclude_vars if re.search(pattern, name)}
+    return Expected(
+        job_id=job.job_id,
+        round=number,
+        task=task,
+        base_sha256=job.head.sha256,
+        spec={name: entry for name, entry in base.spec.items() if name not in excluded},
+        transfer=recipe.params_transfer_type,
+    )

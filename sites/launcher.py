@@ -1,4 +1,4 @@
-"""The host's side of the zygote: start it, have it fork scripts, end it."""
+"""What starts client scripts, as their host sees it: `Launcher`, and the zygote that forks them in a simulation."""
 
 import json
 import os
@@ -11,24 +11,40 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedpool.errors import FedpoolError
-
-_ALWAYS = ("fedpool.client.tracking", "safetensors")
-"""What every client script imports sooner or later."""
-
-_WITH_TORCH = ("torch._dynamo", "safetensors.torch")
-"""What torch imports when a script makes its first optimizer: 800 modules and 2 s, which no site needs to pay by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A running client script: its pid, what it prints, and the pipe that tells its exit code at its end."""
+    """A running client script: its pid, what it prints, and the pipe that tells its exit code (a decimal number) at its end."""
 
     pid: int
     output: int
     status: int
+
+
+class Launcher(Protocol):
+    """What starts and kills client scripts."""
+
+    def start(
+        self, script: Path, *, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, seed: int
+    ) -> Script:
+        """Start a script.
+
+        Args:
+            script: its path.
+            arguments: its command line.
+            environment: variables added to the host's.
+            folder: where it runs.
+            seed: for the random generators it starts with.
+        """
+        ...
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Signal a script and all it started; nothing happens when it ended already."""
+        ...
 
 
 class Zygote:
@@ -63,23 +79,13 @@ class Zygote:
 
         What cannot be imported is left to the script, which will say so itself.
         """
-        uses_torch = any(module.partition(".")[0] in ("torch", "lightning", "pytorch_lightning") for module in modules)
-        names = [*_ALWAYS, *modules, *(_WITH_TORCH if uses_torch else ())]
-        self._preloading = threading.Thread(target=self._ask, args=({"preload": names},), daemon=True)
+        self._preloading = threading.Thread(target=self._ask, args=({"preload": list(modules)},), daemon=True)
         self._preloading.start()
 
     def start(
         self, script: Path, *, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, seed: int
     ) -> Script:
-        """Fork a script.
-
-        Args:
-            script: its path.
-            arguments: its command line.
-            environment: variables added to the host's.
-            folder: where it runs.
-            seed: for the random generators it starts with.
-        """
+        """See `Launcher.start`."""
         if self._preloading is not None:
             self._preloading.join()
         output, output_end = os.pipe()
@@ -104,7 +110,7 @@ class Zygote:
         return Script(answer["pid"], output, status)
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
-        """Signal a script and all it started; nothing happens when it ended already."""
+        """See `Launcher.kill`."""
         try:
             self._ask({"kill": pid, "signal": number})
         except FedpoolError:  # the zygote itself was killed, and could not take its scripts with it

@@ -42,6 +42,10 @@ class Sites(Protocol):
         """Get ready for a job whose bundle is in the store."""
         ...
 
+    async def announce(self, site: str, round: int) -> None:
+        """Tell a site that its part in a round will come, so that it is ready; not every round that is announced comes."""
+        ...
+
     async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
         """Have a site do an assignment; raises `SiteError` when it fails or misses the deadline (`time.monotonic()`)."""
         ...
@@ -131,6 +135,9 @@ class LocalSites:
             data = file.read()
         unpack_bundle(data, self._folder / "bundle", sha256=job.bundle_sha256)
         self._job, self._store = job, store
+
+    async def announce(self, site: str, round: int) -> None:
+        """See `Sites.announce`: a local site is always ready."""
 
     async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
         """See `Sites.perform`."""

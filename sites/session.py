@@ -22,7 +22,7 @@ from typing import Any
 from fedpool.client.hosts import Assignment
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link
 from fedpool.errors import SiteError
-from fedpool.sites.launcher import Script, Zygote
+from fedpool.sites.launcher import Launcher, Script
 
 MAX_LINES_PER_ROUND = 1000
 """Lines of a script's output that are passed on in one round; the end is always kept for an error's message."""
@@ -59,14 +59,14 @@ class Session:
 
     Args:
         work: what to run.
-        zygote: what forks the script.
+        launcher: what starts the script.
         folder: the session's own, for the socket; short, because the path of a Unix socket is limited to about 100 bytes.
         workdir: the script's current folder.
     """
 
-    def __init__(self, work: Work, zygote: Zygote, *, folder: Path, workdir: Path) -> None:
+    def __init__(self, work: Work, launcher: Launcher, *, folder: Path, workdir: Path) -> None:
         self._work = work
-        self._zygote = zygote
+        self._launcher = launcher
         self._folder = folder
         self._workdir = workdir
         self._script: Script | None = None
@@ -144,7 +144,7 @@ class Session:
         """Kill the script and all it started, for good; a `perform` that waits for it raises. From any thread."""
         self._killed.set()
         if (script := self._script) is not None:
-            self._zygote.kill(script.pid, signal.SIGKILL)
+            self._launcher.kill(script.pid, signal.SIGKILL)
 
     def _start(self, assignment: Assignment) -> None:
         self._key = secrets.token_bytes(32)
@@ -153,7 +153,7 @@ class Session:
         self._listener.bind(str(address))
         self._listener.listen(1)
         environment = {**self._work.environment, ADDRESS_VARIABLE: str(address), KEY_VARIABLE: self._key.hex()}
-        self._script = self._zygote.start(
+        self._script = self._launcher.start(
             self._work.script,
             arguments=self._work.arguments,
             environment=environment,
@@ -172,7 +172,7 @@ class Session:
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = wait(sources, remaining)
         if not ready:
-            self._zygote.kill(self._script.pid)
+            self._launcher.kill(self._script.pid)
             self._wait_for_end()
             raise _Ended("sent no update before the round's deadline (round_timeout), and was killed")
         if self._output.fd in ready:
@@ -231,9 +231,11 @@ class Session:
                 self._output.read()
             if self._script.status in ready:
                 answer = os.read(self._script.status, 32)
-                self._exit_code = int(answer) if answer else -signal.SIGKILL  # the zygote died, and its scripts with it
+                self._exit_code = (
+                    int(answer) if answer else -signal.SIGKILL
+                )  # the launcher died, and its scripts with it
             if not ready:
-                self._zygote.kill(self._script.pid)
+                self._launcher.kill(self._script.pid)
                 deadline = time.monotonic() + _END_GRACE_S
         self._output.drain()
         return _describe_exit(self._exit_code)
@@ -241,7 +243,7 @@ class Session:
     def _clear(self) -> None:
         """Make sure that the script is gone, and forget it."""
         if self._script is not None:
-            self._zygote.kill(self._script.pid)
+            self._launcher.kill(self._script.pid)
             self._wait_for_end()
             self._output.finish()
             os.close(self._script.output)

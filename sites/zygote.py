@@ -13,18 +13,16 @@ gets the script's exit code as a decimal number (negative: a signal) when it end
 import atexit
 import contextlib
 import gc
-import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import socket
 import sys
 import threading
-import traceback
-from pathlib import Path
 from typing import Any, NoReturn
+
+from fedpool.sites.script import preload, run_script
 
 MAX_REQUEST_BYTES = 1 << 20
 
@@ -70,7 +68,10 @@ def _answer(
     request: dict[str, Any], fds: list[int], children: dict[int, int], own_fds: tuple[int, ...]
 ) -> dict[str, Any]:
     if "preload" in request:
-        return {"failed": _preload(request["preload"])}
+        failed = preload(request["preload"])
+        gc.collect()
+        gc.freeze()  # the collector in a child would write to, and so copy, every page of these objects
+        return {"failed": failed}
     if "kill" in request:
         return {"killed": request["kill"] in children and _kill_group(request["kill"], request["signal"])}
     output, status = fds
@@ -83,23 +84,6 @@ def _answer(
     os.close(output)
     children[pid] = status
     return {"pid": pid}
-
-
-def _preload(names: list[str]) -> dict[str, str]:
-    failed: dict[str, str] = {}
-    gc.disable()  # imports make objects that stay: looking for garbage among them is a quarter of their time
-    for name in names:
-        package, _, attribute = name.rpartition(".")
-        try:
-            # `a.b` from `from a import b` may be a module or any object: as in that statement, importing a is enough.
-            __import__(package or name, fromlist=[attribute] if package else ())
-        except BaseException as error:  # noqa: BLE001  # imports run anyone's code; the script will raise it itself
-            failed[name] = f"{type(error).__name__}: {error}"
-    importlib.invalidate_caches()
-    gc.enable()
-    gc.collect()
-    gc.freeze()  # the collector in a child would write to, and so copy, every page of these objects
-    return failed
 
 
 def _reap(children: dict[int, int], *, block: bool = False) -> None:
@@ -145,9 +129,7 @@ def _run_script(
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         os.environ.update(environment)
         os.chdir(folder)
-        sys.argv = [script, *arguments]
-        sys.path[0] = str(Path(script).parent)
-        code = _execute(script, threads, seed)
+        code = run_script(script, arguments, threads=threads, seed=seed)
         threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as an interpreter's end does
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -155,28 +137,6 @@ def _run_script(
     finally:
         # Not sys.exit: tearing down the preloaded modules would touch, and so copy, pages shared with every other script.
         os._exit(code)
-
-
-def _execute(script: str, threads: int, seed: int) -> int:
-    from fedpool.client.api import seed_everything
-
-    seed_everything(seed)
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(threads)
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            return (end.code or 0) & 0xFF
-        print(end.code, file=sys.stderr)
-        return 1
-    except BaseException as error:  # noqa: BLE001  # the end of an interpreter: print what ended it
-        trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename != script:
-            trace = trace.tb_next  # our frames and runpy's say nothing about the script
-        traceback.print_exception(type(error), error, trace or error.__traceback__)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

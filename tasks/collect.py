@@ -6,15 +6,20 @@ other sites still train.
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from prefect import task
+from prefect.client.schemas.objects import State
+from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
+from prefect.states import Cancelled
 
 from fedpool.errors import SiteError
-from fedpool.manifest import SiteAssignment
+from fedpool.manifest import SiteAssignment, Task
 from fedpool.sites.local import Sites
 from fedpool.store import Store
 from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
+from fedpool.tensors import Digest
 
 MAX_SITE_TASKS = 64
 """Above this many sites in a round, a task serves all sites of a slot: a Prefect task per site does not scale to thousands."""
@@ -22,31 +27,50 @@ MAX_SITE_TASKS = 64
 Outcome = Accepted | Rejected | SiteError
 
 
-class Round:
-    """What the tasks of one round share."""
+class Turn:
+    """What is known of a round once its turn has come: what to ask of the sites, and what to expect of their updates."""
 
-    # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is nothing for it to walk.
-    __slots__ = ("deadline", "expected", "sites", "store")
+    __slots__ = ("base", "deadline", "expected", "task")
 
-    def __init__(self, sites: Sites, store: Store, expected: Expected, deadline: float | None) -> None:
-        self.sites = sites
-        self.store = store
+    def __init__(self, task: Task, base: Digest, expected: Expected, deadline: float | None) -> None:
+        self.task = task
+        self.base = base
         self.expected = expected
         self.deadline = deadline
 
 
-async def collect(round: Round, assignments: Sequence[SiteAssignment]) -> dict[str, Outcome]:
-    """Have every site do its assignment; returns site -> what came of it, once all have answered, failed or timed out."""
-    if len(assignments) <= MAX_SITE_TASKS:
-        calls = [_ask_site.with_options(task_run_name=a.site)(round, a) for a in assignments]
+class Round:
+    """What the tasks of one round share. They begin before its turn: reaching a site takes longer than a short round does."""
+
+    # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is nothing for it to walk.
+    __slots__ = ("number", "sites", "store", "turn")
+
+    def __init__(self, number: int, sites: Sites, store: Store) -> None:
+        self.number = number
+        self.sites = sites
+        self.store = store
+        self.turn: asyncio.Future[Turn | None] = asyncio.get_running_loop().create_future()
+        """None when the job ends before the round's turn."""
+
+
+async def collect(round: Round, chosen: Sequence[str]) -> dict[str, Outcome]:
+    """Have every chosen site do its part once it is the round's turn.
+
+    Returns: site -> what came of it, once all have answered, failed or timed out; empty when the turn never came.
+    """
+    if len(chosen) <= MAX_SITE_TASKS:
+        calls = [_ask_site.with_options(task_run_name=site)(round, site) for site in chosen]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         outcomes: dict[str, Outcome] = {}
-        for assignment, answer in zip(assignments, answers, strict=True):
+        for site, answer in zip(chosen, answers, strict=True):
+            if isinstance(answer, CancelledRun):
+                continue
             if isinstance(answer, BaseException) and not isinstance(answer, SiteError):
                 raise answer
-            outcomes[assignment.site] = answer
+            assert not isinstance(answer, State), "Prefect unpacks it"
+            outcomes[site] = answer
         return outcomes
-    shared = _Shared(assignments)
+    shared = _Shared(chosen)
     slots = [
         _ask_slot.with_options(task_run_name=f"slot {slot + 1}")(round, shared) for slot in range(round.sites.num_slots)
     ]
@@ -57,21 +81,25 @@ async def collect(round: Round, assignments: Sequence[SiteAssignment]) -> dict[s
 
 
 class _Shared:
-    """Assignments that slots take from in turn, so that a slow site holds up its own slot only."""
+    """Sites that slots take from in turn, so that a slow site holds up its own slot only."""
 
     __slots__ = ("_left",)
 
-    def __init__(self, assignments: Sequence[SiteAssignment]) -> None:
-        self._left: Iterator[SiteAssignment] = iter(assignments)
+    def __init__(self, sites: Sequence[str]) -> None:
+        self._left: Iterator[str] = iter(sites)
 
-    def take(self) -> SiteAssignment | None:
+    def take(self) -> str | None:
         return next(self._left, None)
 
 
 @task(persist_result=False)
-async def _ask_site(round: Round, assignment: SiteAssignment) -> Outcome:
+async def _ask_site(round: Round, site: str) -> Outcome | State[Any]:
     """One site's part of the round; the task fails when the site does."""
-    return await _ask(round, assignment)
+    await round.sites.announce(site, round.number)
+    turn = await asyncio.shield(round.turn)
+    if turn is None:
+        return Cancelled(message="the job ended before this round's turn")
+    return await _ask(round, turn, site)
 
 
 @task(persist_result=False)
@@ -79,24 +107,25 @@ async def _ask_slot(round: Round, shared: _Shared) -> dict[str, Outcome]:
     """The parts of as many sites as this slot gets to; a site that fails is in the log and in the round's record."""
     logger = get_run_logger()
     outcomes: dict[str, Outcome] = {}
-    while (assignment := shared.take()) is not None:
+    turn = await asyncio.shield(round.turn)
+    while turn is not None and (site := shared.take()) is not None:
         try:
-            outcomes[assignment.site] = await _ask(round, assignment)
+            outcomes[site] = await _ask(round, turn, site)
         except SiteError as error:
             logger.error("%s", error)
-            outcomes[assignment.site] = error
+            outcomes[site] = error
     return outcomes
 
 
-async def _ask(round: Round, assignment: SiteAssignment) -> Outcome:
+async def _ask(round: Round, turn: Turn, site: str) -> Outcome:
     logger = get_run_logger()
-    prefix = f"{assignment.site}: "
+    assignment = SiteAssignment(
+        site=site, round=round.number, task=turn.task, base_sha256=turn.base.sha256, base_size=turn.base.size
+    )
     delivery = await round.sites.perform(
-        assignment, deadline=round.deadline, log=lambda line: logger.info("%s%s", prefix, line)
+        assignment, deadline=turn.deadline, log=lambda line: logger.info("%s: %s", site, line)
     )
-    outcome = await asyncio.to_thread(
-        judge, round.store, assignment.site, delivery.manifest, round.expected, delivery.inspection
-    )
+    outcome = await asyncio.to_thread(judge, round.store, site, delivery.manifest, turn.expected, delivery.inspection)
     if isinstance(outcome, Rejected):
-        logger.warning("%supdate rejected (%s): %s", prefix, outcome.code, outcome.reason)
+        logger.warning("%s: update rejected (%s): %s", site, outcome.code, outcome.reason)
     return outcome

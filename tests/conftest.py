@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fedpool import FedAvgRecipe, Run, SimEnv
 from fedpool.deployments.server import private_server
+from tests import services
 
 ADD_ONE = """
     import fedpool.client as flare
@@ -77,3 +79,26 @@ def leaves_nothing(prefect_api: str, tmp_path: Path) -> Iterator[None]:
     assert not left
     assert set(temporary.glob("fedpool-*")) == files_before
     assert not list(tmp_path.glob("runs/.fedpool*"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[services.PostgresServer]:
+    """A real PostgreSQL: `postgres.url` for what may be shared, `postgres.new_database()` for an empty database."""
+    if services.find_postgres() is None:
+        pytest.skip(services.POSTGRES_MISSING)
+    with contextlib.closing(services.PostgresServer()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[services.S3Server]:
+    """A real S3 server, this module's own; `s3_server.url` works in this process and its children without options."""
+    if services.find_rclone() is None:
+        pytest.skip(services.RCLONE_MISSING)
+    file_systems = fsspec.get_filesystem_class("s3")
+    with contextlib.closing(services.S3Server()) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        file_systems.clear_instance_cache()
+        yield server
+        file_systems.clear_instance_cache()

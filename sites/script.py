@@ -1,0 +1,86 @@
+"""Running a client script: what happens between a fresh process and the script's first line, the same wherever it runs.
+
+Used by the zygote in a forked child, and by a site's own process as `python -m fedpool.sites.script REQUEST`, where REQUEST is
+a JSON object with the arguments of `run_script`; `torchrun ... -m fedpool.sites.script REQUEST` works the same.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+_ALWAYS = ("fedpool.client.tracking", "safetensors")
+"""What every client script imports sooner or later."""
+
+_WITH_TORCH = ("torch._dynamo", "safetensors.torch")
+"""What torch imports when a script makes its first optimizer: 800 modules and 2 s, which no site needs to pay by itself."""
+
+
+def preload(imports: Sequence[str]) -> dict[str, str]:
+    """Import what a script imports from outside its bundle, before the generators are seeded.
+
+    Args:
+        imports: dotted names; of `a.b`, from `from a import b`, b may be a module or any object.
+
+    Returns: name -> why it failed. The script will raise the error itself.
+    """
+    uses_torch = any(name.partition(".")[0] in ("torch", "lightning", "pytorch_lightning") for name in imports)
+    failed: dict[str, str] = {}
+    gc.disable()  # imports make objects that stay: looking for garbage among them is a quarter of their time
+    for name in (*_ALWAYS, *imports, *(_WITH_TORCH if uses_torch else ())):
+        package, _, attribute = name.rpartition(".")
+        try:
+            __import__(package or name, fromlist=[attribute] if package else ())
+        except BaseException as error:  # noqa: BLE001  # imports run anyone's code; the script will raise it itself
+            failed[name] = f"{type(error).__name__}: {error}"
+    importlib.invalidate_caches()
+    gc.enable()
+    return failed
+
+
+def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int) -> int:
+    """Run a script as `python script.py ARGUMENTS` would; returns its exit code.
+
+    Args:
+        threads: of torch.
+        seed: for the random generators it starts with.
+    """
+    from fedpool.client.api import seed_everything
+
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
+    seed_everything(seed)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:  # noqa: BLE001  # the end of an interpreter: print what ended it
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename != script:
+            trace = trace.tb_next  # our frames and runpy's say nothing about the script
+        traceback.print_exception(type(error), error, trace or error.__traceback__)
+        return 1
+    return 0
+
+
+def main() -> None:
+    """The process of a script that has one of its own."""
+    request = json.loads(sys.argv[1])
+    sys.path[0] = ""  # what `-m` has put there is the folder of whoever started this
+    preload(request["imports"])
+    os.chdir(request["folder"])
+    sys.exit(run_script(request["script"], request["arguments"], threads=request["threads"], seed=request["seed"]))
+
+
+if __name__ == "__main__":
+    main()

