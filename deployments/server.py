@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-
 from fedpool.errors import ServerError
 
 STARTUP_TIMEOUT_S = 180.0
@@ -72,6 +70,8 @@ class PrivateServer:
         Raises:
             ServerError: it ended, or does not answer within `STARTUP_TIMEOUT_S`.
         """
+        import httpx  # not before the process has been started: it takes a while
+
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         with httpx.Client(trust_env=False) as client:
             while True:

@@ -26,6 +26,7 @@ from fedpool.deployments.server import private_server
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
 from fedpool.sites.local import LocalSites, default_slots
+from fedpool.startup import collector_off
 from fedpool.store import JobPaths, Store, check_name
 
 _DRAIN_TIMEOUT_S = 30.0
@@ -155,7 +156,7 @@ def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console:
     atexit.register(gc.freeze)
     with ExitStack() as stack:
         stack.callback(sites.close)
-        with _collector_off():
+        with collector_off():
             api_url = _find_api(stack, console)
 
         from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -197,18 +198,6 @@ def _find_api(stack: ExitStack, console: Console) -> str:
     server.wait()
     console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
     return server.api_url
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Imports make objects that stay; looking for garbage among them takes a quarter of their time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _drain() -> None:

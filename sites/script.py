@@ -4,7 +4,6 @@ Used by the zygote in a forked child, and by a site's own process as `python -m 
 a JSON object with the arguments of `run_script`; `torchrun ... -m fedpool.sites.script REQUEST` works the same.
 """
 
-import gc
 import importlib
 import json
 import os
@@ -13,6 +12,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from fedpool.startup import collector_off
 
 _ALWAYS = ("fedpool.client.tracking", "safetensors")
 """What every client script imports sooner or later."""
@@ -31,15 +32,14 @@ def preload(imports: Sequence[str]) -> dict[str, str]:
     """
     uses_torch = any(name.partition(".")[0] in ("torch", "lightning", "pytorch_lightning") for name in imports)
     failed: dict[str, str] = {}
-    gc.disable()  # imports make objects that stay: looking for garbage among them is a quarter of their time
-    for name in (*_ALWAYS, *imports, *(_WITH_TORCH if uses_torch else ())):
-        package, _, attribute = name.rpartition(".")
-        try:
-            __import__(package or name, fromlist=[attribute] if package else ())
-        except BaseException as error:  # noqa: BLE001  # imports run anyone's code; the script will raise it itself
-            failed[name] = f"{type(error).__name__}: {error}"
+    with collector_off():
+        for name in (*_ALWAYS, *imports, *(_WITH_TORCH if uses_torch else ())):
+            package, _, attribute = name.rpartition(".")
+            try:
+                __import__(package or name, fromlist=[attribute] if package else ())
+            except BaseException as error:  # noqa: BLE001  # imports run anyone's code; the script will raise it itself
+                failed[name] = f"{type(error).__name__}: {error}"
     importlib.invalidate_caches()
-    gc.enable()
     return failed
 
 

@@ -34,9 +34,12 @@ exec 3<&0
 signal=$1; shift
 "$@" 3<&- </dev/null &
 program=$!
-{ read -r _ <&3; kill -s "$signal" "$program" 2>/dev/null; } &
+{ read -r _ <&3; kill -s "$signal" "$program"; } &
+watch=$!
 exec 3<&-
 wait "$program"
+kill "$watch" 2>/dev/null
+wait "$watch"
 """
 
 

@@ -6,6 +6,8 @@ Names are resolved when first used (PEP 562), so that a client script, which imp
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedpool.startup import collector_off
+
 if TYPE_CHECKING:
     from fedpool.deployments.run import JobStatus, Result, Run
     from fedpool.deployments.sim import SimEnv
@@ -77,7 +79,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fedpool' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    with collector_off():
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
