@@ -15,6 +15,25 @@ from fedpool.tasks.tables import report_rows
 _POLL_S = 0.2
 
 
+def show(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
+    """Show a job until it ends, and how it ended; Ctrl-C cancels it first.
+
+    Raises:
+        FedpoolError: it could not even begin.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    try:
+        watch(run, recipe, num_sites, console)
+    except KeyboardInterrupt:
+        console.print("cancelling ...")
+        run.abort()
+        run.wait()
+        summarize(run, recipe, console)
+        raise
+    run.raise_if_never_begun()
+    summarize(run, recipe, console)
+
+
 def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
     """Show the job's progress until it ends: round, sites done, key metric, elapsed time; a line per round off a terminal."""
     asked = min(recipe.clients_per_round or num_sites, num_sites)

@@ -19,6 +19,8 @@ from fedpool.errors import ServerError
 STARTUP_TIMEOUT_S = 180.0
 """Starting takes five to ten seconds on an idle machine; a busy one may need far longer."""
 
+IN_MEMORY = "sqlite+aiosqlite:///:memory:"
+
 _UNUSED_SERVICES = (
     "SCHEDULER",
     "LATE_RUNS",
@@ -37,26 +39,16 @@ class PrivateServer:
     def __init__(self) -> None:
         self._home = tempfile.TemporaryDirectory(prefix="fedpool-prefect-")
         self._output = Path(self._home.name) / "server.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.address = f"http://127.0.0.1:{port}"
         self.api_url = f"{self.address}/api"
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-        environment |= {
-            "PREFECT_HOME": self._home.name,
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///:memory:",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_UI_API_URL": "/api",
-            "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
-            "PREFECT_LOGGING_LEVEL": "WARNING",
-            "DO_NOT_TRACK": "1",
+        environment = {
+            **server_environment(Path(self._home.name)),
             **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _UNUSED_SERVICES},
         }
-        command = [sys.executable, "-m", "fedpool.deployments.server_process", str(port), str(_cache_folder())]
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                command,
+                server_command(port),
                 env=environment,
                 stdin=subprocess.PIPE,  # its end tells the server that we are gone, even when we were killed
                 stdout=output,
@@ -70,25 +62,7 @@ class PrivateServer:
         Raises:
             ServerError: it ended, or does not answer within `STARTUP_TIMEOUT_S`.
         """
-        import httpx  # not before the process has been started: it takes a while
-
-        deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        with httpx.Client(trust_env=False) as client:
-            while True:
-                try:
-                    if client.get(f"{self.api_url}/health").status_code == 200:
-                        return
-                except httpx.TransportError:  # not yet
-                    if self._process.poll() is not None:
-                        raise ServerError(f"the private Prefect server ended while starting:\n{self._tail()}") from None
-                if time.monotonic() > deadline:
-                    raise ServerError(
-                        f"the private Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail()}"
-                    )
-                try:  # a wait that ends at once when the process does
-                    self._process.wait(0.05)
-                except subprocess.TimeoutExpired:
-                    continue
+        wait_until_up(self.api_url, self._process, self._output)
 
     def close(self) -> None:
         """End the server and remove its folder. Idempotent. Killed, because it has nothing to save: its database is memory."""
@@ -98,8 +72,63 @@ class PrivateServer:
         self._process.wait()
         self._home.cleanup()
 
-    def _tail(self) -> str:
-        return "\n".join(self._output.read_text(errors="replace").splitlines()[-20:])
+
+def wait_until_up(api_url: str, process: "subprocess.Popen[bytes]", output: Path) -> None:
+    """Block until a server that is starting answers.
+
+    Args:
+        output: what it prints, for the error's message.
+
+    Raises:
+        ServerError: it ended, or does not answer within `STARTUP_TIMEOUT_S`.
+    """
+    import httpx  # not before the process has been started: it takes a while
+
+    def tail() -> str:
+        return "\n".join(output.read_text(errors="replace").splitlines()[-20:])
+
+    deadline = time.monotonic() + STARTUP_TIMEOUT_S
+    with httpx.Client(trust_env=False) as client:
+        while True:
+            try:
+                if client.get(f"{api_url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:  # not yet
+                if process.poll() is not None:
+                    raise ServerError(f"the Prefect server ended while starting:\n{tail()}") from None
+            if time.monotonic() > deadline:
+                raise ServerError(f"the Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{tail()}")
+            try:  # a wait that ends at once when the process does
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def server_environment(home: Path, database: str = IN_MEMORY) -> dict[str, str]:
+    """The environment of a server's process: this one's without its Prefect settings, and what every server of ours needs."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return environment | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": "/api",
+        "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def server_command(port: int) -> list[str]:
+    """The command of a server's process; see `server_process`."""
+    return [sys.executable, "-m", "fedpool.deployments.server_process", str(port), str(_cache_folder())]
 
 
 def _cache_folder() -> Path:

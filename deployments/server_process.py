@@ -1,7 +1,7 @@
 """The process of a private Prefect server: serves on the loopback until its standard input ends.
 
 Run as `python -m fedpool.deployments.server_process PORT CACHE`. Its parent holds the other end of the standard input, so
-that the server ends with it, however the parent ends.
+that the server ends with it, however the parent ends; with a fourth argument, `stay`, it outlives its parent.
 
 Prefect builds its tables by running every migration it ever had, which takes most of the time that a server needs to start.
 The empty tables are the same each time, so they are kept in CACHE (a SQLite file, one per version of Prefect) and copied into
@@ -27,6 +27,7 @@ import aiosqlite  # noqa: E402
 import prefect  # noqa: E402
 import uvicorn  # noqa: E402
 from prefect.server.database import PrefectDBInterface, provide_database_interface  # noqa: E402
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL  # noqa: E402
 
 
 def _end_with_parent() -> None:
@@ -59,13 +60,15 @@ async def _prepare_tables(cache: Path, *, known: bool) -> None:
             partial.replace(cache)
 
 
-async def main(port: int, tables: Path, *, known: bool) -> None:
+async def main(port: int, tables: Path, *, known: bool, stay: bool) -> None:
     """Serve Prefect's API and UI on 127.0.0.1."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        await _prepare_tables(tables, known=known)
-    except sqlite3.DatabaseError:  # the cache is damaged: make the tables anew
-        await _prepare_tables(tables, known=False)
+    if not stay:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    if ":memory:" in PREFECT_API_DATABASE_CONNECTION_URL.value():  # any other database migrates as the server starts
+        try:
+            await _prepare_tables(tables, known=known)
+        except sqlite3.DatabaseError:  # the cache is damaged: make the tables anew
+            await _prepare_tables(tables, known=False)
     config = uvicorn.Config(
         "prefect.server.api.server:create_app",
         factory=True,
@@ -86,4 +89,4 @@ class _Server(uvicorn.Server):
 
 if __name__ == "__main__":
     _tables = Path(sys.argv[2]) / f"prefect-{prefect.__version__}.sqlite"
-    asyncio.run(main(int(sys.argv[1]), _tables, known=_tables.exists()))
+    asyncio.run(main(int(sys.argv[1]), _tables, known=_tables.exists(), stay=sys.argv[3:] == ["stay"]))

@@ -8,11 +8,9 @@ import atexit
 import gc
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Self
@@ -20,14 +18,14 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from rich.console import Console
 
-from fedpool.deployments.progress import summarize, watch
+from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
 from fedpool.sites.local import LocalSites, default_slots
 from fedpool.startup import collector_off
-from fedpool.store import JobPaths, Store, check_name
+from fedpool.store import JobPaths, Store, check_name, new_job_id
 
 _DRAIN_TIMEOUT_S = 30.0
 
@@ -117,7 +115,7 @@ class SimEnv(BaseModel):
         recipe.check_sites(names)
         gpus = [part.strip() for part in self.gpus.split(",")] if self.gpus else []
         num_slots = min(self.num_threads or default_slots(len(names), gpus), len(names))
-        job_id = f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        job_id = new_job_id(recipe.name)
         store = Store(self.workspace.absolute())
         console = Console(quiet=not self.progress)
         sites = LocalSites(
@@ -132,21 +130,8 @@ class SimEnv(BaseModel):
         )
         run = Run(job_id, store, work=lambda: _work(recipe, job_id, store, sites, console), cancel=sites.cancel)
         if wait:
-            _wait(run, recipe, len(names), console)
+            show(run, recipe, len(names), console)
         return run
-
-
-def _wait(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
-    try:
-        watch(run, recipe, num_sites, console)
-    except KeyboardInterrupt:
-        console.print("cancelling ...")
-        run.abort()
-        run.wait()
-        summarize(run, recipe, console)
-        raise
-    run.raise_if_never_begun()
-    summarize(run, recipe, console)
 
 
 def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console: Console) -> None:

@@ -6,6 +6,7 @@ their local steps (`NUM_STEPS_CURRENT_ROUND`) and by `aggregation_weights`.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
@@ -33,6 +34,8 @@ class FedAvgRecipe(Recipe):
     Raises:
         pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
     """
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedavg"
 
     def strategy(self) -> Strategy:
         """See `Recipe.strategy`."""

@@ -6,9 +6,12 @@ Persists no Prefect result: whatever lasts is in the store.
 """
 
 import asyncio
+import hashlib
 import platform
+import tempfile
 from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -18,9 +21,11 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.arrays import save_and_hash
-from fedpool.errors import FedpoolError, JobFailed
+from fedpool.bundle import Bundle
+from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError
 from fedpool.flows.round import Job, RoundSignals, federated_round
-from fedpool.manifest import Task
+from fedpool.initial import initial_model
+from fedpool.manifest import ClientJob, Task
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
@@ -36,7 +41,7 @@ LOOK_AHEAD = 2
 
 @flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
 async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -> State[Any]:
-    """Run a recipe to its end.
+    """Run a recipe to its end, from the process that holds it.
 
     Args:
         recipe: what to run.
@@ -52,13 +57,27 @@ async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -
     storage = Store(store)
     try:
         head = await asyncio.to_thread(stage, recipe, job_id, storage, sites.names)
-        await asyncio.to_thread(sites.open, recipe.client_job(job_id), storage)
-        job = Job(recipe, job_id, storage, sites, head)
-        stopped_by, error = None, None
+    except BaseException:
+        await sites.end()
+        raise
+    return await run_job(Job(recipe, job_id, storage, sites, head))
+
+
+async def run_job(job: Job) -> State[Any]:
+    """Run a staged job to its end, inside its flow run; see `federated_job`. Ends the sites in every case."""
+    recipe, storage, sites = job.recipe, job.store, job.sites
+    stopped_by = error = None
+    try:
+        await asyncio.to_thread(sites.open, recipe.client_job(job.job_id), storage)
         try:
             stopped_by = await _run_rounds(job)
         except FedpoolError as failure:
             error = "cancelled" if sites.cancelled else str(failure)
+        except asyncio.CancelledError:
+            # Someone cancels the run, or ends this process, and waits for nothing: the sites learn of it from the result.
+            sites.cancel()
+            storage.write_json(job.paths.result, _result(job, "CANCELLED", None, "cancelled"))
+            raise
     finally:
         await sites.end()
     status = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
@@ -69,7 +88,7 @@ async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -
     if status == "CANCELLED":
         return Cancelled(message=f"cancelled after {len(job.records)} rounds")
     if error:
-        raise JobFailed(f"job {job_id} failed: {error}")
+        raise JobFailed(f"job {job.job_id} failed: {error}")
     return Completed(message=f"{recipe.name}: {len(job.records)} rounds")
 
 
@@ -98,6 +117,37 @@ def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> 
         },
     )
     return digest
+
+
+def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
+    """The recipe of a staged job, as the store holds it.
+
+    Args:
+        kind: class of the recipe.
+
+    Raises:
+        FileNotFoundError: there is no such job.
+        IntegrityError: what lies there is not what its `job.json` says.
+        RecipeError: the job has another kind of recipe.
+    """
+    paths = JobPaths(job_id)
+    record = store.read_json(paths.job)
+    try:
+        fields = dict(record["recipe"])
+        found = fields.pop("type")
+        client = ClientJob.model_validate(record["client"], strict=False)
+        digest = Digest(**record["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{store.full(paths.job)} does not describe a job: {error}") from None
+    if found != kind.__name__:
+        raise RecipeError(f"job {job_id} has a {found}, not a {kind.__name__}")
+    data = store.read_bytes(paths.bundle(client.bundle_sha256))
+    if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
+        raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")
+    with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
+        model = initial_model(store.fetch(paths.global_model(0), Path(folder), digest))
+    bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
+    return kind.restore({**fields, "model": model, "initial_ckpt": None}, bundle)
 
 
 async def _run_rounds(job: Job) -> str | None:

@@ -50,6 +50,10 @@ class Sites(Protocol):
         """Have a site do an assignment; raises `SiteError` when it fails or misses the deadline (`time.monotonic()`)."""
         ...
 
+    def cancel(self) -> None:
+        """Stop what is under way: whoever waits for a site gets a `SiteError`."""
+        ...
+
     async def end(self) -> None:
         """The job is over: tell the scripts, and leave nothing of them behind."""
         ...

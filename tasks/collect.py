@@ -5,6 +5,7 @@ other sites still train.
 """
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -120,7 +121,12 @@ async def _ask_slot(round: Round, shared: _Shared) -> dict[str, Outcome]:
 async def _ask(round: Round, turn: Turn, site: str) -> Outcome:
     logger = get_run_logger()
     assignment = SiteAssignment(
-        site=site, round=round.number, task=turn.task, base_sha256=turn.base.sha256, base_size=turn.base.size
+        site=site,
+        round=round.number,
+        task=turn.task,
+        base_sha256=turn.base.sha256,
+        base_size=turn.base.size,
+        timeout_s=None if turn.deadline is None else max(0.0, turn.deadline - time.monotonic()),
     )
     delivery = await round.sites.perform(
         assignment, deadline=turn.deadline, log=lambda line: logger.info("%s: %s", site, line)

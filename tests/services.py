@@ -108,7 +108,15 @@ class PostgresServer:
             for path in (self._folder, password):
                 shutil.chown(path, self._user, self._user)
         environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
-        initdb = [programs / "initdb", "--pgdata", data, "--username", "fedpool", "--pwfile", password]
+        initdb: list[str | Path] = [
+            programs / "initdb",
+            "--pgdata",
+            data,
+            "--username",
+            "fedpool",
+            "--pwfile",
+            password,
+        ]
         made = subprocess.run(
             [*initdb, "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale", "--no-sync"],
             env=environment,
@@ -190,7 +198,7 @@ class S3Server:
         self.url = f"s3://{self.bucket}"
         self.endpoint = f"http://127.0.0.1:{self._port}"
         self.objects = self._folder / "objects" / self.bucket
-        """The bucket's folder: what a test writes or removes here, a client of the server sees at once."""
+        """The bucket's folder. rclone remembers folders for minutes: a change made here shows after `stop()` and `start()`."""
         self.environment = {
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
@@ -226,7 +234,6 @@ class S3Server:
             [
                 *(self._rclone, "serve", "s3", self.objects.parent),
                 *("--addr", f"127.0.0.1:{self._port}"),
-                *("--dir-cache-time", "0s"),  # else what a test does to the folder shows after five minutes
             ],
             output=self._folder / "server.log",
             environment=self._rclone_environment,

@@ -131,6 +131,17 @@ def test_names_on_s3_are_those_of_objects_and_folders(store: Store) -> None:
     assert not store.exists("job/rounds/00000/b.json")
 
 
+def test_what_another_client_writes_to_s3_is_there_at_once(store: Store) -> None:
+    store.write_bytes("job/sites/a/update.json", b"{}")
+    assert (store.names("job/sites"), store.names("job/sites/a")) == (["a"], ["update.json"])
+    other = Store(store.url, skip_instance_cache=True)
+    other.write_bytes("job/sites/a/more.json", b"{}")
+    other.write_bytes("job/sites/b/update.json", b"{}")
+    assert (store.names("job/sites"), store.names("job/sites/a")) == (["a", "b"], ["more.json", "update.json"])
+    assert store.exists("job/sites/a/more.json")
+    assert store.size("job/sites/a/more.json") == 2
+
+
 def test_fetch_copies_an_object_of_s3_into_the_folder_and_checks_it(store: Store, tmp_path: Path) -> None:
     digest = store.write_json("job/job.json", {"a": 1})
     local = store.fetch("job/job.json", tmp_path, digest)
@@ -143,12 +154,13 @@ def test_fetch_copies_an_object_of_s3_into_the_folder_and_checks_it(store: Store
 
 
 def test_tensors_are_read_from_s3_by_ranges(store: Store) -> None:
-    values = {"w": np.arange(100_000, dtype=np.float32).reshape(10, -1), "b": np.ones(3, np.float16)}
+    w = np.arange(100_000, dtype=np.float32)
+    values: dict[str, np.ndarray] = {"w": w.reshape(10, -1), "b": np.ones(3, np.float16)}
     with store.staged("job/global.safetensors") as file:
         digest = save_and_hash(file, values)
     tensors = store.tensors("job/global.safetensors", digest.size)
     assert {name: spec.shape for name, spec in tensors.spec.items()} == {"w": (10, 10_000), "b": (3,)}
-    assert tensors.read_block("w", 50_000, 50_002) == values["w"].reshape(-1)[50_000:50_002].tobytes()
+    assert tensors.read_block("w", 50_000, 50_002) == w[50_000:50_002].tobytes()
     assert b"".join(tensors.read_block(*block) for block in tensors.blocks(30_000)) == b"".join(
         values[name].tobytes() for name in ("w", "b")
     )

@@ -3,6 +3,7 @@
     FedpoolError
     ├── ClientError          the client API was called out of order or with a wrong value (in a client script)
     ├── RecipeError          a recipe or an environment that cannot run as written; also a ValueError
+    ├── ConfigError          a site's or an environment's configuration that does not fit what is there; also a ValueError
     ├── StoreError           the job's object storage refused, or an object is already there
     │   └── IntegrityError   bytes that are not what their manifest or their format says
     ├── SiteError            a site's script failed: names the site, the round and the cause
@@ -26,6 +27,10 @@ class ClientError(FedpoolError, RuntimeError):
 
 class RecipeError(FedpoolError, ValueError):
     """A recipe or an environment that cannot run as written; the message names the value and the remedy."""
+
+
+class ConfigError(FedpoolError, ValueError):
+    """A site or an environment is not set up as it says; the message names the setting, its value and the remedy."""
 
 
 class StoreError(FedpoolError):

@@ -43,6 +43,7 @@ class SiteAssignment(Value):
     task: Task
     base_sha256: str = Field(description="sha256 of the round's global model")
     base_size: int
+    timeout_s: float | None = Field(description="seconds until the coordinator waits no longer; None: for ever")
 
 
 class UpdateManifest(Value):

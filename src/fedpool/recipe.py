@@ -11,7 +11,7 @@ import shlex
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
     JsonValue,
     PlainSerializer,
     SkipValidation,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -73,6 +74,9 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    entrypoint: ClassVar[str]
+    """Module path of the flow that a deployment of the recipe runs."""
 
     name: str = Field(description="name of the job: letters, digits, '.', '_' and '-'", max_length=64)
     model: Annotated[SkipValidation[Any], PlainSerializer(_model_form)] = Field(
@@ -161,12 +165,13 @@ class Recipe(BaseModel):
         return None if value is None else str(parse_condition(value))
 
     @model_validator(mode="after")
-    def _prepare(self) -> Self:
+    def _prepare(self, info: ValidationInfo) -> Self:
         if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
             raise RecipeError(
                 f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}: no round could succeed"
             )
-        self._bundle = build_bundle(self.train_script, self.include)
+        restored = (info.context or {}).get("bundle")
+        self._bundle = restored or build_bundle(self.train_script, self.include)
         self._arguments = _split(self.train_args, "train_args")
         self._site_arguments = {}
         for site, config in self.per_site_config.items():
@@ -188,6 +193,21 @@ class Recipe(BaseModel):
             object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt))
         self._check_excluded()
         return self
+
+    @classmethod
+    def restore(cls, fields: Mapping[str, Any], bundle: Bundle) -> Self:
+        """A recipe whose script is bundled already, as a job in the store has it; checked as any other.
+
+        Args:
+            fields: of the recipe.
+            bundle: takes the place of `train_script` and `include`, which need not be there any more.
+        """
+        return cls.model_validate(dict(fields), context={"bundle": bundle})
+
+    def revise(self, **fields: Any) -> Self:
+        """The same recipe with some fields changed, checked anew; the client script and the modules that it imports stay."""
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).restore({**kept, **fields}, self._bundle)
 
     def _check_excluded(self) -> None:
         left = set(self.model.spec)

@@ -5,6 +5,7 @@ Layout (all safetensors and JSON, nothing pickled, nothing ever overwritten)::
     {root}/{job_id}/job.json
     {root}/{job_id}/bundle-{sha256}.zip
     {root}/{job_id}/rounds/00000/global.safetensors
+    {root}/{job_id}/rounds/00000/assignments/{site}.json           (none in simulation)
     {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors + update.json
     {root}/{job_id}/rounds/00000/round.json
     {root}/{job_id}/result.json
@@ -18,11 +19,13 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -51,6 +54,11 @@ def check_name(what: str, name: str) -> str:
             "and begin with a letter or a digit"
         )
     return name
+
+
+def new_job_id(name: str) -> str:
+    """An id for a new job of a recipe: name, time (UTC) and six random hex digits."""
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,10 @@ class JobPaths:
         """The folder of what sites sent in the round."""
         return f"{self._round(round)}/sites"
 
+    def assignment(self, round: int, site: str) -> str:
+        """What a site that is not in this process is asked to do in the round."""
+        return f"{self._round(round)}/assignments/{check_name('site', site)}.json"
+
     def update(self, round: int, site: str) -> str:
         """The tensors that a site sent in the round."""
         return f"{self.sites(round)}/{check_name('site', site)}/update.safetensors"
@@ -118,6 +130,10 @@ class Store:
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
+        protocol = fsspec.core.split_protocol(str(url))[0] or "file"
+        if protocol not in ("file", "local"):
+            # Others write here too: what was not there a moment ago may be there now.
+            storage_options = {"use_listings_cache": False, **storage_options}
         self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
         self.url: str = self.fs.unstrip_protocol(self.root)
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -148,6 +164,11 @@ class Store:
         """A binary file to read, with seek. The caller checks its hash against a manifest before trusting it."""
         file: IO[bytes] = self.fs.open(self.full(path), "rb")
         return file
+
+    def read_bytes(self, path: str) -> bytes:
+        """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks them before trusting them."""
+        data: bytes = self.fs.cat_file(self.full(path))
+        return data
 
     def tensors(self, path: str, size: int) -> TensorReader:
         """Block-wise access to a safetensors object of `size` bytes, opened anew for each block."""

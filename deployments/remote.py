@@ -1,0 +1,309 @@
+"""Running a recipe at sites behind work pools: stage the job, have the coordinator's pool run it, follow it from here.
+
+Everything that can be known to be missing is said before anything is submitted.
+"""
+
+import asyncio
+import secrets
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from fedpool.deployments.progress import show
+from fedpool.deployments.run import Run
+from fedpool.errors import ConfigError, ServerError, StoreError
+from fedpool.manifest import PROTOCOL
+from fedpool.recipe import Recipe
+from fedpool.store import JobPaths, Store, new_job_id
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+    from prefect.schedules import Schedule
+
+COORDINATOR_POOL = "fedpool-coordinator"
+_POLL_S = 0.3
+_AD_HOC = "execute"
+"""Prefix of the deployments that `execute` uses, one per recipe class; a recipe's own deployment is left alone."""
+
+
+class RemoteEnv(BaseModel):
+    """What the proof of concept and production have in common: a Prefect server, a store, a coordinator's pool, sites' pools."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    coordinator_pool: str = Field(COORDINATOR_POOL, description="work pool that runs the jobs' flows")
+    progress: bool = Field(True, description="show progress and a summary in the terminal")
+
+    @abstractmethod
+    def site_names(self, recipe: Recipe) -> tuple[str, ...]:
+        """The sites that a recipe runs at."""
+
+    @abstractmethod
+    def open_store(self) -> Store:
+        """The store, as this process reaches it."""
+
+    @abstractmethod
+    def settings(self) -> dict[Any, Any]:
+        """Prefect settings by which this process reaches the server."""
+
+    def prepare(self, recipe: Recipe) -> None:
+        """Get ready to run a recipe; the base has nothing to do."""
+
+    def execute(self, recipe: Recipe, *, wait: bool = True) -> Run:
+        """Run a recipe.
+
+        Args:
+            recipe: what to run.
+            wait: block until the job has ended, showing its progress. False returns once it is submitted.
+
+        Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
+
+        Raises:
+            RecipeError: recipe and environment do not fit.
+            ConfigError, ServerError, StoreError: something that the job needs is missing; nothing was submitted.
+            KeyboardInterrupt: Ctrl-C; the job is cancelled first.
+        """
+        names = self.site_names(recipe)
+        recipe.check_sites(names)
+        self.prepare(recipe)
+        store = self.open_store()
+        probe(store)
+        job_id = new_job_id(recipe.name)
+
+        async def submit() -> UUID:
+            async with self._client() as client:
+                await check(client, names, self.coordinator_pool)
+                await asyncio.to_thread(_stage, recipe, job_id, store, names)
+                deployment = await _deploy(
+                    client, recipe, f"{_AD_HOC}-{type(recipe).__name__}", pool=self.coordinator_pool, parameters={}
+                )
+                run = await client.create_flow_run_from_deployment(
+                    deployment, name=job_id, parameters=_parameters(recipe, store, names) | {"job_id": job_id}
+                )
+                return run.id
+
+        with self._applied():
+            run_id = asyncio.run(submit())
+        run = Run(job_id, store, work=lambda: self._follow(run_id, store, job_id), cancel=lambda: self._cancel(run_id))
+        if wait:
+            show(run, recipe, len(names), Console(quiet=not self.progress))
+        return run
+
+    def deploy(
+        self,
+        recipe: Recipe,
+        *,
+        schedule: "str | timedelta | Schedule | Sequence[str | timedelta | Schedule] | None" = None,
+        warm_start: bool = False,
+    ) -> str:
+        """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new job of.
+
+        Args:
+            schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule ("FREQ=..."), an interval, or a
+                list of those.
+            warm_start: each job starts from the final model of the last one that completed.
+
+        Returns: the deployment's name, for `prefect deployment run`.
+
+        Raises:
+            RecipeError, ConfigError, ServerError, StoreError: as `execute`.
+        """
+        names = self.site_names(recipe)
+        recipe.check_sites(names)
+        schedules = [parse_schedule(entry) for entry in ([] if schedule is None else _listed(schedule))]
+        self.prepare(recipe)
+        store = self.open_store()
+        probe(store)
+        template = f"{recipe.name}-template-{secrets.token_hex(4)}"
+
+        async def register() -> None:
+            async with self._client() as client:
+                await check(client, names, self.coordinator_pool)
+                await asyncio.to_thread(_stage, recipe, template, store, names)
+                parameters = _parameters(recipe, store, names) | {"template": template, "warm_start": warm_start}
+                await _deploy(
+                    client, recipe, recipe.name, pool=self.coordinator_pool, parameters=parameters, schedules=schedules
+                )
+
+        with self._applied():
+            asyncio.run(register())
+        return f"federated-job/{recipe.name}"
+
+    @contextmanager
+    def _applied(self) -> Iterator[None]:
+        from prefect.settings import temporary_settings
+
+        with temporary_settings(self.settings()):
+            yield
+
+    def _client(self) -> "PrefectClient":
+        from prefect.client.orchestration import get_client
+
+        return get_client()
+
+    def _cancel(self, run_id: UUID) -> None:
+        from prefect.client.schemas.objects import State, StateType
+
+        async def cancel() -> None:
+            async with self._client() as client:
+                await client.set_flow_run_state(run_id, State(type=StateType.CANCELLING))
+
+        with self._applied():
+            asyncio.run(cancel())
+
+    def _follow(self, run_id: UUID, store: Store, job_id: str) -> None:
+        """Wait for the end of the job's flow run; raises when it ended without leaving a result."""
+
+        async def follow() -> str:
+            async with self._client() as client:
+                away = 0.0
+                while True:
+                    try:
+                        state = (await client.read_flow_run(run_id)).state
+                        away = 0.0
+                    except httpx.HTTPError as error:
+                        away += 1
+                        if away > 600:
+                            raise ServerError(f"the Prefect server is away: {error}") from error
+                        state = None
+                    if state is not None and state.is_final():
+                        return f"{state.name}: {state.message}"
+                    await asyncio.sleep(_POLL_S)
+
+        with self._applied():
+            ended = asyncio.run(follow())
+        if not store.exists(JobPaths(job_id).result):
+            raise ServerError(f"the run of job {job_id} ended without a result ({ended}): its log in the UI says more")
+
+
+def parse_schedule(entry: "str | timedelta | Schedule") -> "Schedule":
+    """A schedule of whatever was given.
+
+    Raises:
+        ConfigError: a text that is neither a cron line nor a recurrence rule, or an interval that is not positive.
+    """
+    from prefect.schedules import Cron, Interval, RRule, Schedule
+
+    if isinstance(entry, Schedule):
+        return entry
+    try:
+        if isinstance(entry, timedelta):
+            return Interval(entry)
+        return RRule(entry) if "FREQ=" in entry else Cron(entry)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f'schedule {entry!r} does not fit ({error}): write a cron line "0 2 * * 0", a rule "FREQ=WEEKLY", or a timedelta'
+        ) from None
+
+
+def probe(store: Store) -> None:
+    """Write an object to the store and remove it again.
+
+    Raises:
+        StoreError: it cannot be written to; says where and why.
+    """
+    path = f".fedpool-probe-{secrets.token_hex(6)}"
+    try:
+        store.write_bytes(path, b"probe")
+        store.fs.rm_file(store.full(path))
+    except (OSError, StoreError) as error:
+        raise StoreError(
+            f"the store {store.url} cannot be written to ({type(error).__name__}: {error}): check its address, and that the "
+            "credentials are in the environment"
+        ) from error
+
+
+async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool: str) -> None:
+    """Check that server, pools, workers and sites are there.
+
+    Raises:
+        ServerError: the server does not answer.
+        ConfigError: a pool, an online worker, or a site is missing, or a site's protocol is too old; all of it in one message.
+    """
+    from prefect.client.schemas.objects import WorkerStatus
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+
+    async def pool_problem(pool: str, start: str) -> str | None:
+        try:
+            await client.read_work_pool(pool)
+        except ObjectNotFound:
+            return f"there is no work pool {pool!r}: {start}"
+        workers = await client.read_workers_for_work_pool(pool)
+        if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
+            return f"no worker of work pool {pool!r} is online: {start}"
+        return None
+
+    problems = []
+    try:
+        await client.hello()
+        start = f"prefect worker start --type process --pool {coordinator_pool}"
+        problems.append(await pool_problem(coordinator_pool, start))
+        for site in sites:
+            start = f"fedpool site start --name {site}"
+            try:
+                deployment = await client.read_deployment_by_name(f"site-round/{site}")
+            except ObjectNotFound:
+                problems.append(f"site {site!r} is not registered: {start}")
+                continue
+            if deployment.version != str(PROTOCOL):
+                problems.append(f"site {site!r} speaks protocol {deployment.version}, this one {PROTOCOL}: upgrade it")
+            problems.append(await pool_problem(deployment.work_pool_name or site, start))
+    except PrefectHTTPStatusError as error:
+        raise ServerError(f"the Prefect server at {client.api_url} refused: {error}") from error
+    except (httpx.HTTPError, RuntimeError) as error:
+        raise ServerError(f"the Prefect server at {client.api_url} does not answer: {error}") from error
+    if found := [problem for problem in problems if problem]:
+        raise ConfigError("\n".join(found))
+
+
+def _stage(recipe: Recipe, job_id: str, store: Store, names: tuple[str, ...]) -> None:
+    from fedpool.flows.job import stage
+
+    stage(recipe, job_id, store, names)
+
+
+def _parameters(recipe: Recipe, store: Store, names: Sequence[str]) -> dict[str, Any]:
+    from fedpool.flows.deployed import form_fields
+
+    fields = recipe.model_dump(mode="json", include=set(form_fields(type(recipe))))
+    return {"store": store.url, "sites": list(names), **fields}
+
+
+async def _deploy(
+    client: "PrefectClient",
+    recipe: Recipe,
+    name: str,
+    *,
+    pool: str,
+    parameters: dict[str, Any],
+    schedules: Sequence["Schedule"] = (),
+) -> UUID:
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.importtools import import_object
+
+    flow = import_object(recipe.entrypoint)
+    deployment: UUID = await client.create_deployment(
+        flow_id=await client.create_flow(flow),
+        name=name,
+        work_pool_name=pool,
+        entrypoint=recipe.entrypoint,
+        parameters=parameters,
+        parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
+        enforce_parameter_schema=True,
+        schedules=[DeploymentScheduleCreate.from_schedule(schedule) for schedule in schedules],
+        description=f"{type(recipe).__name__} of {recipe.name}.",
+        tags=["fedpool"],
+    )
+    return deployment
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]

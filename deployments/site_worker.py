@@ -1,0 +1,184 @@
+"""The `fedpool-site` worker: a Prefect worker that runs `site_round` inside its own process, and nothing else.
+
+What it is handed comes from outside the site: of a run it takes the four parameters of `site_round`, and checks them.
+Entrypoint, pull steps, command, environment and job variables of the run's deployment are never looked at. A run of any
+other flow is refused.
+"""
+
+import asyncio
+import contextvars
+import os
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import httpx
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import PrefectException
+from prefect.flow_engine import run_flow
+from prefect.states import Crashed
+from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
+
+from fedpool.flows.site_round import ENTRYPOINT, hosted_by, site_round
+from fedpool.manifest import PROTOCOL
+from fedpool.sites.config import SiteConfig
+from fedpool.sites.resident import Resident
+
+CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG"
+"""Path of the site's TOML file, for `prefect worker start --type fedpool-site`, which has no option for it."""
+
+_CANCEL_POLL = timedelta(seconds=4)
+
+
+class SiteWorkerResult(BaseWorkerResult):
+    """How a run ended, as Prefect's worker wants to know it."""
+
+
+class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResult]):
+    """Runs a site's rounds in this process, and keeps each job's session warm between them.
+
+    Args:
+        work_pool_name: the pool to poll; it belongs to one site.
+        config: of the site; default: from the environment, the pool's name for its name.
+    """
+
+    type = "fedpool-site"
+    _description = "Runs the rounds of one federated learning site, and nothing else."
+    _logo_url = ""
+    _documentation_url = ""
+
+    def __init__(self, work_pool_name: str, *args: Any, config: SiteConfig | None = None, **kwargs: Any) -> None:
+        if config is None:
+            file = os.environ.get(CONFIG_VARIABLE)
+            name = {} if file or "FEDPOOL_SITE_NAME" in os.environ else {"name": work_pool_name}
+            config = SiteConfig.load(Path(file) if file else None, pool=work_pool_name, **name)
+        self.site = config
+        # A name that lasts over restarts: by it the worker knows the runs that it left behind when it was killed.
+        kwargs["name"] = kwargs.get("name") or config.name
+        super().__init__(work_pool_name, *args, **kwargs)
+        self._stops: dict[UUID, threading.Event] = {}
+        self._resident: Resident | None = None
+        self._watching: anyio.CancelScope | None = None
+
+    async def setup(self) -> None:
+        """Open the site, and reach the server if it is there."""
+        self._resident = Resident(self.site)
+        await super().setup()
+
+    async def teardown(self, *exc_info: Any) -> None:
+        """End every script first: the runs that wait for them end as crashed, and are handed back."""
+        with anyio.CancelScope(shield=True):
+            if self._resident is not None:
+                await anyio.to_thread.run_sync(self._resident.close)
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+        await super().teardown(*exc_info)
+
+    async def _initialize_after_sync(self) -> None:
+        if self._watching is None and self._work_pool is not None:
+            await register_site(self.client, self.site.name, self._work_pool_name)
+            await self._hand_back_orphans()
+            assert self._runs_task_group is not None
+            self._watching = anyio.CancelScope()
+            self._runs_task_group.start_soon(self._watch_for_cancellation, self._watching)
+        await super()._initialize_after_sync()
+
+    async def _hand_back_orphans(self) -> None:
+        """Mark what this worker was doing when it was killed as crashed: nobody else knows that it is lost."""
+        runs = await self.client.read_flow_runs(
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(
+                    type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+                )
+            ),
+        )
+        for run in runs:
+            if run.labels.get("prefect.worker.name") == self.name and run.id not in self._stops:
+                self._logger.warning("run %s was left behind when this worker ended: it has crashed", run.name)
+                state: State[Any] = Crashed(message=f"the worker of {self.site.name} was lost while it did its part")
+                await self.client.set_flow_run_state(run.id, state, force=True)
+
+    async def _watch_for_cancellation(self, scope: anyio.CancelScope) -> None:
+        """Stop the runs that someone cancels in the UI; when a job ends, the site learns it from the store."""
+        with scope:
+            while True:
+                await anyio.sleep(_CANCEL_POLL.total_seconds())
+                if self._stops:
+                    await self._stop_cancelled()
+
+    async def _stop_cancelled(self) -> None:
+        try:
+            runs = await self.client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(self._stops)))
+            )
+        except (httpx.HTTPError, PrefectException) as error:  # the server is away: the next look may find it
+            self._logger.debug("could not look for cancelled runs: %s", error)
+            return
+        for run in runs:
+            cancelled = run.state is not None and (run.state.is_cancelling() or run.state.is_cancelled())
+            if cancelled and (stop := self._stops.get(run.id)) is not None:
+                stop.set()
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: BaseJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> SiteWorkerResult:
+        """Run `site_round` with the parameters of a run, whatever else its deployment asks for."""
+        name = (await self.client.read_flow(flow_run.flow_id)).name
+        if name != site_round.name:
+            raise PermissionError(f"this site runs {site_round.name} and nothing else: the run of {name!r} was refused")
+        stop = self._stops[flow_run.id] = threading.Event()
+        if task_status is not None:
+            task_status.started(os.getpid())
+        try:
+            # On a thread with a loop of its own: Prefect's engine takes over the signals of the main thread.
+            context = contextvars.copy_context()
+            await anyio.to_thread.run_sync(
+                context.run, self._run_site_round, flow_run, stop, limiter=anyio.CapacityLimiter(1)
+            )
+        finally:
+            del self._stops[flow_run.id]
+        return SiteWorkerResult(identifier=str(flow_run.id), status_code=0)
+
+    def _run_site_round(self, flow_run: FlowRun, stop: threading.Event) -> None:
+        assert self._resident is not None
+        with hosted_by(self._resident, stop):
+            asyncio.run(
+                run_flow(site_round, flow_run=flow_run, parameters=dict(flow_run.parameters), return_type="state")  # type: ignore[arg-type]
+            )
+
+
+async def register_site(client: Any, site: str, pool: str) -> UUID:
+    """Create or renew the deployment `site-round/SITE`, by which coordinators reach a site.
+
+    Args:
+        client: a Prefect client.
+        pool: the site's work pool, of any type.
+    """
+    deployment: UUID = await client.create_deployment(  # one of that name is replaced
+        flow_id=await client.create_flow(site_round),
+        name=site,
+        version=str(PROTOCOL),
+        description=f"How coordinators reach {site}. Its version is the protocol that the site speaks.",
+        work_pool_name=pool,
+        entrypoint=ENTRYPOINT,
+        tags=["fedpool"],
+    )
+    return deployment

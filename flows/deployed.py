@@ -1,0 +1,145 @@
+"""A recipe as a deployment: the flow that `prefect deployment run`, a schedule or the UI starts.
+
+`deployed(FedAvgRecipe)` makes a flow named `federated-job` whose parameters are the recipe's fields, with their bounds and
+descriptions, and a few of its own. Each run is a new job, made from a job that was staged as its template and never runs itself;
+or, when `job_id` names a staged job, that very job. The store and the sites' work pools are all it needs.
+"""
+
+import asyncio
+import inspect
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import Flow
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.runtime import deployment, flow_run
+from pydantic import AfterValidator, Field, ValidationError
+
+from fedpool.errors import RecipeError
+from fedpool.flows.job import restore, run_job, stage
+from fedpool.flows.round import Job
+from fedpool.initial import InitialModel, initial_model
+from fedpool.recipe import Recipe
+from fedpool.store import JobPaths, Store, new_job_id
+from fedpool.tasks.dispatch import PoolSites
+from fedpool.tensors import Digest
+
+_REQUIRED = inspect.Parameter.empty
+
+_STAGED = frozenset({"name", "model", "train_script", "initial_ckpt", "include"})
+"""Fields that are in the template and not in the form: files and objects of whoever deployed."""
+
+
+def form_fields(kind: type[Recipe]) -> list[str]:
+    """Names of a recipe's fields that a run may change."""
+    return [name for name in kind.model_fields if name not in _STAGED]
+
+
+def deployed(kind: type[Recipe]) -> "Flow[..., Any]":
+    """The flow of a recipe class. Keep it in a module, so that its entrypoint loads from any folder."""
+
+    async def federated_job(**given: Any) -> State[Any]:
+        return await _run(kind, **given)
+
+    # Prefect reads the form's types and bounds off the signature, and its descriptions off the docstring.
+    parameters = _parameters(kind)
+    federated_job.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter for parameter, _ in parameters], return_annotation=State[Any]
+    )
+    head = f"Run a {kind.__name__} at sites behind work pools."
+    lines = [f"    {parameter.name}: {description}" for parameter, description in parameters]
+    federated_job.__doc__ = "\n".join([head, "", "Args:", *lines])
+    made: Flow[..., Any] = Flow(
+        federated_job, name="federated-job", flow_run_name=_run_name, validate_parameters=False, persist_result=False
+    )
+    return made
+
+
+def _run_name() -> str:
+    return str(flow_run.get_parameters().get("job_id") or deployment.get_name() or "job")
+
+
+def _parameters(kind: type[Recipe]) -> list[tuple[inspect.Parameter, str]]:
+    """The form: parameters with their descriptions."""
+    own: list[tuple[str, Any, Any, str]] = [
+        ("template", str, "", "id of the staged job that this one is made from"),
+        ("store", str, _REQUIRED, "URL of the store; its credentials are in the environment"),
+        ("sites", Annotated[list[str], Field(min_length=1)], _REQUIRED, "names of the sites that take part"),
+        ("job_id", str | None, None, "run this staged job instead of making a new one"),
+        ("warm_start", bool, False, "start from the final model of the recipe's last completed job"),
+    ]
+    for name in form_fields(kind):
+        field = kind.model_fields[name]
+        bounds = [entry for entry in field.metadata if not isinstance(entry, AfterValidator)]
+        annotation = Annotated[(field.annotation, *bounds)] if bounds else field.annotation
+        default = _REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+        own.append((name, annotation, default, field.description or ""))
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    return [
+        (inspect.Parameter(name, keyword_only, annotation=annotation, default=default), description)
+        for name, annotation, default, description in own
+    ]
+
+
+async def _run(
+    kind: type[Recipe],
+    *,
+    template: str,
+    store: str,
+    sites: list[str],
+    job_id: str | None,
+    warm_start: bool,
+    **fields: Any,
+) -> State[Any]:
+    storage = Store(store)
+    if job_id is not None:
+        staged = job_id
+        recipe = await asyncio.to_thread(restore, kind, job_id, storage)
+    else:
+        recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
+        staged = new_job_id(recipe.name)
+        await asyncio.to_thread(stage, recipe, staged, storage, tuple(sites))
+    get_run_logger().info("job %s lies in %s", staged, storage.full(staged))
+    return await run_job(Job(recipe, staged, storage, PoolSites(sites), recipe.model.digest))
+
+
+def _remade(
+    kind: type[Recipe], template: str, store: Store, sites: list[str], warm_start: bool, fields: dict[str, Any]
+) -> Recipe:
+    """The recipe of a template, with the fields that this run changes.
+
+    Raises:
+        RecipeError: there is no such template, or what it would become cannot run.
+    """
+    try:
+        recipe = restore(kind, template, store).revise(**fields)
+    except FileNotFoundError:
+        raise RecipeError(f"there is no staged job {template!r} in {store.url}: deploy the recipe again") from None
+    except ValidationError as error:
+        raise RecipeError(str(error)) from None
+    recipe.check_sites(sites)
+    if warm_start and (model := _last_model(recipe, store)) is not None:
+        recipe = recipe.revise(model=model)
+    return recipe
+
+
+def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
+    """The final model of the last job of that name that completed, when it fits the recipe's."""
+    for job_id in sorted((name for name in store.names("") if name.startswith(f"{recipe.name}-")), reverse=True):
+        paths = JobPaths(job_id)
+        if not store.exists(paths.result):
+            continue
+        result = store.read_json(paths.result)
+        if result["status"] != "COMPLETED" or store.read_json(paths.job)["recipe"]["name"] != recipe.name:
+            continue
+        record = store.read_json(paths.record(result["num_rounds"] - 1))
+        with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
+            path = store.fetch(paths.global_model(result["num_rounds"]), Path(folder), Digest(**record["next_global"]))
+            model = initial_model(path)
+        if dict(model.spec) != dict(recipe.model.spec):
+            raise RecipeError(f"warm_start: the model of job {job_id} has other parameters than the recipe's")
+        get_run_logger().info("starting from the final model of job %s", job_id)
+        return model
+    return None

@@ -1,0 +1,113 @@
+"""What only a site knows: its name, its data, its devices. A TOML file, the environment (`FEDPOOL_SITE_...`), or both."""
+
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, JsonValue, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from fedpool.errors import ConfigError
+from fedpool.store import check_name
+
+
+class SiteConfig(BaseSettings):
+    """The settings of a site; what is given beats the environment, which beats the file."""
+
+    model_config = SettingsConfigDict(env_prefix="FEDPOOL_SITE_", frozen=True, extra="forbid")
+
+    name: str = Field(description="name of the site, as recipes know it")
+    pool: str | None = Field(None, description="work pool that the site's worker polls; default: the site's name")
+    folder: Path = Field(
+        Path("fedpool-site"), description="the site's own folder: what it fetches, and where scripts run"
+    )
+    config: dict[str, JsonValue] = Field(
+        default_factory=dict, description="what flare.get_config() returns here, over what the recipe says"
+    )
+    gpus: str | None = Field(None, description='devices that scripts may use, as CUDA_VISIBLE_DEVICES, e.g. "0,1"')
+    command: str = Field(
+        "python", description='what runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"'
+    )
+    store: str | None = Field(
+        None, description="the one store that this site works with; empty: the store that the job names"
+    )
+    storage_options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="options of the store for fsspec; secrets are better off in its own variables"
+    )
+    idle_timeout_s: float = Field(
+        1800.0, description="seconds after which a job that asks for nothing is forgotten, and its script ended", gt=0
+    )
+    max_wait_s: float = Field(
+        86_400.0,
+        description="seconds that a round which was announced is waited for; longer than the longest round",
+        gt=0,
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_fits(cls, value: str) -> str:
+        return check_name("site", value)
+
+    @field_validator("command")
+    @classmethod
+    def _command_has_a_program(cls, value: str) -> str:
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"command {value!r} cannot be split into words ({error}): balance its quotes") from None
+        if not words:
+            raise ValueError('command is empty: write "python"')
+        return value
+
+    @property
+    def pool_name(self) -> str:
+        """The work pool of the site."""
+        return self.pool or self.name
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given, then the environment, then the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @classmethod
+    def load(cls, file: Path | None = None, **given: Any) -> "SiteConfig":
+        """Read the settings of a site.
+
+        Args:
+            file: TOML, with the fields as keys.
+            given: fields that beat environment and file; None counts as not given.
+
+        Raises:
+            ConfigError: the file cannot be read, or a field does not fit; with its name, its value and the remedy.
+        """
+        if file is not None and not file.is_file():
+            raise ConfigError(f"site configuration {str(file)!r} is not a file (looked in {Path.cwd()})")
+
+        class FromFile(cls):  # type: ignore[misc, valid-type]
+            model_config = SettingsConfigDict(toml_file=file)
+
+        try:
+            settings: SiteConfig = FromFile(**{key: value for key, value in given.items() if value is not None})
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, entry['loc']))}: {entry['msg']} (got {entry['input']!r})"
+                for entry in error.errors()
+            )
+            raise ConfigError(f"the configuration of the site does not fit: {problems}") from None
+        except (OSError, SettingsError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"the configuration of the site cannot be read: {error}") from None
+        return settings
