@@ -266,10 +266,9 @@ class PocEnv(RemoteEnv):
         # Its settings are variables, so that the keys stand in no list of processes.
         environment = {
             **os.environ,
-            "RCLONE_AUTH_KEY": f"{access['key']},{access['secret']}",
-            "RCLONE_VFS_CACHE_MODE": "off",
+            "RCLONE_AUTH_KEY": f'"{access["key"]},{access["secret"]}"',
         }
-        process = self._processes.start(_S3, [*command, "--dir-cache-time", "0", str(self.home / "s3")], environment)
+        process = self._processes.start(_S3, [*command, str(self.home / "s3")], environment)
         self._wait(_S3, process, lambda: self._s3_answers(state))
 
     def _start_server(self, state: Mapping[str, Any]) -> None:

@@ -39,6 +39,9 @@ class RemoteEnv(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     coordinator_pool: str = Field(COORDINATOR_POOL, description="work pool that runs the jobs' flows")
+    look_ahead: int = Field(
+        2, description="rounds that are announced to the sites ahead of the one that trains", ge=0, le=100
+    )
     progress: bool = Field(True, description="show progress and a summary in the terminal")
 
     @abstractmethod
@@ -85,7 +88,7 @@ class RemoteEnv(BaseModel):
                     client, recipe, f"{_AD_HOC}-{type(recipe).__name__}", pool=self.coordinator_pool, parameters={}
                 )
                 run = await client.create_flow_run_from_deployment(
-                    deployment, name=job_id, parameters=_parameters(recipe, store, names) | {"job_id": job_id}
+                    deployment, name=job_id, parameters=self._parameters(recipe, store, names) | {"job_id": job_id}
                 )
                 return run.id
 
@@ -127,7 +130,7 @@ class RemoteEnv(BaseModel):
             async with self._client() as client:
                 await check(client, names, self.coordinator_pool)
                 await asyncio.to_thread(_stage, recipe, template, store, names)
-                parameters = _parameters(recipe, store, names) | {"template": template, "warm_start": warm_start}
+                parameters = self._parameters(recipe, store, names) | {"template": template, "warm_start": warm_start}
                 await _deploy(
                     client, recipe, recipe.name, pool=self.coordinator_pool, parameters=parameters, schedules=schedules
                 )
@@ -142,6 +145,12 @@ class RemoteEnv(BaseModel):
 
         with temporary_settings(self.settings()):
             yield
+
+    def _parameters(self, recipe: Recipe, store: Store, names: Sequence[str]) -> dict[str, Any]:
+        from fedpool.flows.deployed import form_fields
+
+        fields = recipe.model_dump(mode="json", include=set(form_fields(type(recipe))))
+        return {"store": store.url, "sites": list(names), "look_ahead": self.look_ahead, **fields}
 
     def _client(self) -> "PrefectClient":
         from prefect.client.orchestration import get_client
@@ -267,13 +276,6 @@ def _stage(recipe: Recipe, job_id: str, store: Store, names: tuple[str, ...]) ->
     from fedpool.flows.job import stage
 
     stage(recipe, job_id, store, names)
-
-
-def _parameters(recipe: Recipe, store: Store, names: Sequence[str]) -> dict[str, Any]:
-    from fedpool.flows.deployed import form_fields
-
-    fields = recipe.model_dump(mode="json", include=set(form_fields(type(recipe))))
-    return {"store": store.url, "sites": list(names), **fields}
 
 
 async def _deploy(

@@ -1,8 +1,11 @@
 """`Run`: a handle on one job, and `Result`: what came of it. Both read the store, which is the truth about a job."""
 
 import contextvars
+import os
+import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -12,6 +15,7 @@ from typing import Any
 from fedpool.arrays import load_arrays
 from fedpool.errors import JobCancelled, JobFailed
 from fedpool.store import JobPaths, Store
+from fedpool.tensors import Digest
 
 
 class JobStatus(StrEnum):
@@ -29,7 +33,7 @@ class Result:
 
     Attributes:
         job_id: of the job.
-        path: of the final model, safetensors.
+        path: of the final model, safetensors; fetched to this machine where the store is remote.
         best_path: of the best model by the recipe's key metric; the final one when nothing was scored.
         metrics: one dict per global model, from the initial one (index 0) to the last that was scored.
         rounds: the rounds' records, as in `round.json`, the evaluation of the last model included.
@@ -75,13 +79,23 @@ class Run:
         store: that it writes to.
         work: runs the job to its end; called on a thread of its own, which starts at once.
         cancel: asks the job to end.
+        downloads: folder that models of a remote store are fetched to.
     """
 
-    def __init__(self, job_id: str, store: Store, *, work: Callable[[], None], cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        store: Store,
+        *,
+        work: Callable[[], None],
+        cancel: Callable[[], None],
+        downloads: Path = Path("fedpool-runs"),
+    ) -> None:
         self.job_id = job_id
         self._store = store
         self._paths = JobPaths(job_id)
         self._cancel = cancel
+        self._downloads = downloads.absolute()
         self._error: BaseException | None = None
         self._committed: list[dict[str, Any]] = []
         self._reading = threading.Lock()  # two threads that both find a record must not both keep it
@@ -128,8 +142,8 @@ class Run:
         records = self._read_records(result["num_records"])
         return Result(
             job_id=self.job_id,
-            path=Path(result["final"]["path"]),
-            best_path=Path(result["best"]["path"]),
+            path=self._local(result["final"]["round"], records),
+            best_path=self._local(result["best"]["round"], records),
             metrics=[record["metrics"] for record in records],
             rounds=records,
             num_rounds=result["num_rounds"],
@@ -170,6 +184,22 @@ class Run:
             self._error = error
         finally:
             self._done.set()
+
+    def _local(self, round: int, records: Sequence[Mapping[str, Any]]) -> Path:
+        """Where a global model lies on this machine; one in a remote store is fetched first."""
+        path = self._paths.global_model(round)
+        if self._store.is_local:
+            return Path(self._store.full(path))
+        target = self._downloads / path
+        if not target.exists():
+            known = records[round]["global"] if round < len(records) else records[round - 1]["next_global"]
+            with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
+                fetched = self._store.fetch(path, Path(folder), Digest(**known))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial = target.with_name(f".{target.name}.{os.getpid()}")
+                shutil.copyfile(fetched, partial)
+                partial.replace(target)
+        return target
 
     def _read_result(self) -> dict[str, Any] | None:
         return self._store.read_json(self._paths.result) if self._store.exists(self._paths.result) else None

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from fedpool.errors import RecipeError
 from fedpool.flows.job import restore, run_job, stage
-from fedpool.flows.round import Job
+from fedpool.flows.round import LOOK_AHEAD, Job
 from fedpool.initial import InitialModel, initial_model
 from fedpool.recipe import Recipe
 from fedpool.store import JobPaths, Store, new_job_id
@@ -68,6 +68,12 @@ def _parameters(kind: type[Recipe]) -> list[tuple[inspect.Parameter, str]]:
         ("store", str, _REQUIRED, "URL of the store; its credentials are in the environment"),
         ("sites", Annotated[list[str], Field(min_length=1)], _REQUIRED, "names of the sites that take part"),
         ("job_id", str | None, None, "run this staged job instead of making a new one"),
+        (
+            "look_ahead",
+            Annotated[int, Field(ge=0, le=100)],
+            LOOK_AHEAD,
+            "rounds that are announced to the sites ahead of the one that trains; 0: each waits for the one before",
+        ),
         ("warm_start", bool, False, "start from the final model of the recipe's last completed job"),
     ]
     for name in form_fields(kind):
@@ -90,6 +96,7 @@ async def _run(
     store: str,
     sites: list[str],
     job_id: str | None,
+    look_ahead: int,
     warm_start: bool,
     **fields: Any,
 ) -> State[Any]:
@@ -102,7 +109,7 @@ async def _run(
         staged = new_job_id(recipe.name)
         await asyncio.to_thread(stage, recipe, staged, storage, tuple(sites))
     get_run_logger().info("job %s lies in %s", staged, storage.full(staged))
-    return await run_job(Job(recipe, staged, storage, PoolSites(sites), recipe.model.digest))
+    return await run_job(Job(recipe, staged, storage, PoolSites(sites), recipe.model.digest, look_ahead))
 
 
 def _remade(

@@ -35,9 +35,6 @@ from fedpool.tensors import Digest
 
 JOB_FORMAT = 1
 
-LOOK_AHEAD = 2
-"""Rounds whose flow runs are created ahead of the one that trains: creating one takes longer than a short round does."""
-
 
 @flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
 async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -> State[Any]:
@@ -161,7 +158,7 @@ async def _run_rounds(job: Job) -> str | None:
             if number == len(runs):
                 runs.append(_begin(job, number))
             job.rounds[number].turn.set_result(task)
-            while task == "train" and len(runs) <= number + LOOK_AHEAD and _is_expected(job, len(runs)):
+            while task == "train" and len(runs) <= number + job.look_ahead and _is_expected(job, len(runs)):
                 runs.append(_begin(job, len(runs)))
             await _committed(job, number, runs[number])
             job.reporter.progress(100 * (number + 1) / (job.recipe.num_rounds + 1))

@@ -29,6 +29,9 @@ from fedpool.tasks.report import Reporter
 from fedpool.tasks.sampling import choose_sites
 from fedpool.tensors import Digest, TensorReader
 
+LOOK_AHEAD = 2
+"""Rounds that are begun ahead of the one that trains: beginning one takes Prefect longer than a short round does."""
+
 
 class RoundSignals:
     """How a job's loop and the run of a round talk: `turn` tells the round what to do, `committed` tells the loop."""
@@ -44,14 +47,29 @@ class Job:
     """A job that is under way: what its rounds share, and what they have committed so far."""
 
     # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is nothing for it to walk.
-    __slots__ = ("head", "head_sha256", "job_id", "paths", "recipe", "records", "reporter", "rounds", "sites", "store")
+    __slots__ = (
+        "head",
+        "head_sha256",
+        "job_id",
+        "look_ahead",
+        "paths",
+        "recipe",
+        "records",
+        "reporter",
+        "rounds",
+        "sites",
+        "store",
+    )
 
-    def __init__(self, recipe: Recipe, job_id: str, store: Store, sites: Sites, head: Digest) -> None:
+    def __init__(
+        self, recipe: Recipe, job_id: str, store: Store, sites: Sites, head: Digest, look_ahead: int = LOOK_AHEAD
+    ) -> None:
         self.recipe = recipe
         self.job_id = job_id
         self.paths = JobPaths(job_id)
         self.store = store
         self.sites = sites
+        self.look_ahead = look_ahead
         self.head = head
         """The newest global model."""
         self.head_sha256: str | None = None

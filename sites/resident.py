@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import IntegrityError, SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment
@@ -157,7 +159,7 @@ class _JobHere:
         if not self._ended:
             try:
                 self._ended = self._store.exists(self._paths.result)
-            except OSError:  # the store is away: whatever it is, it is not known to have ended
+            except (OSError, StoreError):  # the store is away: whatever it is, it is not known to have ended
                 return False
         return self._ended
 
@@ -178,26 +180,30 @@ class _JobHere:
         """The assignment, as soon as the coordinator has written it; None when the job ends first."""
         path = self._paths.assignment(round, self._config.name)
         pause = threading.Event()
-        began = looked = time.monotonic()
+        began = looked = answered = time.monotonic()
         while True:
+            now = time.monotonic()
             try:
                 if self._store.exists(path):
                     return SiteAssignment.model_validate_json(self._store.read_bytes(path))
-                now = time.monotonic()
-                if now - looked >= _JOB_POLL_S:
-                    looked = now
-                    if self.has_ended():
-                        return None
-                    if now - began > self._config.max_wait_s:
-                        raise SiteError(
-                            self._config.name,
-                            round,
-                            f"the round did not begin in {self._config.max_wait_s:g} s (max_wait_s): the coordinator is gone",
-                        )
-            except ValueError as error:
+                answered = now
+            except (OSError, StoreError):  # the store is away: give it as long as a write would
+                if now - answered > self._store.patience_s:
+                    raise
+            except ValidationError as error:
                 raise IntegrityError(f"{self._store.full(path)} is no assignment: {error}") from None
+            if now - looked >= _JOB_POLL_S:
+                looked = now
+                if self.has_ended():
+                    return None
             if stop.is_set():
                 raise SiteError(self._config.name, round, "it was cancelled before the round began")
+            if now - began > self._config.max_wait_s:
+                raise SiteError(
+                    self._config.name,
+                    round,
+                    f"the round did not begin in {self._config.max_wait_s:g} s (max_wait_s): the coordinator is gone",
+                )
             pause.wait(_LOCAL_POLL_S if self._store.is_local else _REMOTE_POLL_S)
 
     def _do(self, assignment: SiteAssignment, stop: _Either, log: LogLine) -> None:

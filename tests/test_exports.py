@@ -11,6 +11,7 @@ import fedpool.client
 
 FACADE = [
     "ClientError",
+    "ConfigError",
     "FLModel",
     "FedAvgRecipe",
     "FedpoolError",
@@ -20,6 +21,8 @@ FACADE = [
     "JobFailed",
     "JobStatus",
     "ParamsType",
+    "PocEnv",
+    "ProdEnv",
     "Recipe",
     "RecipeError",
     "Result",

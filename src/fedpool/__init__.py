@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 from fedpool.startup import collector_off
 
 if TYPE_CHECKING:
+    from fedpool.deployments.poc import PocEnv
+    from fedpool.deployments.prod import ProdEnv
     from fedpool.deployments.run import JobStatus, Result, Run
     from fedpool.deployments.sim import SimEnv
     from fedpool.errors import (
         ClientError,
+        ConfigError,
         FedpoolError,
         IntegrityError,
         JobCancelled,
@@ -30,10 +33,13 @@ if TYPE_CHECKING:
     from fedpool.store import Store
 
 _HOMES = {
+    "fedpool.deployments.poc": ("PocEnv",),
+    "fedpool.deployments.prod": ("ProdEnv",),
     "fedpool.deployments.run": ("JobStatus", "Result", "Run"),
     "fedpool.deployments.sim": ("SimEnv",),
     "fedpool.errors": (
         "ClientError",
+        "ConfigError",
         "FedpoolError",
         "IntegrityError",
         "JobCancelled",
@@ -54,6 +60,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ClientError",
+    "ConfigError",
     "FLModel",
     "FedAvgRecipe",
     "FedpoolError",
@@ -63,6 +70,8 @@ __all__ = [
     "JobFailed",
     "JobStatus",
     "ParamsType",
+    "PocEnv",
+    "ProdEnv",
     "Recipe",
     "RecipeError",
     "Result",

@@ -22,6 +22,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from fedpool.errors import IntegrityError, RecipeError, StoreError
 from fedpool.tensors import Digest, TensorReader
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+WRITE_PATIENCE_S = 60.0
 _LARGE_BYTES = 16 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -135,6 +137,8 @@ class Store:
             # Others write here too: what was not there a moment ago may be there now.
             storage_options = {"use_listings_cache": False, **storage_options}
         self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
+        self.patience_s = WRITE_PATIENCE_S
+        """How long a remote store may refuse before a write fails."""
         self.url: str = self.fs.unstrip_protocol(self.root)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         # Local: 128 KiB of float32, which a processor's cache holds and torch does not split over threads, whose hand-over costs
@@ -146,8 +150,23 @@ class Store:
         return f"{self.root.rstrip('/')}/{path}"
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object at path."""
-        return bool(self.fs.exists(self.full(path)))
+        """Whether there is an object at path.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        with self._errors(path):
+            return bool(self.fs.exists(self.full(path)))
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Make what a backend raises, in classes of its own, an error of ours that names the object."""
+        try:
+            yield
+        except (OSError, StoreError):
+            raise
+        except Exception as error:
+            raise StoreError(f"{self.full(path)} cannot be reached: {type(error).__name__}: {error}") from error
 
     def size(self, path: str) -> int:
         """Size of an object in bytes; raises `FileNotFoundError` when there is none."""
@@ -167,7 +186,8 @@ class Store:
 
     def read_bytes(self, path: str) -> bytes:
         """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks them before trusting them."""
-        data: bytes = self.fs.cat_file(self.full(path))
+        with self._errors(path):
+            data: bytes = self.fs.cat_file(self.full(path))
         return data
 
     def tensors(self, path: str, size: int) -> TensorReader:
@@ -179,7 +199,8 @@ class Store:
                 return range_reader(file)(start, stop)
 
         def read_remote(start: int, stop: int) -> bytearray:
-            return bytearray(self.fs.cat_file(full, start=start, end=stop)) if stop > start else bytearray()
+            with self._errors(path):
+                return bytearray(self.fs.cat_file(full, start=start, end=stop)) if stop > start else bytearray()
 
         return TensorReader(read_local if self.is_local else read_remote, size, where=full)
 
@@ -191,7 +212,7 @@ class Store:
             IntegrityError: it is not a JSON object.
         """
         try:
-            value = json.loads(self.fs.cat_file(self.full(path)))
+            value = json.loads(self.read_bytes(path))
         except (ValueError, RecursionError) as error:
             raise IntegrityError(f"{self.full(path)} is not JSON: {error}") from None
         if not isinstance(value, dict):
@@ -238,14 +259,35 @@ class Store:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 _link(local, Path(target))
             else:
-                if self.fs.exists(target):
-                    raise FileExistsError(target)
-                self.fs.put_file(str(local), target)
+                self._put(local, target)
         except FileExistsError:
             raise StoreError(
                 f"{target} exists already, and nothing in the store is overwritten: use a new job_id"
             ) from None
         local.unlink()
+
+    def _put(self, local: Path, target: str) -> None:
+        """Write a remote object, again and again while the store refuses; what our own try left there is no other's."""
+        deadline = time.monotonic() + self.patience_s
+        pause = 0.5
+        tried = False
+        while True:
+            try:
+                if self.fs.exists(target):
+                    if tried and self.fs.info(target)["size"] == local.stat().st_size:
+                        return
+                    raise FileExistsError(target)
+                tried = True
+                self.fs.put_file(str(local), target)
+            except (FileExistsError, PermissionError):
+                raise
+            except Exception as error:  # each backend has errors of its own, and few are OSErrors
+                if time.monotonic() > deadline:
+                    raise StoreError(f"{target} cannot be written: {type(error).__name__}: {error}") from error
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
+            else:
+                return
 
     def settle(self, path: str) -> None:
         """Have a large local object on disk now, and let go of its cached pages.
@@ -282,7 +324,8 @@ class Store:
                 raise FileNotFoundError(local)
         else:
             local = folder / path.replace("/", "_")
-            self.fs.get_file(self.full(path), str(local))
+            with self._errors(path):
+                self.fs.get_file(self.full(path), str(local))
         if digest is not None:
             with local.open("rb") as file:
                 check_digest(file, digest, where=self.full(path))
