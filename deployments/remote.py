@@ -103,7 +103,7 @@ class RemoteEnv(BaseModel):
         self,
         recipe: Recipe,
         *,
-        schedule: "str | timedelta | Schedule | Sequence[str | timedelta | Schedule] | None" = None,
+        schedule: str | timedelta | Sequence[str | timedelta] | None = None,
         warm_start: bool = False,
     ) -> str:
         """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new job of.
@@ -192,16 +192,14 @@ class RemoteEnv(BaseModel):
             raise ServerError(f"the run of job {job_id} ended without a result ({ended}): its log in the UI says more")
 
 
-def parse_schedule(entry: "str | timedelta | Schedule") -> "Schedule":
+def parse_schedule(entry: str | timedelta) -> "Schedule":
     """A schedule of whatever was given.
 
     Raises:
         ConfigError: a text that is neither a cron line nor a recurrence rule, or an interval that is not positive.
     """
-    from prefect.schedules import Cron, Interval, RRule, Schedule
+    from prefect.schedules import Cron, Interval, RRule
 
-    if isinstance(entry, Schedule):
-        return entry
     try:
         if isinstance(entry, timedelta):
             return Interval(entry)

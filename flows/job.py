@@ -20,7 +20,6 @@ from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
-from fedpool.arrays import save_and_hash
 from fedpool.bundle import Bundle
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError
 from fedpool.flows.round import Job, RoundSignals, federated_round
@@ -93,8 +92,9 @@ def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> 
     """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest."""
     paths = JobPaths(job_id)
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
+    digest: Digest = recipe.model.digest
     with store.staged(paths.global_model(0)) as file:
-        digest = save_and_hash(file, recipe.model.params)
+        recipe.model.write_to(file)
     store.write_json(
         paths.job,
         {

@@ -1,35 +1,52 @@
 """The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as plain tensors, checked."""
 
+import os
 import tempfile
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedpool.arrays import describe, load_arrays, save_and_hash
 from fedpool.errors import RecipeError
-from fedpool.tensors import Digest, TensorSpec
+from fedpool.tensors import Digest, TensorSpec, Writable
+
+_CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
 class InitialModel:
-    """The tensors that round 0 starts from.
+    """The tensors that round 0 starts from: a safetensors file of the recipe's own that has no name any more.
 
-    Attributes:
+    Training the user's module further does not change it, and a large model is not in memory twice.
+
+    Args:
         spec: name -> dtype and shape.
-        digest: sha256 and size of the model as safetensors.
-        params: name -> torch tensor, values of the recipe's own: training the user's module further does not change them. They
-            are memory-mapped from a file that has no name any more, so that a large model is not in memory twice.
+        digest: sha256 and size of the file.
+        file: open; it may be closed and removed afterwards.
     """
 
-    spec: Mapping[str, TensorSpec]
-    digest: Digest
-    params: Mapping[str, Any] = field(repr=False)
+    def __init__(self, spec: Mapping[str, TensorSpec], digest: Digest, file: IO[bytes]) -> None:
+        self.spec = spec
+        self.digest = digest
+        self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
 
     @property
     def num_parameters(self) -> int:
         """Elements over all tensors."""
         return sum(entry.num_elements for entry in self.spec.values())
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """name -> torch tensor, memory-mapped."""
+        return load_arrays(f"/dev/fd/{self._descriptor}", "torch")
+
+    def write_to(self, file: Writable) -> None:
+        """Copy the file's bytes."""
+        offset = 0
+        while chunk := os.pread(self._descriptor, _CHUNK_BYTES, offset):
+            file.write(chunk)
+            offset += len(chunk)
 
 
 def initial_model(model: Any, checkpoint: str | Path | None = None) -> InitialModel:
@@ -63,7 +80,7 @@ def initial_model(model: Any, checkpoint: str | Path | None = None) -> InitialMo
     with tempfile.NamedTemporaryFile(prefix="fedpool-", suffix=".safetensors") as file:
         digest = save_and_hash(file, {str(name): value for name, value in params.items()})
         file.flush()
-        return InitialModel(spec, digest, load_arrays(file.name, "torch"))
+        return InitialModel(spec, digest, file)
 
 
 def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:

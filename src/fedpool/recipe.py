@@ -10,6 +10,7 @@ import re
 import shlex
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
@@ -39,6 +40,20 @@ class Environment(Protocol):
 
     def execute(self, recipe: "Recipe", *, wait: bool = True) -> Any:
         """Run the recipe."""
+        ...
+
+
+class DeployingEnvironment(Environment, Protocol):
+    """An environment that can run a recipe later and again."""
+
+    def deploy(
+        self,
+        recipe: "Recipe",
+        *,
+        schedule: str | timedelta | Sequence[str | timedelta] | None = None,
+        warm_start: bool = False,
+    ) -> str:
+        """Register the recipe."""
         ...
 
 
@@ -278,6 +293,25 @@ class Recipe(BaseModel):
             wait: block until the job has ended; False returns at once.
         """
         return env.execute(self, wait=wait)
+
+    def deploy(
+        self,
+        env: DeployingEnvironment,
+        *,
+        schedule: str | timedelta | Sequence[str | timedelta] | None = None,
+        **options: Any,
+    ) -> str:
+        """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new job of.
+
+        Args:
+            env: where: `PocEnv` or `ProdEnv`.
+            schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule ("FREQ=WEEKLY"), an interval, or a
+                list of those.
+            options: more of the environment's, such as `warm_start`.
+
+        Returns: the deployment's name, for `prefect deployment run`.
+        """
+        return env.deploy(self, schedule=schedule, **options)
 
     @abstractmethod
     def strategy(self) -> Any:
