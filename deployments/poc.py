@@ -139,6 +139,10 @@ class PocEnv(RemoteEnv):
         """URL of the Prefect UI."""
         return str(self._state()["address"])
 
+    def is_up(self) -> bool:
+        """Whether it was brought up, and not down again."""
+        return (self.home / "poc.json").exists()
+
     def up(self) -> None:
         """Start what does not run: server, store, coordinator, sites; returns when all of it answers. Harmless when repeated.
 

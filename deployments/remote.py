@@ -124,12 +124,12 @@ class RemoteEnv(BaseModel):
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
-        template = f"{recipe.name}-template-{secrets.token_hex(4)}"
+        template = new_job_id(recipe.name)
 
         async def register() -> None:
             async with self._client() as client:
                 await check(client, names, self.coordinator_pool)
-                await asyncio.to_thread(_stage, recipe, template, store, names)
+                await asyncio.to_thread(_stage, recipe, template, store, names, template=True)
                 parameters = self._parameters(recipe, store, names) | {"template": template, "warm_start": warm_start}
                 await _deploy(
                     client, recipe, recipe.name, pool=self.coordinator_pool, parameters=parameters, schedules=schedules
@@ -202,6 +202,8 @@ def parse_schedule(entry: str | timedelta) -> "Schedule":
 
     try:
         if isinstance(entry, timedelta):
+            if entry <= timedelta(0):
+                raise ValueError("an interval must be positive")
             return Interval(entry)
         return RRule(entry) if "FREQ=" in entry else Cron(entry)
     except (ValueError, TypeError) as error:
@@ -270,10 +272,10 @@ async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool:
         raise ConfigError("\n".join(found))
 
 
-def _stage(recipe: Recipe, job_id: str, store: Store, names: tuple[str, ...]) -> None:
+def _stage(recipe: Recipe, job_id: str, store: Store, names: tuple[str, ...], *, template: bool = False) -> None:
     from fedpool.flows.job import stage
 
-    stage(recipe, job_id, store, names)
+    stage(recipe, job_id, store, names, template=template)
 
 
 async def _deploy(

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import Flow
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 from pydantic import AfterValidator, Field, ValidationError
@@ -108,8 +110,17 @@ async def _run(
         recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
         staged = new_job_id(recipe.name)
         await asyncio.to_thread(stage, recipe, staged, storage, tuple(sites))
+        await _name_after(staged)
     get_run_logger().info("job %s lies in %s", staged, storage.full(staged))
     return await run_job(Job(recipe, staged, storage, PoolSites(sites), recipe.model.digest, look_ahead))
+
+
+async def _name_after(job_id: str) -> None:
+    """Name the flow run after its job, by which `fedpool job` finds it."""
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        async with get_client() as client:
+            await client.update_flow_run(context.flow_run.id, name=job_id)
 
 
 def _remade(

@@ -29,7 +29,6 @@ from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.metrics import best_round, has_stalled
-from fedpool.tasks.tables import final_report
 from fedpool.tensors import Digest
 
 JOB_FORMAT = 1
@@ -79,7 +78,7 @@ async def run_job(job: Job) -> State[Any]:
     status = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
     result = _result(job, status, stopped_by, error)
     await asyncio.to_thread(storage.write_json, job.paths.result, result)
-    job.reporter.report(final_report(recipe.name, result, job.records))
+    job.reporter.report(recipe.name, result, job.records, storage)
     await job.reporter.finish()
     if status == "CANCELLED":
         return Cancelled(message=f"cancelled after {len(job.records)} rounds")
@@ -88,8 +87,12 @@ async def run_job(job: Job) -> State[Any]:
     return Completed(message=f"{recipe.name}: {len(job.records)} rounds")
 
 
-def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> Digest:
-    """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest."""
+def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...], *, template: bool = False) -> Digest:
+    """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest.
+
+    Args:
+        template: it never runs itself: a deployment makes its jobs from it.
+    """
     paths = JobPaths(job_id)
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
     digest: Digest = recipe.model.digest
@@ -101,6 +104,7 @@ def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...]) -> 
             "format": JOB_FORMAT,
             "job_id": job_id,
             "parent": None,
+            "template": template,
             "recipe": {"type": type(recipe).__name__, **recipe.model_dump(mode="json")},
             "client": recipe.client_job(job_id).model_dump(mode="json"),
             "seed": recipe.seed,

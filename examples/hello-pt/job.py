@@ -1,11 +1,12 @@
-"""Federated averaging over three sites, simulated on this machine."""
+"""Federated averaging over three sites on this machine."""
 
+import sys
 from pathlib import Path
 
 import torch
 from model import SimpleNetwork
 
-from fedpool import FedAvgRecipe, SimEnv
+from fedpool import FedAvgRecipe, PocEnv, SimEnv
 
 torch.manual_seed(0)  # the initial weights, so that every run of this file gives the same bits
 recipe = FedAvgRecipe(
@@ -16,6 +17,9 @@ recipe = FedAvgRecipe(
     train_script=Path(__file__).parent / "client.py",
     train_args="--batch_size 32 --epochs 2",
 )
-run = recipe.execute(env=SimEnv(num_clients=3, num_threads=3))
-result = run.get_result()
-print(f"accuracy of the final model: {result.metrics[-1]['accuracy']:.4f}")
+
+if __name__ == "__main__":
+    # The same recipe in a simulation, or (python job.py poc) in a proof of concept with a process per site.
+    env = PocEnv(num_clients=3) if sys.argv[1:] == ["poc"] else SimEnv(num_clients=3, num_threads=3)
+    result = recipe.execute(env=env).get_result()
+    print(f"accuracy of the final model: {result.metrics[-1]['accuracy']:.4f}")

@@ -1,27 +1,46 @@
-"""The `fedpool` command: `fedpool poc`, `fedpool site`."""
+"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`."""
 
 import asyncio
+import json
 import os
+import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
+from fedpool.deployments import jobs
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
-from fedpool.errors import FedpoolError
+from fedpool.errors import ConfigError, FedpoolError
+from fedpool.recipe import Recipe
 from fedpool.sites.config import SiteConfig
+from fedpool.store import Store, new_job_id
+from fedpool.tasks.tables import report_rows
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+T = TypeVar("T")
 
 app = App(name="fedpool", help="Federated learning as Prefect flows.")
 poc = App(name="poc", help="A proof of concept on this machine: server, coordinator, sites.")
 site = App(name="site", help="A site: the data owner's side.")
+job = App(name="job", help="Jobs: what ran, what runs.")
 app.command(poc)
 app.command(site)
+app.command(job)
 
 Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
+StoreUrl = Annotated[
+    str | None, Parameter(help="URL of the store; default: that of the proof of concept that is up, else fedpool-runs")
+]
+Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 
 
 @poc.command
@@ -106,6 +125,131 @@ def register(
             await register_site(client, name, pool)
 
     asyncio.run(register())
+
+
+@job.command(name="list")
+def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
+    """The jobs of a store, newest first."""
+    found = jobs.list_jobs(_store(store, home))
+    if as_json:
+        print(json.dumps([_plain(entry) for entry in found], indent=2))
+        return
+    table = Table()
+    for header in ("job", "recipe", "status", "rounds", "sites", "metrics"):
+        table.add_column(header, no_wrap=header == "job")
+    for entry in found:
+        rounds = f"{entry.num_committed}/{entry.num_rounds}"
+        table.add_row(
+            entry.job_id, entry.recipe, _status(entry), rounds, str(len(entry.sites)), _metrics(entry.metrics)
+        )
+    Console().print(table)
+
+
+@job.command
+def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
+    """A job's rounds and models."""
+    summary, records, result = jobs.read_job(_store(store, home), job_id)
+    if as_json:
+        print(json.dumps({**_plain(summary), "rounds": list(records), "result": result}, indent=2))
+        return
+    console = Console()
+    console.print(f"{job_id}: {_status(summary)}", highlight=False)
+    header, rows = report_rows(records)
+    table = Table()
+    for name in header:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if result is not None:
+        if result["error"]:
+            console.print(result["error"], style="red", markup=False, highlight=False, soft_wrap=True)
+        for which in ("final", "best"):
+            console.print(f"{which} model: {result[which]['path']}", highlight=False, soft_wrap=True)
+
+
+@job.command(name="logs")
+def job_logs(
+    job_id: str,
+    *,
+    at: Annotated[str | None, Parameter(name="--site", help="only what this site's script has printed")] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """What a job's runs have logged, from the Prefect server."""
+    with _server(home):
+        for name, line in asyncio.run(_with_client(lambda client: jobs.read_logs(client, job_id, at))):
+            print(f"{name}: {line}")
+
+
+@job.command
+def cancel(job_id: str, *, home: Home = DEFAULT_HOME) -> None:
+    """Stop a job: its sites stop training, and it says that it was cancelled."""
+    with _server(home):
+        asyncio.run(_with_client(lambda client: jobs.cancel(client, job_id)))
+
+
+@job.command(name="stage")
+def stage_(
+    source: Annotated[str, Parameter(help="FILE or FILE:NAME, a Python file and the recipe in it (default: recipe)")],
+    *,
+    sites: Annotated[list[str], Parameter(help="names of the sites")],
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Write a recipe to the store as the template of a deployment, and print its id; for prefect.yaml."""
+    from fedpool.flows.job import stage
+
+    path, _, name = source.partition(":")
+    folder = str(Path(path).absolute().parent)
+    sys.path.insert(0, folder)  # as `python FILE` would
+    try:
+        found = runpy.run_path(path).get(name or "recipe")
+    finally:
+        sys.path.remove(folder)
+    if not isinstance(found, Recipe):
+        raise ConfigError(f"{path} has no recipe called {name or 'recipe'!r}: name it as FILE:NAME")
+    found.check_sites(sites)
+    job_id = new_job_id(found.name)
+    stage(found, job_id, _store(store, home), tuple(sites), template=True)
+    print(job_id)
+
+
+def _store(url: str | None, home: Path) -> Store:
+    if url is not None:
+        return Store(url)
+    env = PocEnv(home=home)
+    return env.open_store() if env.is_up() else Store(Path("fedpool-runs").absolute())
+
+
+@contextmanager
+def _server(home: Path) -> Iterator[None]:
+    """The server of the proof of concept that is up, unless one is configured."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield
+        return
+    with temporary_settings({PREFECT_API_URL: PocEnv(home=home).api_url}):
+        yield
+
+
+async def _with_client(use: Callable[["PrefectClient"], Awaitable[T]]) -> T:
+    from prefect.client.orchestration import get_client
+
+    async with get_client() as client:
+        return await use(client)
+
+
+def _status(summary: jobs.JobSummary) -> str:
+    return summary.status or "not ended"
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _plain(summary: jobs.JobSummary) -> dict[str, Any]:
+    return asdict(summary)
 
 
 def _show(env: PocEnv) -> None:

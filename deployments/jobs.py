@@ -1,0 +1,152 @@
+"""The jobs of a store, as the terminal shows them; and the runs of a job, as the Prefect server has them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedpool.deployments.run import JobStatus
+from fedpool.errors import ConfigError, IntegrityError
+from fedpool.store import JobPaths, Store
+from fedpool.tasks.record import Record
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+_PAGE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class JobSummary:
+    """One job of a store.
+
+    Attributes:
+        job_id: its folder.
+        recipe: class of its recipe.
+        status: None while it has no result: it runs, or its coordinator was lost.
+        num_committed: rounds that are committed.
+        num_rounds: rounds that the recipe asks for.
+        sites: names.
+        metrics: of the newest model that was scored.
+    """
+
+    job_id: str
+    recipe: str
+    status: JobStatus | None
+    num_committed: int
+    num_rounds: int
+    sites: list[str]
+    metrics: dict[str, float]
+
+
+def list_jobs(store: Store) -> list[JobSummary]:
+    """The jobs of a store, newest first; what was staged as a template of a deployment is not one."""
+    found = []
+    for name in store.names(""):
+        if not name.startswith(".") and store.exists(f"{name}/job.json"):
+            record = store.read_json(f"{name}/job.json")
+            if not record.get("template"):
+                found.append(_summary(store, name, record))
+    # The time is in the id, after the recipe's name.
+    return sorted(found, key=lambda job: job.job_id.rsplit("-", 3)[1:], reverse=True)
+
+
+def read_job(store: Store, job_id: str) -> tuple[JobSummary, list[Record], dict[str, Any] | None]:
+    """A job: its summary, its rounds' records, and its result if it has ended.
+
+    Raises:
+        ConfigError: there is no such job.
+    """
+    paths = JobPaths(job_id)
+    try:
+        record = store.read_json(paths.job)
+    except FileNotFoundError:
+        known = ", ".join(job.job_id for job in list_jobs(store)[:5]) or "none"
+        raise ConfigError(f"there is no job {job_id!r} in {store.url}: the newest are {known}") from None
+    result = store.read_json(paths.result) if store.exists(paths.result) else None
+    return _summary(store, job_id, record), list(_records(store, paths)), result
+
+
+def _summary(store: Store, job_id: str, record: dict[str, Any]) -> JobSummary:
+    paths = JobPaths(job_id)
+    result = store.read_json(paths.result) if store.exists(paths.result) else None
+    records = list(_records(store, paths))
+    try:
+        return JobSummary(
+            job_id=job_id,
+            recipe=record["recipe"]["type"],
+            status=JobStatus(result["status"]) if result else None,
+            num_committed=sum(entry["task"] == "train" for entry in records),
+            num_rounds=record["recipe"]["num_rounds"],
+            sites=record["sites"],
+            metrics=next((entry["metrics"] for entry in reversed(records) if entry["metrics"]), {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{store.full(paths.job)} does not describe a job: {error}") from None
+
+
+def _records(store: Store, paths: JobPaths) -> Iterator[Record]:
+    number = 0
+    while store.exists(paths.record(number)):
+        yield store.read_json(paths.record(number))
+        number += 1
+
+
+async def find_run(client: "PrefectClient", job_id: str) -> "FlowRun":
+    """The flow run of a job.
+
+    Raises:
+        ConfigError: the server knows none.
+    """
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterName
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    runs = await client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=["federated-job"])),
+        flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[job_id])),
+        sort=FlowRunSort.START_TIME_DESC,
+        limit=1,
+    )
+    if not runs:
+        raise ConfigError(f"the Prefect server at {client.api_url} knows no run of job {job_id!r}")
+    return runs[0]
+
+
+async def read_logs(client: "PrefectClient", job_id: str, site: str | None) -> list[tuple[str, str]]:
+    """What a job's runs have logged: (run's name, line), by time.
+
+    Args:
+        site: only what this site's runs have logged, which is what its script printed.
+
+    Raises:
+        ConfigError: the server knows no such job.
+    """
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.sorting import LogSort
+
+    job = await find_run(client, job_id)
+    at_sites = FlowRunFilter(name=FlowRunFilterName(like_=f"{job_id} round "))
+    names = {} if site else {job.id: job.name}
+    offset = 0
+    while page := await client.read_flow_runs(flow_run_filter=at_sites, limit=_PAGE, offset=offset):
+        names |= {run.id: run.name for run in page if site is None or run.name.endswith(f" {site}")}
+        offset += len(page)
+    lines: list[tuple[str, str]] = []
+    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=list(names)))
+    while logs := await client.read_logs(wanted, limit=_PAGE, offset=len(lines), sort=LogSort.TIMESTAMP_ASC):
+        lines += [(names[log.flow_run_id] if log.flow_run_id else "", log.message) for log in logs]
+    return lines
+
+
+async def cancel(client: "PrefectClient", job_id: str) -> None:
+    """Have a job cancelled: its sites stop, and it says so.
+
+    Raises:
+        ConfigError: the server knows no such job, or it has ended.
+    """
+    from prefect.client.schemas.objects import State, StateType
+
+    run = await find_run(client, job_id)
+    if run.state is not None and run.state.is_final():
+        raise ConfigError(f"job {job_id!r} has ended already: {run.state.name}")
+    await client.set_flow_run_state(run.id, State(type=StateType.CANCELLING))
