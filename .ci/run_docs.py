@@ -1,9 +1,11 @@
 """Runs what README.md and docs/*.md tell a reader to run: every `sh` block's commands, every `python` block.
 
 A `python` block that begins with a comment such as `# client.py` is a file: it is written to a folder of its own page, where
-the page's later blocks find it; `# job.py` is run. A command is skipped only when it is in RAN_ELSEWHERE.
+the page's later blocks find it; `# job.py` is run. A page's commands share their variables, as in one shell. A command is
+skipped only when it is in RAN_ELSEWHERE.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +32,7 @@ _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def run_page(page: Path) -> int:
     """Run the blocks of a page in order; returns how many commands and files were run."""
     count = 0
+    environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         for language, text in _BLOCK.findall(page.read_text()):
             if language == "sh":
@@ -40,7 +43,7 @@ def run_page(page: Path) -> int:
                     if command in RAN_ELSEWHERE:
                         continue
                     print(f"{page.name}: {command}", flush=True)
-                    subprocess.run(command, shell=True, check=True, cwd=ROOT)
+                    environment = _run(command, environment)
                     count += 1
                 continue
             name = re.match(r"# (\w+\.py)", text)
@@ -53,6 +56,18 @@ def run_page(page: Path) -> int:
             subprocess.run([sys.executable, str(file)], check=True, cwd=folder)
             count += 1
     return count
+
+
+def _run(command: str, environment: dict[str, str]) -> dict[str, str]:
+    """Run a command of a page as its reader would, after those before it; returns the variables that it leaves."""
+    with tempfile.NamedTemporaryFile() as left:
+        subprocess.run(
+            ["bash", "-c", f"{command}\nstatus=$?\nenv -0 > {left.name}\nexit $status"],
+            check=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        return dict(line.split("=", 1) for line in Path(left.name).read_text().split("\0") if line)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,15 @@ class PocEnv(RemoteEnv):
         """Whether it was brought up, and not down again."""
         return (self.home / "poc.json").exists()
 
+    def environment(self) -> dict[str, str]:
+        """Variables by which other programs reach server and store; with `s3` they hold its keys.
+
+        Raises:
+            ConfigError: it was never brought up.
+        """
+        state = self._state()
+        return {"PREFECT_API_URL": self.api_url, "FEDPOOL_STORE": state["store"], **state["environment"]}
+
     def up(self) -> None:
         """Start what does not run: server, store, coordinator, sites; returns when all of it answers. Harmless when repeated.
 

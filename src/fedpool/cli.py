@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,17 +54,17 @@ def up(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Start what does not run yet, and wait until all of it answers."""
-    env = PocEnv(num_clients=clients, store=store, s3=s3, database=database, home=home)
-    env.up()
-    _show(env)
+    proof = PocEnv(num_clients=clients, store=store, s3=s3, database=database, home=home)
+    proof.up()
+    _show(proof)
 
 
 @poc.command
 def status(*, home: Home = DEFAULT_HOME) -> None:
     """Say what is up and healthy, and where the UI is; ends with 1 when something is not."""
-    env = PocEnv(home=home)
-    _show(env)
-    if not all(service.healthy for service in env.status()):
+    proof = PocEnv(home=home)
+    _show(proof)
+    if not all(service.healthy for service in proof.status()):
         sys.exit(1)
 
 
@@ -73,6 +74,13 @@ def logs(
 ) -> None:
     """Print what a process has printed."""
     sys.stdout.write(PocEnv(home=home).log(name).read_text(errors="replace"))
+
+
+@poc.command
+def env(*, home: Home = DEFAULT_HOME) -> None:
+    """Print the variables by which the prefect command and other programs reach it: eval "$(fedpool poc env)"."""
+    for name, value in PocEnv(home=home).environment().items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 @poc.command
@@ -217,8 +225,8 @@ def stage_(
 def _store(url: str | None, home: Path) -> Store:
     if url is not None:
         return Store(url)
-    env = PocEnv(home=home)
-    return env.open_store() if env.is_up() else Store(Path("fedpool-runs").absolute())
+    proof = PocEnv(home=home)
+    return proof.open_store() if proof.is_up() else Store(Path("fedpool-runs").absolute())
 
 
 @contextmanager
@@ -252,11 +260,11 @@ def _plain(summary: jobs.JobSummary) -> dict[str, Any]:
     return asdict(summary)
 
 
-def _show(env: PocEnv) -> None:
+def _show(proof: PocEnv) -> None:
     console = Console()
-    services = env.status()
+    services = proof.status()
     if not services:
-        console.print(f"nothing is up in {env.home}", highlight=False)
+        console.print(f"nothing is up in {proof.home}", highlight=False)
         return
     table = Table()
     for header in ("process", "pid", "state", "log"):
@@ -265,11 +273,7 @@ def _show(env: PocEnv) -> None:
         state = "healthy" if service.healthy else "not healthy" if service.pid else "not running"
         table.add_row(service.name, str(service.pid or ""), state, str(service.log))
     console.print(table)
-    console.print(
-        f"UI: {env.ui_url}\nfor the prefect command: export PREFECT_API_URL={env.api_url}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"UI: {proof.ui_url}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
