@@ -4,10 +4,13 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow examples lint format docs wheel bench bench-peers oracle clean
+.PHONY: demo poc-demo test test-slow examples lint format docs wheel bench bench-peers oracle clean
 
 demo: $(READY)  ## hello-pt in simulation: three sites on scikit-learn's digits
 	$(RUN)/python examples/hello-pt/job.py
+
+poc-demo: $(READY)  ## hello-pt in a proof of concept: PostgreSQL, S3, a worker process per site
+	$(RUN)/python .ci/poc_demo.py
 
 test: $(READY)  ## the tests, with coverage of lines and branches
 	$(RUN)/coverage erase
