@@ -1,4 +1,5 @@
-"""Writes what a person sees of a job in the Prefect UI: a progress bar, a table per round, a report at the end.
+"""Writes what a person sees of a job in the Prefect UI: a progress bar, a table per round; at the end a report, a picture per
+metric, and links to the final and the best model.
 
 Artifacts are written in the background, in order, so that no round waits for them; a report that cannot be written is a
 warning in the job's log and never fails the job.
@@ -7,12 +8,15 @@ warning in the job's log and never fails the job.
 import asyncio
 import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
 import httpx
 from prefect.artifacts import (
+    acreate_image_artifact,
+    acreate_link_artifact,
     acreate_markdown_artifact,
     acreate_progress_artifact,
     acreate_table_artifact,
@@ -21,8 +25,10 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
+from fedpool.store import Store
+from fedpool.tasks.curves import curves
 from fedpool.tasks.record import Record
-from fedpool.tasks.tables import round_table
+from fedpool.tasks.tables import final_report, round_table
 
 _PROGRESS_INTERVAL_S = 1.0
 
@@ -52,17 +58,40 @@ class Reporter:
             )
         )
 
-    def report(self, markdown: str) -> None:
-        """The report at the end."""
-        self._later(acreate_markdown_artifact(markdown, key="report", description="report of the job"))
+    def report(self, name: str, result: Mapping[str, Any], records: Sequence[Record], store: Store) -> None:
+        """The report at the end, the metrics' curves, and links to the models.
+
+        Args:
+            name: of the job.
+            result: as in `result.json`.
+            store: that the models lie in.
+        """
+        pictures = curves(records, first=result["key_metric"])
+        markdown = final_report(name, result, records, pictures=[picture.key for picture in pictures])
+        self._later(
+            acreate_markdown_artifact(markdown, key="report", description=f"report of {name}"),
+            *(
+                acreate_image_artifact(picture.uri, key=picture.key, description=f"{picture.metric} over rounds")
+                for picture in pictures
+            ),
+            *(
+                acreate_link_artifact(
+                    link_to(store, model["path"]),
+                    link_text=model["path"],
+                    key=f"{which}-model",
+                    description=f"{which} model of {name}: the start of round {model['round']}",
+                )
+                for which, model in (("final", result["final"]), ("best", result["best"]))
+            ),
+        )
 
     async def finish(self) -> None:
         """Wait for everything to be written."""
         if self._last is not None:
             await self._last
 
-    def _later(self, write: Coroutine[Any, Any, Any]) -> None:
-        self._last = asyncio.create_task(_write_after(self._last, write))
+    def _later(self, *writes: Coroutine[Any, Any, Any]) -> None:
+        self._last = asyncio.create_task(_write_after(self._last, writes))
 
     async def _move(self) -> None:
         now = time.monotonic()
@@ -77,10 +106,16 @@ class Reporter:
             await aupdate_progress_artifact(self._progress, self._shown)
 
 
-async def _write_after(previous: asyncio.Task[None] | None, write: Coroutine[Any, Any, Any]) -> None:
+def link_to(store: Store, path: str) -> str:
+    """The URL of what a store calls `path` in full: `file://` for a local one, else with the store's own protocol."""
+    return quote(store.fs.unstrip_protocol(path), safe="/:")
+
+
+async def _write_after(previous: asyncio.Task[None] | None, writes: Sequence[Coroutine[Any, Any, Any]]) -> None:
     if previous is not None:
         await previous
-    try:
-        await write
-    except (PrefectException, httpx.HTTPError, OSError) as error:
-        get_run_logger().warning("an artifact could not be written: %s", error)
+    for outcome in await asyncio.gather(*writes, return_exceptions=True):
+        if isinstance(outcome, PrefectException | httpx.HTTPError | OSError | ValueError):
+            get_run_logger().warning("an artifact could not be written: %s", outcome)
+        elif isinstance(outcome, BaseException):
+            raise outcome

@@ -1,6 +1,6 @@
 """Rounds as tables and a job as a report: pure functions of the rounds' records, for the UI and the terminal alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpool.tasks.record import Record
@@ -11,13 +11,18 @@ def metric_names(records: Sequence[Record]) -> list[str]:
     return sorted({name for record in records for name in (*record["metrics"], *record["logged"])})
 
 
+def values(record: Record) -> dict[str, float]:
+    """Metrics and logged scalars of a round; a metric wins over a scalar of its name."""
+    return {**record["logged"], **record["metrics"]}
+
+
 def round_table(record: Record) -> list[dict[str, Any]]:
     """One row per site: site, state, examples (its weight), metrics and logged scalars, seconds, bytes."""
     names = metric_names([record])
     rows: list[dict[str, Any]] = []
     for entry in record["accepted"]:
-        values = {**entry["logged"], **entry["metrics"]}
-        shown = {name: "" if values.get(name) is None else f"{values[name]:.4f}" for name in names}
+        own = values(entry)
+        shown = {name: "" if own.get(name) is None else f"{own[name]:.4f}" for name in names}
         rows.append(
             {"site": entry["site"], "state": "accepted", "examples": f"{entry['weight']:g}", **shown}
             | {"seconds": f"{entry['seconds']:.2f}", "bytes": str(entry["size"])}
@@ -33,21 +38,27 @@ def report_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     header = ["round", "task", "sites", *names, "seconds"]
     rows = []
     for record in records:
-        values = {**record["logged"], **record["metrics"]}
+        known = values(record)
         rows.append(
             [
                 str(record["round"]),
                 record["task"],
                 f"{len(record['accepted'])}/{len(record['sites'])}",
-                *(f"{values[name]:.4f}" if name in values else "" for name in names),
+                *(f"{known[name]:.4f}" if name in known else "" for name in names),
                 f"{record['timings']['round_s']:.2f}",
             ]
         )
     return header, rows
 
 
-def final_report(name: str, result: dict[str, Any], records: Sequence[Record]) -> str:
-    """The job in markdown: outcome, final and best model, the per-round table."""
+def final_report(
+    name: str, result: Mapping[str, Any], records: Sequence[Record], *, pictures: Sequence[str] = ()
+) -> str:
+    """The job in markdown: outcome, final and best model, the per-round table.
+
+    Args:
+        pictures: keys of the artifacts that show the metrics over the rounds.
+    """
     lines = [f"# {name}: {result['status'].lower()}", ""]
     if result["error"]:
         lines += ["```", result["error"], "```", ""]
@@ -57,7 +68,11 @@ def final_report(name: str, result: dict[str, Any], records: Sequence[Record]) -
         lines.append(f"- **{which} model**: the start of round {model['round']}, {scores}: `{model['path']}`")
     if result["stopped_by"]:
         lines.append(f"- stopped early: {result['stopped_by']}")
+    if pictures:
+        lines.append(f"- curves: the artifacts {', '.join(f'`{key}`' for key in pictures)}")
     header, rows = report_rows(records)
     lines += ["", "The metrics of a round are the score of the model that it started from.", ""]
+    # What metrics are called is up to the sites.
+    header = [" ".join(cell.split()).replace("|", "\\|") for cell in header]
     lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedpool.tasks.tables import final_report, metric_names, report_rows, round_table
+from fedpool.tasks.tables import final_report, metric_names, report_rows, round_table, values
 
 
 def site(name: str, **changes: Any) -> dict[str, Any]:
@@ -77,7 +77,9 @@ def test_a_reports_table_has_a_row_per_round_and_a_column_per_metric() -> None:
 
 
 def test_a_metric_wins_over_a_logged_scalar_of_its_name() -> None:
-    assert report_rows([record(metrics={"accuracy": 0.5}, logged={"accuracy": 0.1})])[1][0][3] == "0.5000"
+    both = record(metrics={"accuracy": 0.5}, logged={"accuracy": 0.1, "lr": 0.01})
+    assert report_rows([both])[1][0][3] == "0.5000"
+    assert values(both) == {"accuracy": 0.5, "lr": 0.01}
 
 
 def test_the_report_names_outcome_models_scores_and_rounds() -> None:
@@ -91,6 +93,19 @@ def test_the_report_names_outcome_models_scores_and_rounds() -> None:
     )
     assert "stopped early" not in report
     assert "```" not in report
+
+
+def test_the_report_names_the_artifacts_that_hold_the_curves() -> None:
+    assert "- curves: the artifacts `curve-a`, `curve-b`" in final_report(
+        "hello", RESULT, [], pictures=["curve-a", "curve-b"]
+    )
+    assert "curves" not in final_report("hello", RESULT, [])
+
+
+def test_a_metrics_name_cannot_break_the_reports_table() -> None:
+    assert "| sites | a\\|b c | seconds |" in final_report(
+        "hello", RESULT, [record(metrics={"a|b\nc": 1.0}, logged={})]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""A metric over the rounds of a job as a small picture: pure functions from the rounds' records to SVG text.
+
+Same records, same text. A value is drawn at the round whose record holds it; the metrics of a round are the score of the model
+that it started from. Names of metrics come from the sites: they are escaped in the picture, and made into keys with care.
+"""
+
+import base64
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from fedpool.tasks.record import Record
+from fedpool.tasks.tables import metric_names, values
+
+MAX_CURVES = 8
+
+_WIDTH, _HEIGHT = 640, 320
+_LEFT, _TOP, _RIGHT, _BOTTOM = 96, 48, 624, 272
+"""Edges of the area that is drawn in, in pixels."""
+_MAX_POINTS = 600
+"""More are thinned out: there is a pixel for each, and no more."""
+_MAX_DOTS = 60
+_MAX_TITLE, _MAX_SLUG = 30, 40
+_LARGEST = 1e100
+_SMALLEST = 1e-100
+
+Point = tuple[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A picture of one metric.
+
+    Attributes:
+        key: of its artifact: lowercase letters, digits and dashes.
+        metric: its name as the sites report it.
+        svg: the picture.
+    """
+
+    key: str
+    metric: str
+    svg: str
+
+    @property
+    def uri(self) -> str:
+        """The picture itself, as a `data:` URI."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
+
+
+def curves(records: Sequence[Record], *, first: str) -> list[Curve]:
+    """A picture per metric or logged scalar of a job, at most `MAX_CURVES`; none of one that never had a finite value.
+
+    Args:
+        first: metric that comes first, whatever its name; the others follow in the order of theirs.
+    """
+    drawn: dict[str, Curve] = {}
+    for name in sorted(metric_names(records), key=lambda name: (name != first, name)):
+        known = [(record["round"], values(record)[name]) for record in records if name in values(record)]
+        points = [(round, value) for round, value in known if abs(value) <= _LARGEST]  # so neither NaN nor infinity
+        if points and len(drawn) < MAX_CURVES:
+            key = _key(name, drawn)
+            drawn[key] = Curve(key, name, draw(name, points))
+    return list(drawn.values())
+
+
+def draw(name: str, points: Sequence[Point]) -> str:
+    """The SVG of a metric: a line through its values with both axes labelled; a dot where there is one value only.
+
+    Args:
+        name: of the metric, any text.
+        points: one or more (round, value) by ascending round; values are at most 1e100 in magnitude.
+    """
+    bottom, top, y_step = _value_axis([value for _, value in points])
+    start, end = points[0][0], points[-1][0]
+    x_step = max(1, math.ceil(_nice((end - start) / 8)))
+
+    def x(round: int) -> float:
+        share = (round - start) / (end - start) if end > start else 0.5
+        return _LEFT + share * (_RIGHT - _LEFT)
+
+    def y(value: float) -> float:
+        return _BOTTOM - (value - bottom) / (top - bottom) * (_BOTTOM - _TOP)
+
+    shown = "".join(c if c.isprintable() else "?" for c in name)
+    shown = escape(shown if len(shown) <= _MAX_TITLE else f"{shown[: _MAX_TITLE - 1]}…")
+    last_round, last = points[-1]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
+        'font-family="sans-serif" font-size="13" fill="#475569">',
+        f"<title>{shown} over rounds</title>",
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
+        f'<text x="{_LEFT}" y="28" font-size="16" font-weight="bold" fill="#0f172a">{shown}</text>',
+        f'<text x="{_RIGHT}" y="28" text-anchor="end">{last:.6g} in round {last_round}</text>',
+    ]
+    digits = _digits(max(abs(bottom), abs(top)), y_step)
+    for count in range(round(bottom / y_step), round(top / y_step) + 1):
+        height = y(count * y_step)
+        parts.append(f'<path d="M{_LEFT} {height:.1f}H{_RIGHT}" stroke="#e2e8f0"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{count * y_step:.{digits}g}</text>')
+    for number in range(math.ceil(start / x_step) * x_step, end + 1, x_step):
+        parts.append(f'<path d="M{x(number):.1f} {_BOTTOM}v5" stroke="#475569"/>')
+        parts.append(f'<text x="{x(number):.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{number}</text>')
+    parts.append(f'<text x="{(_LEFT + _RIGHT) // 2}" y="{_HEIGHT - 8}" text-anchor="middle">round</text>')
+    parts.append(f'<path d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}" fill="none" stroke="#475569"/>')
+    places = [f"{x(number):.1f},{y(value):.1f}" for number, value in _thinned(points)]
+    parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="#2563eb" stroke-width="2"/>')
+    if len(places) <= _MAX_DOTS:
+        parts += [
+            f'<circle cx="{left}" cy="{height}" r="3.5" fill="#2563eb"/>'
+            for left, height in (place.split(",") for place in places)
+        ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _value_axis(numbers: Sequence[float]) -> tuple[float, float, float]:
+    """Lower end, upper end and step of an axis that holds the numbers, in round figures."""
+    low, high = min(numbers), max(numbers)
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * size, _SMALLEST):  # all the same: nothing to magnify
+        room = size / 2 if size > _SMALLEST else 1.0
+        low, high = low - room, high + room
+    step = _nice((high - low) / 5)
+    return math.floor(low / step) * step, math.ceil(high / step) * step, step
+
+
+def _nice(least: float) -> float:
+    """The smallest 1, 2 or 5 times a power of ten that is not below."""
+    if least <= 0:
+        return 0.0
+    power = math.floor(math.log10(least))
+    return next(float(f"{m}e{power}") for m in (1, 2, 5, 10, 20) if float(f"{m}e{power}") >= least)
+
+
+def _digits(size: float, step: float) -> int:
+    """Significant digits that tell numbers of a size apart which differ by a step."""
+    return max(6, math.ceil(math.log10(size / step)) + 1)
+
+
+def _thinned(points: Sequence[Point]) -> Sequence[Point]:
+    """At most `_MAX_POINTS` of them; of those that share a place the lowest and the highest stay, so that no peak is lost."""
+    if len(points) <= _MAX_POINTS:
+        return points
+    size = math.ceil(len(points) / (_MAX_POINTS // 2))
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    ends = [{min(group, key=lambda point: point[1]), max(group, key=lambda point: point[1])} for group in groups]
+    return [point for pair in ends for point in sorted(pair)]
+
+
+def _key(name: str, taken: dict[str, Curve]) -> str:
+    """A metric's key: `curve-` and its name with dashes for what a key may not hold; numbered where two would have the same."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_SLUG] or "metric"
+    key, number = f"curve-{slug}", 1
+    while key in taken:
+        number += 1
+        key = f"curve-{slug}-{number}"
+    return key
