@@ -1,0 +1,107 @@
+"""`fedpool job`: what ran, read from the store by the command that a user types."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedpool import ConfigError, Run, Store
+from fedpool.cli import main
+from fedpool.deployments.jobs import list_jobs, read_job
+
+SCORED = """
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        flare.send(flare.FLModel(params=model.params, metrics={"accuracy": 0.5}))
+"""
+FAILING = "raise ValueError('no luck')"
+
+
+def fedpool(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command prints; it ends with 0."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_list_shows_the_jobs_newest_first(
+    run_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first, second = run_job(SCORED, name="first"), run_job(FAILING, name="second", num_rounds=1)
+    listed = json.loads(fedpool(capsys, "job", "list", "--json", "--store", str(tmp_path / "runs")))
+    assert [
+        (job["job_id"], job["status"], job["num_committed"]) for job in sorted(listed, key=lambda j: j["job_id"])
+    ] == [
+        (first.job_id, "COMPLETED", 2),
+        (second.job_id, "FAILED", 0),
+    ]
+    assert listed[-1]["metrics"] == {"accuracy": 0.5} or listed[0]["metrics"] == {"accuracy": 0.5}
+    table = fedpool(capsys, "job", "list", "--store", str(tmp_path / "runs"))
+    assert first.job_id in table and second.job_id in table
+
+
+def test_show_tells_rounds_and_models_and_why_it_failed(
+    run_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = run_job(SCORED, name="first")
+    failed = run_job(FAILING, name="second", num_rounds=1)
+    store = str(tmp_path / "runs")
+    shown = fedpool(capsys, "job", "show", run.job_id, "--store", store)
+    assert "COMPLETED" in shown and str(run.get_result().path) in shown
+    as_json = json.loads(fedpool(capsys, "job", "show", run.job_id, "--json", "--store", store))
+    assert len(as_json["rounds"]) == 3 and as_json["result"]["status"] == "COMPLETED"
+    assert "ValueError: no luck" in fedpool(capsys, "job", "show", failed.job_id, "--store", store)
+
+
+def test_a_job_that_is_not_there_is_named_with_those_that_are(run_job: Callable[..., Run], tmp_path: Path) -> None:
+    run = run_job(SCORED)
+    with pytest.raises(ConfigError, match=f"there is no job 'other'.*{run.job_id}"):
+        read_job(Store(tmp_path / "runs"), "other")
+
+
+def test_a_staged_template_is_no_job(tmp_path: Path, write_script: Callable[..., Path]) -> None:
+    script = write_script(SCORED)
+    (tmp_path / "job.py").write_text(
+        "from fedpool import FedAvgRecipe\nimport numpy as np\n"
+        f"script = {str(script)!r}\n"
+        "recipe = FedAvgRecipe(name='t', min_clients=1, num_rounds=1, model={'w': np.zeros(2)}, train_script=script)\n"
+        "if __name__ == '__main__':\n    raise SystemExit('it ran')\n"
+    )
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "fedpool.cli", "job", "stage", str(tmp_path / "job.py"), "--store", str(store)]
+    done = subprocess.run([*command, "--sites", "site-1"], capture_output=True, text=True, check=True)
+    staged = done.stdout.strip()
+    assert Store(store).read_json(f"{staged}/job.json")["template"] is True
+    assert list_jobs(Store(store)) == []
+    refused = subprocess.run([*command, "--sites", "a b"], capture_output=True, text=True)
+    assert refused.returncode == 1 and "a b" in refused.stderr
+
+
+def test_stage_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.py").write_text("recipe = 1\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["job", "stage", f"{tmp_path / 'job.py'}", "--sites", "site-1", "--store", str(tmp_path)])
+    assert ended.value.code == 1
+    assert "has no recipe called 'recipe'" in capsys.readouterr().err
+
+
+def test_the_command_says_where_nothing_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing is up" in fedpool(capsys, "poc", "status", "--home", str(tmp_path))
+    fedpool(capsys, "poc", "down", "--home", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main(["poc", "env", "--home", str(tmp_path)])
+    assert ended.value.code == 1 and "fedpool poc up" in capsys.readouterr().err
+
+
+def test_a_store_of_numpy_models_is_read_back(run_job: Callable[..., Run]) -> None:
+    run = run_job(SCORED, model={"w": np.arange(3, dtype=np.float32)})
+    summary, records, result = read_job(Store(Path(run.path).parent), run.job_id)
+    assert summary.sites == ["site-1", "site-2"] and len(records) == 3 and result is not None
