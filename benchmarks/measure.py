@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from memory import PeakMemory
+from memory import PeakMemory, machine_cpu_s
 
 ENGINES_FOLDER = Path(__file__).resolve().parent / "engines"
-MARKER = "FEDPOOL_BENCH_MARKER"
-STAMPS = "FEDPOOL_BENCH_STAMPS"
+MARKER = "BENCH_MARKER"
+STAMPS = "BENCH_STAMPS"
 ENDING_S = 10.0
 """How long an engine's daemons may outlive it before they are stopped, so that they do not burden the next run."""
 
@@ -31,12 +31,14 @@ class Engine:
         peer: name of its virtual environment, or None for the interpreter that runs this script.
         per_site: one process a site over all rounds, instead of `--threads` at a time.
         max_sites: more would take hours.
+        arguments: further ones for the script.
     """
 
     script: str
     peer: str | None = None
     per_site: bool = False
     max_sites: int = 1_000_000
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one run cost; `score` is what the first site measured on the last model it received."""
+    """What one run cost.
+
+    Attributes:
+        start_s: until the first site received its first model.
+        score: what that site measured on the last model it received.
+        other_cores: how many cores were busy with anything else, on average.
+    """
 
     total_s: float
+    start_s: float
     round_s: tuple[float, ...]
     peak_bytes: int
     num_processes: int
     score: float
+    other_cores: float
 
 
 class EngineError(Exception):
@@ -85,7 +95,8 @@ def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads:
     command += ["--workload", case.workload, "--sites", str(case.num_sites), "--rounds", str(case.num_rounds)]
     command += ["--threads", str(case.num_sites if engine.per_site else num_threads), "--workspace", str(folder / "w")]
     command += ["--cold-sites"] * case.cold_sites
-    started = time.perf_counter()
+    command += engine.arguments
+    started_at, started, started_cpu_s = time.time(), time.perf_counter(), machine_cpu_s()
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -101,6 +112,7 @@ def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads:
         with memory:
             code: int | str = process.wait(timeout_s)
             total_s = time.perf_counter() - started
+            machine_s = machine_cpu_s() - started_cpu_s
     except subprocess.TimeoutExpired:
         code = f"none after {timeout_s:.0f} s"
     finally:  # also when the user interrupts: the engine is in a session of its own
@@ -113,7 +125,15 @@ def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads:
         raise EngineError(f"exit code {code}; models received: {len(received)} of {sum(expected.values())}\n{tail}")
     first = [(float(at), float(score)) for site, at, score in received if site == "0"]
     round_s = tuple(after[0] - before[0] for before, after in pairwise(first))
-    return Sample(total_s, round_s, memory.peak_bytes, memory.num_processes, first[-1][1])
+    return Sample(
+        total_s=total_s,
+        start_s=first[0][0] - started_at,
+        round_s=round_s,
+        peak_bytes=memory.peak_bytes,
+        num_processes=memory.num_processes,
+        score=first[-1][1],
+        other_cores=max(0.0, machine_s - memory.cpu_s) / total_s,
+    )
 
 
 def _environment(folder: Path, marker: str) -> dict[str, str]:
@@ -133,6 +153,7 @@ def _environment(folder: Path, marker: str) -> dict[str, str]:
         "PREFECT_HOME": str(folder / "prefect"),
         "FLWR_HOME": str(folder / "flwr"),
         "RAY_TMPDIR": str(folder),
+        "TMPDIR": str(folder),  # nothing of an engine that was killed stays behind
     }
 
 

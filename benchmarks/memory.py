@@ -1,15 +1,17 @@
-"""Peak memory of everything that one command starts, as summed PSS. Linux only.
+"""Peak memory of everything that one command starts, as summed PSS, and its processor time. Linux only.
 
 PSS (proportional set size) counts a page that n processes share as 1/n in each, so the sum counts every page once:
 resident sizes would charge a forked process for memory that it does not use.
 """
 
+import os
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
 PROC = Path("/proc")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 INTERVAL_S = 0.05
 MAX_LOAD = 0.05
 """Share of one core that sampling may take: reading one torch process costs 3-4 ms, and would slow what it measures."""
@@ -32,6 +34,7 @@ class PeakMemory:
         self._marker = marker.encode()
         status = _status(PROC / str(root))
         self._seen = {root: status[1]} if status else {}  # pid -> start time: pids are used again
+        self._cpu_s: dict[tuple[int, str], float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
 
@@ -45,6 +48,11 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
+    @property
+    def cpu_s(self) -> float:
+        """Processor time of the tree, as last sampled; a process that lived between two samples is missing."""
+        return sum(self._cpu_s.values())
+
     def members(self) -> set[int]:
         """The pids of the tree now, zombies left out."""
         table = {}
@@ -53,15 +61,16 @@ class PeakMemory:
                 table[int(entry.name)] = status
         found = {
             pid
-            for pid, (_, start) in table.items()
+            for pid, (_, start, _) in table.items()
             if self._seen.get(pid) == start or self._marker in _read(PROC / str(pid) / "environ")
         }
         grew = True
         while grew:
-            children = {pid for pid, (parent, _) in table.items() if parent in found} - found
+            children = {pid for pid, (parent, _, _) in table.items() if parent in found} - found
             found |= children
             grew = bool(children)
         self._seen = {pid: table[pid][1] for pid in found}
+        self._cpu_s |= {(pid, table[pid][1]): table[pid][2] for pid in found}
         return found
 
     def _sample(self) -> None:
@@ -74,10 +83,18 @@ class PeakMemory:
             pause = max(INTERVAL_S, (time.perf_counter() - started) * (1 / MAX_LOAD - 1))
 
 
-def _status(entry: Path) -> tuple[int, str] | None:
-    """Parent and start time of a process; None once it has ended."""
+def machine_cpu_s() -> float:
+    """Processor time that the machine has spent since it started, on everything."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, _read(PROC / "stat").split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / _TICKS_PER_S
+
+
+def _status(entry: Path) -> tuple[int, str, float] | None:
+    """Parent, start time and processor seconds of a process; None once it has ended."""
     fields = _read(entry / "stat").rpartition(b")")[2].split()  # the name before ")" may hold anything
-    return (int(fields[1]), fields[19].decode()) if fields and fields[0] not in b"ZX" else None
+    if not fields or fields[0] in b"ZX":
+        return None
+    return int(fields[1]), fields[19].decode(), (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 def _pss_bytes(pid: int) -> int:

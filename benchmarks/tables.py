@@ -1,4 +1,4 @@
-"""The tables that simulation.py prints."""
+"""The tables that simulation.py and poc.py print."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -41,6 +41,36 @@ def report_growth(
             each_ms = 1000 * (after[0] - before[0]) / (many.num_sites - few.num_sites)
             rows.append((name, f"{after[1] / before[1]:.2f}", f"{each_ms:.1f}"))
     yield from _table(rows)
+
+
+def report_overheads(results: dict[Case, dict[str, list[Sample]]], *, training_s: float) -> Iterable[str]:
+    """What a round costs beside its training. The first round, which starts the sites' scripts, is left out of the median."""
+    header = ("engine", "sites", "overhead s", "worst", "first round", "start s", "total s", "processes", "PSS GB")
+    rows: list[tuple[str, ...]] = [(*header, "score", "other cores")]
+    wrong = False
+    for case, engines in results.items():
+        for name, samples in engines.items():
+            if not samples:
+                rows.append((name, f"{case.num_sites}", "failed", *["-"] * (len(rows[0]) - 3)))
+                continue
+            overheads = [second - training_s for sample in samples for second in sample.round_s[1:]]
+            total_s, peak_bytes = _medians(samples)
+            cells = (
+                f"{statistics.median(overheads):.2f}",
+                f"{max(overheads):.2f}",
+                f"{statistics.median(sample.round_s[0] for sample in samples) - training_s:.2f}",
+                f"{statistics.median(sample.start_s for sample in samples):.1f}",
+                f"{total_s:.1f}",
+                f"{samples[-1].num_processes}",
+                f"{peak_bytes / 1e9:.2f}",
+                f"{samples[-1].score:.2f}",
+                f"{statistics.median(sample.other_cores for sample in samples):.2f}",
+            )
+            rows.append((name, f"{case.num_sites}", *cells))
+            wrong |= any(abs(sample.score - (case.num_rounds - 1)) > SCORE_TOLERANCE for sample in samples)
+    yield from _table(rows)
+    if wrong:
+        yield "\nA score is not the number of rounds: an engine did not do the work."
 
 
 def _figures(case: Case, samples: Sequence[Sample]) -> dict[str, float]:

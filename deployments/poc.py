@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -324,10 +325,17 @@ class PocEnv(RemoteEnv):
         try:
             with httpx.Client(trust_env=False, timeout=10) as client:
                 for name in (_COORDINATOR, *(n for n in self._processes.names() if n.startswith(_SITE_PREFIX))):
+                    if (process := self._processes.find(name)) is None:
+                        continue
                     site = name.removeprefix(_SITE_PREFIX)
                     pool = self.coordinator_pool if name == _COORDINATOR else site
                     workers = client.post(f"{api}/work_pools/{pool}/workers/filter", json={})
-                    if workers.status_code != 200 or not any(w["status"] == "ONLINE" for w in workers.json()):
+                    if workers.status_code != 200 or not any(
+                        # A heartbeat from before was another's, which has ended.
+                        worker["status"] == "ONLINE"
+                        and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() > process.create_time()
+                        for worker in workers.json()
+                    ):
                         continue
                     registered = name == _COORDINATOR or (
                         client.get(f"{api}/deployments/name/site-round/{site}").status_code == 200

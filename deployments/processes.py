@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ class Processes:
         partial = self._folder / f".{name}.{os.getpid()}"
         partial.write_text(json.dumps(asdict(started)))
         partial.replace(self._folder / f"{name}.json")
+        # While we live it is our child: somebody has to take note of its end.
+        threading.Thread(target=process.wait, name=f"fedpool-{name}", daemon=True).start()
         return process
 
     def stop(self, names: Sequence[str]) -> None:

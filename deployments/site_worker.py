@@ -8,10 +8,12 @@ other flow is refused.
 import asyncio
 import contextvars
 import os
+import signal
 import threading
+from collections.abc import Awaitable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import anyio
@@ -34,12 +36,12 @@ from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker
 
 from fedpool.flows.site_round import ENTRYPOINT, hosted_by, site_round
 from fedpool.manifest import PROTOCOL
-from fedpool.sites.config import SiteConfig
+from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
 from fedpool.sites.resident import Resident
 
-CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG"
-"""Path of the site's TOML file, for `prefect worker start --type fedpool-site`, which has no option for it."""
+_T = TypeVar("_T")
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CANCEL_POLL = timedelta(seconds=4)
 
 
@@ -71,7 +73,40 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         super().__init__(work_pool_name, *args, **kwargs)
         self._stops: dict[UUID, threading.Event] = {}
         self._resident: Resident | None = None
+        self._away = False
         self._watching: anyio.CancelScope | None = None
+
+    async def start(self, *args: Any, **kwargs: Any) -> None:
+        """See `BaseWorker.start`. SIGTERM and SIGINT end it in order; a second one ends it at once.
+
+        Prefect makes them a KeyboardInterrupt wherever the main thread happens to be, and some of what it calls there
+        takes that for an error of its own and goes on.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return await super().start(*args, **kwargs)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        stopped = False
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+            task.cancel()
+
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, stop)
+        try:
+            await super().start(*args, **kwargs)
+        except asyncio.CancelledError:
+            if not stopped:
+                raise
+            task.uncancel()
+            self._logger.info("site %s has stopped", self.site.name)
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
 
     async def setup(self) -> None:
         """Open the site, and reach the server if it is there."""
@@ -87,6 +122,35 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             self._watching.cancel()
             self._watching = None
         await super().teardown(*exc_info)
+
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """See `BaseWorker.get_and_submit_flow_runs`; a server that is away is waited for."""
+        return await self._patiently(super().get_and_submit_flow_runs()) or []
+
+    async def _sync_and_initialize(self) -> None:
+        await self._patiently(super()._sync_and_initialize())
+
+    async def _patiently(self, request: Awaitable[_T]) -> _T | None:
+        """Await a request; None when the server is away: Prefect's loops would give up after a while, and end the scripts."""
+        try:
+            answer = await request
+        except httpx.TransportError as error:
+            self._note_away(error)
+            return None
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                raise
+            self._note_away(error)
+            return None
+        if self._away:
+            self._logger.info("the Prefect server answers again")
+            self._away = False
+        return answer
+
+    def _note_away(self, error: httpx.HTTPError) -> None:
+        if not self._away:
+            self._logger.warning("the Prefect server is away, and waited for: %s", error)
+            self._away = True
 
     async def _initialize_after_sync(self) -> None:
         if self._watching is None and self._work_pool is not None:
@@ -141,9 +205,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> SiteWorkerResult:
         """Run `site_round` with the parameters of a run, whatever else its deployment asks for."""
-        name = (await self.client.read_flow(flow_run.flow_id)).name
-        if name != site_round.name:
-            raise PermissionError(f"this site runs {site_round.name} and nothing else: the run of {name!r} was refused")
+        check_flow((await self.client.read_flow(flow_run.flow_id)).name)
         stop = self._stops[flow_run.id] = threading.Event()
         if task_status is not None:
             task_status.started(os.getpid())
@@ -163,6 +225,16 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             asyncio.run(
                 run_flow(site_round, flow_run=flow_run, parameters=dict(flow_run.parameters), return_type="state")  # type: ignore[arg-type]
             )
+
+
+def check_flow(name: str) -> None:
+    """Refuse the run of any flow but `site_round`.
+
+    Raises:
+        PermissionError: it is another one.
+    """
+    if name != site_round.name:
+        raise PermissionError(f"this site runs {site_round.name} and nothing else: the run of {name!r} was refused")
 
 
 async def register_site(client: Any, site: str, pool: str) -> UUID:

@@ -10,7 +10,7 @@ import contextvars
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -38,13 +38,14 @@ def hosted_by(resident: Resident, stop: threading.Event) -> Iterator[None]:
 
 
 @flow(name="site-round", persist_result=False)
-async def site_round(
-    job_id: str = Field(description="the job"),
-    site: str = Field(description="the site that is asked"),
-    round: int = Field(description="the round, from 0", ge=0),
-    store: str = Field(description="URL of the store that the job lies in"),
-) -> State[Any]:
+async def site_round(job_id: str, site: str, round: Annotated[int, Field(ge=0)], store: str) -> State[Any]:
     """Do a site's part of a round.
+
+    Args:
+        job_id: the job.
+        site: the site that is asked.
+        round: the round, from 0.
+        store: URL of the store that the job lies in.
 
     Returns: Completed; Cancelled when the job ended before the round began; Crashed when the site was stopped.
 

@@ -1,5 +1,6 @@
 """What only a site knows: its name, its data, its devices. A TOML file, the environment (`FEDPOOL_SITE_...`), or both."""
 
+import os
 import shlex
 import tomllib
 from pathlib import Path
@@ -16,6 +17,9 @@ from pydantic_settings import (
 
 from fedpool.errors import ConfigError
 from fedpool.store import check_name
+
+CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
+"""Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type fedpool-site`."""
 
 
 class SiteConfig(BaseSettings):
@@ -88,12 +92,14 @@ class SiteConfig(BaseSettings):
         """Read the settings of a site.
 
         Args:
-            file: TOML, with the fields as keys.
+            file: TOML, with the fields as keys; None: the one that `FEDPOOL_SITE_CONFIG_FILE` names, if it does.
             given: fields that beat environment and file; None counts as not given.
 
         Raises:
             ConfigError: the file cannot be read, or a field does not fit; with its name, its value and the remedy.
         """
+        if file is None and (named := os.environ.get(CONFIG_VARIABLE)):
+            file = Path(named)
         if file is not None and not file.is_file():
             raise ConfigError(f"site configuration {str(file)!r} is not a file (looked in {Path.cwd()})")
 

@@ -8,6 +8,7 @@ the guard.
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,10 @@ class ProcessLauncher:
 
     def __init__(self, command: str, *, threads: int, imports: Sequence[str]) -> None:
         words = shlex.split(command)
-        self._command = [sys.executable, *words[1:]] if words[0] == "python" else words
+        # What was installed with this Python comes first, whether or not its folder is on the PATH.
+        beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        program = sys.executable if words[0] == "python" else shutil.which(words[0], path=beside)
+        self._command = [program or words[0], *words[1:]]
         self._threads = threads
         self._imports = list(imports)
 

@@ -26,6 +26,10 @@ _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25
 _JOB_POLL_S = 1.0
 """How often a site looks whether a job has ended, while it waits or trains."""
+_IDLE_POLL_S = 3.0
+"""How often it looks otherwise: a job ends some time after its last round."""
+
+_CLOSE_GRACE_S = 15.0
 
 
 class Resident:
@@ -43,6 +47,8 @@ class Resident:
         folder = config.folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         self._scratch = Path(tempfile.mkdtemp(prefix=".fedpool-", dir=folder))
+        self._keeper = threading.Thread(target=self._keep_house, name="fedpool-resident", daemon=True)
+        self._keeper.start()
 
     def __enter__(self) -> "Resident":
         return self
@@ -69,42 +75,47 @@ class Resident:
             SiteError: the script failed, missed its time, or was stopped; or job and store do not fit this site.
         """
         with self._lock:
+            if self.closed:
+                raise SiteError(self.config.name, round, "the site was stopped")
             job = self._jobs.get(job_id)
             if job is None:
                 job = self._jobs[job_id] = _JobHere(job_id, self._open(store), self.config, self._scratch)
+            job.num_calls += 1
         try:
             return job.perform(round, stop=_Either(stop, self._closed), log=log)
         finally:
-            if job.has_ended():
-                self._forget(job)
-            self.forget_idle()
-
-    def forget_idle(self) -> None:
-        """End what has asked for nothing in the idle time."""
-        with self._lock:
-            jobs = list(self._jobs.values())
-        for job in jobs:
-            if job.idle_s() > self.config.idle_timeout_s or (job.idle_s() > _JOB_POLL_S and job.has_ended()):
-                self._forget(job)
+            with self._lock:
+                job.num_calls -= 1
+                job.last_call = time.monotonic()
 
     def close(self) -> None:
         """Kill all scripts and remove what was fetched. Idempotent."""
-        self._closed.set()
         with self._lock:
+            self._closed.set()
             jobs = list(self._jobs.values())
             self._jobs.clear()
         for job in jobs:
             job.kill()
+        for job in jobs:
             job.end()
+        self._keeper.join(_CLOSE_GRACE_S)  # it may be ending a script, or wait for a store that is away
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _open(self, store: str) -> Store:
         return Store(self.config.store or store, **self.config.storage_options)
 
-    def _forget(self, job: "_JobHere") -> None:
-        with self._lock:
-            self._jobs.pop(job.job_id, None)
-        job.end()
+    def _keep_house(self) -> None:
+        """End the scripts of jobs that have ended, or that have asked for nothing in the idle time."""
+        while not self._closed.wait(min(_IDLE_POLL_S, self.config.idle_timeout_s)):
+            with self._lock:
+                quiet = [job for job in self._jobs.values() if job.num_calls == 0]
+            for job in quiet:
+                over = time.monotonic() - job.last_call > self.config.idle_timeout_s or job.has_ended()
+                with self._lock:
+                    if not over or job.num_calls or self._jobs.get(job.job_id) is not job:
+                        continue  # it has come back meanwhile
+                    del self._jobs[job.job_id]
+                job.end()
 
 
 class _Either:
@@ -130,14 +141,14 @@ class _JobHere:
         # The path of a Unix socket is limited to about 100 bytes, and a site's folder may lie deep.
         self._sockets = Path(tempfile.mkdtemp(prefix="fedpool-"))
         self._working = threading.Lock()
-        self._asked = time.monotonic()
-        self._waiting = 0
+        self.num_calls = 0
+        """Calls of `perform` that are under way; belongs to the resident, and to its lock, as does the next."""
+        self.last_call = time.monotonic()
         self._ended = False
         self._client: ClientJob | None = None
         self._session: Session | None = None
 
     def perform(self, round: int, *, stop: _Either, log: LogLine) -> bool:
-        self._waiting += 1
         try:
             assignment = self._wait_for(round, stop)
             if assignment is None:
@@ -147,12 +158,6 @@ class _JobHere:
             return True
         except (OSError, StoreError) as error:
             raise SiteError(self._config.name, round, f"its part of the store failed: {error}") from error
-        finally:
-            self._waiting -= 1
-            self._asked = time.monotonic()
-
-    def idle_s(self) -> float:
-        return 0.0 if self._waiting else time.monotonic() - self._asked
 
     def has_ended(self) -> bool:
         """Whether the job's result is in the store."""

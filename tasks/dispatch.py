@@ -31,6 +31,8 @@ from fedpool.store import JobPaths, Store
 
 _POLL_S = 0.2
 _WORKERS_POLL_S = 5.0
+_WORKERS_PATIENCE_S = 10.0
+"""How long a site's workers must have been offline, which they are after three heartbeats that did not come, to count as lost."""
 _API_PATIENCE_S = 600.0
 """How long the Prefect API may be away before the sites count as lost."""
 _PAGE = 200
@@ -57,6 +59,7 @@ class PoolSites:
         "_deployments",
         "_job",
         "_job_run",
+        "_offline_since",
         "_runs",
         "_stack",
         "_store",
@@ -72,7 +75,8 @@ class PoolSites:
         self._cancelled = False
         self._stack = AsyncExitStack()
         self._client: asyncio.Future[PrefectClient] | None = None
-        self._deployments: dict[str, tuple[UUID, str]] = {}
+        self._deployments: dict[str, tuple[UUID, str, bool]] = {}
+        self._offline_since: dict[str, float] = {}
         self._runs: dict[tuple[str, int], UUID] = {}
         self._waiting: dict[UUID, asyncio.Future[State[Any]]] = {}
         self._watch: asyncio.Task[None] | None = None
@@ -96,7 +100,7 @@ class PoolSites:
         assert self._job is not None and self._store is not None, "open() comes first"
         client = await self._connect()
         try:
-            deployment, _ = await self._deployment(site)
+            deployment, _, _ = await self._deployment(site)
         except ObjectNotFound:
             raise SiteError(
                 site, round, f"it has no deployment site-round/{site}: start its worker, or register it"
@@ -160,11 +164,14 @@ class PoolSites:
             self._client.set_result(await self._stack.enter_async_context(get_client()))
         return await asyncio.shield(self._client)
 
-    async def _deployment(self, site: str) -> tuple[UUID, str]:
-        """Id of a site's deployment, and its work pool."""
+    async def _deployment(self, site: str) -> tuple[UUID, str, bool]:
+        """Id of a site's deployment, its work pool, and whether the pool is one of site workers."""
         if site not in self._deployments:
-            deployment = await (await self._connect()).read_deployment_by_name(f"site-round/{site}")
-            self._deployments[site] = deployment.id, deployment.work_pool_name or ""
+            client = await self._connect()
+            deployment = await client.read_deployment_by_name(f"site-round/{site}")
+            pool = deployment.work_pool_name or ""
+            resident = (await client.read_work_pool(pool)).type == SITE_POOL
+            self._deployments[site] = deployment.id, pool, resident
         return self._deployments[site]
 
     async def _tracking(self, client: PrefectClient, site: str) -> UUID | None:
@@ -199,7 +206,7 @@ class PoolSites:
 
     async def _watch_runs(self) -> None:
         """Pass on the final states of the runs that someone waits for, until nobody does."""
-        answered = looked_at_workers = time.monotonic()
+        answered = look_at_workers = time.monotonic()
         while self._waiting:
             await asyncio.sleep(_POLL_S)
             try:
@@ -210,9 +217,14 @@ class PoolSites:
                         self._resolve(run.id, run.state)
                     if run.id == self._job_run and (run.state.is_cancelling() or run.state.is_cancelled()):
                         self.cancel()
-                answered = time.monotonic()
-                if answered - looked_at_workers > _WORKERS_POLL_S:
-                    looked_at_workers = answered
+                now = time.monotonic()
+                if (away_s := now - answered) > _WORKERS_POLL_S:
+                    # For the workers it was away too, and they try again at intervals that grow.
+                    self._offline_since.clear()
+                    look_at_workers = now + _WORKERS_POLL_S + away_s
+                answered = now
+                if now > look_at_workers:
+                    look_at_workers = now + _WORKERS_POLL_S
                     await self._give_up_on_lost_workers()
             except (httpx.HTTPError, PrefectException) as error:
                 if time.monotonic() - answered > _API_PATIENCE_S:
@@ -235,16 +247,18 @@ class PoolSites:
         return found
 
     async def _give_up_on_lost_workers(self) -> None:
-        """A site whose only workers are offline will not answer: its worker was killed, or never started."""
+        """A site whose only workers stay offline will not answer: its worker was killed, or never started."""
         client = await self._connect()
         for (site, _), run_id in list(self._runs.items()):
             if run_id not in self._waiting:
                 continue
-            _, pool = await self._deployment(site)
-            if (await client.read_work_pool(pool)).type != SITE_POOL:
+            _, pool, resident = await self._deployment(site)
+            if not resident:
                 continue  # elsewhere a run lives on without the worker that started it
             workers = await client.read_workers_for_work_pool(pool)
-            if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
+            if any(worker.status == WorkerStatus.ONLINE for worker in workers):
+                self._offline_since.pop(site, None)
+            elif time.monotonic() - self._offline_since.setdefault(site, time.monotonic()) >= _WORKERS_PATIENCE_S:
                 message = f"no worker of work pool {pool} is online: it was lost, or stopped"
                 self._resolve(run_id, Cancelled(name="Lost", message=message))
 

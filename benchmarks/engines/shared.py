@@ -9,15 +9,16 @@ from typing import Any
 
 import digits
 import large
+import sleeping
 import torch
 
-WORKLOADS: dict[str, ModuleType] = {"digits": digits, "large": large}
-STAMPS = "FEDPOOL_BENCH_STAMPS"
-"""Environment variable that names the file of the stamps."""
+WORKLOADS: dict[str, ModuleType] = {"digits": digits, "large": large, "sleep": sleeping}
+STAMPS = "BENCH_STAMPS"
+"""Environment variable that names the file of the stamps; not FEDPOOL_..., which `PocEnv` keeps from its sites."""
 
 
 def job_arguments() -> argparse.Namespace:
-    """The arguments that simulation.py gives to an engine."""
+    """The arguments that simulation.py and poc.py give to an engine."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--sites", type=int, required=True)
@@ -25,6 +26,9 @@ def job_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, required=True, help="sites that train at the same time")
     parser.add_argument("--workspace", required=True, help="an empty folder for whatever the engine writes")
     parser.add_argument("--cold-sites", action="store_true", help="keep no site alive between rounds")
+    parser.add_argument(
+        "--look-ahead", type=int, default=2, help="rounds that fedpool announces ahead, in a proof of concept"
+    )
     return parser.parse_args()
 
 

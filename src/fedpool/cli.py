@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -21,7 +21,7 @@ from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.errors import ConfigError, FedpoolError
 from fedpool.recipe import Recipe
 from fedpool.sites.config import SiteConfig
-from fedpool.store import Store, new_job_id
+from fedpool.store import Store, check_name, new_job_id
 from fedpool.tasks.tables import report_rows
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
 StoreUrl = Annotated[
     str | None, Parameter(help="URL of the store; default: that of the proof of concept that is up, else fedpool-runs")
 ]
+SiteName = Annotated[str | None, Parameter(help="name of the site, as recipes know it")]
+SiteFile = Annotated[Path | None, Parameter(help="TOML file with the site's settings")]
+SiteData = Annotated[Path | None, Parameter(help="folder of the site's data: flare.get_config()['data']")]
+SiteGpus = Annotated[str | None, Parameter(help='devices that scripts may use, e.g. "0,1"')]
+SiteFolder = Annotated[Path | None, Parameter(help="the site's own folder, where scripts run")]
 Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 
 
@@ -92,17 +97,15 @@ def down(*, home: Home = DEFAULT_HOME) -> None:
 @site.command
 def start(
     *,
-    name: Annotated[str | None, Parameter(help="name of the site, as recipes know it")] = None,
-    config: Annotated[Path | None, Parameter(help="TOML file with the site's settings")] = None,
+    name: SiteName = None,
+    config: SiteFile = None,
     pool: Annotated[str | None, Parameter(help="work pool to poll; default: the site's name")] = None,
-    data: Annotated[Path | None, Parameter(help="folder of the site's data: flare.get_config()['data']")] = None,
-    gpus: Annotated[str | None, Parameter(help='devices that scripts may use, e.g. "0,1"')] = None,
-    folder: Annotated[Path | None, Parameter(help="the site's own folder, where scripts run")] = None,
+    data: SiteData = None,
+    gpus: SiteGpus = None,
+    folder: SiteFolder = None,
 ) -> None:
     """Start the site's worker; it runs until SIGTERM or Ctrl-C."""
-    settings = SiteConfig.load(config, name=name, pool=pool, gpus=gpus, folder=folder)
-    if data is not None:
-        settings = settings.model_copy(update={"config": {**settings.config, "data": str(data.absolute())}})
+    settings = _site_settings(config, data, name=name, pool=pool, gpus=gpus, folder=folder)
 
     from prefect.utilities.processutils import setup_signal_handlers_worker
 
@@ -114,6 +117,63 @@ def start(
         asyncio.run(worker.start(printer=Console().print))
     except KeyboardInterrupt:  # what the first SIGTERM becomes
         Console().print(f"site {settings.name} has stopped")
+
+
+@site.command
+def run(
+    *,
+    name: SiteName = None,
+    config: SiteFile = None,
+    data: SiteData = None,
+    gpus: SiteGpus = None,
+    folder: SiteFolder = None,
+) -> None:
+    """Do one round: the command of a process, docker or kubernetes pool, whose worker starts it; see `fedpool site template`."""
+    from fedpool.deployments.cold_site import assigned_run, run_assigned
+
+    if not run_assigned(assigned_run(), lambda: _site_settings(config, data, name=name, gpus=gpus, folder=folder)):
+        sys.exit(1)
+
+
+@site.command
+def template(
+    *,
+    kind: Annotated[Literal["process", "docker", "kubernetes"], Parameter(name="--type", help="type of the work pool")],
+    name: Annotated[str, Parameter(help="name of the site, as recipes know it")],
+    image: Annotated[str | None, Parameter(help="image with fedpool and what scripts import")] = None,
+    data: Annotated[
+        str | None,
+        Parameter(help="the site's data, read-only: a folder, for kubernetes a claim; flare.get_config()['data']"),
+    ] = None,
+    config: Annotated[
+        str | None, Parameter(help="the site's TOML file; for kubernetes a secret with the key site.toml")
+    ] = None,
+    env: Annotated[
+        list[str] | None, Parameter(help="NAME=VALUE, can be repeated; no secrets: the server shows the template")
+    ] = None,
+    env_secret: Annotated[str | None, Parameter(help="kubernetes secret with further variables")] = None,
+    memory: Annotated[str | None, Parameter(help='limit, e.g. "4g", for kubernetes "4Gi"')] = None,
+    cpus: Annotated[float | None, Parameter(help="limit, in processors")] = None,
+    namespace: Annotated[str | None, Parameter(help="kubernetes namespace; default: default")] = None,
+    program: Annotated[str, Parameter(help="what runs fedpool there")] = "fedpool",
+) -> None:
+    """Print the base job template of a site's work pool, which leaves nothing for a deployment to change."""
+    from fedpool.deployments.templates import base_job_template, parse_env
+
+    found = base_job_template(
+        kind,
+        name=name,
+        image=image,
+        data=data,
+        config=config,
+        env=parse_env(env or ()),
+        env_secret=env_secret,
+        memory=memory,
+        cpus=cpus,
+        namespace=namespace,
+        program=program,
+    )
+    print(json.dumps(found, indent=2))
 
 
 @site.command
@@ -216,10 +276,17 @@ def stage_(
         sys.path.remove(folder)
     if not isinstance(found, Recipe):
         raise ConfigError(f"{path} has no recipe called {name or 'recipe'!r}: name it as FILE:NAME")
-    found.check_sites(sites)
+    found.check_sites([check_name("site", name) for name in sites])
     job_id = new_job_id(found.name)
     stage(found, job_id, _store(store, home), tuple(sites), template=True)
     print(job_id)
+
+
+def _site_settings(file: Path | None, data: Path | None, **given: Any) -> SiteConfig:
+    settings = SiteConfig.load(file, **given)
+    if data is not None:
+        settings = settings.model_copy(update={"config": {**settings.config, "data": str(data.absolute())}})
+    return settings
 
 
 def _store(url: str | None, home: Path) -> Store:

@@ -1,0 +1,318 @@
+"""The proof of concept: real servers, workers and scripts on this machine, and what becomes of a job when one of them goes."""
+
+import asyncio
+import json
+import runpy
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import temporary_settings
+from pydantic import ValidationError
+
+from fedpool import ConfigError, FedAvgRecipe, JobCancelled, JobFailed, JobStatus, PocEnv, Run, SimEnv
+from fedpool.deployments.jobs import find_run, list_jobs
+from fedpool.store import JobPaths
+from tests.poc import GatedJob, prefect, processes_of, scripts_of, wait_until
+from tests.services import PostgresServer, S3Server
+
+pytestmark = pytest.mark.timeout(600)
+
+SITES = ("site-1", "site-2", "site-3")
+HELLO_PT = Path(__file__).parents[2] / "examples" / "hello-pt"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("poc")
+
+
+@pytest.fixture(scope="module")
+def shared(home: Path, postgres: PostgresServer) -> Iterator[PocEnv]:
+    """A proof of concept with all that it can have; the tests here share it, and some hurt it."""
+    env = PocEnv(num_clients=3, database=postgres.new_database(), s3=True, home=home, progress=False)
+    try:
+        env.up()
+        yield env
+    finally:
+        env.down()
+        assert processes_of(home) == []
+
+
+@pytest.fixture
+def env(shared: PocEnv) -> PocEnv:
+    """The shared one, whole again."""
+    shared.up()
+    return shared
+
+
+@pytest.fixture(scope="module")
+def hello_pt() -> FedAvgRecipe:
+    """The example's model and script, two rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HELLO_PT))
+        network = runpy.run_path(str(HELLO_PT / "model.py"))["SimpleNetwork"]
+        torch.manual_seed(0)
+        return FedAvgRecipe(
+            name="hello-pt",
+            min_clients=3,
+            num_rounds=2,
+            model=network(),
+            train_script=HELLO_PT / "client.py",
+            train_args="--batch_size 32 --epochs 1",
+        )
+
+
+def models_of(run: Run) -> list[bytes]:
+    """The bytes of a job's global models, in the order of the rounds."""
+    paths = JobPaths(run.job_id)
+    return [run._store.read_bytes(paths.global_model(round)) for round in range(run.get_result().num_rounds + 1)]
+
+
+def pid_of(env: PocEnv, name: str) -> int:
+    pid = next(service.pid for service in env.status() if service.name == name)
+    assert pid is not None
+    return pid
+
+
+def kill(pid: int) -> None:
+    """End a process at once, and wait until it is gone."""
+    process = psutil.Process(pid)
+    process.kill()
+    process.wait(10)
+
+
+def flow_run_of(env: PocEnv, job_id: str) -> FlowRun:
+    async def find() -> FlowRun:
+        async with get_client() as client:
+            return await find_run(client, job_id)
+
+    with temporary_settings(env.settings()):
+        return asyncio.run(find())
+
+
+def test_hello_pt_gives_the_same_bytes_as_in_simulation(
+    env: PocEnv, hello_pt: FedAvgRecipe, prefect_api: str, tmp_path: Path
+) -> None:
+    remote = hello_pt.execute(env=env)
+    assert remote.get_result().metrics[-1]["accuracy"] > 0.5
+    local = hello_pt.execute(env=SimEnv(num_clients=3, workspace=tmp_path, progress=False))
+    assert len(models_of(local)) == 3
+    assert models_of(remote) == models_of(local)
+
+
+def test_up_again_changes_nothing(env: PocEnv) -> None:
+    before = env.status()
+    assert {service.name for service in before} == {"server", "s3", "coordinator", *SITES}
+    assert all(service.healthy for service in before)
+    env.up()
+    assert env.status() == before
+
+
+def test_a_killed_site_shows_as_not_running_and_up_heals_it(env: PocEnv) -> None:
+    killed = pid_of(env, "site-2")
+    kill(killed)
+    shown = {service.name: service for service in env.status()}
+    assert shown["site-2"].pid is None and not shown["site-2"].healthy
+    assert all(service.healthy for name, service in shown.items() if name != "site-2")
+    env.up()
+    healed = {service.name: service for service in env.status()}
+    assert healed["site-2"].healthy and healed["site-2"].pid != killed
+    assert all(healed[name] == shown[name] for name in shown if name != "site-2")
+
+
+def test_settings_other_than_those_that_are_up_are_refused(env: PocEnv, home: Path) -> None:
+    before = env.status()
+    for other in ({"database": "sqlite+aiosqlite:////tmp/other.db"}, {"store": "/tmp/other"}):
+        (name,) = other
+        with pytest.raises(ConfigError, match=f"a proof of concept with {name}=.*is up in .*fedpool poc down"):
+            PocEnv(num_clients=3, home=home, **other).up()  # type: ignore[arg-type]
+    assert env.status() == before
+
+
+def test_the_logs_say_what_the_processes_print_and_hold_no_keys(env: PocEnv, home: Path) -> None:
+    assert "Worker 'site-1' started" in env.log("site-1").read_text()
+    with pytest.raises(ConfigError, match="no process 'site-9': there are coordinator, s3, server, site-1"):
+        env.log("site-9")
+    state = json.loads((home / "poc.json").read_text())
+    assert (home / "poc.json").stat().st_mode & 0o077 == 0
+    secret = state["storage_options"]["secret"]
+    assert all(secret not in service.log.read_text() for service in env.status())
+    assert not any(secret in word for process in processes_of(home) for word in process.cmdline())
+
+
+def test_a_site_whose_worker_is_killed_costs_the_job_no_more_than_the_site(env: PocEnv, tmp_path: Path) -> None:
+    # Two jobs at once: one can do without the site, one cannot.
+    first, second = (GatedJob(tmp_path / str(n), SITES, min_clients=n, name=f"needs-{n}") for n in (2, 3))
+    with first.started(env) as needs_two, second.started(env) as needs_three:
+        first.wait_until_held(needs_two)
+        second.wait_until_held(needs_three)
+        assert len(scripts_of(env.home / "sites" / "site-2")) >= 2
+        kill(pid_of(env, "site-2"))
+        wait_until(lambda: not scripts_of(env.home / "sites" / "site-2"), timeout_s=30)
+        first.release()
+        second.release()
+        result = needs_two.get_result(240)
+        assert [len(record["accepted"]) for record in result.rounds] == [3, 2, 2]
+        (failed,) = result.rounds[1]["failed"]
+        assert failed["site"] == "site-2" and "no worker of work pool site-2 is online" in failed["cause"]
+        with pytest.raises(JobFailed, match=r"(?s)round 1.*site-2.*no worker of work pool site-2 is online"):
+            needs_three.get_result(240)
+
+
+def test_a_site_whose_worker_comes_back_says_that_it_lost_its_work(env: PocEnv, tmp_path: Path) -> None:
+    job = GatedJob(tmp_path, SITES, min_clients=2)
+    with job.started(env) as run:
+        job.wait_until_held(run)
+        kill(pid_of(env, "site-3"))
+        env.up()
+        job.release()
+        result = run.get_result(240)
+    (failed,) = result.rounds[1]["failed"]
+    assert failed["site"] == "site-3" and "the worker of site-3 was lost while it did its part" in failed["cause"]
+
+
+def test_a_job_survives_a_restart_of_the_api_server(env: PocEnv, tmp_path: Path) -> None:
+    job = GatedJob(tmp_path, SITES)
+    with job.started(env) as run:
+        job.wait_until_held(run)
+        kill(pid_of(env, "server"))
+        env.up()
+        job.release()
+        result = run.get_result(300)
+    assert result.num_rounds == 3 and float(result.params["w"][0]) == 3
+
+
+@pytest.mark.parametrize("by", ["abort", "prefect flow-run cancel"])
+def test_a_cancelled_job_is_gone_in_seconds_and_the_sites_take_the_next_one(
+    by: str, env: PocEnv, tmp_path: Path
+) -> None:
+    workers = {service.name: service.pid for service in env.status()}
+    job = GatedJob(tmp_path / "first", SITES)
+    with job.started(env) as run:
+        job.wait_until_held(run)
+        if by == "abort":
+            run.abort()
+        else:
+            done = prefect(env.api_url, tmp_path, "flow-run", "cancel", str(flow_run_of(env, run.job_id).id))
+            assert done.returncode == 0, done.stdout
+        began = time.monotonic()
+        wait_until(lambda: not scripts_of(env.home), timeout_s=30)
+        assert run.wait(30)
+        assert time.monotonic() - began < 30  # under 10 on an idle machine
+        assert run.get_status() is JobStatus.CANCELLED
+        with pytest.raises(JobCancelled, match="cancelled after 1 rounds"):
+            run.get_result()
+        state = flow_run_of(env, run.job_id).state
+        assert state is not None and state.name == "Cancelled"
+    assert {service.name: service.pid for service in env.status()} == workers
+    following = GatedJob(tmp_path / "second", SITES, hold=-1, num_rounds=1)
+    assert following.recipe.execute(env=env).get_result().num_rounds == 1
+
+
+class TestADeployment:
+    """A recipe that was deployed, run by the stock command and by a schedule."""
+
+    @pytest.fixture(scope="class")
+    def deployed(self, shared: PocEnv, tmp_path_factory: pytest.TempPathFactory) -> str:
+        shared.up()
+        job = GatedJob(tmp_path_factory.mktemp("deployed"), SITES, hold=-1, name="adder", num_rounds=1)
+        return job.recipe.deploy(env=shared, warm_start=True)
+
+    def jobs(self, env: PocEnv) -> list[str]:
+        """Ids of the deployment's jobs, the oldest first."""
+        return [job.job_id for job in list_jobs(env.open_store()) if job.job_id.startswith("adder")][::-1]
+
+    def test_runs_by_the_stock_command_and_each_job_starts_from_the_last_ones_model(
+        self, deployed: str, env: PocEnv, tmp_path: Path
+    ) -> None:
+        assert deployed == "federated-job/adder"
+        for rounds in (2, 1):
+            done = prefect(
+                env.api_url, tmp_path, "deployment", "run", deployed, "-p", f"num_rounds={rounds}", "--watch"
+            )
+            assert done.returncode == 0, done.stdout
+        store = env.open_store()
+        first, second = (JobPaths(job_id) for job_id in self.jobs(env))
+        assert not store.exists(first.global_model(3)) and not store.exists(second.global_model(2))
+        final = store.read_bytes(first.global_model(2))
+        assert final != store.read_bytes(first.global_model(0))
+        assert store.read_bytes(second.global_model(0)) == final
+
+    def test_refuses_parameters_out_of_bounds_with_the_reason(self, deployed: str, env: PocEnv, tmp_path: Path) -> None:
+        before = self.jobs(env)
+        done = prefect(env.api_url, tmp_path, "deployment", "run", deployed, "-p", "num_rounds=0")
+        assert done.returncode != 0
+        assert "num_rounds" in done.stdout and "minimum" in done.stdout, done.stdout
+        assert self.jobs(env) == before
+
+    def test_runs_by_its_schedule(self, env: PocEnv, tmp_path: Path) -> None:
+        job = GatedJob(tmp_path, SITES, hold=-1, name="hourly", num_rounds=1)
+        env.deploy(job.recipe, schedule=timedelta(seconds=20))
+        store = env.open_store()
+
+        def completed() -> bool:
+            return any(j.job_id.startswith("hourly") and j.status is JobStatus.COMPLETED for j in list_jobs(store))
+
+        try:
+            wait_until(completed, timeout_s=150)
+        finally:
+            done = prefect(env.api_url, tmp_path, "deployment", "delete", "federated-job/hourly")
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_job_survives_a_store_that_is_cut_off_for_20_seconds(s3_server: S3Server, tmp_path: Path) -> None:
+    env = PocEnv(clients=("a", "b"), store=f"{s3_server.url}/jobs", home=tmp_path / "poc", progress=False)
+    try:
+        env.up()
+        job = GatedJob(tmp_path / "job", env.names, num_rounds=2)
+        with job.started(env) as run:
+            job.wait_until_held(run)
+            s3_server.stop()
+            job.release()  # the sites have updates to write, and nowhere to
+            assert not run.wait(20)
+            s3_server.start()
+            assert float(run.get_result(200).params["w"][0]) == 2
+    finally:
+        s3_server.start()
+        env.down()
+    assert processes_of(env.home) == []
+
+
+def test_down_leaves_no_process_and_the_results_stay(tmp_path: Path) -> None:
+    env = PocEnv(clients=("a",), home=tmp_path / "poc", progress=False)
+    assert env.status() == []
+    try:
+        job = GatedJob(tmp_path / "job", env.names, hold=-1, num_rounds=1)
+        run = job.recipe.execute(env=env)  # brings it up
+        assert len(processes_of(env.home)) >= 3
+    finally:
+        env.down()
+    assert processes_of(env.home) == [] and env.status() == []
+    assert float(run.get_result().params["w"][0]) == 1
+    with pytest.raises(ConfigError, match="no proof of concept is up"):
+        _ = env.api_url
+    env.down()  # harmless
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_clients": 0}, "greater than or equal to 1"),
+        ({"clients": ["../etc"]}, "cannot be part of a path"),
+        ({"clients": ["a", "a"]}, "different names"),
+        ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
+        ({"s3": True, "store": "/tmp/store"}, "give one of the two"),
+        ({"num_client": 2}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_environment_is_refused_when_it_is_built(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PocEnv(**fields)

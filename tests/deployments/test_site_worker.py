@@ -1,0 +1,379 @@
+"""The site's worker: what it does when it is asked in order, and that nothing else of what it is handed is ever run."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun, State
+from safetensors.numpy import load
+
+from fedpool import FedAvgRecipe, Store
+from fedpool.deployments.site_worker import register_site
+from fedpool.flows.job import stage
+from fedpool.flows.site_round import site_round
+from fedpool.manifest import SiteAssignment
+from fedpool.store import JobPaths, new_job_id
+from tests.poc import processes_of, scripts_of, wait_until
+
+pytestmark = pytest.mark.timeout(600)
+
+# Sends its process id; says that it trains, and goes on when it may.
+SCRIPT = """
+    import os, pathlib, sys, threading
+    import numpy as np
+    import fedpool.client as flare
+
+    flare.init()
+    folder = pathlib.Path(sys.argv[1])
+    while flare.is_running():
+        model = flare.receive()
+        (folder / "training").touch()
+        while not (folder / "go").exists():
+            threading.Event().wait(0.05)
+        flare.send(flare.FLModel(params={"w": np.full(1, os.getpid(), np.float32)}))
+    (folder / "ended").touch()
+"""
+
+
+class Job:
+    """A staged job whose coordinator is the test: it asks a site for rounds, and reads what came of them from the store.
+
+    Args:
+        folder: of store, script and gate.
+        site: the only one.
+        gated: hold in training until `release()`.
+    """
+
+    def __init__(self, folder: Path, site: str, *, gated: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        script = folder / "client.py"
+        script.write_text(textwrap.dedent(SCRIPT))
+        self.folder = folder
+        self.site = site
+        self.store = Store(folder / "store")
+        self.paths = JobPaths(new_job_id("asked"))
+        self.recipe = FedAvgRecipe(
+            name="asked",
+            min_clients=1,
+            num_rounds=9,
+            model={"w": np.zeros(1, np.float32)},
+            train_script=script,
+            train_args=[str(folder)],
+        )
+        stage(self.recipe, self.paths.job_id, self.store, (site,))
+        if not gated:
+            self.release()
+
+    def release(self) -> None:
+        (self.folder / "go").touch()
+
+    def wait_until_training(self) -> None:
+        wait_until((self.folder / "training").exists)
+
+    def ask(self, round: int = 0, deployment: str | None = None) -> FlowRun:
+        """Write the assignment of a round, and create its run, of the site's own deployment or of another."""
+        model = self.recipe.model.digest
+        if round > 0:  # every round starts from the same model
+            self.store.write_bytes(self.paths.global_model(round), self.store.read_bytes(self.paths.global_model(0)))
+        assignment = SiteAssignment(
+            site=self.site, round=round, task="train", base_sha256=model.sha256, base_size=model.size, timeout_s=None
+        )
+        self.store.write_json(self.paths.assignment(round, self.site), assignment.model_dump(mode="json"))
+        parameters = {"job_id": self.paths.job_id, "site": self.site, "round": round, "store": self.store.url}
+        return run_deployment(deployment or f"site-round/{self.site}", parameters)
+
+    def pid(self, round: int = 0) -> float:
+        """What the script sent."""
+        return float(load(self.store.read_bytes(self.paths.update(round, self.site)))["w"][0])
+
+    def end(self) -> None:
+        """End the job, as its coordinator does."""
+        self.store.write_json(self.paths.result, {"status": "COMPLETED"})
+
+
+def run_deployment(name: str, parameters: dict[str, Any], **settings: Any) -> FlowRun:
+    async def create() -> FlowRun:
+        async with get_client() as client:
+            deployment = await client.read_deployment_by_name(name)
+            run: FlowRun = await client.create_flow_run_from_deployment(
+                deployment.id, parameters=parameters, **settings
+            )
+            return run
+
+    return asyncio.run(create())
+
+
+def state_of(run: FlowRun) -> State[Any]:
+    async def read() -> State[Any]:
+        async with get_client() as client:
+            state = (await client.read_flow_run(run.id)).state
+            assert state is not None
+            return state
+
+    return asyncio.run(read())
+
+
+def final_state(run: FlowRun, timeout_s: float = 120) -> State[Any]:
+    """How a run ends."""
+    wait_until(lambda: state_of(run).is_final(), timeout_s=timeout_s)
+    return state_of(run)
+
+
+class Worker:
+    """A worker's process.
+
+    Args:
+        command: after `python -m`.
+        folder: it runs here, and prints to the file `log` there.
+    """
+
+    def __init__(self, api_url: str, folder: Path, *command: str, **variables: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._log = folder / "log"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "FEDPOOL_"))}
+        environment |= {
+            "PREFECT_API_URL": api_url,
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_HEARTBEAT_SECONDS": "3",
+        }
+        with self._log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=folder,
+                env=environment | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_until_started(self) -> "Worker":
+        wait_until(lambda: "started!" in self.log, over=lambda: self.process.poll() is not None)
+        return self
+
+    def end(self) -> None:
+        """SIGTERM, and what then is left is killed: that is for the tests to look at before."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for process in processes_of(self.folder):
+            process.kill()
+
+
+@pytest.fixture
+def site_worker(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Starts `fedpool site start --name NAME`, or another command, which it ends after the test."""
+    workers = []
+
+    def start(name: str, *command: str, **variables: str) -> Worker:
+        folder = tmp_path / "sites" / name
+        own = ("fedpool.cli", "site", "start", "--name", name, "--folder", str(folder))
+        worker = Worker(prefect_api, folder, *(command or own), **variables)
+        workers.append(worker)
+        return worker.wait_until_started()
+
+    yield start
+    for worker in workers:
+        worker.end()
+
+
+@pytest.fixture(scope="module")
+def hospital(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """A site's worker that the tests which do it no harm share."""
+    folder = tmp_path_factory.mktemp("hospital")
+    worker = Worker(prefect_api, folder, "fedpool.cli", "site", "start", "--name", "hospital", "--folder", str(folder))
+    try:
+        yield worker.wait_until_started()
+        assert worker.process.poll() is None  # whatever it was handed, it has survived
+    finally:
+        worker.end()
+
+
+def test_the_script_stays_warm_between_rounds_and_ends_with_the_job(hospital: Worker, tmp_path: Path) -> None:
+    job = Job(tmp_path, "hospital")
+    for round in (0, 1):
+        state = final_state(job.ask(round))
+        assert state.name == "Completed" and state.message == f"hospital has done its part of round {round}"
+    assert job.pid(0) == job.pid(1)
+    assert scripts_of(tmp_path) != []
+    job.end()
+    wait_until((tmp_path / "ended").exists, timeout_s=30)
+    wait_until(lambda: not scripts_of(tmp_path), timeout_s=30)
+
+
+@flow(name="wanted-by-someone")
+def other_flow() -> None:
+    """Never runs."""
+
+
+def deploy_evil(of: Any, name: str, folder: Path, canary: Path) -> UUID:
+    """A deployment in the hospital's pool all of whose code touches a file as soon as it runs."""
+    touch = f"open({str(canary)!r}, 'a').close()"
+    (folder / "evil.py").write_text(f"{touch}\nfrom prefect import flow\n\n@flow\ndef evil(**_):\n    {touch}\n")
+    (folder / "sitecustomize.py").write_text(touch)
+
+    async def create() -> UUID:
+        async with get_client() as client:
+            deployment: UUID = await client.create_deployment(
+                flow_id=await client.create_flow(of),
+                name=name,
+                work_pool_name="hospital",
+                entrypoint=f"{folder / 'evil.py'}:evil",
+                path=str(folder),
+                pull_steps=[
+                    {"prefect.deployments.steps.run_shell_script": {"script": f"touch {canary}"}},
+                    {"prefect.deployments.steps.set_working_directory": {"directory": str(folder)}},
+                ],
+                job_variables={
+                    "command": f"touch {canary}",
+                    "env": {"PYTHONPATH": str(folder), "BASH_ENV": str(folder / "evil.py")},
+                },
+            )
+            return deployment
+
+    return asyncio.run(create())
+
+
+def test_a_run_of_another_flow_is_refused_and_none_of_its_code_runs(hospital: Worker, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    deploy_evil(other_flow, "evil", tmp_path, canary)
+    variables = {"command": f"touch {canary}", "env": {"PYTHONPATH": str(tmp_path)}}
+    state = final_state(run_deployment("wanted-by-someone/evil", {}, job_variables=variables))
+    assert state.is_crashed()
+    assert "this site runs site-round and nothing else: the run of 'wanted-by-someone' was refused" in str(
+        state.message
+    )
+    assert not canary.exists()
+
+
+def test_a_deployment_that_calls_itself_site_round_brings_no_code_of_its_own(hospital: Worker, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    deploy_evil(site_round, "evil", tmp_path, canary)
+    without = final_state(run_deployment("site-round/evil", {}))
+    assert without.is_failed() and "job_id" in str(without.message)
+    elsewhere = final_state(
+        run_deployment("site-round/evil", {"job_id": "a", "site": "clinic", "round": 0, "store": str(tmp_path)})
+    )
+    assert elsewhere.is_failed()
+    assert "clinic, round 0: this is hospital: the run was sent to the wrong work pool" in str(elsewhere.message)
+    upwards = final_state(
+        run_deployment("site-round/evil", {"job_id": "../a", "site": "hospital", "round": 0, "store": str(tmp_path)})
+    )
+    assert upwards.is_failed() and "'../a' cannot be part of a path" in str(upwards.message)
+    # Asked in order, it is the site's own site_round that runs, whatever the deployment says.
+    job = Job(tmp_path / "job", "hospital")
+    assert final_state(job.ask(deployment="site-round/evil")).is_completed()
+    assert not canary.exists()
+    job.end()
+
+
+def test_a_bundle_that_is_not_what_its_name_says_is_refused(hospital: Worker, tmp_path: Path) -> None:
+    job = Job(tmp_path, "hospital")
+    (bundle,) = Path(job.store.full(job.paths.job_id)).glob("bundle-*.zip")
+    bundle.write_bytes(bundle.read_bytes() + b" ")
+    state = final_state(job.ask())
+    assert state.is_failed() and "hospital, round 0: its part of the store failed" in str(state.message)
+    assert not (tmp_path / "training").exists()
+    job.end()
+
+
+def test_a_cancelled_run_ends_its_script_in_seconds(hospital: Worker, tmp_path: Path) -> None:
+    job = Job(tmp_path, "hospital", gated=True)
+    run = job.ask()
+    job.wait_until_training()
+
+    async def cancel() -> None:
+        async with get_client() as client:
+            await client.set_flow_run_state(run.id, State.model_validate({"type": "CANCELLING"}))
+
+    asyncio.run(cancel())
+    wait_until(lambda: not scripts_of(tmp_path), timeout_s=30)
+    assert final_state(run, 30).name == "Cancelled"
+    job.end()
+
+
+def test_sigterm_in_mid_training_ends_worker_and_script_and_hands_the_run_back(
+    site_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker = site_worker("leaves")
+    job = Job(tmp_path / "job", "leaves", gated=True)
+    run = job.ask()
+    job.wait_until_training()
+    worker.process.terminate()
+    worker.process.wait(30)
+    assert worker.process.returncode == 0 and "KeyboardInterrupt" not in worker.log
+    assert processes_of(worker.folder) == [] and scripts_of(tmp_path) == []
+    state = state_of(run)
+    assert state.is_crashed() and state.message == "the site was stopped before it had done its part"
+    assert not list(worker.folder.glob(".fedpool-*"))
+
+
+def test_a_run_that_a_killed_worker_left_behind_crashes_when_the_worker_comes_back(
+    site_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker = site_worker("returns")
+    job = Job(tmp_path / "job", "returns", gated=True)
+    run = job.ask()
+    job.wait_until_training()
+    worker.process.kill()
+    worker.process.wait()
+    wait_until(lambda: not scripts_of(tmp_path), timeout_s=30)  # by its guard, not by the worker
+    assert state_of(run).is_running()
+    site_worker("returns")
+    state = final_state(run, 60)
+    assert state.is_crashed() and state.message == "the worker of returns was lost while it did its part"
+    job.release()
+    assert final_state(job.ask(1)).is_completed()  # and the next round is done as ever
+    job.end()
+
+
+def test_prefects_own_command_starts_a_site_worker_too(site_worker: Callable[..., Worker], tmp_path: Path) -> None:
+    worker = site_worker(
+        "stock", "prefect", "worker", "start", "--type", "fedpool-site", "--pool", "stock",
+        FEDPOOL_SITE_FOLDER=str(tmp_path / "folder"), FEDPOOL_SITE_CONFIG='{"data": "here"}',
+    )  # fmt: skip
+    job = Job(tmp_path / "job", "stock")
+    assert final_state(job.ask()).is_completed()
+    job.end()
+    worker.process.terminate()
+    worker.process.wait(30)
+    assert processes_of(tmp_path / "folder") == [] and not list((tmp_path / "folder").glob(".fedpool-*"))
+
+
+def test_site_round_runs_cold_in_a_stock_process_pool(site_worker: Callable[..., Worker], tmp_path: Path) -> None:
+    async def register() -> None:
+        async with get_client() as client:
+            await client.create_work_pool(WorkPoolCreate(name="any-processes", type="process"))
+            await register_site(client, "cold", "any-processes")
+
+    asyncio.run(register())
+    site_worker(
+        "cold", "prefect", "worker", "start", "--type", "process", "--pool", "any-processes",
+        FEDPOOL_SITE_FOLDER=str(tmp_path / "folder"),
+    )  # fmt: skip
+    job = Job(tmp_path / "job", "cold")
+    state = final_state(job.ask())
+    assert state.is_completed(), state
+    assert job.pid() > 0
+    assert scripts_of(tmp_path) == [] and not list((tmp_path / "folder").glob(".fedpool-*"))

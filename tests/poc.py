@@ -1,0 +1,135 @@
+"""What the tests of sites behind work pools share: jobs that wait for a file, the stock Prefect command, processes by home."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from fedpool import FedAvgRecipe, JobStatus, Run
+from fedpool.recipe import Environment
+
+# Adds 1 to what it receives. In the round `hold` it says that it trains, and goes on when there is a file `go`.
+GATED = """
+    import pathlib, threading
+    import fedpool.client as flare
+
+    flare.init()
+    config = flare.get_config()
+    folder, hold = pathlib.Path(config["folder"]), config["hold"]
+    while flare.is_running():
+        model = flare.receive()
+        if model.current_round == hold:
+            print("training in round", hold)
+            (folder / f"training-{flare.get_site_name()}").touch()
+            while not (folder / "go").exists():
+                threading.Event().wait(0.05)
+        flare.send(flare.FLModel(params={name: value + 1 for name, value in model.params.items()}))
+"""
+
+
+class GatedJob:
+    """A recipe whose sites hold in one round until they are told to go on.
+
+    Args:
+        folder: the test's own.
+        sites: names of the sites.
+        hold: the round.
+        fields: of the recipe.
+    """
+
+    def __init__(self, folder: Path, sites: tuple[str, ...], *, hold: int = 1, **fields: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        script = folder / "client.py"
+        script.write_text(textwrap.dedent(GATED))
+        self._folder = folder
+        self._sites = sites
+        config: dict[str, Any] = {"folder": str(folder), "hold": hold}
+        defaults: dict[str, Any] = {"name": "gated", "min_clients": len(sites), "num_rounds": 3}
+        self.recipe = FedAvgRecipe(
+            **defaults
+            | {
+                "model": {"w": np.zeros(3, np.float32)},
+                "train_script": script,
+                "per_site_config": dict.fromkeys(sites, config),
+            }
+            | fields
+        )
+
+    @contextmanager
+    def started(self, env: Environment) -> Iterator[Run]:
+        """Run it, and see to it that it has ended."""
+        run: Run = self.recipe.execute(env=env, wait=False)
+        try:
+            yield run
+        finally:
+            run.abort()
+            assert run.wait(120)
+
+    def wait_until_held(self, run: Run) -> None:
+        """Block until every site holds."""
+        held = [self._folder / f"training-{site}" for site in self._sites]
+        wait_until(lambda: all(path.exists() for path in held), over=lambda: run.get_status() is not JobStatus.RUNNING)
+
+    def release(self) -> None:
+        """Let the sites go on."""
+        (self._folder / "go").touch()
+
+
+def wait_until(condition: Callable[[], object], *, timeout_s: float = 120, over: Callable[[], object] = bool) -> float:
+    """Block until a condition holds; returns the seconds that it took, and fails when it takes too long or is in vain."""
+    began = time.monotonic()
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, f"did not come in {timeout_s:g} s"
+        assert not over(), "it ended before that"
+        pause.wait(0.05)
+    return time.monotonic() - began
+
+
+def prefect(api_url: str, home: Path, *arguments: str, timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":
+    """Run the stock Prefect command."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments],
+        env=environment
+        | {"PREFECT_API_URL": api_url, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "COLUMNS": "400"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Every process that has the folder in its command line or in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), *process.environ().values()]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if process.pid != os.getpid() and any(str(folder) in word for word in words):
+            found.append(process)
+    return found
+
+
+def scripts_of(folder: Path) -> list[psutil.Process]:
+    """The client scripts among those processes, and their guards."""
+    found = []
+    for process in processes_of(folder):
+        try:
+            if any(word in ("fedpool.sites.script", "fedpool.sites.process") for word in process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found

@@ -1,0 +1,100 @@
+"""A site's settings: from a TOML file, the environment, or both, and said clearly when they do not fit."""
+
+from pathlib import Path
+
+import pytest
+
+from fedpool import ConfigError
+from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
+
+
+@pytest.fixture(autouse=True)
+def no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder and an environment that say nothing of a site."""
+    for name in ("NAME", "POOL", "FOLDER", "CONFIG", "GPUS", "COMMAND", "STORE", "CONFIG_FILE"):
+        monkeypatch.delenv(f"FEDPOOL_SITE_{name}", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "site.toml"
+    path.write_text(
+        """
+        name = "hospital"
+        gpus = "0,1"
+        command = "torchrun --nproc-per-node 2"
+        max_wait_s = 60
+        [config]
+        data = "/data/scans"
+        sizes = [1, 2]
+        """
+    )
+    return path
+
+
+def test_a_name_is_enough() -> None:
+    settings = SiteConfig.load(name="hospital")
+    assert settings.pool_name == settings.name == "hospital"
+    assert settings.command == "python" and settings.config == {} and settings.store is None
+
+
+def test_a_toml_file_gives_every_field(file: Path) -> None:
+    settings = SiteConfig.load(file)
+    assert (settings.name, settings.gpus, settings.max_wait_s) == ("hospital", "0,1", 60)
+    assert settings.command == "torchrun --nproc-per-node 2"
+    assert settings.config == {"data": "/data/scans", "sizes": [1, 2]}
+
+
+def test_the_environment_gives_every_field_values_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "NAME": "clinic", "FOLDER": "/srv/clinic", "CONFIG": '{"data": "/d", "n": 3}', "IDLE_TIMEOUT_S": "5",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"FEDPOOL_SITE_{name}", value)
+    settings = SiteConfig.load()
+    assert (settings.name, settings.folder, settings.idle_timeout_s) == ("clinic", Path("/srv/clinic"), 5)
+    assert settings.config == {"data": "/d", "n": 3}
+
+
+def test_what_is_given_beats_the_environment_which_beats_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDPOOL_SITE_GPUS", "2")
+    monkeypatch.setenv("FEDPOOL_SITE_POOL", "ward")
+    settings = SiteConfig.load(file, pool="given", name=None)
+    assert (settings.name, settings.gpus, settings.pool_name) == ("hospital", "2", "given")
+
+
+def test_the_file_can_be_named_by_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, str(file))
+    assert SiteConfig.load().name == "hospital"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "cannot be read: Invalid value"),
+        ("gpus = '0'", "name: Field required"),
+        ("name = '../x'", r"name: .*'../x' cannot be part of a path"),
+        ("name = 'a'\nmax_wait_s = 0", r"max_wait_s: Input should be greater than 0 \(got 0\)"),
+        ("name = 'a'\ncommand = ''", 'command is empty: write "python"'),
+        ("name = 'a'\ncommand = 'torchrun \"'", "cannot be split into words .*balance its quotes"),
+        ("name = 'a'\nnmae = 'b'", "nmae: Extra inputs are not permitted"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_with_field_value_and_remedy(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        SiteConfig.load(path)
+
+
+def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"'nowhere.toml' is not a file .looked in {tmp_path}"):
+        SiteConfig.load(Path("nowhere.toml"))
+
+
+def test_a_variable_that_is_not_json_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDPOOL_SITE_CONFIG", "{data: here}")
+    with pytest.raises(ConfigError, match='cannot be read: error parsing value for field "config"'):
+        SiteConfig.load(name="a")
