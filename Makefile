@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo poc-demo test test-slow examples lint format docs wheel bench bench-peers oracle clean
+.PHONY: demo poc-demo test test-slow examples lint format docs wheel bench bench-poc bench-peers oracle clean
 
 demo: $(READY)  ## hello-pt in simulation: three sites on scikit-learn's digits
 	$(RUN)/python examples/hello-pt/job.py
@@ -43,6 +43,9 @@ wheel: $(READY)  ## build the wheel and run a job from it in a clean environment
 
 bench: $(READY)  ## the README's figures: a bare loop and fedpool side by side
 	$(RUN)/python benchmarks/simulation.py
+
+bench-poc: $(READY)  ## overhead of a round in a proof of concept, with look-ahead and without (some 10 minutes)
+	$(RUN)/python benchmarks/poc.py
 
 bench-peers: .venvs/nvflare/.ready .venvs/flower/.ready  ## NVFlare and Flower, for benchmarks/simulation.py --peers
 

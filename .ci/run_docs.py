@@ -21,6 +21,7 @@ RAN_ELSEWHERE = {
     "make wheel": "a step of .ci/run",
     "make examples": "a step of .ci/run",
     "make bench": "minutes long; run by hand before figures are quoted",
+    "make bench-poc": "ten minutes; run by hand before figures are quoted",
     "make bench-peers": "minutes long, and installs other frameworks; run by hand before figures are quoted",
     "make oracle": "ten minutes; its output is docs/fidelity.md",
     "make test-slow": "minutes long",

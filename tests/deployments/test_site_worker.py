@@ -1,9 +1,6 @@
 """The site's worker: what it does when it is asked in order, and that nothing else of what it is handed is ever run."""
 
 import asyncio
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +21,7 @@ from fedpool.flows.job import stage
 from fedpool.flows.site_round import site_round
 from fedpool.manifest import SiteAssignment
 from fedpool.store import JobPaths, new_job_id
-from tests.poc import processes_of, scripts_of, wait_until
+from tests.poc import Worker, processes_of, scripts_of, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -128,57 +125,6 @@ def final_state(run: FlowRun, timeout_s: float = 120) -> State[Any]:
     """How a run ends."""
     wait_until(lambda: state_of(run).is_final(), timeout_s=timeout_s)
     return state_of(run)
-
-
-class Worker:
-    """A worker's process.
-
-    Args:
-        command: after `python -m`.
-        folder: it runs here, and prints to the file `log` there.
-    """
-
-    def __init__(self, api_url: str, folder: Path, *command: str, **variables: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._log = folder / "log"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "FEDPOOL_"))}
-        environment |= {
-            "PREFECT_API_URL": api_url,
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_WORKER_HEARTBEAT_SECONDS": "3",
-        }
-        with self._log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                cwd=folder,
-                env=environment | variables,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def wait_until_started(self) -> "Worker":
-        wait_until(lambda: "started!" in self.log, over=lambda: self.process.poll() is not None)
-        return self
-
-    def end(self) -> None:
-        """SIGTERM, and what then is left is killed: that is for the tests to look at before."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        for process in processes_of(self.folder):
-            process.kill()
 
 
 @pytest.fixture
