@@ -6,6 +6,7 @@ which the first site receives two successive rounds; its overhead is that time l
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ ENGINES = {
 
 def main() -> None:
     """Run every engine with every number of sites, print the table, and exit with 1 if one failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through the clean-up: engines have daemons
     arguments = _arguments()
     pythons = _pythons(arguments.engines, arguments.peer_venvs)
     results: dict[Case, dict[str, list[Sample]]] = {}

@@ -191,6 +191,7 @@ def test_a_short_cut_of_s3_is_one_that_the_store_does_not_notice(store: Store, s
     assert store.read_json("job/job.json") == {"a": 1}
 
 
+@pytest.mark.slow
 def test_chromium_opens_a_page_through_playwright() -> None:
     program = find_chromium()
     if program is None:

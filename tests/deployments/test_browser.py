@@ -56,6 +56,9 @@ BARS_ARE_DRAWN = """
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
     """A proof of concept of this module's own."""

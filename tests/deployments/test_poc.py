@@ -23,7 +23,7 @@ from fedpool.store import JobPaths
 from tests.poc import GatedJob, prefect, processes_of, scripts_of, wait_until
 from tests.services import PostgresServer, S3Server
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SITES = ("site-1", "site-2", "site-3")
 HELLO_PT = Path(__file__).parents[2] / "examples" / "hello-pt"
@@ -133,7 +133,7 @@ def test_settings_other_than_those_that_are_up_are_refused(env: PocEnv, home: Pa
     for other in ({"database": "sqlite+aiosqlite:////tmp/other.db"}, {"store": "/tmp/other"}):
         (name,) = other
         with pytest.raises(ConfigError, match=f"a proof of concept with {name}=.*is up in .*fedpool poc down"):
-            PocEnv(num_clients=3, home=home, **other).up()  # type: ignore[arg-type]
+            PocEnv(num_clients=3, home=home, **other).up()
     assert env.status() == before
 
 
@@ -217,55 +217,55 @@ def test_a_cancelled_job_is_gone_in_seconds_and_the_sites_take_the_next_one(
     assert following.recipe.execute(env=env).get_result().num_rounds == 1
 
 
-class TestADeployment:
-    """A recipe that was deployed, run by the stock command and by a schedule."""
+@pytest.fixture(scope="module")
+def adder(shared: PocEnv, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a deployment whose jobs start from the last one's model."""
+    shared.up()
+    job = GatedJob(tmp_path_factory.mktemp("deployed"), SITES, hold=-1, name="adder", num_rounds=1)
+    return job.recipe.deploy(env=shared, warm_start=True)
 
-    @pytest.fixture(scope="class")
-    def deployed(self, shared: PocEnv, tmp_path_factory: pytest.TempPathFactory) -> str:
-        shared.up()
-        job = GatedJob(tmp_path_factory.mktemp("deployed"), SITES, hold=-1, name="adder", num_rounds=1)
-        return job.recipe.deploy(env=shared, warm_start=True)
 
-    def jobs(self, env: PocEnv) -> list[str]:
-        """Ids of the deployment's jobs, the oldest first."""
-        return [job.job_id for job in list_jobs(env.open_store()) if job.job_id.startswith("adder")][::-1]
+def jobs_of_adder(env: PocEnv) -> list[str]:
+    """Ids of the deployment's jobs, the oldest first."""
+    return [job.job_id for job in list_jobs(env.open_store()) if job.job_id.startswith("adder")][::-1]
 
-    def test_runs_by_the_stock_command_and_each_job_starts_from_the_last_ones_model(
-        self, deployed: str, env: PocEnv, tmp_path: Path
-    ) -> None:
-        assert deployed == "federated-job/adder"
-        for rounds in (2, 1):
-            done = prefect(
-                env.api_url, tmp_path, "deployment", "run", deployed, "-p", f"num_rounds={rounds}", "--watch"
-            )
-            assert done.returncode == 0, done.stdout
-        store = env.open_store()
-        first, second = (JobPaths(job_id) for job_id in self.jobs(env))
-        assert not store.exists(first.global_model(3)) and not store.exists(second.global_model(2))
-        final = store.read_bytes(first.global_model(2))
-        assert final != store.read_bytes(first.global_model(0))
-        assert store.read_bytes(second.global_model(0)) == final
 
-    def test_refuses_parameters_out_of_bounds_with_the_reason(self, deployed: str, env: PocEnv, tmp_path: Path) -> None:
-        before = self.jobs(env)
-        done = prefect(env.api_url, tmp_path, "deployment", "run", deployed, "-p", "num_rounds=0")
-        assert done.returncode != 0
-        assert "num_rounds" in done.stdout and "minimum" in done.stdout, done.stdout
-        assert self.jobs(env) == before
-
-    def test_runs_by_its_schedule(self, env: PocEnv, tmp_path: Path) -> None:
-        job = GatedJob(tmp_path, SITES, hold=-1, name="hourly", num_rounds=1)
-        env.deploy(job.recipe, schedule=timedelta(seconds=20))
-        store = env.open_store()
-
-        def completed() -> bool:
-            return any(j.job_id.startswith("hourly") and j.status is JobStatus.COMPLETED for j in list_jobs(store))
-
-        try:
-            wait_until(completed, timeout_s=150)
-        finally:
-            done = prefect(env.api_url, tmp_path, "deployment", "delete", "federated-job/hourly")
+def test_a_deployment_runs_by_the_stock_command_and_each_job_starts_from_the_last_ones_model(
+    adder: str, env: PocEnv, tmp_path: Path
+) -> None:
+    assert adder == "federated-job/adder"
+    for rounds in (2, 1):
+        done = prefect(env.api_url, tmp_path, "deployment", "run", adder, "-p", f"num_rounds={rounds}", "--watch")
         assert done.returncode == 0, done.stdout
+    store = env.open_store()
+    first, second = (JobPaths(job_id) for job_id in jobs_of_adder(env))
+    assert not store.exists(first.global_model(3)) and not store.exists(second.global_model(2))
+    final = store.read_bytes(first.global_model(2))
+    assert final != store.read_bytes(first.global_model(0))
+    assert store.read_bytes(second.global_model(0)) == final
+
+
+def test_a_deployment_refuses_parameters_out_of_bounds_with_the_reason(adder: str, env: PocEnv, tmp_path: Path) -> None:
+    before = jobs_of_adder(env)
+    done = prefect(env.api_url, tmp_path, "deployment", "run", adder, "-p", "num_rounds=0")
+    assert done.returncode != 0
+    assert "num_rounds" in done.stdout and "minimum" in done.stdout, done.stdout
+    assert jobs_of_adder(env) == before
+
+
+def test_a_deployment_runs_by_its_schedule(env: PocEnv, tmp_path: Path) -> None:
+    job = GatedJob(tmp_path, SITES, hold=-1, name="hourly", num_rounds=1)
+    env.deploy(job.recipe, schedule=timedelta(seconds=20))
+    store = env.open_store()
+
+    def completed() -> bool:
+        return any(j.job_id.startswith("hourly") and j.status is JobStatus.COMPLETED for j in list_jobs(store))
+
+    try:
+        wait_until(completed, timeout_s=150)
+    finally:
+        done = prefect(env.api_url, tmp_path, "deployment", "delete", "federated-job/hourly")
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_job_survives_a_store_that_is_cut_off_for_20_seconds(s3_server: S3Server, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.conftest import ADD_ONE
 from tests.poc import Worker, processes_of
 from tests.services import S3Server
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PASSWORD = "admin:a-password-of-the-operator"
 

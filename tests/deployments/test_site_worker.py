@@ -23,7 +23,7 @@ from fedpool.manifest import SiteAssignment
 from fedpool.store import JobPaths, new_job_id
 from tests.poc import Worker, processes_of, scripts_of, wait_until
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Sends its process id; says that it trains, and goes on when it may.
 SCRIPT = """

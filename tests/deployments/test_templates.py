@@ -308,6 +308,7 @@ async def run_deployment(name: str, parameters: dict[str, Any]) -> State[Any]:
     return await asyncio.wait_for(ended(run.id), 90)
 
 
+@pytest.mark.slow
 def test_a_process_pool_does_a_round(pool: ProcessPool, tmp_path: Path) -> None:
     job = StagedJob(tmp_path)
     state = asyncio.run(run_deployment(f"site-round/{SITE}", job.parameters))
@@ -316,6 +317,7 @@ def test_a_process_pool_does_a_round(pool: ProcessPool, tmp_path: Path) -> None:
     assert update is not None and update.size > 0
 
 
+@pytest.mark.slow
 def test_a_run_for_another_site_is_refused(pool: ProcessPool, tmp_path: Path) -> None:
     job = StagedJob(tmp_path)
     state = asyncio.run(run_deployment(f"site-round/{SITE}", job.parameters | {"site": "site-2"}))
@@ -323,6 +325,7 @@ def test_a_run_for_another_site_is_refused(pool: ProcessPool, tmp_path: Path) ->
     assert "this is site-1: the run was sent to the wrong work pool" in (state.message or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backup", "site-round"])
 def test_nothing_of_a_hostile_deployment_is_executed(pool: ProcessPool, tmp_path: Path, name: str) -> None:
     """Whatever it calls its flow: at best it has a round done."""
@@ -354,6 +357,7 @@ def test_nothing_of_a_hostile_deployment_is_executed(pool: ProcessPool, tmp_path
     assert not pulled.exists() and not imported.exists()
 
 
+@pytest.mark.slow
 def test_job_variables_that_no_server_has_checked_change_nothing(pool: ProcessPool, tmp_path: Path) -> None:
     """Prefect checks those of deployments, not those of a run that has none."""
     job, canary = StagedJob(tmp_path), tmp_path / "canary"
@@ -423,6 +427,7 @@ HOLDS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["signal", "cancel"])
 def test_a_round_can_be_stopped_and_leaves_no_process(start: Start, tmp_path: Path, how: str) -> None:
     job = StagedJob(tmp_path, HOLDS.replace("FOLDER", repr(str(tmp_path))))
@@ -449,6 +454,7 @@ def test_a_round_can_be_stopped_and_leaves_no_process(start: Start, tmp_path: Pa
     assert not list((tmp_path / "site").iterdir())
 
 
+@pytest.mark.slow
 def test_the_settings_can_be_a_file_that_the_environment_names(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "site.toml"
     file.write_text('name = "site-7"\n')
@@ -458,6 +464,7 @@ def test_the_settings_can_be_a_file_that_the_environment_names(start: Start, tmp
     assert "this is site-7" in (asyncio.run(ended(run_id)).message or "")
 
 
+@pytest.mark.slow
 def test_of_settings_that_do_not_fit_the_server_learns_no_value(start: Start, tmp_path: Path) -> None:
     run_id = create_run(StagedJob(tmp_path).parameters)
     process = start(run_id, FEDPOOL_SITE_NAME=SITE, FEDPOOL_SITE_IDLE_TIMEOUT_S="secret")

@@ -4,6 +4,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ SCRIPT = """
 class Job:
     """A staged job, whose coordinator is the test."""
 
-    def __init__(self, store: Store, script: Path, **fields: object) -> None:
+    def __init__(self, store: Store, script: Path, **fields: Any) -> None:
         self.store = store
         self.paths = JobPaths(new_job_id("job"))
         model = {"w": np.zeros(1, np.float32)}
@@ -48,7 +49,7 @@ class Job:
             num_rounds=9,
             model=model,
             train_script=script,
-            **fields,  # type: ignore[arg-type]
+            **fields,
         )
         stage(self.recipe, self.paths.job_id, store, ("a",))
 
@@ -71,7 +72,7 @@ class Job:
 class Site:
     """A resident with its folder."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder
         self.resident = Resident(SiteConfig.load(name="a", folder=folder, **settings))
         self.printed: list[str] = []
@@ -111,7 +112,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
     """Makes sites; they leave no script and no file behind when they are closed."""
     sites: list[Site] = []
 
-    def make(**settings: object) -> Site:
+    def make(**settings: Any) -> Site:
         folder = tmp_path / f"site-{len(sites)}"
         sites.append(Site(folder, **settings))
         return sites[-1]
