@@ -26,7 +26,7 @@ from prefect.exceptions import PrefectException
 from prefect.flow_engine import run_flow
 from prefect.states import Crashed
 
-from fedpool.deployments.site_worker import check_flow
+from fedpool.deployments.site_worker import check_run
 from fedpool.errors import ConfigError
 from fedpool.flows.site_round import hosted_by, site_round
 from fedpool.sites.config import SiteConfig
@@ -69,7 +69,7 @@ def run_assigned(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
     with handle_engine_signals(run_id), get_client(sync_client=True) as client:
         run = client.read_flow_run(run_id)
         try:
-            check_flow(client.read_flow(run.flow_id).name)
+            check_run(client.read_flow(run.flow_id).name, run.parameters)
             config = load()
         except (PermissionError, ConfigError) as error:
             sys.stderr.write(f"{error}\n")

@@ -7,10 +7,11 @@ other flow is refused.
 
 import asyncio
 import contextvars
+import inspect
 import os
 import signal
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -205,7 +206,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> SiteWorkerResult:
         """Run `site_round` with the parameters of a run, whatever else its deployment asks for."""
-        check_flow((await self.client.read_flow(flow_run.flow_id)).name)
+        check_run((await self.client.read_flow(flow_run.flow_id)).name, flow_run.parameters)
         stop = self._stops[flow_run.id] = threading.Event()
         if task_status is not None:
             task_status.started(os.getpid())
@@ -215,6 +216,10 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             await anyio.to_thread.run_sync(
                 context.run, self._run_site_round, flow_run, stop, limiter=anyio.CapacityLimiter(1)
             )
+        except Exception as error:
+            # Prefect's worker believes that whoever ran the flow has reported it: here there is nobody else.
+            await self._propose_crashed_state(flow_run, f"{type(error).__name__}: {error}")
+            raise
         finally:
             del self._stops[flow_run.id]
         return SiteWorkerResult(identifier=str(flow_run.id), status_code=0)
@@ -227,14 +232,22 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             )
 
 
-def check_flow(name: str) -> None:
-    """Refuse the run of any flow but `site_round`.
+def check_run(flow: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse the run of any flow but `site_round`, and of that with other parameters than its own.
+
+    Args:
+        flow: the flow's name.
 
     Raises:
         PermissionError: it is another one.
     """
-    if name != site_round.name:
-        raise PermissionError(f"this site runs {site_round.name} and nothing else: the run of {name!r} was refused")
+    if flow != site_round.name:
+        raise PermissionError(f"this site runs {site_round.name} and nothing else: the run of {flow!r} was refused")
+    # Prefect's engine checks their types, but leaves a run open that it cannot call the flow for.
+    takes = sorted(inspect.signature(site_round.fn).parameters)
+    if sorted(parameters) != takes:
+        given = ", ".join(sorted(parameters)) or "none"
+        raise PermissionError(f"{site_round.name} takes {', '.join(takes)}: a run with {given} was refused")
 
 
 async def register_site(client: Any, site: str, pool: str) -> UUID:

@@ -184,3 +184,8 @@ def scripts_of(folder: Path) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def wait_until_gone(find: Callable[[Path], list[psutil.Process]], folder: Path, timeout_s: float = 10) -> None:
+    """Block until none is left: what was killed is a process for a moment more."""
+    wait_until(lambda: not find(folder), timeout_s=timeout_s)

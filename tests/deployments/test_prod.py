@@ -20,7 +20,7 @@ from fedpool.deployments.server import free_port, server_command, server_environ
 from fedpool.deployments.site_worker import register_site
 from fedpool.flows.site_round import site_round
 from tests.conftest import ADD_ONE
-from tests.poc import Worker, processes_of
+from tests.poc import Worker, processes_of, wait_until_gone
 from tests.services import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -72,7 +72,7 @@ def workers(api_url: str, s3_server: S3Server, tmp_path_factory: pytest.TempPath
     finally:
         for worker in started.values():
             worker.end()
-    assert processes_of(folder) == []
+    wait_until_gone(processes_of, folder)
 
 
 @pytest.fixture

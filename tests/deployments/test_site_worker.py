@@ -21,7 +21,7 @@ from fedpool.flows.job import stage
 from fedpool.flows.site_round import site_round
 from fedpool.manifest import SiteAssignment
 from fedpool.store import JobPaths, new_job_id
-from tests.poc import Worker, processes_of, scripts_of, wait_until
+from tests.poc import Worker, processes_of, scripts_of, wait_until, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -165,7 +165,7 @@ def test_the_script_stays_warm_between_rounds_and_ends_with_the_job(hospital: Wo
     assert scripts_of(tmp_path) != []
     job.end()
     wait_until((tmp_path / "ended").exists, timeout_s=30)
-    wait_until(lambda: not scripts_of(tmp_path), timeout_s=30)
+    wait_until_gone(scripts_of, tmp_path, 30)
 
 
 @flow(name="wanted-by-someone")
@@ -217,15 +217,15 @@ def test_a_deployment_that_calls_itself_site_round_brings_no_code_of_its_own(hos
     canary = tmp_path / "canary"
     deploy_evil(site_round, "evil", tmp_path, canary)
     without = final_state(run_deployment("site-round/evil", {}))
-    assert without.is_failed() and "job_id" in str(without.message)
-    elsewhere = final_state(
-        run_deployment("site-round/evil", {"job_id": "a", "site": "clinic", "round": 0, "store": str(tmp_path)})
-    )
+    assert without.is_crashed()
+    assert "site-round takes job_id, round, site, store: a run with none was refused" in str(without.message)
+    asked = {"job_id": "a", "site": "hospital", "round": -1, "store": str(tmp_path)}
+    before = final_state(run_deployment("site-round/evil", asked))
+    assert before.is_failed() and "round: Input should be greater than or equal to 0" in str(before.message)
+    elsewhere = final_state(run_deployment("site-round/evil", asked | {"site": "clinic", "round": 0}))
     assert elsewhere.is_failed()
     assert "clinic, round 0: this is hospital: the run was sent to the wrong work pool" in str(elsewhere.message)
-    upwards = final_state(
-        run_deployment("site-round/evil", {"job_id": "../a", "site": "hospital", "round": 0, "store": str(tmp_path)})
-    )
+    upwards = final_state(run_deployment("site-round/evil", asked | {"job_id": "../a", "round": 0}))
     assert upwards.is_failed() and "'../a' cannot be part of a path" in str(upwards.message)
     # Asked in order, it is the site's own site_round that runs, whatever the deployment says.
     job = Job(tmp_path / "job", "hospital")
@@ -254,7 +254,7 @@ def test_a_cancelled_run_ends_its_script_in_seconds(hospital: Worker, tmp_path: 
             await client.set_flow_run_state(run.id, State.model_validate({"type": "CANCELLING"}))
 
     asyncio.run(cancel())
-    wait_until(lambda: not scripts_of(tmp_path), timeout_s=30)
+    wait_until_gone(scripts_of, tmp_path, 30)
     assert final_state(run, 30).name == "Cancelled"
     job.end()
 
@@ -269,7 +269,8 @@ def test_sigterm_in_mid_training_ends_worker_and_script_and_hands_the_run_back(
     worker.process.terminate()
     worker.process.wait(30)
     assert worker.process.returncode == 0 and "KeyboardInterrupt" not in worker.log
-    assert processes_of(worker.folder) == [] and scripts_of(tmp_path) == []
+    wait_until_gone(processes_of, worker.folder)
+    wait_until_gone(scripts_of, tmp_path)
     state = state_of(run)
     assert state.is_crashed() and state.message == "the site was stopped before it had done its part"
     assert not list(worker.folder.glob(".fedpool-*"))
@@ -284,7 +285,7 @@ def test_a_run_that_a_killed_worker_left_behind_crashes_when_the_worker_comes_ba
     job.wait_until_training()
     worker.process.kill()
     worker.process.wait()
-    wait_until(lambda: not scripts_of(tmp_path), timeout_s=30)  # by its guard, not by the worker
+    wait_until_gone(scripts_of, tmp_path, 30)  # by its guard, not by the worker
     assert state_of(run).is_running()
     site_worker("returns")
     state = final_state(run, 60)
@@ -304,7 +305,8 @@ def test_prefects_own_command_starts_a_site_worker_too(site_worker: Callable[...
     job.end()
     worker.process.terminate()
     worker.process.wait(30)
-    assert processes_of(tmp_path / "folder") == [] and not list((tmp_path / "folder").glob(".fedpool-*"))
+    wait_until_gone(processes_of, tmp_path / "folder")
+    assert not list((tmp_path / "folder").glob(".fedpool-*"))
 
 
 def test_site_round_runs_cold_in_a_stock_process_pool(site_worker: Callable[..., Worker], tmp_path: Path) -> None:
@@ -322,4 +324,5 @@ def test_site_round_runs_cold_in_a_stock_process_pool(site_worker: Callable[...,
     state = final_state(job.ask())
     assert state.is_completed(), state
     assert job.pid() > 0
-    assert scripts_of(tmp_path) == [] and not list((tmp_path / "folder").glob(".fedpool-*"))
+    wait_until_gone(scripts_of, tmp_path)
+    assert not list((tmp_path / "folder").glob(".fedpool-*"))

@@ -15,7 +15,7 @@ import pytest
 
 from fedpool.sites.launcher import Script
 from fedpool.sites.process import ProcessLauncher
-from tests.poc import scripts_of, wait_until
+from tests.poc import scripts_of, wait_until, wait_until_gone
 
 
 @pytest.fixture
@@ -104,7 +104,8 @@ def test_a_killed_script_takes_its_children_with_it(
     launcher.kill(script.pid)
     assert finish(script)[1] == -signal.SIGKILL
     psutil.wait_procs([child], timeout=10)
-    assert not child.is_running() and scripts_of(tmp_path) == []
+    assert not child.is_running()
+    wait_until_gone(scripts_of, tmp_path)
     launcher.kill(script.pid)  # harmless
 
 
@@ -140,7 +141,7 @@ def test_a_host_that_is_killed_takes_its_script_with_it(write_script: Callable[.
         wait_until((tmp_path / "runs").exists)
         assert len(scripts_of(tmp_path)) == 2  # the script and its guard
         host.kill()
-    wait_until(lambda: not scripts_of(tmp_path), timeout_s=10)
+    wait_until_gone(scripts_of, tmp_path, 10)
 
 
 def test_a_command_that_is_not_there_is_named(start: Callable[..., tuple[ProcessLauncher, Script]]) -> None:

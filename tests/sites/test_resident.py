@@ -16,7 +16,7 @@ from fedpool.manifest import SiteAssignment
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.resident import Resident
 from fedpool.store import JobPaths, new_job_id
-from tests.poc import scripts_of, wait_until
+from tests.poc import scripts_of, wait_until, wait_until_gone
 
 # Sends its process id, unless it finds something to wait for.
 SCRIPT = """
@@ -120,7 +120,8 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
     yield make
     for site in sites:
         site.resident.close()
-        assert scripts_of(site.folder) == [] and not list(site.folder.glob(".fedpool-*"))
+        wait_until_gone(scripts_of, site.folder)
+        assert not list(site.folder.glob(".fedpool-*"))
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_the_end_of_a_job_is_seen_from_its_result(site: Callable[..., Site], job
     work.end()
     assert waiting.wait() is False
     wait_until((here.folder / "ended").exists, timeout_s=20)  # the script was told
-    wait_until(lambda: not scripts_of(here.folder), timeout_s=20)
+    wait_until_gone(scripts_of, here.folder, 20)
 
 
 def test_a_job_that_ends_while_its_script_trains_kills_it(site: Callable[..., Site], job: Callable[..., Job]) -> None:
@@ -179,7 +180,7 @@ def test_a_job_that_ends_while_its_script_trains_kills_it(site: Callable[..., Si
     wait_until((here.folder / "hangs").exists)
     work.end()
     assert "a, round 0: it was cancelled" in str(training.wait())
-    assert scripts_of(here.folder) == []
+    wait_until_gone(scripts_of, here.folder)
 
 
 def test_idle_sessions_are_forgotten_and_come_back_when_asked(
@@ -188,7 +189,7 @@ def test_idle_sessions_are_forgotten_and_come_back_when_asked(
     here, work = site(idle_timeout_s=0.5), job()
     work.assign()
     assert here.perform(work)
-    wait_until(lambda: not scripts_of(here.folder), timeout_s=20)
+    wait_until_gone(scripts_of, here.folder, 20)
     work.assign(1)
     assert here.perform(work, 1)
     assert work.pid(0) != work.pid(1)
@@ -203,7 +204,7 @@ def test_a_stop_ends_the_wait_and_the_script(site: Callable[..., Site], job: Cal
     here.stop.set()
     assert str(waiting.wait()) == "a, round 1: it was cancelled before the round began"
     assert str(training.wait()) == "a, round 0: it was cancelled"
-    assert scripts_of(here.folder) == []
+    wait_until_gone(scripts_of, here.folder)
     here.stop.clear()
     (here.folder / "hang").unlink()
     work.assign(1)
@@ -216,7 +217,7 @@ def test_a_script_that_outlives_its_deadline_is_killed(site: Callable[..., Site]
     work.assign(timeout_s=5)
     with pytest.raises(SiteError, match="a, round 0: sent no update before the round's deadline"):
         here.perform(work)
-    assert scripts_of(here.folder) == []
+    wait_until_gone(scripts_of, here.folder)
 
 
 def test_a_round_that_never_begins_is_given_up(site: Callable[..., Site], job: Callable[..., Job]) -> None:
@@ -265,7 +266,7 @@ def test_bytes_that_are_not_what_they_should_be_are_refused(
     with pytest.raises(SiteError, match="a, round 0: its part of the store failed") as caught:
         here.perform(work)
     assert isinstance(caught.value.__cause__, IntegrityError)
-    assert scripts_of(here.folder) == []
+    wait_until_gone(scripts_of, here.folder)
 
 
 def test_under_torchrun_the_first_of_two_processes_talks(site: Callable[..., Site], tmp_path: Path) -> None:
@@ -294,4 +295,4 @@ def test_under_torchrun_the_first_of_two_processes_talks(site: Callable[..., Sit
         assert here.perform(work, round)
         assert work.pid(round) == 2  # the sum over both
     work.end()
-    wait_until(lambda: not scripts_of(here.folder), timeout_s=30)
+    wait_until_gone(scripts_of, here.folder, 30)
