@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from memory import PeakMemory, machine_cpu_s
+from sklearn.datasets import load_digits
 
 ENGINES_FOLDER = Path(__file__).resolve().parent / "engines"
 MARKER = "BENCH_MARKER"
@@ -91,6 +93,8 @@ def run_engine(engine: Engine, case: Case, python: Path, num_threads: int, timeo
 def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads: int, timeout_s: float) -> Sample:
     marker = f"{MARKER}={uuid.uuid4().hex}"
     stamps, log = folder / "stamps.txt", folder / "output.txt"
+    if case.workload == "digits":
+        np.save(folder / "digits.npy", np.column_stack(load_digits(return_X_y=True)))
     command = [str(python), str(ENGINES_FOLDER / engine.script)]
     command += ["--workload", case.workload, "--sites", str(case.num_sites), "--rounds", str(case.num_rounds)]
     command += ["--threads", str(case.num_sites if engine.per_site else num_threads), "--workspace", str(folder / "w")]

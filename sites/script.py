@@ -18,9 +18,6 @@ from fedpool.startup import collector_off
 _ALWAYS = ("fedpool.client.tracking", "safetensors")
 """What every client script imports sooner or later."""
 
-_WITH_TORCH = ("torch._dynamo", "safetensors.torch")
-"""What torch imports when a script makes its first optimizer: 800 modules and 2 s, which no site needs to pay by itself."""
-
 
 def preload(imports: Sequence[str]) -> dict[str, str]:
     """Import what a script imports from outside its bundle, before the generators are seeded.
@@ -30,17 +27,30 @@ def preload(imports: Sequence[str]) -> dict[str, str]:
 
     Returns: name -> why it failed. The script will raise the error itself.
     """
-    uses_torch = any(name.partition(".")[0] in ("torch", "lightning", "pytorch_lightning") for name in imports)
     failed: dict[str, str] = {}
     with collector_off():
-        for name in (*_ALWAYS, *imports, *(_WITH_TORCH if uses_torch else ())):
+        for name in (*_ALWAYS, *imports):
             package, _, attribute = name.rpartition(".")
             try:
                 __import__(package or name, fromlist=[attribute] if package else ())
             except BaseException as error:  # noqa: BLE001  # imports run anyone's code; the script will raise it itself
                 failed[name] = f"{type(error).__name__}: {error}"
+        if "torch" in sys.modules:
+            _rehearse()
     importlib.invalidate_caches()
     return failed
+
+
+def _rehearse() -> None:
+    """Have torch do what it puts off until a script first makes an optimizer and seeds it: 800 imports, 2 s, among them.
+
+    No more than that: what starts threads or looks for devices would break the scripts that are forked from here.
+    """
+    import torch
+
+    importlib.import_module("safetensors.torch")
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1).zero_grad()
+    torch.manual_seed(0)
 
 
 def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int) -> int:

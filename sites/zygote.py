@@ -14,22 +14,38 @@ import atexit
 import contextlib
 import gc
 import json
+import logging
+import multiprocessing.util
 import os
 import select
 import signal
 import socket
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from fedpool.sites.huge_pages import collapse
 from fedpool.sites.script import preload, run_script
 
 MAX_REQUEST_BYTES = 1 << 20
+
+_MANY_FORKS = 32
+"""From here on each fork is made cheaper, once and for all, which costs as much as that many forks and more."""
+
+_AT_EXIT: tuple[Callable[[], object], ...] = (
+    logging.shutdown,
+    multiprocessing.util._exit_function,  # type: ignore[attr-defined]
+    weakref.finalize._exitfunc,  # type: ignore[attr-defined]
+)
+"""What the standard library does at the end of every interpreter, the last first; a script may have given it something to do."""
 
 
 def serve(control: socket.socket) -> None:
     """Answer requests until the control socket closes."""
     children: dict[int, int] = {}  # pid of a running script -> its status pipe
+    num_forks = 0
     wake_read, wake_write = os.pipe()
     for fd in (wake_read, wake_write):
         os.set_blocking(fd, False)
@@ -51,6 +67,10 @@ def serve(control: socket.socket) -> None:
                     data = data + more if more else b""
                 if not data:
                     return
+                if fds:
+                    num_forks += 1
+                    if num_forks == _MANY_FORKS:
+                        collapse()
                 control.sendall(
                     json.dumps(
                         _answer(json.loads(data), fds, children, (control.fileno(), wake_read, wake_write))
@@ -69,8 +89,7 @@ def _answer(
 ) -> dict[str, Any]:
     if "preload" in request:
         failed = preload(request["preload"])
-        gc.collect()
-        gc.freeze()  # the collector in a child would write to, and so copy, every page of these objects
+        _settle()
         return {"failed": failed}
     if "kill" in request:
         return {"killed": request["kill"] in children and _kill_group(request["kill"], request["signal"])}
@@ -84,6 +103,19 @@ def _answer(
     os.close(output)
     children[pid] = status
     return {"pid": pid}
+
+
+def _settle() -> None:
+    """Make what was imported cheap to share with thousands of children, which copy each page of memory that they write to."""
+    # At its end a script runs what it has registered itself, and not what the imported libraries have: that is about this
+    # process, whose temporary folders all scripts share, and torch takes its operators apart there, which writes to 30 MB.
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
+    atexit._clear()
+    for function in _AT_EXIT:
+        atexit.register(function)
+    gc.collect()
+    gc.freeze()  # the collector in a child would write to every page of these objects
 
 
 def _reap(children: dict[int, int], *, block: bool = False) -> None:
