@@ -23,12 +23,10 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.engine import handle_engine_signals
 from prefect.exceptions import PrefectException
-from prefect.flow_engine import run_flow
 from prefect.states import Crashed
 
-from fedpool.deployments.site_worker import check_run
+from fedpool.deployments.site_run import check_run, do_run
 from fedpool.errors import ConfigError
-from fedpool.flows.site_round import hosted_by, site_round
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.resident import Resident
 
@@ -110,10 +108,11 @@ class _Round:
         done.result()
 
     def _run_site_round(self) -> None:
-        with hosted_by(self._resident, self._stop):
-            asyncio.run(
-                run_flow(site_round, flow_run=self._run, parameters=dict(self._run.parameters), return_type="state")  # type: ignore[arg-type]
-            )
+        async def run() -> None:
+            async with get_client() as client:
+                await do_run(client, self._run, self._resident, stop=self._stop)
+
+        asyncio.run(run())
 
     def _on_signal(self, *_: object) -> None:
         self._signalled = True

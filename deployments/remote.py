@@ -5,6 +5,7 @@ Everything that can be known to be missing is said before anything is submitted.
 
 import asyncio
 import secrets
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 COORDINATOR_POOL = "fedpool-coordinator"
 _POLL_S = 0.3
+_API_POLL_S = 2.0
+_API_PATIENCE_S = 600.0
+"""How long the Prefect API may be away while a job is followed."""
 _AD_HOC = "execute"
 """Prefix of the deployments that `execute` uses, one per recipe class; a recipe's own deployment is left alone."""
 
@@ -170,25 +174,32 @@ class RemoteEnv(BaseModel):
     def _follow(self, run_id: UUID, store: Store, job_id: str) -> None:
         """Wait for the end of the job's flow run; raises when it ended without leaving a result."""
 
+        result = JobPaths(job_id).result
+
         async def follow() -> str:
             async with self._client() as client:
-                away = 0.0
+                asked = answered = time.monotonic()
                 while True:
+                    # The store tells when the job is over; the server is asked now and then whether the run was lost.
                     try:
-                        state = (await client.read_flow_run(run_id)).state
-                        away = 0.0
-                    except httpx.HTTPError as error:
-                        away += 1
-                        if away > 600:
-                            raise ServerError(f"the Prefect server is away: {error}") from error
-                        state = None
-                    if state is not None and state.is_final():
-                        return f"{state.name}: {state.message}"
+                        over = await asyncio.to_thread(store.exists, result)
+                    except (OSError, StoreError):  # it is away
+                        over = False
+                    if over or time.monotonic() - asked >= _API_POLL_S:
+                        asked = time.monotonic()
+                        try:
+                            state = (await client.read_flow_run(run_id)).state
+                            answered = time.monotonic()
+                            if state is not None and state.is_final():
+                                return f"{state.name}: {state.message}"
+                        except httpx.HTTPError as error:
+                            if time.monotonic() - answered > _API_PATIENCE_S:
+                                raise ServerError(f"the Prefect server is away: {error}") from error
                     await asyncio.sleep(_POLL_S)
 
         with self._applied():
             ended = asyncio.run(follow())
-        if not store.exists(JobPaths(job_id).result):
+        if not store.exists(result):
             raise ServerError(f"the run of job {job_id} ended without a result ({ended}): its log in the UI says more")
 
 

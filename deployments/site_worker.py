@@ -6,15 +6,13 @@ other flow is refused.
 """
 
 import asyncio
-import contextvars
-import inspect
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 import anyio
@@ -31,11 +29,11 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import PrefectException
-from prefect.flow_engine import run_flow
 from prefect.states import Crashed
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
-from fedpool.flows.site_round import ENTRYPOINT, hosted_by, site_round
+from fedpool.deployments.site_run import check_run, do_run
+from fedpool.flows.site_round import ENTRYPOINT, site_round
 from fedpool.manifest import PROTOCOL
 from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
 from fedpool.sites.resident import Resident
@@ -50,7 +48,16 @@ class SiteWorkerResult(BaseWorkerResult):
     """How a run ended, as Prefect's worker wants to know it."""
 
 
-class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResult]):
+class SiteJobConfiguration(BaseJobConfiguration):
+    """What a run's deployment and work pool ask of the infrastructure: nothing of it is read."""
+
+    @classmethod
+    async def resolve_for_flow_run(cls, flow_run: FlowRun, **_: Any) -> Self:
+        """See `BaseJobConfiguration.resolve_for_flow_run`."""
+        return cls()
+
+
+class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResult]):
     """Runs a site's rounds in this process, and keeps each job's session warm between them.
 
     Args:
@@ -59,6 +66,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
     """
 
     type = "fedpool-site"
+    job_configuration = SiteJobConfiguration
     _description = "Runs the rounds of one federated learning site, and nothing else."
     _logo_url = ""
     _documentation_url = ""
@@ -73,6 +81,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         kwargs["name"] = kwargs.get("name") or config.name
         super().__init__(work_pool_name, *args, **kwargs)
         self._stops: dict[UUID, threading.Event] = {}
+        self._flow_names: dict[UUID, str] = {}
         self._resident: Resident | None = None
         self._away = False
         self._watching: anyio.CancelScope | None = None
@@ -206,16 +215,13 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> SiteWorkerResult:
         """Run `site_round` with the parameters of a run, whatever else its deployment asks for."""
-        check_run((await self.client.read_flow(flow_run.flow_id)).name, flow_run.parameters)
+        assert self._resident is not None
+        check_run(await self._flow_name(flow_run.flow_id), flow_run.parameters)
         stop = self._stops[flow_run.id] = threading.Event()
         if task_status is not None:
             task_status.started(os.getpid())
         try:
-            # On a thread with a loop of its own: Prefect's engine takes over the signals of the main thread.
-            context = contextvars.copy_context()
-            await anyio.to_thread.run_sync(
-                context.run, self._run_site_round, flow_run, stop, limiter=anyio.CapacityLimiter(1)
-            )
+            await do_run(self.client, flow_run, self._resident, stop=stop)
         except Exception as error:
             # Prefect's worker believes that whoever ran the flow has reported it: here there is nobody else.
             await self._propose_crashed_state(flow_run, f"{type(error).__name__}: {error}")
@@ -224,30 +230,24 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             del self._stops[flow_run.id]
         return SiteWorkerResult(identifier=str(flow_run.id), status_code=0)
 
-    def _run_site_round(self, flow_run: FlowRun, stop: threading.Event) -> None:
-        assert self._resident is not None
-        with hosted_by(self._resident, stop):
-            asyncio.run(
-                run_flow(site_round, flow_run=flow_run, parameters=dict(flow_run.parameters), return_type="state")  # type: ignore[arg-type]
-            )
+    async def _flow_name(self, flow_id: UUID) -> str:
+        if flow_id not in self._flow_names:
+            self._flow_names[flow_id] = (await self.client.read_flow(flow_id)).name
+        return self._flow_names[flow_id]
 
+    async def _submit_run(self, flow_run: FlowRun) -> None:
+        """See `BaseWorker._submit_run`, which looks its deployment up, and has the server note which process runs it."""
+        try:
+            if await self._propose_pending_state(flow_run):
+                assert self._runs_task_group is not None
+                await self._runs_task_group.start(self._submit_run_and_capture_errors, flow_run)
+            else:
+                self._release_limit_slot(flow_run.id)
+        finally:
+            self._submitting_flow_run_ids.remove(flow_run.id)
 
-def check_run(flow: str, parameters: Mapping[str, Any]) -> None:
-    """Refuse the run of any flow but `site_round`, and of that with other parameters than its own.
-
-    Args:
-        flow: the flow's name.
-
-    Raises:
-        PermissionError: it is another one.
-    """
-    if flow != site_round.name:
-        raise PermissionError(f"this site runs {site_round.name} and nothing else: the run of {flow!r} was refused")
-    # Prefect's engine checks their types, but leaves a run open that it cannot call the flow for.
-    takes = sorted(inspect.signature(site_round.fn).parameters)
-    if sorted(parameters) != takes:
-        given = ", ".join(sorted(parameters)) or "none"
-        raise PermissionError(f"{site_round.name} takes {', '.join(takes)}: a run with {given} was refused")
+    async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
+        """There is nothing to submit a run to: it runs at once."""
 
 
 async def register_site(client: Any, site: str, pool: str) -> UUID:

@@ -1,8 +1,9 @@
 """Sites behind work pools: how a coordinator reaches sites that are elsewhere.
 
 A round is announced to a site as a run of its deployment `site-round/SITE`, ahead of the round's turn, because a worker that
-polls takes seconds to pick it up. The run waits at the site until its assignment lies in the store. One query tells of all
-runs which have ended; what they left is in the store.
+polls takes seconds to pick it up. The run waits at the site until its assignment lies in the store. A site has answered when the
+manifest of its update lies there too: one listing tells of all sites of a round. Prefect knows seconds later that a run has
+ended, and is asked, in one query for all runs, only after those that ended without.
 """
 
 import asyncio
@@ -23,14 +24,18 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Pending
 from pydantic import ValidationError
 
-from fedpool.errors import SiteError
+from fedpool.errors import SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.sites.session import LogLine
 from fedpool.sites.site_round import Delivery
 from fedpool.store import JobPaths, Store
 
-_POLL_S = 0.2
+_LOCAL_POLL_S = 0.05
+_REMOTE_POLL_S = 0.25
+"""How often to look for manifests."""
+_API_POLL_S = 1.0
 _WORKERS_POLL_S = 5.0
+"""How often to look whether the sites' workers are online, at the least: a query for each, so no more than one a second."""
 _WORKERS_PATIENCE_S = 10.0
 """How long a site's workers must have been offline, which they are after three heartbeats that did not come, to count as lost."""
 _API_PATIENCE_S = 600.0
@@ -54,6 +59,7 @@ class PoolSites:
 
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (
+        "_answered",
         "_cancelled",
         "_client",
         "_deployments",
@@ -78,7 +84,9 @@ class PoolSites:
         self._deployments: dict[str, tuple[UUID, str, bool]] = {}
         self._offline_since: dict[str, float] = {}
         self._runs: dict[tuple[str, int], UUID] = {}
-        self._waiting: dict[UUID, asyncio.Future[State[Any]]] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Future[State[Any] | None]] = {}
+        """Sites and rounds that someone waits for: the state that the run ended in; None when its manifest was there first."""
+        self._answered: set[tuple[str, int]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._job: ClientJob | None = None
         self._job_run: UUID | None = None
@@ -121,15 +129,15 @@ class PoolSites:
         if (site, round) not in self._runs:
             await self.announce(site, round)
         paths = JobPaths(self._job.job_id)
-        run_id = self._runs[site, round]
         try:
             await asyncio.to_thread(store.write_json, paths.assignment(round, site), assignment.model_dump(mode="json"))
-            state = await self._final_state(run_id, site, round, deadline)
+            state = await self._answer(site, round, deadline)
             if self._cancelled:
                 raise SiteError(site, round, "the job was cancelled")
-            if not state.is_completed():
+            if state is not None and not state.is_completed():
                 raise SiteError(site, round, f"{state.name}: {_cause(state, site, round)}")
             data = await asyncio.to_thread(store.read_bytes, paths.manifest(round, site))
+            self._answered.add((site, round))
             return Delivery(UpdateManifest.model_validate_json(data), None)
         except FileNotFoundError:
             raise SiteError(site, round, "its run completed, but left no manifest in the store") from None
@@ -137,12 +145,12 @@ class PoolSites:
             raise SiteError(site, round, f"its manifest is not one: {error}") from None
 
     async def end(self) -> None:
-        """See `Sites.end`: what was announced and has not ended is cancelled; the sites learn the rest from the store."""
+        """See `Sites.end`: runs that have not answered are cancelled; the sites learn the rest from the store."""
         if self._client is None:
             return
         with contextlib.suppress(httpx.HTTPError, PrefectException):  # without the server there is nothing to cancel
             client = await self._connect()
-            for run in await self._read(list(self._runs.values())):
+            for run in await self._read([run for key, run in self._runs.items() if key not in self._answered]):
                 if run.state is None or not run.state.is_final():
                     state: State[Any] = Cancelled(message="the job has ended")
                     # Harmless where a site is done already, or reports its own end first.
@@ -188,53 +196,76 @@ class PoolSites:
         )
         return run.id
 
-    async def _final_state(self, run_id: UUID, site: str, round: int, deadline: float | None) -> State[Any]:
-        waiting = self._waiting[run_id] = asyncio.get_running_loop().create_future()
+    async def _answer(self, site: str, round: int, deadline: float | None) -> State[Any] | None:
+        """Wait for a site's part of a round; see `_waiting`."""
+        waiting = self._waiting[site, round] = asyncio.get_running_loop().create_future()
         if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._watch_runs())
+            self._watch = asyncio.create_task(self._watch_sites())
         try:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             return await asyncio.wait_for(asyncio.shield(waiting), remaining)
         except TimeoutError:
             client = await self._connect()
-            await client.set_flow_run_state(
-                run_id, Cancelled(message="the round's deadline has passed (round_timeout)"), force=True
-            )
+            late: State[Any] = Cancelled(message="the round's deadline has passed (round_timeout)")
+            await client.set_flow_run_state(self._runs[site, round], late, force=True)
             raise SiteError(site, round, "sent no update before the round's deadline (round_timeout)") from None
         finally:
-            del self._waiting[run_id]
+            del self._waiting[site, round]
 
-    async def _watch_runs(self) -> None:
-        """Pass on the final states of the runs that someone waits for, until nobody does."""
-        answered = look_at_workers = time.monotonic()
+    async def _watch_sites(self) -> None:
+        """Pass on what the store and Prefect tell of the sites that someone waits for, until nobody does."""
+        assert self._store is not None
+        pause = _LOCAL_POLL_S if self._store.is_local else _REMOTE_POLL_S
+        asked = answered = looked_at_workers = time.monotonic()
         while self._waiting:
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(pause)
+            await self._look_for_manifests()
+            now = time.monotonic()
+            if now - asked < _API_POLL_S:
+                continue
+            asked = now
             try:
-                for run in await self._read([*self._waiting, *([self._job_run] if self._job_run else [])]):
-                    if run.state is None:
-                        continue
-                    if run.id != self._job_run and run.state.is_final():
-                        self._resolve(run.id, run.state)
-                    if run.id == self._job_run and (run.state.is_cancelling() or run.state.is_cancelled()):
-                        self.cancel()
+                await self._look_at_runs()
                 now = time.monotonic()
                 if (away_s := now - answered) > _WORKERS_POLL_S:
                     # For the workers it was away too, and they try again at intervals that grow.
                     self._offline_since.clear()
-                    look_at_workers = now + _WORKERS_POLL_S + away_s
+                    looked_at_workers = now + away_s
                 answered = now
-                if now > look_at_workers:
-                    look_at_workers = now + _WORKERS_POLL_S
+                if now - looked_at_workers > max(_WORKERS_POLL_S, len(self._waiting)):
+                    looked_at_workers = now
                     await self._give_up_on_lost_workers()
             except (httpx.HTTPError, PrefectException) as error:
                 if time.monotonic() - answered > _API_PATIENCE_S:
-                    for run_id in list(self._waiting):
-                        self._resolve(
-                            run_id, Cancelled(message=f"the Prefect API was away for {_API_PATIENCE_S:g} s: {error}")
-                        )
+                    message = f"the Prefect API was away for {_API_PATIENCE_S:g} s: {error}"
+                    for key in list(self._waiting):
+                        self._resolve(key, Cancelled(message=message))
 
-    def _resolve(self, run_id: UUID, state: State[Any]) -> None:
-        waiting = self._waiting.get(run_id)
+    async def _look_for_manifests(self) -> None:
+        assert self._job is not None and self._store is not None
+        paths = JobPaths(self._job.job_id)
+        for round in {round for _, round in self._waiting}:
+            try:
+                found = await asyncio.to_thread(self._store.tree, paths.sites(round))
+            except (OSError, StoreError):  # the store is away; a site that cannot write to it either says so by its run
+                return
+            for site, waited in list(self._waiting):
+                if waited == round and paths.site_manifest(site) in found:
+                    self._resolve((site, waited), None)
+
+    async def _look_at_runs(self) -> None:
+        waited = {self._runs[key]: key for key in self._waiting}
+        for run in await self._read([*waited, *([self._job_run] if self._job_run else [])]):
+            if run.state is None:
+                continue
+            if run.id == self._job_run:
+                if run.state.is_cancelling() or run.state.is_cancelled():
+                    self.cancel()
+            elif run.state.is_final():
+                self._resolve(waited[run.id], run.state)
+
+    def _resolve(self, key: tuple[str, int], state: State[Any] | None) -> None:
+        waiting = self._waiting.get(key)
         if waiting is not None and not waiting.done():
             waiting.set_result(state)
 
@@ -249,9 +280,7 @@ class PoolSites:
     async def _give_up_on_lost_workers(self) -> None:
         """A site whose only workers stay offline will not answer: its worker was killed, or never started."""
         client = await self._connect()
-        for (site, _), run_id in list(self._runs.items()):
-            if run_id not in self._waiting:
-                continue
+        for site, round in list(self._waiting):
             _, pool, resident = await self._deployment(site)
             if not resident:
                 continue  # elsewhere a run lives on without the worker that started it
@@ -260,7 +289,7 @@ class PoolSites:
                 self._offline_since.pop(site, None)
             elif time.monotonic() - self._offline_since.setdefault(site, time.monotonic()) >= _WORKERS_PATIENCE_S:
                 message = f"no worker of work pool {pool} is online: it was lost, or stopped"
-                self._resolve(run_id, Cancelled(name="Lost", message=message))
+                self._resolve((site, round), Cancelled(name="Lost", message=message))
 
 
 def _cause(state: State[Any], site: str, round: int) -> str:

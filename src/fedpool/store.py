@@ -72,6 +72,11 @@ class JobPaths:
     def __post_init__(self) -> None:
         check_name("job_id", self.job_id)
 
+    @staticmethod
+    def site_manifest(site: str) -> str:
+        """The manifest that commits a site's update, relative to the round's `sites`."""
+        return f"{check_name('site', site)}/update.json"
+
     @property
     def job(self) -> str:
         """The manifest of the job."""
@@ -110,7 +115,7 @@ class JobPaths:
 
     def manifest(self, round: int, site: str) -> str:
         """The manifest that commits a site's update."""
-        return f"{self.sites(round)}/{check_name('site', site)}/update.json"
+        return f"{self.sites(round)}/{self.site_manifest(site)}"
 
     def _round(self, round: int) -> str:
         if round < 0:
@@ -178,6 +183,16 @@ class Store:
             return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.full(path), detail=False))
         except FileNotFoundError:
             return []
+
+    def tree(self, path: str) -> set[str]:
+        """Paths of all objects below a folder, relative to it; empty when the folder does not exist. One request, mostly.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        folder = self.full(path)
+        with self._errors(path):
+            return {found.partition(f"{folder}/")[2] for found in self.fs.find(folder)}
 
     def open(self, path: str) -> IO[bytes]:
         """A binary file to read, with seek. The caller checks its hash against a manifest before trusting it."""
