@@ -17,7 +17,7 @@ import anyio.to_thread
 import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import Abort, ObjectNotFound, Pause
+from prefect.exceptions import Abort, ObjectNotFound, ParameterTypeError, Pause
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Failed, Running
 from prefect.utilities.engine import propose_state
@@ -68,7 +68,7 @@ async def do_run(client: PrefectClient, run: FlowRun, resident: Resident, *, sto
     try:
         # With a limit of its own: the sites' runs wait for their rounds, and would use up the threads of all others.
         ended = await anyio.to_thread.run_sync(context.run, work, limiter=anyio.CapacityLimiter(1))
-    except (FedpoolError, ValueError, OSError) as error:
+    except (FedpoolError, ParameterTypeError, OSError) as error:
         logger.error("%s", error)
         ended = Failed(message=str(error))
     with anyio.CancelScope(shield=True):
