@@ -71,6 +71,8 @@ async def do_run(client: PrefectClient, run: FlowRun, resident: Resident, *, sto
     except (FedpoolError, ParameterTypeError, OSError) as error:
         logger.error("%s", error)
         ended = Failed(message=str(error))
+    else:
+        logger.info("%s: %s", ended.name, ended.message)
     with anyio.CancelScope(shield=True):
         await _report(client, run.id, ended, resident)
 
