@@ -74,7 +74,7 @@ class Processes:
     def stop(self, names: Sequence[str]) -> None:
         """End processes and all they started: asked first, killed after a grace. Harmless for what does not run."""
         found = [process for name in names if (process := self.find(name)) is not None]
-        families = [process for parent in found for process in (parent, *parent.children(recursive=True))]
+        families = [process for parent in found for process in _family(parent)]
         for process in found:
             _signal(process, signal.SIGTERM)
         _, alive = psutil.wait_procs(found, timeout=_END_GRACE_S)
@@ -83,6 +83,14 @@ class Processes:
         psutil.wait_procs(families, timeout=_END_GRACE_S)
         for name in names:
             (self._folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all that it has started; just itself when it has ended meanwhile."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return [process]
 
 
 def _signal(process: psutil.Process, number: int) -> None:

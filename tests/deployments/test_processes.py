@@ -1,0 +1,41 @@
+"""Processes that a proof of concept leaves running: found again, ended with all they started, and while they end themselves."""
+
+import sys
+from pathlib import Path
+
+import psutil
+
+from fedpool.deployments.processes import Processes, _family
+
+_PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def started(processes: Processes) -> tuple[psutil.Process, psutil.Process]:
+    parent = psutil.Process(processes.start("parent", [sys.executable, "-c", _PARENT], {}).pid)
+    while not (line := processes.log("parent").read_text()).endswith("\n"):
+        assert parent.is_running()
+    return parent, psutil.Process(int(line))
+
+
+def test_stop_ends_a_process_and_what_it_started(tmp_path: Path) -> None:
+    processes = Processes(tmp_path)
+    parent, child = started(processes)
+    processes.stop(["parent"])
+    gone, alive = psutil.wait_procs([parent, child], timeout=30)
+    assert len(gone) == 2 and not alive
+    assert processes.find("parent") is None
+    processes.stop(["parent"])  # harmless
+
+
+def test_a_process_that_ends_meanwhile_is_a_family_of_one(tmp_path: Path) -> None:
+    processes = Processes(tmp_path)
+    parent, child = started(processes)
+    child.kill()
+    processes.stop(["parent"])
+    psutil.wait_procs([parent, child], timeout=30)
+    assert _family(parent) == [parent]
