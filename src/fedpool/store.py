@@ -180,6 +180,9 @@ class Store:
     def names(self, path: str) -> list[str]:
         """Sorted names of what lies in a folder; empty when the folder does not exist."""
         try:
+            if self.is_local:  # ten times as fast as through fsspec, and asked often
+                with os.scandir(self.full(path)) as entries:
+                    return sorted(entry.name for entry in entries)
             return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.full(path), detail=False))
         except FileNotFoundError:
             return []
@@ -192,6 +195,8 @@ class Store:
         """
         folder = self.full(path)
         with self._errors(path):
+            if self.is_local:
+                return {f"{parent}/{file}"[len(folder) + 1 :] for parent, _, files in os.walk(folder) for file in files}
             return {found.partition(f"{folder}/")[2] for found in self.fs.find(folder)}
 
     def open(self, path: str) -> IO[bytes]:
