@@ -17,7 +17,7 @@ from tables import report_overheads
 
 TRAINING_S = 3.0  # as engines/sleeping.py does
 ENGINES = {
-    "fedpool": Engine("poc_fedpool_job.py", arguments=("--look-ahead", "2")),
+    "fedpool": Engine("poc_fedpool_job.py", arguments=("--look-ahead", "4")),
     "fedpool-no-look-ahead": Engine("poc_fedpool_job.py", arguments=("--look-ahead", "0")),
     "nvflare": Engine("poc_nvflare_job.py", peer="nvflare"),
     "flower": Engine("poc_flower_job.py", peer="flower"),

@@ -44,7 +44,7 @@ class RemoteEnv(BaseModel):
 
     coordinator_pool: str = Field(COORDINATOR_POOL, description="work pool that runs the jobs' flows")
     look_ahead: int = Field(
-        2, description="rounds that are announced to the sites ahead of the one that trains", ge=0, le=100
+        4, description="rounds that are announced to the sites ahead of the one that trains", ge=0, le=100
     )
     progress: bool = Field(True, description="show progress and a summary in the terminal")
 

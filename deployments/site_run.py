@@ -46,16 +46,18 @@ def check_run(flow: str, parameters: Mapping[str, Any]) -> None:
         raise PermissionError(f"{site_round.name} takes {', '.join(takes)}: a run with {given} was refused")
 
 
-async def do_run(client: PrefectClient, run: FlowRun, resident: Resident, *, stop: threading.Event) -> None:
+async def do_run(
+    client: PrefectClient, run: FlowRun, resident: Resident, *, stop: threading.Event, note: str | None = None
+) -> None:
     """Do what a run asks for, which `check_run` has passed, and report its states; returns when it has ended.
 
     Args:
         resident: the site that lives here.
         stop: set it to have the run end at once, as cancelled.
+        note: the message of its state while it runs.
     """
-    begun = await _report(client, run.id, Running(), resident)
-    if begun is not None and not begun.is_running():
-        return  # it was cancelled meanwhile
+    # A server that is busy may take seconds to hear that the run has begun: the round does not wait for that.
+    beginning = asyncio.create_task(_begin(client, run.id, note, resident, stop))
     logger = flow_run_logger(run, site_round)
 
     def log(line: str) -> None:
@@ -74,7 +76,19 @@ async def do_run(client: PrefectClient, run: FlowRun, resident: Resident, *, sto
     else:
         logger.info("%s: %s", ended.name, ended.message)
     with anyio.CancelScope(shield=True):
-        await _report(client, run.id, ended, resident)
+        if await beginning:
+            await _report(client, run.id, ended, resident)
+
+
+async def _begin(
+    client: PrefectClient, run_id: UUID, note: str | None, resident: Resident, stop: threading.Event
+) -> bool:
+    """Report that a run has begun; False, and the run stopped, when somebody else has ended it."""
+    state = await _report(client, run_id, Running(message=note), resident)
+    if state is None or state.is_running():
+        return True
+    stop.set()
+    return False
 
 
 async def _report(client: PrefectClient, run_id: UUID, state: State[Any], resident: Resident) -> State[Any] | None:

@@ -9,10 +9,11 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Awaitable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import anyio
@@ -28,8 +29,9 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import PrefectException
-from prefect.states import Crashed
+from prefect.exceptions import PrefectException, PrefectSignal
+from prefect.states import Crashed, Pending
+from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
 from fedpool.deployments.site_run import check_run, do_run
@@ -41,7 +43,9 @@ from fedpool.sites.resident import Resident
 _T = TypeVar("_T")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_CANCEL_POLL = timedelta(seconds=4)
+_CANCEL_POLL = timedelta(seconds=8)
+_LOOK_PAUSE_S = 8.0
+"""How long a worker that has further runs in hand leaves the server alone before it looks for more."""
 
 
 class SiteWorkerResult(BaseWorkerResult):
@@ -50,11 +54,6 @@ class SiteWorkerResult(BaseWorkerResult):
 
 class SiteJobConfiguration(BaseJobConfiguration):
     """What a run's deployment and work pool ask of the infrastructure: nothing of it is read."""
-
-    @classmethod
-    async def resolve_for_flow_run(cls, flow_run: FlowRun, **_: Any) -> Self:
-        """See `BaseJobConfiguration.resolve_for_flow_run`."""
-        return cls()
 
 
 class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResult]):
@@ -71,6 +70,11 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
     _logo_url = ""
     _documentation_url = ""
 
+    @classmethod
+    def get_default_base_job_template(cls) -> dict[str, Any]:
+        """The work pool's template: there is nothing to set, and nothing that the server has to check with every run."""
+        return {}
+
     def __init__(self, work_pool_name: str, *args: Any, config: SiteConfig | None = None, **kwargs: Any) -> None:
         if config is None:
             file = os.environ.get(CONFIG_VARIABLE)
@@ -82,6 +86,7 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
         super().__init__(work_pool_name, *args, **kwargs)
         self._stops: dict[UUID, threading.Event] = {}
         self._flow_names: dict[UUID, str] = {}
+        self._looked = 0.0
         self._resident: Resident | None = None
         self._away = False
         self._watching: anyio.CancelScope | None = None
@@ -134,7 +139,15 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
         await super().teardown(*exc_info)
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        """See `BaseWorker.get_and_submit_flow_runs`; a server that is away is waited for."""
+        """See `BaseWorker.get_and_submit_flow_runs`; a server that is away is waited for.
+
+        With runs in hand that wait for their rounds there is no hurry to find the ones after them, and a server that has many
+        sites would do little else than answer them all.
+        """
+        now = time.monotonic()
+        if len(self._stops) > 1 and now - self._looked < _LOOK_PAUSE_S:
+            return []
+        self._looked = now
         return await self._patiently(super().get_and_submit_flow_runs()) or []
 
     async def _sync_and_initialize(self) -> None:
@@ -182,7 +195,7 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
             ),
         )
         for run in runs:
-            if run.labels.get("prefect.worker.name") == self.name and run.id not in self._stops:
+            if run.state is not None and run.state.message == self._note and run.id not in self._stops:
                 self._logger.warning("run %s was left behind when this worker ended: it has crashed", run.name)
                 state: State[Any] = Crashed(message=f"the worker of {self.site.name} was lost while it did its part")
                 await self.client.set_flow_run_state(run.id, state, force=True)
@@ -221,14 +234,15 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
         if task_status is not None:
             task_status.started(os.getpid())
         try:
-            await do_run(self.client, flow_run, self._resident, stop=stop)
-        except Exception as error:
-            # Prefect's worker believes that whoever ran the flow has reported it: here there is nobody else.
-            await self._propose_crashed_state(flow_run, f"{type(error).__name__}: {error}")
-            raise
+            await do_run(self.client, flow_run, self._resident, stop=stop, note=self._note)
         finally:
             del self._stops[flow_run.id]
         return SiteWorkerResult(identifier=str(flow_run.id), status_code=0)
+
+    @property
+    def _note(self) -> str:
+        """The message of the states of a run that this worker has in hand."""
+        return f"in the hands of worker {self.name}"
 
     async def _flow_name(self, flow_id: UUID) -> str:
         if flow_id not in self._flow_names:
@@ -236,18 +250,33 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
         return self._flow_names[flow_id]
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
-        """See `BaseWorker._submit_run`, which looks its deployment up, and has the server note which process runs it."""
+        """See `BaseWorker._submit_run`, which prepares what a run's deployment asks for, and tells the server much of it."""
         try:
             if await self._propose_pending_state(flow_run):
                 assert self._runs_task_group is not None
-                await self._runs_task_group.start(self._submit_run_and_capture_errors, flow_run)
+                self._runs_task_group.start_soon(self._run_in_hand, flow_run)
             else:
                 self._release_limit_slot(flow_run.id)
         finally:
             self._submitting_flow_run_ids.remove(flow_run.id)
 
-    async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
-        """There is nothing to submit a run to: it runs at once."""
+    async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
+        """Claim a run; False when it is not to be had, because it was cancelled, or another worker was faster."""
+        try:
+            state: State[Any] = await propose_state(self.client, Pending(message=self._note), flow_run_id=flow_run.id)
+        except (PrefectSignal, PrefectException, httpx.HTTPError) as error:  # a run that is still there is found again
+            self._logger.info("run %s was not taken: %s", flow_run.name, error)
+            return False
+        return state.is_pending()
+
+    async def _run_in_hand(self, flow_run: FlowRun) -> None:
+        try:
+            await self.run(flow_run, SiteJobConfiguration())
+        except Exception as error:
+            self._logger.exception("run %s could not be done", flow_run.name)
+            await self._propose_crashed_state(flow_run, f"{type(error).__name__}: {error}")
+        finally:
+            self._release_limit_slot(flow_run.id)
 
 
 async def register_site(client: Any, site: str, pool: str) -> UUID:

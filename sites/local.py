@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
@@ -32,6 +32,8 @@ class Sites(Protocol):
 
     names: tuple[str, ...]
     num_slots: int
+    have_runs: ClassVar[bool]
+    """Whether a site's part of a round is a Prefect run of its own."""
 
     @property
     def cancelled(self) -> bool:
@@ -72,6 +74,8 @@ class LocalSites:
         workdir: the current folder of every script.
         imports: what to import once for all scripts; the import begins at once.
     """
+
+    have_runs: ClassVar[bool] = False
 
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (

@@ -1,6 +1,7 @@
-"""Ask sites for updates: one Prefect task per site, or one per slot when there are many sites.
+"""Ask sites for updates: one Prefect task per site, or one per slot when there are many sites; none where a site's part is a
+Prefect run of its own, which says more, and costs the server enough.
 
-What a site's script prints goes to the log of the site's task. Every update passes the gate as soon as it arrives, while
+What a site's script prints goes to the log of the site's task or run. Every update passes the gate as soon as it arrives, while
 other sites still train.
 """
 
@@ -59,6 +60,9 @@ async def collect(round: Round, chosen: Sequence[str]) -> dict[str, Outcome]:
 
     Returns: site -> what came of it, once all have answered, failed or timed out; empty when the turn never came.
     """
+    if round.sites.have_runs:
+        parts = await asyncio.gather(*(_part(round, site) for site in chosen))
+        return {site: part for site, part in zip(chosen, parts, strict=True) if part is not None}
     if len(chosen) <= MAX_SITE_TASKS:
         calls = [_ask_site.with_options(task_run_name=site)(round, site) for site in chosen]
         answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -91,6 +95,17 @@ class _Shared:
 
     def take(self) -> str | None:
         return next(self._left, None)
+
+
+async def _part(round: Round, site: str) -> Outcome | None:
+    """One site's part of the round, where it is a run of its own; None when the round's turn never came."""
+    try:
+        await round.sites.announce(site, round.number)
+        turn = await asyncio.shield(round.turn)
+        return None if turn is None else await _ask(round, turn, site)
+    except SiteError as error:
+        get_run_logger().error("%s", error)
+        return error
 
 
 @task(persist_result=False)

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 import httpx
@@ -33,7 +33,7 @@ from fedpool.store import JobPaths, Store
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25
 """How often to look for manifests."""
-_API_POLL_S = 1.0
+_API_POLL_S = 2.0
 _WORKERS_POLL_S = 5.0
 """How often to look whether the sites' workers are online, at the least: a query for each, so no more than one a second."""
 _WORKERS_PATIENCE_S = 10.0
@@ -56,6 +56,8 @@ class PoolSites:
     Args:
         names: of the sites; each has a deployment `site-round/NAME`.
     """
+
+    have_runs: ClassVar[bool] = True
 
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (
@@ -213,17 +215,27 @@ class PoolSites:
             del self._waiting[site, round]
 
     async def _watch_sites(self) -> None:
-        """Pass on what the store and Prefect tell of the sites that someone waits for, until nobody does."""
+        """Pass on what the store and Prefect tell of the sites that someone waits for, until the job ends."""
+        try:
+            async with asyncio.TaskGroup() as watches:  # apart from each other: a busy server takes seconds to answer
+                watches.create_task(self._watch_store())
+                watches.create_task(self._watch_runs())
+        except Exception as error:  # noqa: BLE001  # whoever waits would wait for ever
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_exception(error)
+
+    async def _watch_store(self) -> None:
         assert self._store is not None
         pause = _LOCAL_POLL_S if self._store.is_local else _REMOTE_POLL_S
-        asked = answered = looked_at_workers = time.monotonic()
-        while self._waiting:
+        while True:
             await asyncio.sleep(pause)
             await self._look_for_manifests()
-            now = time.monotonic()
-            if now - asked < _API_POLL_S:
-                continue
-            asked = now
+
+    async def _watch_runs(self) -> None:
+        answered = looked_at_workers = time.monotonic()
+        while True:
+            await asyncio.sleep(_API_POLL_S)
             try:
                 await self._look_at_runs()
                 now = time.monotonic()
