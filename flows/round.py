@@ -108,7 +108,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
             started = time.monotonic()
             base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
             deadline = started + recipe.round_timeout if recipe.round_timeout is not None else None
-            round.turn.set_result(Turn(task, job.head, _expected(job, number, task, base), deadline))
+            wanted = expected(recipe, job.job_id, number, task, job.head, base)
+            round.turn.set_result(Turn(task, job.head, wanted, deadline))
     finally:
         if not round.turn.done():
             round.turn.set_result(None)
@@ -161,14 +162,19 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     return None
 
 
-def _expected(job: Job, number: int, task: Task, base: TensorReader) -> Expected:
-    recipe = job.recipe
+def expected(recipe: Recipe, job_id: str, number: int, task: Task, head: Digest, base: TensorReader) -> Expected:
+    """What the updates of a round have to fit.
+
+    Args:
+        head: digest of the round's global model.
+        base: that model.
+    """
     excluded = {name for name in base.spec for pattern in recipe.exclude_vars if re.search(pattern, name)}
     return Expected(
-        job_id=job.job_id,
+        job_id=job_id,
         round=number,
         task=task,
-        base_sha256=job.head.sha256,
+        base_sha256=head.sha256,
         spec={name: entry for name, entry in base.spec.items() if name not in excluded},
         transfer=recipe.params_transfer_type,
     )

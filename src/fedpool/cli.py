@@ -236,6 +236,25 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
             console.print(f"{which} model: {result[which]['path']}", highlight=False, soft_wrap=True)
 
 
+@job.command
+def verify(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
+    """Check every hash of a job, and recompute every aggregate from the stored updates; ends with 1 at the first difference."""
+    from fedpool.flows.verify import verify_job
+
+    place = _store(store, home)
+    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    found = verify_job(place, job_id)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    print(
+        f"{job_id}: {found.num_rounds} rounds and {found.num_updates} updates verified: "
+        "every hash holds, and every aggregate comes out the same, to the byte"
+    )
+    if found.status is None:
+        print("it has no result yet: it runs, or its coordinator was lost")
+
+
 @job.command(name="logs")
 def job_logs(
     job_id: str,

@@ -1,0 +1,211 @@
+"""Verification of a job's record: from its first byte to its last, as somebody does it who trusts nobody.
+
+Everything is read anew: the bundle, the models, the chain of the rounds' records, and every update, which passes the gate again.
+Every aggregate is recomputed from the stored updates, and must come out the same to the byte.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedpool.errors import IntegrityError, RoundError, SiteError
+from fedpool.flows.fedavg import FedAvgRecipe
+from fedpool.flows.job import restore
+from fedpool.flows.round import expected
+from fedpool.manifest import UpdateManifest
+from fedpool.recipe import Recipe
+from fedpool.store import JobPaths, Store, check_digest, to_json
+from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.gate import Accepted, Rejected, judge
+from fedpool.tasks.record import Record, known_weights, round_record
+from fedpool.tensors import Digest, TensorReader
+
+RECIPES: Mapping[str, type[Recipe]] = {kind.__name__: kind for kind in (FedAvgRecipe,)}
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was verified of a job.
+
+    Attributes:
+        num_rounds: committed rounds, the evaluation of the last model included.
+        num_updates: updates that the rounds' records name, accepted or rejected.
+        status: how the job ended; None when it has no result yet.
+    """
+
+    num_rounds: int
+    num_updates: int
+    status: str | None
+
+
+def verify_job(store: Store, job_id: str) -> Verified:
+    """Verify all that the store holds of a job.
+
+    Raises:
+        IntegrityError: something is not what it says; the message names the first such object, and how it differs.
+        FileNotFoundError: there is no such job.
+    """
+    return _Audit(store, job_id).run()
+
+
+class _Audit:
+    def __init__(self, store: Store, job_id: str) -> None:
+        self._store = store
+        self._paths = JobPaths(job_id)
+        self._records: list[Record] = []
+        self._num_updates = 0
+        job = store.read_json(self._paths.job)
+        kind = job.get("recipe", {}).get("type")
+        if kind not in RECIPES:
+            raise IntegrityError(
+                f"{store.full(self._paths.job)} has a recipe of class {kind!r}: known are {', '.join(RECIPES)}"
+            )
+        try:
+            self._recipe = restore(RECIPES[kind], job_id, store)
+        except ValidationError as error:
+            raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
+        self._head: Digest = Digest(**job["model"])
+        """The newest global model, by the word of what came before it."""
+        self._previous: str | None = None
+
+    def run(self) -> Verified:
+        with tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:
+            while self._store.exists(path := self._paths.record(len(self._records))):
+                self._verify_round(path, Path(folder))
+            self._verify_model(self._num_trained)
+        return Verified(len(self._records), self._num_updates, self._verify_result())
+
+    @property
+    def _num_trained(self) -> int:
+        return sum(record["task"] == "train" for record in self._records)
+
+    def _verify_round(self, path: str, folder: Path) -> None:
+        number = len(self._records)
+        data = self._store.read_bytes(path)
+        record = self._store.read_json(path)
+        base = self._verify_model(number)
+        try:
+            rebuilt = self._rebuilt(number, record, base, folder)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._differs(path, f"does not describe a round: {type(error).__name__}: {error}") from None
+        for name in sorted(record.keys() | rebuilt.keys()):
+            if (said := record.get(name)) != (found := rebuilt.get(name)):
+                raise self._differs(path, f"says {name} {_brief(said)}, but {_brief(found)} is what follows")
+        if to_json(record) != data:
+            raise self._differs(path, "is not in the form that records are written in")
+        self._records.append(record)
+        self._previous = hashlib.sha256(data).hexdigest()
+        if record["next_global"]:
+            self._head = Digest(**record["next_global"])
+
+    def _rebuilt(self, number: int, record: Record, base: TensorReader, folder: Path) -> dict[str, Any]:
+        """The record as it follows from what else is in the store."""
+        recipe, job_id = self._recipe, self._paths.job_id
+        wanted = expected(recipe, job_id, number, record["task"], self._head, base)
+        outcomes: dict[str, Accepted | Rejected | SiteError] = {
+            entry["site"]: SiteError(entry["site"], number, entry["cause"]) for entry in record["failed"]
+        }
+        for entry in (*record["accepted"], *record["rejected"]):
+            manifest = self._manifest(number, entry["site"])
+            outcome = outcomes[entry["site"]] = judge(self._store, entry["site"], manifest, wanted)
+            if entry in record["accepted"] and isinstance(outcome, Rejected):
+                path = self._paths.update(number, entry["site"])
+                raise self._differs(path, f"was accepted, but is to be rejected ({outcome.code}): {outcome.reason}")
+            self._num_updates += 1
+        accepted = [outcome for outcome in outcomes.values() if isinstance(outcome, Accepted)]
+        following = self._following(number, base, accepted, record, folder) if record["task"] == "train" else None
+        return round_record(
+            job_id=job_id,
+            round=number,
+            task=record["task"],
+            outcomes=outcomes,
+            known_weights=known_weights(self._records),
+            base=self._head,
+            following=following,
+            previous_sha256=self._previous,
+            timings=record["timings"],
+        )
+
+    def _manifest(self, number: int, site: str) -> UpdateManifest:
+        path = self._paths.manifest(number, site)
+        try:
+            return UpdateManifest.model_validate_json(self._store.read_bytes(path))
+        except FileNotFoundError:
+            raise self._differs(path, "is missing") from None
+        except ValidationError as error:
+            raise self._differs(path, f"is no manifest: {error}") from None
+
+    def _following(
+        self, number: int, base: TensorReader, accepted: list[Accepted], record: Record, folder: Path
+    ) -> Digest:
+        """Digest of the next global model, recomputed; compared with the one that is stored, tensor by tensor."""
+        scratch, target = Store(folder), f"recomputed-{number}.safetensors"
+        try:
+            digest = aggregate(
+                self._recipe.strategy(),
+                store=scratch,
+                base=base,
+                updates=accepted,
+                factors=self._recipe.aggregation_weights,
+                target=target,
+            )
+        except RoundError as error:
+            raise self._differs(self._paths.record(number), f"cannot be: {error}") from None
+        if digest != Digest(**record["next_global"]):
+            path = self._paths.global_model(number + 1)
+            stored = self._reader(path, Digest(**record["next_global"]))
+            name = _first_difference(scratch.tensors(target, digest.size), stored)
+            raise self._differs(path, f"is not the aggregate of round {number}'s updates: {name} differs")
+        (folder / target).unlink()
+        return digest
+
+    def _verify_model(self, number: int) -> TensorReader:
+        return self._reader(self._paths.global_model(number), self._head)
+
+    def _reader(self, path: str, digest: Digest) -> TensorReader:
+        try:
+            with self._store.open(path) as file:
+                check_digest(file, digest, where=self._store.full(path))
+        except FileNotFoundError:
+            raise self._differs(path, "is missing") from None
+        return self._store.tensors(path, digest.size)
+
+    def _verify_result(self) -> str | None:
+        path = self._paths.result
+        if not self._store.exists(path):
+            return None
+        result = self._store.read_json(path)
+        follows = {
+            "job_id": self._paths.job_id,
+            "num_rounds": self._num_trained,
+            "num_records": len(self._records),
+            "last_record_sha256": self._previous,
+        }
+        for name, found in follows.items():
+            if result.get(name) != found:
+                raise self._differs(
+                    path, f"says {name} {_brief(result.get(name))}, but {_brief(found)} is what follows"
+                )
+        return str(result.get("status"))
+
+    def _differs(self, path: str, how: str) -> IntegrityError:
+        return IntegrityError(f"{self._store.full(path)} {how}")
+
+
+def _first_difference(one: TensorReader, other: TensorReader) -> str:
+    if one.spec != other.spec:
+        return "its names and shapes"
+    for name, start, stop in one.blocks(1 << 20):
+        if one.read_block(name, start, stop) != other.read_block(name, start, stop):
+            return name
+    return "the order of its bytes"
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
