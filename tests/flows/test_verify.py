@@ -185,6 +185,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda job: edit(job / R.format(2), lambda record: record.pop("accepted")),
         r"00002/round\.json does not describe a round: KeyError",
     ),
+    "a record that is no JSON": (
+        lambda job: (job / R.format(2)).write_text("{"),
+        r"00002/round\.json is no JSON",
+    ),
     "the form of a record": (
         lambda job: (job / R.format(2)).write_bytes((job / R.format(2)).read_bytes() + b"\n"),
         r"00002/round\.json is not in the form that records are written in",
