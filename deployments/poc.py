@@ -296,7 +296,7 @@ class PocEnv(RemoteEnv):
         environment |= {
             "PREFECT_HOME": str(self.home / "prefect"),
             "PREFECT_API_URL": f"{state['address']}/api",
-            # One server answers all sites, and each look costs it 35 ms.
+            # One server answers all sites: the more there are, the less often each may ask.
             "PREFECT_WORKER_QUERY_SECONDS": f"{max(1.0, len(self.names) / 8):g}",
             "PREFECT_WORKER_HEARTBEAT_SECONDS": f"{max(3, len(self.names) // 3)}",
             "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "4",

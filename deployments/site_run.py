@@ -73,6 +73,9 @@ async def do_run(
     except (FedpoolError, ParameterTypeError, OSError) as error:
         logger.error("%s", error)
         ended = Failed(message=str(error))
+    except BaseException:
+        beginning.cancel()
+        raise
     else:
         logger.info("%s: %s", ended.name, ended.message)
     with anyio.CancelScope(shield=True):

@@ -52,11 +52,7 @@ class SiteWorkerResult(BaseWorkerResult):
     """How a run ended, as Prefect's worker wants to know it."""
 
 
-class SiteJobConfiguration(BaseJobConfiguration):
-    """What a run's deployment and work pool ask of the infrastructure: nothing of it is read."""
-
-
-class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResult]):
+class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResult]):
     """Runs a site's rounds in this process, and keeps each job's session warm between them.
 
     Args:
@@ -65,7 +61,6 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
     """
 
     type = "fedpool-site"
-    job_configuration = SiteJobConfiguration
     _description = "Runs the rounds of one federated learning site, and nothing else."
     _logo_url = ""
     _documentation_url = ""
@@ -271,7 +266,7 @@ class SiteWorker(BaseWorker[SiteJobConfiguration, BaseVariables, SiteWorkerResul
 
     async def _run_in_hand(self, flow_run: FlowRun) -> None:
         try:
-            await self.run(flow_run, SiteJobConfiguration())
+            await self.run(flow_run, BaseJobConfiguration())
         except Exception as error:
             self._logger.exception("run %s could not be done", flow_run.name)
             await self._propose_crashed_state(flow_run, f"{type(error).__name__}: {error}")

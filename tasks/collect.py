@@ -61,7 +61,7 @@ async def collect(round: Round, chosen: Sequence[str]) -> dict[str, Outcome]:
     Returns: site -> what came of it, once all have answered, failed or timed out; empty when the turn never came.
     """
     if round.sites.have_runs:
-        parts = await asyncio.gather(*(_part(round, site) for site in chosen))
+        parts = await asyncio.gather(*(_follow_run(round, site) for site in chosen))
         return {site: part for site, part in zip(chosen, parts, strict=True) if part is not None}
     if len(chosen) <= MAX_SITE_TASKS:
         calls = [_ask_site.with_options(task_run_name=site)(round, site) for site in chosen]
@@ -98,11 +98,16 @@ class _Shared:
 
 
 async def _part(round: Round, site: str) -> Outcome | None:
-    """One site's part of the round, where it is a run of its own; None when the round's turn never came."""
+    """One site's part of the round; None when the round's turn never came. Raises `SiteError` when the site fails."""
+    await round.sites.announce(site, round.number)
+    turn = await asyncio.shield(round.turn)
+    return None if turn is None else await _ask(round, turn, site)
+
+
+async def _follow_run(round: Round, site: str) -> Outcome | None:
+    """One site's part of the round, where it is a run of its own; a site that fails is in the log of the round."""
     try:
-        await round.sites.announce(site, round.number)
-        turn = await asyncio.shield(round.turn)
-        return None if turn is None else await _ask(round, turn, site)
+        return await _part(round, site)
     except SiteError as error:
         get_run_logger().error("%s", error)
         return error
@@ -111,11 +116,8 @@ async def _part(round: Round, site: str) -> Outcome | None:
 @task(persist_result=False)
 async def _ask_site(round: Round, site: str) -> Outcome | State[Any]:
     """One site's part of the round; the task fails when the site does."""
-    await round.sites.announce(site, round.number)
-    turn = await asyncio.shield(round.turn)
-    if turn is None:
-        return Cancelled(message="the job ended before this round's turn")
-    return await _ask(round, turn, site)
+    outcome = await _part(round, site)
+    return Cancelled(message="the job ended before this round's turn") if outcome is None else outcome
 
 
 @task(persist_result=False)
