@@ -76,7 +76,11 @@ class PocEnv(RemoteEnv):
     database: str | None = Field(
         None, description="database of the Prefect server, e.g. postgresql+asyncpg://...; default: in memory"
     )
-    home: Path = Field(DEFAULT_HOME, description="folder of the processes' logs, the sites' folders and the store")
+    home: Path = Field(
+        DEFAULT_HOME,
+        description="folder of the processes' logs, the sites' folders and the store",
+        validate_default=True,  # it begins with ~
+    )
 
     @field_validator("home")
     @classmethod

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psutil
 
+from fedpool import PocEnv
 from fedpool.deployments.processes import Processes, _family
 
 _PARENT = """
@@ -39,3 +40,9 @@ def test_a_process_that_ends_meanwhile_is_a_family_of_one(tmp_path: Path) -> Non
     processes.stop(["parent"])
     psutil.wait_procs([parent, child], timeout=30)
     assert _family(parent) == [parent]
+
+
+def test_python_and_the_command_speak_of_the_same_proof_of_concept() -> None:
+    """The default folder was once taken as it stands, `~` included, where no folder was given."""
+    assert PocEnv(num_clients=1).home == Path.home() / ".fedpool/poc"
+    assert PocEnv(num_clients=1, home=Path("~/other")).home == Path.home() / "other"
