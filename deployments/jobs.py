@@ -138,6 +138,25 @@ async def read_logs(client: "PrefectClient", job_id: str, site: str | None) -> l
     return lines
 
 
+async def check_has_ended(client: "PrefectClient", job_id: str) -> None:
+    """Check that no run of a job is under way, as far as the server knows.
+
+    Raises:
+        ConfigError: one is.
+    """
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterName
+
+    for run in await client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=["federated-job"])),
+        flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[job_id])),
+    ):
+        if run.state is None or not run.state.is_final():
+            raise ConfigError(
+                f"job {job_id!r} is under way: its run {run.id} is {run.state.name if run.state else 'new'}. Cancel it first; "
+                f"if the machine that ran it is gone: prefect flow-run delete {run.id}"
+            )
+
+
 async def cancel(client: "PrefectClient", job_id: str) -> None:
     """Have a job cancelled: its sites stop, and it says so.
 

@@ -17,9 +17,11 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
+from fedpool.deployments.jobs import check_has_ended
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.errors import ConfigError, ServerError, StoreError
+from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
 from fedpool.manifest import PROTOCOL
 from fedpool.recipe import Recipe
 from fedpool.store import JobPaths, Store, new_job_id
@@ -63,12 +65,21 @@ class RemoteEnv(BaseModel):
     def prepare(self, recipe: Recipe) -> None:
         """Get ready to run a recipe; the base has nothing to do."""
 
-    def execute(self, recipe: Recipe, *, wait: bool = True) -> Run:
+    def execute(
+        self,
+        recipe: Recipe,
+        *,
+        wait: bool = True,
+        resume: str | None = None,
+        fork: bool = False,
+        from_round: int | None = None,
+    ) -> Run:
         """Run a recipe.
 
         Args:
             recipe: what to run.
             wait: block until the job has ended, showing its progress. False returns once it is submitted.
+            resume, fork, from_round: see `Recipe.execute`.
 
         Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
 
@@ -82,12 +93,21 @@ class RemoteEnv(BaseModel):
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
-        job_id = new_job_id(recipe.name)
+        start = begin(recipe, store, resume=resume, fork=fork, from_round=from_round)
+        recipe, job_id = start.recipe, start.job_id
+        if start.resumes:
+            check_unchanged(recipe, job_id, store, names)
+            if has_completed(store, job_id):
+                return Run(job_id, store, work=lambda: None, cancel=lambda: None)
 
         async def submit() -> UUID:
             async with self._client() as client:
                 await check(client, names, self.coordinator_pool)
-                await asyncio.to_thread(_stage, recipe, job_id, store, names)
+                if start.resumes:
+                    await check_has_ended(client, job_id)
+                    await asyncio.to_thread(store.remove, JobPaths(job_id).result)
+                else:
+                    await asyncio.to_thread(stage, recipe, job_id, store, names, parent=start.parent)
                 deployment = await _deploy(
                     client, recipe, f"{_AD_HOC}-{type(recipe).__name__}", pool=self.coordinator_pool, parameters={}
                 )
@@ -133,7 +153,7 @@ class RemoteEnv(BaseModel):
         async def register() -> None:
             async with self._client() as client:
                 await check(client, names, self.coordinator_pool)
-                await asyncio.to_thread(_stage, recipe, template, store, names, template=True)
+                await asyncio.to_thread(stage, recipe, template, store, names, template=True)
                 parameters = self._parameters(recipe, store, names) | {"template": template, "warm_start": warm_start}
                 await _deploy(
                     client, recipe, recipe.name, pool=self.coordinator_pool, parameters=parameters, schedules=schedules
@@ -281,12 +301,6 @@ async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool:
         raise ServerError(f"the Prefect server at {client.api_url} does not answer: {error}") from error
     if found := [problem for problem in problems if problem]:
         raise ConfigError("\n".join(found))
-
-
-def _stage(recipe: Recipe, job_id: str, store: Store, names: tuple[str, ...], *, template: bool = False) -> None:
-    from fedpool.flows.job import stage
-
-    stage(recipe, job_id, store, names, template=template)
 
 
 async def _deploy(

@@ -22,10 +22,11 @@ from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.errors import RecipeError
+from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
 from fedpool.recipe import Recipe
 from fedpool.sites.local import LocalSites, default_slots
 from fedpool.startup import collector_off
-from fedpool.store import JobPaths, Store, check_name, new_job_id
+from fedpool.store import JobPaths, Store, check_name
 
 _DRAIN_TIMEOUT_S = 30.0
 
@@ -94,15 +95,24 @@ class SimEnv(BaseModel):
         """The sites that a recipe would run at: as many as it needs when the environment does not say."""
         if self.clients is not None:
             return self.clients
-        count = self.num_clients or recipe.clients_per_round or recipe.min_clients
+        count = self.num_clients or recipe.sample_size or recipe.min_clients
         return tuple(f"site-{number + 1}" for number in range(count))
 
-    def execute(self, recipe: Recipe, *, wait: bool = True) -> Run:
+    def execute(
+        self,
+        recipe: Recipe,
+        *,
+        wait: bool = True,
+        resume: str | None = None,
+        fork: bool = False,
+        from_round: int | None = None,
+    ) -> Run:
         """Run a recipe.
 
         Args:
             recipe: what to run.
             wait: block until the job has ended, showing its progress. False returns at once; the job runs on its own thread.
+            resume, fork, from_round: see `Recipe.execute`.
 
         Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
 
@@ -111,12 +121,17 @@ class SimEnv(BaseModel):
             ServerError, StoreError: the job could not begin.
             KeyboardInterrupt: Ctrl-C; the sessions are ended first and the job says that it was cancelled.
         """
+        store = Store(self.workspace.absolute())
+        start = begin(recipe, store, resume=resume, fork=fork, from_round=from_round)
+        recipe, job_id = start.recipe, start.job_id
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        if start.resumes:
+            check_unchanged(recipe, job_id, store, names)
+            if has_completed(store, job_id):
+                return Run(job_id, store, work=lambda: None, cancel=lambda: None)
         gpus = [part.strip() for part in self.gpus.split(",")] if self.gpus else []
         num_slots = min(self.num_threads or default_slots(len(names), gpus), len(names))
-        job_id = new_job_id(recipe.name)
-        store = Store(self.workspace.absolute())
         console = Console(quiet=not self.progress)
         sites = LocalSites(
             names,
@@ -128,13 +143,13 @@ class SimEnv(BaseModel):
             workdir=Path.cwd(),
             imports=recipe.bundle.imports,
         )
-        run = Run(job_id, store, work=lambda: _work(recipe, job_id, store, sites, console), cancel=sites.cancel)
+        run = Run(job_id, store, work=lambda: _work(start, store, sites, console), cancel=sites.cancel)
         if wait:
             show(run, recipe, len(names), console)
         return run
 
 
-def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console: Console) -> None:
+def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> None:
     """A job from its beginning to its end, on its own thread with its own event loop."""
     # At the interpreter's end, looking for garbage among all that torch and Prefect consist of takes longer than some rounds.
     atexit.unregister(gc.freeze)
@@ -154,8 +169,10 @@ def _work(recipe: Recipe, job_id: str, store: Store, sites: LocalSites, console:
         stack.callback(_drain)
 
         async def run_job() -> None:
-            state = await federated_job(recipe, job_id, store.url, sites, return_state=True)
-            if not store.exists(JobPaths(job_id).result):  # a job that failed in its rounds says so there
+            state = await federated_job(
+                start.recipe, start.job_id, store.url, sites, start.resumes, start.parent, return_state=True
+            )
+            if not store.exists(JobPaths(start.job_id).result):  # a job that failed in its rounds says so there
                 await state.aresult()
 
         asyncio.run(run_job())

@@ -2,7 +2,7 @@
 
 `deployed(FedAvgRecipe)` makes a flow named `federated-job` whose parameters are the recipe's fields, with their bounds and
 descriptions, and a few of its own. Each run is a new job, made from a job that was staged as its template and never runs itself;
-or, when `job_id` names a staged job, that very job. The store and the sites' work pools are all it needs.
+or, when `job_id` names a job, that very job, from where it is. The store and the sites' work pools are all it needs.
 """
 
 import asyncio
@@ -17,11 +17,13 @@ from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
+from prefect.states import Completed
 from pydantic import AfterValidator, Field, ValidationError
 
 from fedpool.errors import RecipeError
-from fedpool.flows.job import restore, run_job, stage
-from fedpool.flows.round import LOOK_AHEAD, Job
+from fedpool.flows.job import run_job, take_up
+from fedpool.flows.round import LOOK_AHEAD
+from fedpool.flows.staging import has_completed, restore, stage
 from fedpool.initial import InitialModel, initial_model
 from fedpool.recipe import Recipe
 from fedpool.store import JobPaths, Store, new_job_id
@@ -69,7 +71,7 @@ def _parameters(kind: type[Recipe]) -> list[tuple[inspect.Parameter, str]]:
         ("template", str, "", "id of the staged job that this one is made from"),
         ("store", str, _REQUIRED, "URL of the store; its credentials are in the environment"),
         ("sites", Annotated[list[str], Field(min_length=1)], _REQUIRED, "names of the sites that take part"),
-        ("job_id", str | None, None, "run this staged job instead of making a new one"),
+        ("job_id", str | None, None, "go on with this job instead of making a new one"),
         (
             "look_ahead",
             Annotated[int, Field(ge=0, le=100)],
@@ -103,16 +105,27 @@ async def _run(
     **fields: Any,
 ) -> State[Any]:
     storage = Store(store)
-    if job_id is not None:
-        staged = job_id
-        recipe = await asyncio.to_thread(restore, kind, job_id, storage)
-    else:
+    staged = job_id or await asyncio.to_thread(_begun_before, storage)
+    if staged is None:
         recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
         staged = new_job_id(recipe.name)
         await asyncio.to_thread(stage, recipe, staged, storage, tuple(sites))
         await _name_after(staged)
+    else:
+        recipe = await asyncio.to_thread(restore, kind, staged, storage)
     get_run_logger().info("job %s lies in %s", staged, storage.full(staged))
-    return await run_job(Job(recipe, staged, storage, PoolSites(sites), recipe.model.digest, look_ahead))
+    with storage.held(staged):
+        if await asyncio.to_thread(has_completed, storage, staged):
+            return Completed(message=f"job {staged} had come to its end")
+        job = await asyncio.to_thread(take_up, recipe, staged, storage, PoolSites(sites), look_ahead)
+        return await run_job(job)
+
+
+def _begun_before(store: Store) -> str | None:
+    """The job of this flow run, when it is run again: Prefect retries a run that failed or crashed, where it is asked to."""
+    context = FlowRunContext.get()
+    name = context.flow_run.name if context and context.flow_run and context.flow_run.run_count > 1 else None
+    return name if name and store.exists(JobPaths(name).job) else None
 
 
 async def _name_after(job_id: str) -> None:

@@ -7,11 +7,9 @@ Persists no Prefect result: whatever lasts is in the store.
 
 import asyncio
 import hashlib
-import platform
-import tempfile
+import json
+from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -20,42 +18,85 @@ from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
-from fedpool.bundle import Bundle
-from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError
-from fedpool.flows.round import Job, RoundSignals, federated_round
-from fedpool.initial import initial_model
-from fedpool.manifest import ClientJob, Task
+from fedpool.errors import FedpoolError, IntegrityError, JobFailed
+from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals, federated_round
+from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, stage
+from fedpool.manifest import Task
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
-from fedpool.store import JobPaths, Store
+from fedpool.store import JobPaths, Store, check_digest
 from fedpool.tasks.metrics import best_round, has_stalled
+from fedpool.tasks.record import Record
 from fedpool.tensors import Digest
-
-JOB_FORMAT = 1
 
 
 @flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
-async def federated_job(recipe: Recipe, job_id: str, store: str, sites: Sites) -> State[Any]:
+async def federated_job(
+    recipe: Recipe, job_id: str, store: str, sites: Sites, resume: bool = False, parent: Parent | None = None
+) -> State[Any]:
     """Run a recipe to its end, from the process that holds it.
 
     Args:
         recipe: what to run.
-        job_id: a new one; the job's folder in the store.
+        job_id: the job's folder in the store.
         store: fsspec URL of the store.
         sites: how to reach the sites.
+        resume: go on with a job that was begun before.
+        parent: what a new job is a fork of.
 
     Returns: a Completed or a Cancelled state; the result is in the store.
 
     Raises:
         JobFailed: a round failed; `result.json` names the last committed model all the same.
+        RecipeError: the job that is to go on has another recipe or other sites.
+        StoreError: another process runs the job.
     """
     storage = Store(store)
-    try:
-        head = await asyncio.to_thread(stage, recipe, job_id, storage, sites.names)
-    except BaseException:
-        await sites.end()
-        raise
-    return await run_job(Job(recipe, job_id, storage, sites, head))
+    with storage.held(job_id):
+        try:
+            if resume:
+                job = await asyncio.to_thread(take_up, recipe, job_id, storage, sites)
+            else:
+                head = await asyncio.to_thread(
+                    stage, recipe, job_id, storage, sites.names, simulated=not sites.have_runs, parent=parent
+                )
+                job = Job(recipe, job_id, storage, sites, head)
+        except BaseException:
+            await sites.end()
+            raise
+        return await run_job(job)
+
+
+def take_up(recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead: int = LOOK_AHEAD) -> Job:
+    """A job that was staged, or begun and lost, as far as it has come: from its last commit on it is run like any other.
+
+    What is committed is checked against the records' chain of hashes. A global model that no record names yet is nobody's word,
+    and goes; so does the result of a job that has failed or was cancelled.
+
+    Raises:
+        FileNotFoundError: there is no such job.
+        IntegrityError: what is committed is not what it says.
+        RecipeError: the job has another recipe or other sites.
+    """
+    paths = JobPaths(job_id)
+    described = store.read_json(paths.job)
+    check_unchanged(recipe, job_id, store, sites.names)
+    job = Job(recipe, job_id, store, sites, Digest(**described["model"]), look_ahead)
+    while store.exists(path := paths.record(len(job.records))):
+        data = store.read_bytes(path)
+        record = json.loads(data)
+        if record["previous_sha256"] != job.head_sha256 or Digest(**record["global"]) != job.head:
+            raise IntegrityError(f"{store.full(path)} does not follow from the round before it: verify the job")
+        job.records.append(record)
+        job.head_sha256 = hashlib.sha256(data).hexdigest()
+        job.head = Digest(**record["next_global"]) if record["next_global"] else job.head
+    job.resumed_at = len(job.records)
+    trained = sum(record["task"] == "train" for record in job.records)
+    with store.open(paths.global_model(trained)) as file:
+        check_digest(file, job.head, where=store.full(paths.global_model(trained)))
+    store.remove(paths.global_model(trained + 1))
+    store.remove(paths.result)
+    return job
 
 
 async def run_job(job: Job) -> State[Any]:
@@ -87,92 +128,26 @@ async def run_job(job: Job) -> State[Any]:
     return Completed(message=f"{recipe.name}: {len(job.records)} rounds")
 
 
-def stage(recipe: Recipe, job_id: str, store: Store, sites: tuple[str, ...], *, template: bool = False) -> Digest:
-    """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest.
-
-    Args:
-        template: it never runs itself: a deployment makes its jobs from it.
-    """
-    paths = JobPaths(job_id)
-    store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
-    digest: Digest = recipe.model.digest
-    with store.staged(paths.global_model(0)) as file:
-        recipe.model.write_to(file)
-    store.write_json(
-        paths.job,
-        {
-            "format": JOB_FORMAT,
-            "job_id": job_id,
-            "parent": None,
-            "template": template,
-            "recipe": {"type": type(recipe).__name__, **recipe.model_dump(mode="json")},
-            "client": recipe.client_job(job_id).model_dump(mode="json"),
-            "seed": recipe.seed,
-            "sites": list(sites),
-            "bundle_sha256": recipe.bundle.sha256,
-            "model": {"sha256": digest.sha256, "size": digest.size},
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("fedpool", "prefect", "torch", "numpy", "safetensors")},
-            },
-        },
-    )
-    return digest
-
-
-def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
-    """The recipe of a staged job, as the store holds it.
-
-    Args:
-        kind: class of the recipe.
-
-    Raises:
-        FileNotFoundError: there is no such job.
-        IntegrityError: what lies there is not what its `job.json` says.
-        RecipeError: the job has another kind of recipe.
-    """
-    paths = JobPaths(job_id)
-    record = store.read_json(paths.job)
-    try:
-        fields = dict(record["recipe"])
-        found = fields.pop("type")
-        client = ClientJob.model_validate(record["client"], strict=False)
-        digest = Digest(**record["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{store.full(paths.job)} does not describe a job: {error}") from None
-    if found != kind.__name__:
-        raise RecipeError(f"job {job_id} has a {found}, not a {kind.__name__}")
-    data = store.read_bytes(paths.bundle(client.bundle_sha256))
-    if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
-        raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")
-    with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
-        model = initial_model(store.fetch(paths.global_model(0), Path(folder), digest))
-    bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
-    return kind.restore({**fields, "model": model, "initial_ckpt": None}, bundle)
-
-
 async def _run_rounds(job: Job) -> str | None:
     """Run the training rounds and the evaluation of the last model; returns what stopped the job early, if anything did."""
-    task: Task | None = "train"
-    stopped_by = None
-    runs: list[asyncio.Task[None]] = []
+    task, stopped_by = _next(job)
+    runs: dict[int, asyncio.Task[None]] = {}
     try:
         while task is not None:
             number = len(job.records)
-            if number == len(runs):
-                runs.append(_begin(job, number))
+            for ahead in range(number, number + 1 + job.look_ahead):
+                if ahead not in runs and (ahead == number or (task == "train" and _is_expected(job, ahead))):
+                    runs[ahead] = _begin(job, ahead)
             job.rounds[number].turn.set_result(task)
-            while task == "train" and len(runs) <= number + job.look_ahead and _is_expected(job, len(runs)):
-                runs.append(_begin(job, len(runs)))
             await _committed(job, number, runs[number])
             job.reporter.progress(100 * (number + 1) / (job.recipe.num_rounds + 1))
-            task, stopped_by = _next(job, task, stopped_by)
+            task, stopped_by = _next(job)
     finally:
         for signals in job.rounds.values():
             if not signals.turn.done():
                 signals.turn.set_result(None)
         # The run of a committed round may still be reporting its end to Prefect.
-        await asyncio.gather(*runs, return_exceptions=True)
+        await asyncio.gather(*runs.values(), return_exceptions=True)
     job.reporter.progress(100)
     return stopped_by
 
@@ -205,26 +180,28 @@ def _is_expected(job: Job, number: int) -> bool:
     return number < num_rounds or (number == num_rounds and any(record["metrics"] for record in job.records))
 
 
-def _next(job: Job, task: Task, stopped_by: str | None) -> tuple[Task | None, str | None]:
-    """What the next round does, and what stopped the training early, if anything did."""
-    if task == "evaluate":
-        return None, stopped_by
-    if len(job.records) < job.recipe.num_rounds:
-        stopped_by = _stops(job)
+def _next(job: Job) -> tuple[Task | None, str | None]:
+    """What the next round does, and what stopped the training early, if anything did: a function of the committed rounds."""
+    recipe = job.recipe
+    training = [record for record in job.records if record["task"] == "train"]
+    stopped_by = None
+    if len(training) < recipe.num_rounds:
+        stopped_by = _stops(recipe, training) if training else None
         if stopped_by is None:
             return "train", None
-    if any(record["metrics"] for record in job.records):
+    if len(training) < len(job.records):
+        return None, stopped_by
+    if any(record["metrics"] for record in training):
         return "evaluate", stopped_by  # sites score the model that they receive: the last one needs a round of its own
     get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
     return None, stopped_by
 
 
-def _stops(job: Job) -> str | None:
-    recipe = job.recipe
-    metrics = job.records[-1]["metrics"]
+def _stops(recipe: Recipe, training: Sequence[Record]) -> str | None:
+    metrics = training[-1]["metrics"]
     if (condition := recipe.stop_condition) and condition.holds(metrics):
-        return f"{condition} (it was {metrics[condition.metric]:.6g} at the start of round {job.records[-1]['round']})"
-    scores = [record["metrics"].get(recipe.key_metric) for record in job.records]
+        return f"{condition} (it was {metrics[condition.metric]:.6g} at the start of round {training[-1]['round']})"
+    scores = [record["metrics"].get(recipe.key_metric) for record in training]
     if recipe.patience and has_stalled(scores, recipe.key_metric_mode, recipe.patience):
         return f"{recipe.key_metric} did not improve in {recipe.patience} rounds"
     return None

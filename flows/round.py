@@ -2,13 +2,15 @@
 
 Its run is created while an earlier round still trains, because that costs Prefect some 0.2 s, and waits for its turn.
 Fans out one task per chosen site, passes every update through the gate as it arrives, and, once all have answered, failed
-or run into `round_timeout`, aggregates, writes the next global model and then `round.json`, which commits the round. Fails when
-fewer than `min_clients` updates were accepted, with every missing site's cause in its message. Caches and persists nothing.
+or run into `round_timeout`, or the quorum's rule says so, aggregates, writes the next global model and then `round.json`, which
+commits the round. With fewer than `min_clients` accepted updates it asks the missing sites again, `round_retries` times, and then
+fails, with every missing site's cause in its message. Caches and persists nothing.
 """
 
 import asyncio
 import re
 import time
+from collections.abc import Collection
 from typing import Any
 
 from prefect import flow
@@ -22,8 +24,9 @@ from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.aggregate import aggregate
-from fedpool.tasks.collect import Round, Turn, collect
-from fedpool.tasks.gate import Accepted, Expected
+from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
+from fedpool.tasks.gate import Accepted, Expected, Outcome
+from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.record import Record, causes, known_weights, round_record
 from fedpool.tasks.report import Reporter
 from fedpool.tasks.sampling import choose_sites
@@ -56,6 +59,7 @@ class Job:
         "recipe",
         "records",
         "reporter",
+        "resumed_at",
         "rounds",
         "sites",
         "store",
@@ -75,6 +79,8 @@ class Job:
         self.head_sha256: str | None = None
         """Hash of the newest `round.json`."""
         self.records: list[Record] = []
+        self.resumed_at: int | None = None
+        """The round in which another coordinator left the job, if one did: parts of it may be done."""
         self.rounds: dict[int, RoundSignals] = {}
         self.reporter = Reporter()
 
@@ -99,25 +105,32 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         RoundError: fewer than `min_clients` updates were accepted (an evaluation needs none).
     """
     recipe, store, paths = job.recipe, job.store, job.paths
-    chosen = choose_sites(recipe.seed, number, job.sites.names, recipe.clients_per_round)
-    round = Round(number, job.sites, store)
+    chosen = choose_sites(recipe.seed, number, job.sites.names, recipe.sample_size)
+    asked: dict[str, Asked] = {}
+    if number == job.resumed_at:
+        found = await asyncio.to_thread(store.tree, paths.round(number))
+        asked = asked_before(found, lives_on=job.sites.have_runs)
+    round = Round(number, job.sites, store, retries=recipe.site_retries, asked=asked)
     collecting = asyncio.create_task(collect(round, chosen))
     try:
         task = await job.rounds[number].turn
         if task is not None:
             started = time.monotonic()
             base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
-            deadline = started + recipe.round_timeout if recipe.round_timeout is not None else None
             wanted = expected(recipe, job.job_id, number, task, job.head, base)
-            round.turn.set_result(Turn(task, job.head, wanted, deadline))
+            round.begin(_turn(recipe, task, job.head, wanted))
     finally:
         if not round.turn.done():
-            round.turn.set_result(None)
+            round.begin(None)
         outcomes = await collecting
     if task is None:
         return Cancelled(message="the job ended before this round's turn")
+    retries = recipe.round_retries if task == "train" else 0
+    while len(_accepted(outcomes)) < recipe.min_clients and retries and not job.sites.cancelled:
+        retries -= 1
+        outcomes += await _ask_again(job, number, task, chosen, wanted, outcomes)
     trained = time.monotonic()
-    accepted = [outcome for outcome in outcomes.values() if isinstance(outcome, Accepted)]
+    accepted = _accepted(outcomes)
     enough = len(accepted) >= recipe.min_clients
     following = None
     if task == "train" and enough:
@@ -158,8 +171,38 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     job.rounds[number].committed.set()
     # The next round is under way by now: this costs it nothing.
     for outcome in accepted:
-        await asyncio.to_thread(store.settle, paths.update(number, outcome.manifest.site))
+        await asyncio.to_thread(store.settle, paths.update(number, outcome.site, outcome.attempt))
     return None
+
+
+def _turn(recipe: Recipe, task: Task, head: Digest, wanted: Expected, there: int = 0) -> Turn:
+    """What the sites of a round are asked, from now on.
+
+    Args:
+        there: updates that the round has already.
+    """
+    deadline = time.monotonic() + recipe.round_timeout if recipe.round_timeout is not None else None
+    take = recipe.clients_per_round - there if recipe.clients_per_round and recipe.over_sample else None
+    return Turn(task, head, wanted, deadline, Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take))
+
+
+def _accepted(outcomes: Collection[Outcome]) -> list[Accepted]:
+    return [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
+
+
+async def _ask_again(
+    job: Job, number: int, task: Task, chosen: Collection[str], wanted: Expected, before: Collection[Outcome]
+) -> list[Outcome]:
+    """Ask the sites once more whose updates the round still lacks; updates that were accepted stay."""
+    recipe = job.recipe
+    there = {outcome.site for outcome in _accepted(before)}
+    attempts = {outcome.site: outcome.attempt for outcome in before}  # the last of a site wins
+    missing = [site for site in chosen if site not in there]
+    get_run_logger().warning("round %d is tried again with %s: too few updates", number, ", ".join(missing[:8]))
+    asked = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
+    round = Round(number, job.sites, job.store, retries=recipe.site_retries, asked=asked)
+    round.begin(_turn(recipe, task, job.head, wanted, len(there)))
+    return await collect(round, missing)
 
 
 def expected(recipe: Recipe, job_id: str, number: int, task: Task, head: Digest, base: TensorReader) -> Expected:

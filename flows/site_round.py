@@ -25,16 +25,19 @@ ENTRYPOINT = "fedpool.flows.site_round.site_round"
 
 
 @flow(name="site-round", persist_result=False)
-async def site_round(job_id: str, site: str, round: Annotated[int, Field(ge=0)], store: str) -> State[Any]:
+async def site_round(
+    job_id: str, site: str, round: Annotated[int, Field(ge=0)], attempt: Annotated[int, Field(ge=0)], store: str
+) -> State[Any]:
     """Do a site's part of a round.
 
     Args:
         job_id: the job.
         site: the site that is asked.
         round: the round, from 0.
+        attempt: how often the site has been asked in this round before.
         store: URL of the store that the job lies in.
 
-    Returns: Completed; Cancelled when the job ended before the round began.
+    Returns: Completed; Cancelled when the job, or the round, was over before it began here.
 
     Raises:
         SiteError: the script or the store failed; the run fails with the site, the round and the cause in its message.
@@ -46,14 +49,22 @@ async def site_round(job_id: str, site: str, round: Annotated[int, Field(ge=0)],
         logger.info("%s", line)
 
     try:
-        return await asyncio.to_thread(do_site_round, resident, job_id, site, round, store, stop=stop, log=log)
+        return await asyncio.to_thread(do_site_round, resident, job_id, site, round, attempt, store, stop=stop, log=log)
     finally:
         stop.set()
         await asyncio.to_thread(resident.close)
 
 
 def do_site_round(
-    resident: Resident, job_id: str, site: str, round: int, store: str, *, stop: threading.Event, log: LogLine
+    resident: Resident,
+    job_id: str,
+    site: str,
+    round: int,
+    attempt: int,
+    store: str,
+    *,
+    stop: threading.Event,
+    log: LogLine,
 ) -> State[Any]:
     """Do a site's part of a round with the warm site that lives here; see `site_round`. Blocks; belongs on a thread.
 
@@ -61,7 +72,8 @@ def do_site_round(
         stop: set it to have it end at once.
         log: called with each line that the script prints.
 
-    Returns: Completed; Cancelled when the job ended before the round began, or it was stopped; Crashed when the site was.
+    Returns: Completed; Cancelled when the job, or the round, was over before it began here, or it was stopped; Crashed when the
+        site was.
 
     Raises:
         SiteError: the script or the store failed, or the run was meant for another site.
@@ -69,7 +81,7 @@ def do_site_round(
     if resident.config.name != site:
         raise SiteError(site, round, f"this is {resident.config.name}: the run was sent to the wrong work pool")
     try:
-        came = resident.perform(job_id, round, store=store, stop=stop, log=log)
+        came = resident.perform(job_id, round, attempt, store=store, stop=stop, log=log)
     except SiteError:
         if resident.closed:
             return Crashed(message="the site was stopped before it had done its part")
@@ -77,5 +89,5 @@ def do_site_round(
             return Cancelled(message="it was cancelled")
         raise
     if not came:
-        return Cancelled(message="the job ended before this round's turn")
+        return Cancelled(message="the round was over, or the job, before it had begun here")
     return Completed(message=f"{site} has done its part of round {round}")

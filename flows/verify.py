@@ -7,26 +7,21 @@ Every aggregate is recomputed from the stored updates, and must come out the sam
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fedpool.errors import IntegrityError, RoundError, SiteError
-from fedpool.flows.fedavg import FedAvgRecipe
-from fedpool.flows.job import restore
+from fedpool.errors import IntegrityError, RoundError
+from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
-from fedpool.manifest import UpdateManifest
-from fedpool.recipe import Recipe
+from fedpool.sites.site_round import read_manifest
 from fedpool.store import JobPaths, Store, check_digest, to_json
 from fedpool.tasks.aggregate import aggregate
-from fedpool.tasks.gate import Accepted, Rejected, judge
+from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Rejected, judge
 from fedpool.tasks.record import Record, known_weights, round_record
 from fedpool.tensors import Digest, TensorReader
-
-RECIPES: Mapping[str, type[Recipe]] = {kind.__name__: kind for kind in (FedAvgRecipe,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +56,8 @@ class _Audit:
         self._records: list[Record] = []
         self._num_updates = 0
         job = store.read_json(self._paths.job)
-        kind = job.get("recipe", {}).get("type")
-        if kind not in RECIPES:
-            raise IntegrityError(
-                f"{store.full(self._paths.job)} has a recipe of class {kind!r}: known are {', '.join(RECIPES)}"
-            )
         try:
-            self._recipe = restore(RECIPES[kind], job_id, store)
+            self._recipe = recipe_of(job_id, store)
         except ValidationError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
         self._head: Digest = Digest(**job["model"])
@@ -111,17 +101,18 @@ class _Audit:
         """The record as it follows from what else is in the store."""
         recipe, job_id = self._recipe, self._paths.job_id
         wanted = expected(recipe, job_id, number, record["task"], self._head, base)
-        outcomes: dict[str, Accepted | Rejected | SiteError] = {
-            entry["site"]: SiteError(entry["site"], number, entry["cause"]) for entry in record["failed"]
-        }
-        for entry in (*record["accepted"], *record["rejected"]):
-            manifest = self._manifest(number, entry["site"])
-            outcome = outcomes[entry["site"]] = judge(self._store, entry["site"], manifest, wanted)
-            if entry in record["accepted"] and isinstance(outcome, Rejected):
-                path = self._paths.update(number, entry["site"])
+        outcomes: list[Outcome] = [Failed(**entry) for entry in record["failed"]]
+        outcomes += [Late(**entry) for entry in record["late"]]
+        for entry in record["rejected"]:
+            outcomes.append(self._judged(number, entry, wanted))
+        for entry in record["accepted"]:
+            outcome = self._judged(number, entry, wanted)
+            if isinstance(outcome, Rejected):
+                what = self._paths.update if outcome.manifest else self._paths.manifest
+                path = what(number, entry["site"], entry["attempt"])
                 raise self._differs(path, f"was accepted, but is to be rejected ({outcome.code}): {outcome.reason}")
-            self._num_updates += 1
-        accepted = [outcome for outcome in outcomes.values() if isinstance(outcome, Accepted)]
+            outcomes.append(outcome)
+        accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
         following = self._following(number, base, accepted, record, folder) if record["task"] == "train" else None
         return round_record(
             job_id=job_id,
@@ -135,14 +126,17 @@ class _Audit:
             timings=record["timings"],
         )
 
-    def _manifest(self, number: int, site: str) -> UpdateManifest:
-        path = self._paths.manifest(number, site)
+    def _judged(self, number: int, entry: Record, wanted: Expected) -> Accepted | Rejected:
+        """An update, judged anew."""
+        site, attempt = entry["site"], entry["attempt"]
+        self._num_updates += 1
         try:
-            return UpdateManifest.model_validate_json(self._store.read_bytes(path))
+            manifest = read_manifest(self._store, self._paths.job_id, number, site, attempt)
         except FileNotFoundError:
-            raise self._differs(path, "is missing") from None
-        except ValidationError as error:
-            raise self._differs(path, f"is no manifest: {error}") from None
+            raise self._differs(self._paths.manifest(number, site, attempt), "is missing") from None
+        except IntegrityError as error:
+            return Rejected(site, attempt, None, "manifest", str(error))
+        return judge(self._store, site, attempt, manifest, wanted)
 
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: Record, folder: Path

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -44,12 +44,20 @@ class Sites(Protocol):
         """Get ready for a job whose bundle is in the store."""
         ...
 
-    async def announce(self, site: str, round: int) -> None:
-        """Tell a site that its part in a round will come, so that it is ready; not every round that is announced comes."""
+    async def announce(self, site: str, round: int, attempt: int) -> bool:
+        """Tell a site that its part in a round will come, so that it is ready; not every round that is announced comes.
+
+        Returns: False when that attempt is over: an earlier coordinator's, which ended with it.
+        """
         ...
 
     async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
-        """Have a site do an assignment; raises `SiteError` when it fails or misses the deadline (`time.monotonic()`)."""
+        """Have a site do an assignment. Given up when cancelled: then the site goes on by itself, and nobody waits for it.
+
+        Raises:
+            SiteError: it failed, or missed the deadline (`time.monotonic()`).
+            IntegrityError: what it left as a manifest is none.
+        """
         ...
 
     def cancel(self) -> None:
@@ -89,6 +97,7 @@ class LocalSites:
         "_slots",
         "_sockets",
         "_store",
+        "_under_way",
         "_workdir",
         "_zygote",
         "names",
@@ -117,7 +126,9 @@ class LocalSites:
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(num_slots):
             self._slots.put(slot)
-        self._executor = ThreadPoolExecutor(num_slots, thread_name_prefix="fedpool-slot")
+        # A thread for every site that is asked: those that nobody waits for any more do not hold up the others.
+        self._executor = ThreadPoolExecutor(len(self.names), thread_name_prefix="fedpool-site")
+        self._under_way: dict[str, Future[Delivery]] = {}
         workspace.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix=".fedpool-sites-", dir=workspace.resolve()))
         self._sockets = Path(tempfile.mkdtemp(prefix="fedpool-"))
@@ -144,14 +155,28 @@ class LocalSites:
         unpack_bundle(data, self._folder / "bundle", sha256=job.bundle_sha256)
         self._job, self._store = job, store
 
-    async def announce(self, site: str, round: int) -> None:
+    async def announce(self, site: str, round: int, attempt: int) -> bool:
         """See `Sites.announce`: a local site is always ready."""
+        return True
 
     async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
         """See `Sites.perform`."""
-        loop = asyncio.get_running_loop()
+        site = assignment.site
+        if (earlier := self._under_way.get(site)) is not None:  # it was late, and nobody waits for it
+            await asyncio.gather(asyncio.shield(asyncio.wrap_future(earlier)), return_exceptions=True)
         context = contextvars.copy_context()  # the loggers behind `log` find their Prefect run and settings in it
-        return await loop.run_in_executor(self._executor, context.run, self._perform, assignment, deadline, log)
+        part = _Part(self._slots)
+        work = self._under_way[site] = self._executor.submit(
+            context.run, self._perform, assignment, deadline, log, part
+        )
+        try:
+            return await asyncio.shield(asyncio.wrap_future(work))
+        except asyncio.CancelledError:
+            part.give_up()
+            raise
+        finally:
+            if work.done():
+                del self._under_way[site]
 
     async def end(self) -> None:
         """See `Sites.end`."""
@@ -160,6 +185,10 @@ class LocalSites:
     def close(self) -> None:
         """End all scripts, in parallel, then the process that forked them; remove the sites' folders. Idempotent."""
         grace_s = 0.0 if self.cancelled else 10.0
+        for site, work in self._under_way.items():
+            if not work.done() and (session := self._sessions.get(site)) is not None:
+                session.kill()
+        wait(self._under_way.values())
         list(self._executor.map(lambda session: session.end(grace_s), self._sessions.values()))
         self._executor.shutdown()
         self._sessions.clear()
@@ -167,15 +196,17 @@ class LocalSites:
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._sockets, ignore_errors=True)
 
-    def _perform(self, assignment: SiteAssignment, deadline: float | None, log: LogLine) -> Delivery:
+    def _perform(self, assignment: SiteAssignment, deadline: float | None, log: LogLine, part: "_Part") -> Delivery:
         assert self._job is not None and self._store is not None, "open() comes first"
         site = assignment.site
         if self.cancelled:
             raise SiteError(site, assignment.round, "the job was cancelled")
-        if deadline is not None and time.monotonic() >= deadline:
-            raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
-        slot = self._slots.get()
+        slot = part.take_slot()
+        if slot is None:
+            raise SiteError(site, assignment.round, "the round closed before a slot was free")
         try:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
             session = self._sessions.get(site) or self._new_session(site, slot)
             if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
                 raise SiteError(site, assignment.round, "the job was cancelled")
@@ -199,7 +230,7 @@ class LocalSites:
         finally:
             if not self._keep_alive:
                 self._sessions.pop(site, None)
-            self._slots.put(slot)
+            part.give_up()
 
     def _new_session(self, site: str, slot: int) -> Session:
         assert self._job is not None
@@ -218,6 +249,34 @@ class LocalSites:
         session = Session(work, self._zygote, folder=sockets, workdir=self._workdir)
         self._sessions[site] = session
         return session
+
+
+class _Part:
+    """A site's part of a round, and the slot in which it is done. Thread-safe."""
+
+    def __init__(self, slots: queue.SimpleQueue[int]) -> None:
+        self._slots = slots
+        self._lock = threading.Lock()
+        self._slot: int | None = None
+        self._given_up = False
+
+    def take_slot(self) -> int | None:
+        """Wait for a slot; None when the part was given up meanwhile."""
+        slot = self._slots.get()
+        with self._lock:
+            if not self._given_up:
+                self._slot = slot
+                return slot
+        self._slots.put(slot)
+        return None
+
+    def give_up(self) -> None:
+        """Let others have the slot: the part is done, or nobody waits for it any more. Idempotent."""
+        with self._lock:
+            self._given_up = True
+            slot, self._slot = self._slot, None
+        if slot is not None:
+            self._slots.put(slot)
 
 
 def default_slots(num_sites: int, gpus: Sequence[str]) -> int:

@@ -61,7 +61,9 @@ class Resident:
         """Whether the site was stopped."""
         return self._closed.is_set()
 
-    def perform(self, job_id: str, round: int, *, store: str, stop: threading.Event, log: LogLine) -> bool:
+    def perform(
+        self, job_id: str, round: int, attempt: int = 0, *, store: str, stop: threading.Event, log: LogLine
+    ) -> bool:
         """Wait for the assignment of a round, do it, and commit what came of it to the store. Blocks; belongs on a thread.
 
         Args:
@@ -69,7 +71,7 @@ class Resident:
             stop: set it to have the wait or the script end at once.
             log: called with each line that the script prints.
 
-        Returns: whether the round came; False when the job ended before it did.
+        Returns: whether the round came; False when the job ended before it did, or went on without this site.
 
         Raises:
             SiteError: the script failed, missed its time, or was stopped; or job and store do not fit this site.
@@ -82,7 +84,7 @@ class Resident:
                 job = self._jobs[job_id] = _JobHere(job_id, self._open(store), self.config, self._scratch)
             job.num_calls += 1
         try:
-            return job.perform(round, stop=_Either(stop, self._closed), log=log)
+            return job.perform(round, attempt, stop=_Either(stop, self._closed), log=log)
         finally:
             with self._lock:
                 job.num_calls -= 1
@@ -144,16 +146,17 @@ class _JobHere:
         self.num_calls = 0
         """Calls of `perform` that are under way; belongs to the resident, and to its lock, as does the next."""
         self.last_call = time.monotonic()
-        self._ended = False
         self._client: ClientJob | None = None
         self._session: Session | None = None
 
-    def perform(self, round: int, *, stop: _Either, log: LogLine) -> bool:
+    def perform(self, round: int, attempt: int, *, stop: _Either, log: LogLine) -> bool:
         try:
-            assignment = self._wait_for(round, stop)
+            assignment = self._wait_for(round, attempt, stop)
             if assignment is None:
                 return False
             with self._working:
+                if self._is_over(round):  # while the script was still at work for the round before
+                    return False
                 self._do(assignment, stop, log)
             return True
         except (OSError, StoreError) as error:
@@ -161,12 +164,17 @@ class _JobHere:
 
     def has_ended(self) -> bool:
         """Whether the job's result is in the store."""
-        if not self._ended:
-            try:
-                self._ended = self._store.exists(self._paths.result)
-            except (OSError, StoreError):  # the store is away: whatever it is, it is not known to have ended
-                return False
-        return self._ended
+        return self._is_there(self._paths.result)
+
+    def _is_over(self, round: int) -> bool:
+        """Whether the job has ended, or has committed the round."""
+        return self.has_ended() or self._is_there(self._paths.record(round))
+
+    def _is_there(self, path: str) -> bool:
+        try:
+            return self._store.exists(path)
+        except (OSError, StoreError):  # the store is away: whatever it is, it is not known to be there
+            return False
 
     def kill(self) -> None:
         if (session := self._session) is not None:
@@ -181,9 +189,9 @@ class _JobHere:
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._sockets, ignore_errors=True)
 
-    def _wait_for(self, round: int, stop: _Either) -> SiteAssignment | None:
-        """The assignment, as soon as the coordinator has written it; None when the job ends first."""
-        path = self._paths.assignment(round, self._config.name)
+    def _wait_for(self, round: int, attempt: int, stop: _Either) -> SiteAssignment | None:
+        """The assignment, as soon as the coordinator has written it; None when the round or the job is over first."""
+        path = self._paths.assignment(round, self._config.name, attempt)
         pause = threading.Event()
         began = looked = answered = time.monotonic()
         while True:
@@ -199,7 +207,7 @@ class _JobHere:
                 raise IntegrityError(f"{self._store.full(path)} is no assignment: {error}") from None
             if now - looked >= _JOB_POLL_S:
                 looked = now
-                if self.has_ended():
+                if self._is_over(round):
                     return None
             if stop.is_set():
                 raise SiteError(self._config.name, round, "it was cancelled before the round began")

@@ -126,6 +126,11 @@ class Session:
             self._clear()
             raise SiteError(self._work.site, assignment.round, cause) from None
 
+    @property
+    def killed(self) -> bool:
+        """Whether `kill` was called."""
+        return self._killed.is_set()
+
     def end(self, grace_s: float = _END_GRACE_S) -> None:
         """Tell the script that the job is over, give it time to finish, and leave nothing of it behind."""
         if self._script is not None:

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedpool.arrays import inspect_tensors, range_reader
 from fedpool.client.hosts import Assignment
-from fedpool.errors import SiteError, StoreError
+from fedpool.errors import IntegrityError, SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
-from fedpool.sites.session import LogLine, Session
+from fedpool.sites.session import LogLine, Reply, Session
 from fedpool.store import JobPaths, Store
 from fedpool.tensors import Digest, Inspection, TensorReader
+
+MAX_MANIFEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,24 @@ class Delivery:
 
     manifest: UpdateManifest
     inspection: Inspection | None
+
+
+def read_manifest(store: Store, job_id: str, round: int, site: str, attempt: int) -> UpdateManifest:
+    """The manifest that a site has put into the store; it is not to be trusted before the gate has judged it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        IntegrityError: what lies there is no manifest, or longer than one can be.
+    """
+    path = JobPaths(job_id).manifest(round, site, attempt)
+    try:
+        if (size := store.size(path)) > MAX_MANIFEST_BYTES:
+            raise IntegrityError(f"its manifest has {size} bytes, {MAX_MANIFEST_BYTES} are allowed")
+        return UpdateManifest.model_validate_json(store.read_bytes(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise IntegrityError(f"its manifest is not one: {where + ': ' if where else ''}{first['msg']}") from None
 
 
 def site_seed(job_seed: int, site: str, round: int) -> int:
@@ -72,33 +94,31 @@ def run_site_round(
     """
     started = time.monotonic()
     paths = JobPaths(job.job_id)
-    site, round = assignment.site, assignment.round
+    site, round, attempt = assignment.site, assignment.round, assignment.attempt
     try:
         base = Digest(assignment.base_sha256, assignment.base_size)
         model = store.fetch(paths.global_model(round), folder.path, None if trusted else base)
-        reply = session.perform(
-            Assignment(
-                round=round,
-                total_rounds=job.total_rounds,
-                task=assignment.task,
-                model=str(model),
-                update=str(folder.update),
-                kept=str(folder.kept),
-                transfer=job.transfer,
-                exclude=job.exclude,
-                seed=site_seed(job.seed, site, round),
-            ),
-            deadline=deadline,
-            log=log,
+        work = Assignment(
+            round=round,
+            total_rounds=job.total_rounds,
+            task=assignment.task,
+            model=str(model),
+            update=str(folder.update),
+            kept=str(folder.kept),
+            transfer=job.transfer,
+            exclude=job.exclude,
+            seed=site_seed(job.seed, site, round),
         )
+        reply = _perform(session, work, restarts=job.restarts, deadline=deadline, log=log)
         update = reply.update
         inspection = None
         if update["params_type"] is not None:
-            inspection = _deliver(folder.update, store, paths.update(round, site))
+            inspection = _deliver(folder.update, store, paths.update(round, site, attempt))
         manifest = UpdateManifest(
             job_id=job.job_id,
             site=site,
             round=round,
+            attempt=attempt,
             task=assignment.task,
             base_sha256=assignment.base_sha256,
             params_type=update["params_type"],
@@ -110,10 +130,22 @@ def run_site_round(
             meta=update["meta"],
             seconds=time.monotonic() - started,
         )
-        store.write_json(paths.manifest(round, site), manifest.model_dump(mode="json"))
+        store.write_json(paths.manifest(round, site, attempt), manifest.model_dump(mode="json"))
     except (OSError, StoreError) as error:
         raise SiteError(site, round, f"its part of the store failed: {error}") from error
     return Delivery(manifest, inspection)
+
+
+def _perform(session: Session, work: Assignment, *, restarts: int, deadline: float | None, log: LogLine) -> Reply:
+    """Have the script do an assignment; one that fails is started again, unless it was killed on purpose."""
+    while True:
+        try:
+            return session.perform(work, deadline=deadline, log=log)
+        except SiteError as error:
+            if restarts == 0 or session.killed or (deadline is not None and time.monotonic() >= deadline):
+                raise
+            restarts -= 1
+            log(f"it is started again, because it failed: {error.cause}")
 
 
 def _deliver(local: Path, store: Store, path: str) -> Inspection:

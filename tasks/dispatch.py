@@ -22,12 +22,11 @@ from prefect.client.schemas.objects import FlowRun, State, WorkerStatus
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Pending
-from pydantic import ValidationError
 
 from fedpool.errors import SiteError, StoreError
-from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
+from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.sites.session import LogLine
-from fedpool.sites.site_round import Delivery
+from fedpool.sites.site_round import Delivery, read_manifest
 from fedpool.store import JobPaths, Store
 
 _LOCAL_POLL_S = 0.05
@@ -43,6 +42,11 @@ _API_PATIENCE_S = 600.0
 _PAGE = 200
 
 SITE_POOL = "fedpool-site"
+
+_LOST = "Lost"
+
+_Key = tuple[str, int, int]
+"""Site, round and attempt."""
 
 
 @task(name="site-round")
@@ -85,10 +89,10 @@ class PoolSites:
         self._client: asyncio.Future[PrefectClient] | None = None
         self._deployments: dict[str, tuple[UUID, str, bool]] = {}
         self._offline_since: dict[str, float] = {}
-        self._runs: dict[tuple[str, int], UUID] = {}
-        self._waiting: dict[tuple[str, int], asyncio.Future[State[Any] | None]] = {}
-        """Sites and rounds that someone waits for: the state that the run ended in; None when its manifest was there first."""
-        self._answered: set[tuple[str, int]] = set()
+        self._runs: dict[_Key, UUID] = {}
+        self._waiting: dict[_Key, asyncio.Future[State[Any] | None]] = {}
+        """What someone waits for: the state that the run ended in; None when its manifest was there first."""
+        self._answered: set[_Key] = set()
         self._watch: asyncio.Task[None] | None = None
         self._job: ClientJob | None = None
         self._job_run: UUID | None = None
@@ -105,7 +109,7 @@ class PoolSites:
         context = FlowRunContext.get()
         self._job_run = context.flow_run.id if context and context.flow_run else None
 
-    async def announce(self, site: str, round: int) -> None:
+    async def announce(self, site: str, round: int, attempt: int) -> bool:
         """See `Sites.announce`: creates the site's run of the round. Harmless when repeated."""
         assert self._job is not None and self._store is not None, "open() comes first"
         client = await self._connect()
@@ -117,34 +121,51 @@ class PoolSites:
             ) from None
         run = await client.create_flow_run_from_deployment(
             deployment,
-            parameters={"job_id": self._job.job_id, "site": site, "round": round, "store": self._store.url},
-            name=f"{self._job.job_id} round {round} {site}",
-            idempotency_key=f"{self._job.job_id}/{round}/{site}",
-            parent_task_run_id=await self._tracking(client, site),
+            parameters={
+                "job_id": self._job.job_id,
+                "site": site,
+                "round": round,
+                "attempt": attempt,
+                "store": self._store.url,
+            },
+            name=f"{self._job.job_id} round {round} {site}" + (f" attempt {attempt}" if attempt else ""),
+            idempotency_key=f"{self._job.job_id}/{round}/{site}/{attempt}",
+            parent_task_run_id=await self._tracking(client, f"{site}-{attempt}" if attempt else site),
         )
-        self._runs[site, round] = run.id
+        self._offline_since.pop(site, None)
+        self._runs[site, round, attempt] = run.id
+        return run.state is None or not run.state.is_final()  # an earlier coordinator's may have ended with it
 
     async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
         """See `Sites.perform`."""
         assert self._job is not None and self._store is not None, "open() comes first"
-        site, round, store = assignment.site, assignment.round, self._store
-        if (site, round) not in self._runs:
-            await self.announce(site, round)
-        paths = JobPaths(self._job.job_id)
+        site, round, attempt = assignment.site, assignment.round, assignment.attempt
+        key = (site, round, attempt)
+        if key not in self._runs:
+            await self.announce(*key)
         try:
-            await asyncio.to_thread(store.write_json, paths.assignment(round, site), assignment.model_dump(mode="json"))
-            state = await self._answer(site, round, deadline)
+            await asyncio.to_thread(self._assign, assignment)
+            state = await self._answer(key, deadline)
             if self._cancelled:
                 raise SiteError(site, round, "the job was cancelled")
             if state is not None and not state.is_completed():
-                raise SiteError(site, round, f"{state.name}: {_cause(state, site, round)}")
-            data = await asyncio.to_thread(store.read_bytes, paths.manifest(round, site))
-            self._answered.add((site, round))
-            return Delivery(UpdateManifest.model_validate_json(data), None)
+                lost = state.is_crashed() or state.name == _LOST
+                raise SiteError(site, round, f"{state.name}: {_cause(state, site, round)}", lost=lost)
+            manifest = await asyncio.to_thread(read_manifest, self._store, self._job.job_id, round, site, attempt)
+            self._answered.add(key)
+            return Delivery(manifest, None)
         except FileNotFoundError:
-            raise SiteError(site, round, "its run completed, but left no manifest in the store") from None
-        except ValidationError as error:
-            raise SiteError(site, round, f"its manifest is not one: {error}") from None
+            raise SiteError(site, round, "its run completed, but left no manifest in the store", lost=True) from None
+
+    def _assign(self, assignment: SiteAssignment) -> None:
+        """Write an assignment, unless an earlier coordinator has."""
+        assert self._job is not None and self._store is not None
+        path = JobPaths(self._job.job_id).assignment(assignment.round, assignment.site, assignment.attempt)
+        try:
+            self._store.write_json(path, assignment.model_dump(mode="json"))
+        except StoreError:
+            if not self._store.exists(path):
+                raise
 
     async def end(self) -> None:
         """See `Sites.end`: runs that have not answered are cancelled; the sites learn the rest from the store."""
@@ -198,9 +219,9 @@ class PoolSites:
         )
         return run.id
 
-    async def _answer(self, site: str, round: int, deadline: float | None) -> State[Any] | None:
+    async def _answer(self, key: _Key, deadline: float | None) -> State[Any] | None:
         """Wait for a site's part of a round; see `_waiting`."""
-        waiting = self._waiting[site, round] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting[key] = asyncio.get_running_loop().create_future()
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_sites())
         try:
@@ -209,10 +230,11 @@ class PoolSites:
         except TimeoutError:
             client = await self._connect()
             late: State[Any] = Cancelled(message="the round's deadline has passed (round_timeout)")
-            await client.set_flow_run_state(self._runs[site, round], late, force=True)
+            await client.set_flow_run_state(self._runs[key], late, force=True)
+            site, round, _ = key
             raise SiteError(site, round, "sent no update before the round's deadline (round_timeout)") from None
         finally:
-            del self._waiting[site, round]
+            del self._waiting[key]
 
     async def _watch_sites(self) -> None:
         """Pass on what the store and Prefect tell of the sites that someone waits for, until the job ends."""
@@ -256,14 +278,14 @@ class PoolSites:
     async def _look_for_manifests(self) -> None:
         assert self._job is not None and self._store is not None
         paths = JobPaths(self._job.job_id)
-        for round in {round for _, round in self._waiting}:
+        for round, attempt in {(round, attempt) for _, round, attempt in self._waiting}:
             try:
-                found = await asyncio.to_thread(self._store.tree, paths.sites(round))
+                found = await asyncio.to_thread(self._store.tree, paths.sites(round, attempt))
             except (OSError, StoreError):  # the store is away; a site that cannot write to it either says so by its run
                 return
-            for site, waited in list(self._waiting):
-                if waited == round and paths.site_manifest(site) in found:
-                    self._resolve((site, waited), None)
+            for key in list(self._waiting):
+                if key[1:] == (round, attempt) and paths.site_manifest(key[0]) in found:
+                    self._resolve(key, None)
 
     async def _look_at_runs(self) -> None:
         waited = {self._runs[key]: key for key in self._waiting}
@@ -276,7 +298,7 @@ class PoolSites:
             elif run.state.is_final():
                 self._resolve(waited[run.id], run.state)
 
-    def _resolve(self, key: tuple[str, int], state: State[Any] | None) -> None:
+    def _resolve(self, key: _Key, state: State[Any] | None) -> None:
         waiting = self._waiting.get(key)
         if waiting is not None and not waiting.done():
             waiting.set_result(state)
@@ -292,7 +314,8 @@ class PoolSites:
     async def _give_up_on_lost_workers(self) -> None:
         """A site whose only workers stay offline will not answer: its worker was killed, or never started."""
         client = await self._connect()
-        for site, round in list(self._waiting):
+        for key in list(self._waiting):
+            site = key[0]
             _, pool, resident = await self._deployment(site)
             if not resident:
                 continue  # elsewhere a run lives on without the worker that started it
@@ -301,7 +324,7 @@ class PoolSites:
                 self._offline_since.pop(site, None)
             elif time.monotonic() - self._offline_since.setdefault(site, time.monotonic()) >= _WORKERS_PATIENCE_S:
                 message = f"no worker of work pool {pool} is online: it was lost, or stopped"
-                self._resolve((site, round), Cancelled(name="Lost", message=message))
+                self._resolve(key, Cancelled(name=_LOST, message=message))
 
 
 def _cause(state: State[Any], site: str, round: int) -> str:

@@ -30,14 +30,50 @@ class Accepted:
     weight: float
     tensors: TensorReader | None
 
+    @property
+    def site(self) -> str:
+        """Who sent it: the gate lets nobody speak for another."""
+        return self.manifest.site
+
+    @property
+    def attempt(self) -> int:
+        """In which attempt."""
+        return self.manifest.attempt
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An update that may not, with a code for programs and a sentence for people. It stays in the store."""
+    """An update that may not, with a code for programs and a sentence for people. It stays in the store.
 
-    manifest: UpdateManifest
+    `site` and `attempt` are those that were asked, whatever its manifest says.
+    """
+
+    site: str
+    attempt: int
+    manifest: UpdateManifest | None
     code: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A site that was asked and sent nothing, with the cause."""
+
+    site: str
+    attempt: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A site that was asked and had not answered when the round closed. What it sends after that stays in the store."""
+
+    site: str
+    attempt: int
+
+
+Outcome = Accepted | Rejected | Failed | Late
+"""What came of asking a site."""
 
 
 class _Refused(Exception):
@@ -47,23 +83,29 @@ class _Refused(Exception):
 
 
 def judge(
-    store: Store, site: str, manifest: UpdateManifest, expected: Expected, inspection: Inspection | None = None
+    store: Store,
+    site: str,
+    attempt: int,
+    manifest: UpdateManifest,
+    expected: Expected,
+    inspection: Inspection | None = None,
 ) -> Accepted | Rejected:
     """Check everything about an update: whom it is from, what it answers, its bytes, names, shapes, values and weight.
 
     Args:
         site: who was asked; the manifest must say the same.
+        attempt: in which attempt; likewise.
         inspection: what this very process has seen of the update as it put it into the store (a simulated site); None
             reads the store.
     """
     try:
-        _check_claims(site, manifest, expected)
+        _check_claims(site, attempt, manifest, expected)
         weight = _check_weight(manifest.weight)
         if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
             return Accepted(manifest, weight, None)
         if manifest.params_type is None or manifest.sha256 is None:
             raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
-        tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site), manifest)
+        tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest)
         _check_names(tensors.spec, expected.spec)
         seen = inspection or inspect_tensors(tensors, store.block_elements)
         if seen.digest.sha256 != manifest.sha256:
@@ -71,15 +113,16 @@ def judge(
         if seen.not_finite is not None:
             raise _Refused("not_finite", seen.not_finite)
     except _Refused as refused:
-        return Rejected(manifest, refused.code, str(refused))
+        return Rejected(site, attempt, manifest, refused.code, str(refused))
     return Accepted(manifest, weight, tensors)
 
 
-def _check_claims(site: str, manifest: UpdateManifest, expected: Expected) -> None:
+def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: Expected) -> None:
     for code, found, wanted in (
         ("job", manifest.job_id, expected.job_id),
         ("site", manifest.site, site),
         ("round", manifest.round, expected.round),
+        ("attempt", manifest.attempt, attempt),
         ("task", manifest.task, expected.task),
         ("base", manifest.base_sha256, expected.base_sha256),
     ):

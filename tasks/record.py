@@ -1,12 +1,11 @@
 """`round.json`, the commit of a round: what was asked, what came, what it was made into."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedpool.errors import SiteError
 from fedpool.manifest import PROTOCOL
 from fedpool.model import NUM_STEPS
-from fedpool.tasks.gate import Accepted, Rejected
+from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
 from fedpool.tasks.metrics import mean_metrics
 from fedpool.tensors import Digest
 
@@ -18,7 +17,7 @@ def round_record(
     job_id: str,
     round: int,
     task: str,
-    outcomes: Mapping[str, Accepted | Rejected | SiteError],
+    outcomes: Collection[Outcome],
     known_weights: Mapping[str, float],
     base: Digest,
     following: Digest | None,
@@ -28,33 +27,40 @@ def round_record(
     """The record of a round.
 
     Args:
+        outcomes: one for each time that a site was asked.
         known_weights: site -> weight of its last training update, for scores that come without one.
         base: the round's global model; the record's metrics are its score.
         following: the next global model; None after an evaluation.
         previous_sha256: hash of the previous round's record; None in round 0.
         timings: name -> seconds.
     """
-    accepted = [
-        _accepted(site, outcome, known_weights)
-        for site, outcome in sorted(outcomes.items())
-        if isinstance(outcome, Accepted)
-    ]
+    ordered = sorted(outcomes, key=lambda outcome: (outcome.site, outcome.attempt))
+    accepted = [_accepted(outcome, known_weights) for outcome in ordered if isinstance(outcome, Accepted)]
     return {
         "protocol": PROTOCOL,
         "job_id": job_id,
         "round": round,
         "task": task,
-        "sites": sorted(outcomes),
+        "sites": sorted({outcome.site for outcome in ordered}),
         "accepted": accepted,
         "rejected": [
-            {"site": site, "sha256": outcome.manifest.sha256, "code": outcome.code, "reason": outcome.reason}
-            for site, outcome in sorted(outcomes.items())
+            {
+                "site": outcome.site,
+                "attempt": outcome.attempt,
+                "sha256": outcome.manifest.sha256 if outcome.manifest else None,
+                "code": outcome.code,
+                "reason": outcome.reason,
+            }
+            for outcome in ordered
             if isinstance(outcome, Rejected)
         ],
         "failed": [
-            {"site": site, "cause": outcome.cause}
-            for site, outcome in sorted(outcomes.items())
-            if isinstance(outcome, SiteError)
+            {"site": outcome.site, "attempt": outcome.attempt, "cause": outcome.cause}
+            for outcome in ordered
+            if isinstance(outcome, Failed)
+        ],
+        "late": [
+            {"site": outcome.site, "attempt": outcome.attempt} for outcome in ordered if isinstance(outcome, Late)
         ],
         "metrics": mean_metrics((entry["weight"], entry["metrics"]) for entry in accepted),
         "logged": mean_metrics((entry["weight"], entry["logged"]) for entry in accepted),
@@ -65,13 +71,14 @@ def round_record(
     }
 
 
-def _accepted(site: str, outcome: Accepted, known_weights: Mapping[str, float]) -> dict[str, Any]:
+def _accepted(outcome: Accepted, known_weights: Mapping[str, float]) -> dict[str, Any]:
     manifest = outcome.manifest
     weight = outcome.weight
     if manifest.task == "evaluate" and NUM_STEPS not in manifest.meta:
-        weight = known_weights.get(site, weight)
+        weight = known_weights.get(outcome.site, weight)
     return {
-        "site": site,
+        "site": outcome.site,
+        "attempt": outcome.attempt,
         "sha256": manifest.sha256,
         "size": manifest.size,
         "params_type": manifest.params_type,
@@ -98,9 +105,12 @@ def known_weights(records: Sequence[Record]) -> dict[str, float]:
 
 
 def causes(record: Record) -> str:
-    """Why sites are missing from a round, one paragraph a site."""
-    lines = [f"{entry['site']} failed: {entry['cause']}" for entry in record["failed"]]
+    """Why sites are missing from a round, one paragraph for each time that they were asked."""
+    there = {entry["site"] for entry in record["accepted"]}
+    lines = [(entry["site"], f"{entry['site']} failed: {entry['cause']}") for entry in record["failed"]]
     lines += [
-        f"{entry['site']}'s update was rejected ({entry['code']}): {entry['reason']}" for entry in record["rejected"]
+        (entry["site"], f"{entry['site']}'s update was rejected ({entry['code']}): {entry['reason']}")
+        for entry in record["rejected"]
     ]
-    return "\n".join(lines)
+    lines += [(entry["site"], f"{entry['site']} was late: the round did not wait for it") for entry in record["late"]]
+    return "\n".join(line for site, line in lines if site not in there)

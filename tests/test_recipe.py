@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from fedpool import SimEnv
 from fedpool.arrays import save_and_hash
 from fedpool.errors import RecipeError
 from fedpool.flows.fedavg import FedAvg, FedAvgRecipe
@@ -344,12 +345,51 @@ def test_the_fields_of_a_recipe_make_another_with_the_same_model(fields: dict[st
 
 def test_execute_hands_the_recipe_to_the_environment(fields: dict[str, Any]) -> None:
     class Elsewhere:
-        def execute(self, recipe: Recipe, *, wait: bool = True) -> tuple[Recipe, bool]:
-            return recipe, wait
+        def execute(self, recipe: Recipe, **asked: Any) -> tuple[Recipe, dict[str, Any]]:
+            return recipe, asked
 
     recipe = FedAvgRecipe(**fields)
-    assert recipe.execute(Elsewhere()) == (recipe, True)
-    assert recipe.execute(env=Elsewhere(), wait=False) == (recipe, False)
+    plain = {"wait": True, "resume": None, "fork": False, "from_round": None}
+    assert recipe.execute(Elsewhere()) == (recipe, plain)
+    assert recipe.execute(env=Elsewhere(), wait=False) == (recipe, plain | {"wait": False})
+    forked = recipe.execute(Elsewhere(), resume="job-1", fork=True, from_round=2)
+    assert forked == (recipe, plain | {"resume": "job-1", "fork": True, "from_round": 2})
+
+
+def test_a_fork_needs_to_know_of_what(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**fields)
+    with pytest.raises(RecipeError, match="fork and from_round need resume"):
+        recipe.execute(SimEnv(), fork=True)
+    with pytest.raises(RecipeError, match="from_round=2 without fork=True"):
+        recipe.execute(SimEnv(), resume="job-1", from_round=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"over_sample": 1}, "over_sample=1 without clients_per_round: say how many updates a round takes"),
+        ({"over_sample": -1}, "over_sample"),
+        ({"quorum_grace": -0.1}, "quorum_grace"),
+        ({"quorum_grace": float("nan")}, "quorum_grace"),
+        ({"round_retries": -1}, "round_retries"),
+        ({"site_retries": -1}, "site_retries"),
+    ],
+)
+def test_rules_of_a_round_that_cannot_be_are_refused(
+    changes: dict[str, Any], words: str, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        FedAvgRecipe(**{**fields, **changes})
+
+
+def test_over_sampling_needs_as_many_sites(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**{**fields, "min_clients": 1, "clients_per_round": 2, "over_sample": 1})
+    assert recipe.sample_size == 3
+    recipe.check_sites(["a", "b", "c"])
+    with pytest.raises(
+        RecipeError, match="clients_per_round=2 with over_sample=1 more, but the environment has 2 sites"
+    ):
+        recipe.check_sites(["a", "b"])
 
 
 def test_a_recipe_written_as_json_holds_the_models_hash_and_not_its_values(fields: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -18,10 +18,11 @@ from rich.table import Table
 
 from fedpool.deployments import jobs
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
+from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, FedpoolError
 from fedpool.recipe import Recipe
 from fedpool.sites.config import SiteConfig
-from fedpool.store import Store, check_name, new_job_id
+from fedpool.store import JobPaths, Store, check_name, new_job_id
 from fedpool.tasks.tables import report_rows
 
 if TYPE_CHECKING:
@@ -275,6 +276,36 @@ def cancel(job_id: str, *, home: Home = DEFAULT_HOME) -> None:
         asyncio.run(_with_client(lambda client: jobs.cancel(client, job_id)))
 
 
+@job.command
+def resume(
+    job_id: str,
+    *,
+    fork: Annotated[bool, Parameter(help="make a new job from a model of this one instead", negative="")] = False,
+    from_round: Annotated[int | None, Parameter(help="round whose global model a fork starts from")] = None,
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Go on with a job that was lost, has failed or was cancelled, from its last committed round; ends with 1 when it fails."""
+    from fedpool.deployments.prod import ProdEnv
+    from fedpool.deployments.sim import SimEnv
+    from fedpool.flows.recipes import recipe_of
+
+    place = _store(store, home)
+    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    described = place.read_json(JobPaths(job_id).job)
+    recipe, sites = recipe_of(job_id, place), tuple(described["sites"])
+    with _server(home) if not described["simulated"] else nullcontext():
+        env = (
+            SimEnv(clients=sites, workspace=Path(place.root))
+            if described["simulated"]
+            else ProdEnv(store=place.url, sites=sites)
+        )
+        run = recipe.execute(env, resume=job_id, fork=fork, from_round=from_round)
+    print(f"{run.job_id}: {run.get_status()}")
+    if run.get_status() is not JobStatus.COMPLETED:
+        sys.exit(1)
+
+
 @job.command(name="stage")
 def stage_(
     source: Annotated[str, Parameter(help="FILE or FILE:NAME, a Python file and the recipe in it (default: recipe)")],
@@ -284,7 +315,7 @@ def stage_(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write a recipe to the store as the template of a deployment, and print its id; for prefect.yaml."""
-    from fedpool.flows.job import stage
+    from fedpool.flows.staging import stage
 
     path, _, name = source.partition(":")
     folder = str(Path(path).absolute().parent)

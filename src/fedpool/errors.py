@@ -44,17 +44,19 @@ class IntegrityError(StoreError):
 class SiteError(FedpoolError):
     """A site did not deliver in a round.
 
-    Attributes: `site`, `round` (from 0) and `cause`, one paragraph that ends with the script's traceback if it has one.
+    Attributes: `site`, `round` (from 0) and `cause`, one paragraph that ends with the script's traceback if it has one; `lost`,
+    whether the site went away with its part undone, so that asking again may help.
     """
 
-    def __init__(self, site: str, round: int, cause: str) -> None:
+    def __init__(self, site: str, round: int, cause: str, *, lost: bool = False) -> None:
         super().__init__(f"{site}, round {round}: {cause}")
         self.site = site
         self.round = round
         self.cause = cause
+        self.lost = lost
 
-    def __reduce__(self) -> tuple[type["SiteError"], tuple[str, int, str]]:
-        return SiteError, (self.site, self.round, self.cause)
+    def __reduce__(self) -> tuple[type["SiteError"], tuple[str, int, str], dict[str, bool]]:
+        return SiteError, (self.site, self.round, self.cause), {"lost": self.lost}
 
 
 class RoundError(FedpoolError):

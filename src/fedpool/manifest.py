@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Task = Literal["train", "evaluate", "submit_model"]
 
@@ -31,6 +31,7 @@ class ClientJob(Value):
     site_config: dict[str, dict[str, Any]] = Field(description="what get_config() returns at each site")
     transfer: Literal["FULL", "DIFF"]
     exclude: tuple[str, ...] = Field(description="patterns of the parameters that stay at the site")
+    restarts: int = Field(description="how often a script that fails is started again with the same assignment", ge=0)
     seed: int
     threads: int
 
@@ -40,6 +41,7 @@ class SiteAssignment(Value):
 
     site: str
     round: int
+    attempt: int = Field(0, description="how often this site has been asked in this round before", ge=0)
     task: Task
     base_sha256: str = Field(description="sha256 of the round's global model")
     base_size: int
@@ -53,10 +55,11 @@ class UpdateManifest(Value):
     cannot hold and the gate refuses. A metric that was not finite is null.
     """
 
-    protocol: Literal[1] = 1
+    protocol: Literal[2] = 2
     job_id: str
     site: str
     round: int
+    attempt: int = 0
     task: Task
     base_sha256: str
     params_type: Literal["FULL", "DIFF"] | None = None

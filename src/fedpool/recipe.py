@@ -38,7 +38,15 @@ from fedpool.store import check_name
 class Environment(Protocol):
     """Where a recipe runs; see `fedpool.deployments`."""
 
-    def execute(self, recipe: "Recipe", *, wait: bool = True) -> Any:
+    def execute(
+        self,
+        recipe: "Recipe",
+        *,
+        wait: bool = True,
+        resume: str | None = None,
+        fork: bool = False,
+        from_round: int | None = None,
+    ) -> Any:
         """Run the recipe."""
         ...
 
@@ -140,6 +148,29 @@ class Recipe(BaseModel):
         gt=0,
         allow_inf_nan=False,
     )
+    quorum_grace: float | None = Field(
+        None,
+        description="once min_clients updates are in, the rest get this share of the time so far, e.g. 0.5; empty: all they need",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    over_sample: int = Field(
+        0,
+        description="sites drawn beyond clients_per_round: the round takes the first clients_per_round accepted updates",
+        ge=0,
+    )
+    round_retries: int = Field(
+        0,
+        description="how often a round with fewer than min_clients updates asks the missing sites again",
+        ge=0,
+        le=1000,
+    )
+    site_retries: int = Field(
+        1,
+        description="how often, in a round, a script that failed is started again, and a site that was lost is asked again",
+        ge=0,
+        le=1000,
+    )
     include: tuple[str, ...] = Field(
         (), description="more files and folders for the bundle, relative to the client script's folder"
     )
@@ -184,6 +215,10 @@ class Recipe(BaseModel):
         if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
             raise RecipeError(
                 f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}: no round could succeed"
+            )
+        if self.over_sample and self.clients_per_round is None:
+            raise RecipeError(
+                f"over_sample={self.over_sample} without clients_per_round: say how many updates a round takes"
             )
         restored = (info.context or {}).get("bundle")
         self._bundle = restored or build_bundle(self.train_script, self.include)
@@ -245,6 +280,11 @@ class Recipe(BaseModel):
         return self._bundle
 
     @property
+    def sample_size(self) -> int | None:
+        """How many sites are drawn for a round; None for all of them."""
+        return None if self.clients_per_round is None else self.clients_per_round + self.over_sample
+
+    @property
     def stop_condition(self) -> StopCondition | None:
         """`stop_cond`, parsed."""
         return parse_condition(self.stop_cond) if self.stop_cond else None
@@ -267,6 +307,7 @@ class Recipe(BaseModel):
             exclude=self.exclude_vars,
             seed=self.seed,
             threads=self.threads_per_site,
+            restarts=self.site_retries,
         )
 
     def check_sites(self, sites: Sequence[str]) -> None:
@@ -279,20 +320,42 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"min_clients={self.min_clients}, but the environment has {len(sites)} sites: no round could succeed"
             )
-        if self.clients_per_round is not None and self.clients_per_round > len(sites):
-            raise RecipeError(f"clients_per_round={self.clients_per_round}, but the environment has {len(sites)} sites")
+        if self.sample_size is not None and self.sample_size > len(sites):
+            more = f" with over_sample={self.over_sample} more" if self.over_sample else ""
+            raise RecipeError(
+                f"clients_per_round={self.clients_per_round}{more}, but the environment has {len(sites)} sites"
+            )
         for what in ("aggregation_weights", "per_site_config"):
             if unknown := sorted(set(getattr(self, what)) - set(sites)):
                 raise RecipeError(f"{what} names {', '.join(unknown)}, but the sites are {', '.join(sites[:8])}")
 
-    def execute(self, env: Environment, *, wait: bool = True) -> Any:
+    def execute(
+        self,
+        env: Environment,
+        *,
+        wait: bool = True,
+        resume: str | None = None,
+        fork: bool = False,
+        from_round: int | None = None,
+    ) -> Any:
         """Run the recipe in an environment; returns its `Run`.
 
         Args:
             env: where.
             wait: block until the job has ended; False returns at once.
+            resume: id of a job that was begun before: it goes on from its last committed round. One that has completed is
+                left as it is.
+            fork: make a new job instead, which starts from a model of the job that `resume` names, with this recipe.
+            from_round: the round whose global model a fork starts from; None: its newest.
+
+        Raises:
+            RecipeError: the job that is to go on was begun with another recipe or at other sites.
         """
-        return env.execute(self, wait=wait)
+        if resume is None and (fork or from_round is not None):
+            raise RecipeError("fork and from_round need resume: the id of the job to start from")
+        if from_round is not None and not fork:
+            raise RecipeError(f"from_round={from_round} without fork=True: a job goes on from its last committed round")
+        return env.execute(self, wait=wait, resume=resume, fork=fork, from_round=from_round)
 
     def deploy(
         self,

@@ -15,6 +15,7 @@ guards against two writers where the backend can (local files; S3 with condition
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -95,32 +96,37 @@ class JobPaths:
 
     def global_model(self, round: int) -> str:
         """The model that the round starts from."""
-        return f"{self._round(round)}/global.safetensors"
+        return f"{self.round(round)}/global.safetensors"
 
     def record(self, round: int) -> str:
         """The commit of the round."""
-        return f"{self._round(round)}/round.json"
+        return f"{self.round(round)}/round.json"
 
-    def sites(self, round: int) -> str:
-        """The folder of what sites sent in the round."""
-        return f"{self._round(round)}/sites"
+    def sites(self, round: int, attempt: int = 0) -> str:
+        """The folder of what sites sent in the round, in one attempt."""
+        return f"{self._attempt(round, attempt)}/sites"
 
-    def assignment(self, round: int, site: str) -> str:
+    def assignment(self, round: int, site: str, attempt: int = 0) -> str:
         """What a site that is not in this process is asked to do in the round."""
-        return f"{self._round(round)}/assignments/{check_name('site', site)}.json"
+        return f"{self._attempt(round, attempt)}/assignments/{check_name('site', site)}.json"
 
-    def update(self, round: int, site: str) -> str:
+    def update(self, round: int, site: str, attempt: int = 0) -> str:
         """The tensors that a site sent in the round."""
-        return f"{self.sites(round)}/{check_name('site', site)}/update.safetensors"
+        return f"{self.sites(round, attempt)}/{check_name('site', site)}/update.safetensors"
 
-    def manifest(self, round: int, site: str) -> str:
+    def manifest(self, round: int, site: str, attempt: int = 0) -> str:
         """The manifest that commits a site's update."""
-        return f"{self.sites(round)}/{self.site_manifest(site)}"
+        return f"{self.sites(round, attempt)}/{self.site_manifest(site)}"
 
-    def _round(self, round: int) -> str:
+    def round(self, round: int) -> str:
+        """The folder of the round."""
         if round < 0:
             raise RecipeError(f"round {round} does not exist: rounds are numbered from 0")
         return f"{self.job_id}/rounds/{round:05d}"
+
+    def _attempt(self, round: int, attempt: int) -> str:
+        """Each attempt has a folder of its own: what an earlier one still writes can be taken for nothing else."""
+        return f"{self.round(round)}/attempts/{attempt}" if attempt else self.round(round)
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
@@ -162,6 +168,32 @@ class Store:
         """
         with self._errors(path):
             return bool(self.fs.exists(self.full(path)))
+
+    @contextmanager
+    def held(self, path: str) -> Iterator[None]:
+        """Hold a folder of a local store, so that no other process takes it for its own; one that is killed lets go of it.
+
+        Raises:
+            StoreError: somebody else holds it.
+        """
+        if not self.is_local:  # there is nothing like it in object storage
+            yield
+            return
+        Path(self.full(path)).mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.full(path), os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(f"{self.full(path)} is in use: another process runs this job") from None
+            yield
+        finally:
+            os.close(folder)
+
+    def remove(self, path: str) -> None:
+        """Remove an object, if it is there: one that nothing names, or that its owner does not want any more."""
+        with self._errors(path), suppress(FileNotFoundError):
+            self.fs.rm_file(self.full(path))
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:

@@ -17,8 +17,8 @@ from safetensors.numpy import load
 
 from fedpool import FedAvgRecipe, Store
 from fedpool.deployments.site_worker import register_site
-from fedpool.flows.job import stage
 from fedpool.flows.site_round import site_round
+from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment
 from fedpool.store import JobPaths, new_job_id
 from tests.poc import Worker, processes_of, scripts_of, wait_until, wait_until_gone
@@ -87,7 +87,13 @@ class Job:
             site=self.site, round=round, task="train", base_sha256=model.sha256, base_size=model.size, timeout_s=None
         )
         self.store.write_json(self.paths.assignment(round, self.site), assignment.model_dump(mode="json"))
-        parameters = {"job_id": self.paths.job_id, "site": self.site, "round": round, "store": self.store.url}
+        parameters = {
+            "job_id": self.paths.job_id,
+            "site": self.site,
+            "round": round,
+            "attempt": 0,
+            "store": self.store.url,
+        }
         return run_deployment(deployment or f"site-round/{self.site}", parameters)
 
     def pid(self, round: int = 0) -> float:
@@ -218,8 +224,8 @@ def test_a_deployment_that_calls_itself_site_round_brings_no_code_of_its_own(hos
     deploy_evil(site_round, "evil", tmp_path, canary)
     without = final_state(run_deployment("site-round/evil", {}))
     assert without.is_crashed()
-    assert "site-round takes job_id, round, site, store: a run with none was refused" in str(without.message)
-    asked = {"job_id": "a", "site": "hospital", "round": -1, "store": str(tmp_path)}
+    assert "site-round takes attempt, job_id, round, site, store: a run with none was refused" in str(without.message)
+    asked = {"job_id": "a", "site": "hospital", "round": -1, "attempt": 0, "store": str(tmp_path)}
     before = final_state(run_deployment("site-round/evil", asked))
     assert before.is_failed() and "round: Input should be greater than or equal to 0" in str(before.message)
     elsewhere = final_state(run_deployment("site-round/evil", asked | {"site": "clinic", "round": 0}))

@@ -32,8 +32,8 @@ from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from fedpool import ConfigError, FedAvgRecipe
 from fedpool.deployments.templates import base_job_template, parse_env
-from fedpool.flows.job import stage
 from fedpool.flows.site_round import site_round
+from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment, UpdateManifest
 from fedpool.store import JobPaths, Store
 from tests.conftest import ADD_ONE
@@ -283,7 +283,7 @@ class StagedJob:
             site=SITE, round=0, task="train", base_sha256=digest.sha256, base_size=digest.size, timeout_s=None
         )
         self.store.write_json(self.paths.assignment(0, SITE), assignment.model_dump(mode="json"))
-        self.parameters = {"job_id": self.job_id, "site": SITE, "round": 0, "store": self.store.url}
+        self.parameters = {"job_id": self.job_id, "site": SITE, "round": 0, "attempt": 0, "store": self.store.url}
 
     def update(self) -> UpdateManifest | None:
         """What the site has committed."""

@@ -15,7 +15,7 @@ from fedpool.deployments.remote import parse_schedule, probe
 from fedpool.errors import StoreError
 from fedpool.flows.deployed import form_fields
 from fedpool.flows.entrypoints import fedavg
-from fedpool.flows.job import restore, stage
+from fedpool.flows.staging import restore, stage
 
 
 @pytest.fixture

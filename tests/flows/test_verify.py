@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a manifest that is none": (
         lambda job: (job / "rounds/00000/sites/site-3/update.json").write_text("{}"),
-        r"00000/sites/site-3/update\.json is no manifest",
+        r"00000/sites/site-3/update\.json was accepted, but is to be rejected \(manifest\): its manifest is not one: job_id",
     ),
     "a weight in a manifest": (
         lambda job: edit(job / "rounds/00000/sites/site-2/update.json", lambda manifest: manifest.update(weight=200.0)),

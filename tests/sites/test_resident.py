@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load
 
 from fedpool import FedAvgRecipe, IntegrityError, SiteError, Store
-from fedpool.flows.job import stage
+from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.resident import Resident

@@ -53,7 +53,7 @@ class Round:
             seconds=1.0,
         )
         spec = {name: entry for name, entry in self.base.spec.items() if name in params}
-        outcome = judge(self.store, site, manifest, Expected("job-1", 0, "train", self.digest.sha256, spec, "FULL"))
+        outcome = judge(self.store, site, 0, manifest, Expected("job-1", 0, "train", self.digest.sha256, spec, "FULL"))
         assert isinstance(outcome, Accepted), outcome
         self.updates.append(outcome)
 

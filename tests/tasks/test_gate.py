@@ -69,14 +69,14 @@ def sent(store: Store, params: Mapping[str, Any] | None = GOOD, **changes: Any) 
 
 
 def rejected(store: Store, manifest: UpdateManifest, **changes: Any) -> tuple[str, str]:
-    outcome = judge(store, "site-1", manifest, expected(**changes))
+    outcome = judge(store, "site-1", 0, manifest, expected(**changes))
     assert isinstance(outcome, Rejected)
     assert outcome.manifest is manifest
     return outcome.code, outcome.reason
 
 
 def accepted(store: Store, manifest: UpdateManifest, **changes: Any) -> Accepted:
-    outcome = judge(store, "site-1", manifest, expected(**changes))
+    outcome = judge(store, "site-1", 0, manifest, expected(**changes))
     assert isinstance(outcome, Accepted), outcome
     return outcome
 
@@ -98,6 +98,7 @@ def test_an_empty_site_of_weight_0_is_accepted(store: Store) -> None:
         ("job", {"job_id": "job-2"}, "says job job-2, expected job-1"),
         ("site", {"site": "site-2"}, "says site site-2, expected site-1"),
         ("round", {"round": 1}, "says round 1, expected 2"),
+        ("attempt", {"attempt": 1}, "says attempt 1, expected 0"),
         ("task", {"task": "evaluate"}, "says task evaluate, expected train"),
         ("base", {"base_sha256": "c" * 64}, f"says base {'c' * 64}, expected {'b' * 64}"),
     ],

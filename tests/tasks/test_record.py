@@ -1,14 +1,14 @@
 """`round.json`: what was asked, what came, and what it was made into."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from fedpool.errors import SiteError
 from fedpool.manifest import UpdateManifest
 from fedpool.store import to_json
-from fedpool.tasks.gate import Accepted, Rejected
+from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
 from fedpool.tasks.record import causes, known_weights, round_ms, round_record
 from fedpool.tensors import Digest
 
@@ -34,7 +34,7 @@ def accepted(site: str, weight: float = 1.0, **changes: Any) -> Accepted:
     return Accepted(manifest(site, **changes), weight, None)
 
 
-def record(outcomes: dict[str, Accepted | Rejected | SiteError], **changes: Any) -> dict[str, Any]:
+def record(outcomes: Sequence[Outcome], **changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "job_id": "job-1",
         "round": 2,
@@ -49,27 +49,30 @@ def record(outcomes: dict[str, Accepted | Rejected | SiteError], **changes: Any)
     return round_record(**{**fields, **changes})
 
 
-OUTCOMES: dict[str, Accepted | Rejected | SiteError] = {
-    "site-3": SiteError("site-3", 2, "the script ended with exit code 1\nTraceback"),
-    "site-2": Rejected(manifest("site-2", sha256="r" * 64), "shape", "w: expected [2], got [3]"),
-    "site-4": accepted("site-4", 3.0, metrics={"acc": 0.9, "loss": None}, logged={"lr": 0.1}),
-    "site-1": accepted("site-1", 1.0, metrics={"acc": 0.5}),
-}
+OUTCOMES: Sequence[Outcome] = (
+    Failed("site-3", 0, "the script ended with exit code 1\nTraceback"),
+    Rejected("site-2", 1, manifest("site-2", sha256="r" * 64), "shape", "w: expected [2], got [3]"),
+    accepted("site-4", 3.0, metrics={"acc": 0.9, "loss": None}, logged={"lr": 0.1}),
+    accepted("site-1", 1.0, metrics={"acc": 0.5}),
+    Late("site-5", 0),
+)
 
 
 def test_it_names_everyone_who_was_asked_and_what_became_of_them_in_sorted_order() -> None:
     made = record(OUTCOMES)
-    assert made["sites"] == ["site-1", "site-2", "site-3", "site-4"]
+    assert made["sites"] == ["site-1", "site-2", "site-3", "site-4", "site-5"]
     assert [entry["site"] for entry in made["accepted"]] == ["site-1", "site-4"]
     assert made["rejected"] == [
-        {"site": "site-2", "sha256": "r" * 64, "code": "shape", "reason": "w: expected [2], got [3]"}
+        {"site": "site-2", "attempt": 1, "sha256": "r" * 64, "code": "shape", "reason": "w: expected [2], got [3]"}
     ]
-    assert made["failed"] == [{"site": "site-3", "cause": "the script ended with exit code 1\nTraceback"}]
+    assert made["failed"] == [{"site": "site-3", "attempt": 0, "cause": "the script ended with exit code 1\nTraceback"}]
+    assert made["late"] == [{"site": "site-5", "attempt": 0}]
 
 
 def test_an_accepted_update_is_recorded_with_hash_weight_metrics_and_seconds() -> None:
     assert record(OUTCOMES)["accepted"][1] == {
         "site": "site-4",
+        "attempt": 0,
         "sha256": "a" * 64,
         "size": 100,
         "params_type": "FULL",
@@ -91,7 +94,7 @@ def test_it_is_chained_to_the_round_before_and_the_models_around_it() -> None:
     assert made["previous_sha256"] == "p" * 64
     assert made["global"] == {"sha256": "b" * 64, "size": 10}
     assert made["next_global"] == {"sha256": "n" * 64, "size": 11}
-    assert (made["protocol"], made["job_id"], made["round"], made["task"]) == (1, "job-1", 2, "train")
+    assert (made["protocol"], made["job_id"], made["round"], made["task"]) == (2, "job-1", 2, "train")
 
 
 def test_an_evaluation_makes_no_next_model() -> None:
@@ -104,27 +107,25 @@ def test_it_is_json() -> None:
 
 
 def test_times_are_kept_to_the_millisecond() -> None:
-    assert record({})["timings"] == {"round_s": 1.235}
+    assert record([])["timings"] == {"round_s": 1.235}
     assert round_ms(0.0004) == 0.0
 
 
 def test_a_score_without_a_weight_counts_as_much_as_the_sites_last_training() -> None:
-    outcomes: dict[str, Accepted | Rejected | SiteError] = {
-        "site-1": accepted("site-1", task="evaluate", metrics={"acc": 0.5}),
-        "site-2": accepted("site-2", task="evaluate", metrics={"acc": 0.9}),
-        "site-3": accepted("site-3", 4.0, task="evaluate", metrics={}, meta={"NUM_STEPS_CURRENT_ROUND": 4}),
-    }
+    outcomes = [
+        accepted("site-1", task="evaluate", metrics={"acc": 0.5}),
+        accepted("site-2", task="evaluate", metrics={"acc": 0.9}),
+        accepted("site-3", 4.0, task="evaluate", metrics={}, meta={"NUM_STEPS_CURRENT_ROUND": 4}),
+    ]
     made = record(outcomes, task="evaluate", known_weights={"site-1": 3.0, "site-3": 9.0})
     assert [entry["weight"] for entry in made["accepted"]] == [3.0, 1.0, 4.0]
     assert made["metrics"] == pytest.approx({"acc": 0.6})
 
 
 def test_known_weights_are_those_of_the_last_accepted_training_update() -> None:
-    first = record({"site-1": accepted("site-1", 2.0), "site-2": accepted("site-2", 5.0)})
-    second = record({"site-1": accepted("site-1", 3.0), "site-2": Rejected(manifest("site-2"), "shape", "w")})
-    third = record(
-        {"site-1": accepted("site-1", 8.0, task="evaluate", meta={"NUM_STEPS_CURRENT_ROUND": 8})}, task="evaluate"
-    )
+    first = record([accepted("site-1", 2.0), accepted("site-2", 5.0)])
+    second = record([accepted("site-1", 3.0), Rejected("site-2", 0, manifest("site-2"), "shape", "w")])
+    third = record([accepted("site-1", 8.0, task="evaluate", meta={"NUM_STEPS_CURRENT_ROUND": 8})], task="evaluate")
     assert known_weights([first, second, third]) == {"site-1": 3.0, "site-2": 5.0}
     assert known_weights([]) == {}
 
@@ -132,6 +133,13 @@ def test_known_weights_are_those_of_the_last_accepted_training_update() -> None:
 def test_the_causes_name_each_missing_site_and_why() -> None:
     assert causes(record(OUTCOMES)) == (
         "site-3 failed: the script ended with exit code 1\nTraceback\n"
-        "site-2's update was rejected (shape): w: expected [2], got [3]"
+        "site-2's update was rejected (shape): w: expected [2], got [3]\n"
+        "site-5 was late: the round did not wait for it"
     )
-    assert causes(record({"site-1": accepted("site-1")})) == ""
+    assert causes(record([accepted("site-1")])) == ""
+
+
+def test_a_site_that_answered_when_it_was_asked_again_is_not_missing() -> None:
+    made = record([Failed("site-1", 0, "it was lost"), accepted("site-1", attempt=1)])
+    assert causes(made) == ""
+    assert [entry["attempt"] for entry in (*made["failed"], *made["accepted"])] == [0, 1]

@@ -21,6 +21,7 @@ def record(number: int = 0, **changes: Any) -> dict[str, Any]:
         "failed": [
             {"site": "site-2", "cause": "the script ended with exit code 1\nTraceback (most recent call last):"}
         ],
+        "late": [],
         "metrics": {"accuracy": 0.5},
         "logged": {"lr": 0.1},
         "timings": {"round_s": 2.345},

@@ -1,0 +1,26 @@
+"""All recipes by the name of their class, as `job.json` has it."""
+
+from collections.abc import Mapping
+
+from fedpool.errors import IntegrityError
+from fedpool.flows.fedavg import FedAvgRecipe
+from fedpool.flows.staging import restore
+from fedpool.recipe import Recipe
+from fedpool.store import JobPaths, Store
+
+RECIPES: Mapping[str, type[Recipe]] = {kind.__name__: kind for kind in (FedAvgRecipe,)}
+
+
+def recipe_of(job_id: str, store: Store) -> Recipe:
+    """The recipe of a job, as the store holds it.
+
+    Raises:
+        FileNotFoundError: there is no such job.
+        IntegrityError: what lies there is not what its `job.json` says, or of a class that is not known here.
+    """
+    path = JobPaths(job_id).job
+    described = store.read_json(path).get("recipe")
+    kind = str(described.get("type")) if isinstance(described, dict) else "none"
+    if kind not in RECIPES:
+        raise IntegrityError(f"{store.full(path)} has a recipe of class {kind!r}: known are {', '.join(RECIPES)}")
+    return restore(RECIPES[kind], job_id, store)
