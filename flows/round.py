@@ -25,7 +25,7 @@ from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.aggregate import aggregate
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
-from fedpool.tasks.gate import Accepted, Expected, Outcome
+from fedpool.tasks.gate import Accepted, Expected, Late, Outcome
 from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.record import Record, causes, known_weights, round_record
 from fedpool.tasks.report import Reporter
@@ -54,6 +54,7 @@ class Job:
         "head",
         "head_sha256",
         "job_id",
+        "late",
         "look_ahead",
         "paths",
         "recipe",
@@ -79,6 +80,8 @@ class Job:
         self.head_sha256: str | None = None
         """Hash of the newest `round.json`."""
         self.records: list[Record] = []
+        self.late: set[tuple[int, str, int]] = set()
+        """Rounds, sites and attempts of the updates that were late and have not come yet."""
         self.resumed_at: int | None = None
         """The round in which another coordinator left the job, if one did: parts of it may be done."""
         self.rounds: dict[int, RoundSignals] = {}
@@ -172,7 +175,22 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     # The next round is under way by now: this costs it nothing.
     for outcome in accepted:
         await asyncio.to_thread(store.settle, paths.update(number, outcome.site, outcome.attempt))
+    job.late |= {(number, outcome.site, outcome.attempt) for outcome in outcomes if isinstance(outcome, Late)}
+    await asyncio.to_thread(_name_late, job)
     return None
+
+
+def _name_late(job: Job) -> None:
+    """Say which updates have come after their rounds had closed."""
+    for key in sorted(job.late):
+        round, site, attempt = key
+        if job.store.exists(job.paths.manifest(round, site, attempt)):
+            job.late.discard(key)
+            get_run_logger().warning(
+                "%s's update of round %d came when that round had closed: it stays in the store, and is not used",
+                site,
+                round,
+            )
 
 
 def _turn(recipe: Recipe, task: Task, head: Digest, wanted: Expected, there: int = 0) -> Turn:
