@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from prefect import flow
@@ -20,7 +21,7 @@ from prefect.states import Cancelled, Completed
 
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed
 from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals, federated_round
-from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, stage
+from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, sha256_without, stage
 from fedpool.manifest import Task
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
@@ -54,24 +55,26 @@ async def federated_job(
     storage = Store(store)
     with storage.held(job_id):
         try:
-            if resume:
-                job = await asyncio.to_thread(take_up, recipe, job_id, storage, sites)
-            else:
-                head = await asyncio.to_thread(
-                    stage, recipe, job_id, storage, sites.names, simulated=not sites.have_runs, parent=parent
-                )
-                job = Job(recipe, job_id, storage, sites, head)
+            if not resume:
+                stage_job = partial(stage, simulated=not sites.have_runs, parent=parent)
+                await asyncio.to_thread(stage_job, recipe, job_id, storage, sites.names)
+            job = await asyncio.to_thread(partial(take_up, fresh=not resume), recipe, job_id, storage, sites)
         except BaseException:
             await sites.end()
             raise
         return await run_job(job)
 
 
-def take_up(recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead: int = LOOK_AHEAD) -> Job:
+def take_up(
+    recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead: int = LOOK_AHEAD, *, fresh: bool = False
+) -> Job:
     """A job that was staged, or begun and lost, as far as it has come: from its last commit on it is run like any other.
 
     What is committed is checked against the records' chain of hashes. A global model that no record names yet is nobody's word,
     and goes; so does the result of a job that has failed or was cancelled.
+
+    Args:
+        fresh: this very process has just staged it.
 
     Raises:
         FileNotFoundError: there is no such job.
@@ -79,9 +82,10 @@ def take_up(recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead:
         RecipeError: the job has another recipe or other sites.
     """
     paths = JobPaths(job_id)
-    described = store.read_json(paths.job)
+    described = store.read_bytes(paths.job)
     check_unchanged(recipe, job_id, store, sites.names)
-    job = Job(recipe, job_id, store, sites, Digest(**described["model"]), look_ahead)
+    head = Digest(**json.loads(described)["model"])
+    job = Job(recipe, job_id, store, sites, head, hashlib.sha256(described).hexdigest(), look_ahead)
     while store.exists(path := paths.record(len(job.records))):
         data = store.read_bytes(path)
         record = json.loads(data)
@@ -92,8 +96,9 @@ def take_up(recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead:
         job.head = Digest(**record["next_global"]) if record["next_global"] else job.head
     job.resumed_at = len(job.records)
     trained = sum(record["task"] == "train" for record in job.records)
-    with store.open(paths.global_model(trained)) as file:
-        check_digest(file, job.head, where=store.full(paths.global_model(trained)))
+    if not fresh:
+        with store.open(paths.global_model(trained)) as file:
+            check_digest(file, job.head, where=store.full(paths.global_model(trained)))
     store.remove(paths.global_model(trained + 1))
     store.remove(paths.result)
     return job
@@ -218,7 +223,7 @@ def _result(job: Job, status: str, stopped_by: str | None, error: str | None) ->
         metrics = job.records[round]["metrics"] if round < len(job.records) else {}
         return {"round": round, "path": job.store.full(job.paths.global_model(round)), "metrics": metrics}
 
-    return {
+    result = {
         "format": JOB_FORMAT,
         "job_id": job.job_id,
         "status": status,
@@ -231,3 +236,4 @@ def _result(job: Job, status: str, stopped_by: str | None, error: str | None) ->
         "best": describe(final if best is None else best),
         "last_record_sha256": job.head_sha256,
     }
+    return result | {"sha256": sha256_without(result)}

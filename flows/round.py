@@ -26,6 +26,7 @@ from fedpool.store import JobPaths, Store
 from fedpool.tasks.aggregate import aggregate
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
 from fedpool.tasks.gate import Accepted, Expected, Late, Outcome
+from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.record import Record, causes, known_weights, round_record
 from fedpool.tasks.report import Reporter
@@ -67,7 +68,14 @@ class Job:
     )
 
     def __init__(
-        self, recipe: Recipe, job_id: str, store: Store, sites: Sites, head: Digest, look_ahead: int = LOOK_AHEAD
+        self,
+        recipe: Recipe,
+        job_id: str,
+        store: Store,
+        sites: Sites,
+        head: Digest,
+        described_sha256: str,
+        look_ahead: int = LOOK_AHEAD,
     ) -> None:
         self.recipe = recipe
         self.job_id = job_id
@@ -77,13 +85,13 @@ class Job:
         self.look_ahead = look_ahead
         self.head = head
         """The newest global model."""
-        self.head_sha256: str | None = None
-        """Hash of the newest `round.json`."""
+        self.head_sha256 = described_sha256
+        """Hash of the newest `round.json`; before the first, of `job.json`."""
         self.records: list[Record] = []
         self.late: set[tuple[int, str, int]] = set()
         """Rounds, sites and attempts of the updates that were late and have not come yet."""
-        self.resumed_at: int | None = None
-        """The round in which another coordinator left the job, if one did: parts of it may be done."""
+        self.resumed_at = 0
+        """The round in which an earlier coordinator left the job, if there was one: parts of it may be done."""
         self.rounds: dict[int, RoundSignals] = {}
         self.reporter = Reporter()
 
@@ -108,7 +116,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         RoundError: fewer than `min_clients` updates were accepted (an evaluation needs none).
     """
     recipe, store, paths = job.recipe, job.store, job.paths
-    chosen = choose_sites(recipe.seed, number, job.sites.names, recipe.sample_size)
+    chosen, _ = _choose(job, number)  # as far as is known before its turn
     asked: dict[str, Asked] = {}
     if number == job.resumed_at:
         found = await asyncio.to_thread(store.tree, paths.round(number))
@@ -121,17 +129,21 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
             started = time.monotonic()
             base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
             wanted = expected(recipe, job.job_id, number, task, job.head, base)
-            round.begin(_turn(recipe, task, job.head, wanted))
+            ahead, (chosen, probes) = chosen, _choose(job, number)
+            round.begin(_turn(recipe, task, job.head, wanted, chosen, probes))
+            await collect(round, sorted(set(chosen) - set(ahead)))
     finally:
         if not round.turn.done():
             round.begin(None)
         outcomes = await collecting
+        if round.answers is not None:
+            round.answers.end()
     if task is None:
         return Cancelled(message="the job ended before this round's turn")
     retries = recipe.round_retries if task == "train" else 0
     while len(_accepted(outcomes)) < recipe.min_clients and retries and not job.sites.cancelled:
         retries -= 1
-        outcomes += await _ask_again(job, number, task, chosen, wanted, outcomes)
+        outcomes += await _ask_again(job, number, task, chosen, probes, wanted, outcomes)
     trained = time.monotonic()
     accepted = _accepted(outcomes)
     enough = len(accepted) >= recipe.min_clients
@@ -193,15 +205,33 @@ def _name_late(job: Job) -> None:
             )
 
 
-def _turn(recipe: Recipe, task: Task, head: Digest, wanted: Expected, there: int = 0) -> Turn:
+def _choose(job: Job, number: int) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The sites of a round, and those of them that are in quarantine, by the rounds that are committed."""
+    recipe = job.recipe
+    probes = quarantined(job.records, recipe.max_rejections)
+    chosen = choose_sites(recipe.seed, number, set(job.sites.names) - probes, recipe.sample_size)
+    return tuple(sorted((*chosen, *probes))), probes
+
+
+def _turn(
+    recipe: Recipe,
+    task: Task,
+    head: Digest,
+    wanted: Expected,
+    sites: Collection[str],
+    probes: Collection[str],
+    there: int = 0,
+) -> Turn:
     """What the sites of a round are asked, from now on.
 
     Args:
+        probes: those of the sites that are in quarantine.
         there: updates that the round has already.
     """
     deadline = time.monotonic() + recipe.round_timeout if recipe.round_timeout is not None else None
     take = recipe.clients_per_round - there if recipe.clients_per_round and recipe.over_sample else None
-    return Turn(task, head, wanted, deadline, Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take))
+    quorum = Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take)
+    return Turn(task, head, wanted, deadline=deadline, quorum=quorum, sites=sites, probes=probes)
 
 
 def _accepted(outcomes: Collection[Outcome]) -> list[Accepted]:
@@ -209,18 +239,28 @@ def _accepted(outcomes: Collection[Outcome]) -> list[Accepted]:
 
 
 async def _ask_again(
-    job: Job, number: int, task: Task, chosen: Collection[str], wanted: Expected, before: Collection[Outcome]
+    job: Job,
+    number: int,
+    task: Task,
+    chosen: Collection[str],
+    probes: Collection[str],
+    wanted: Expected,
+    before: Collection[Outcome],
 ) -> list[Outcome]:
     """Ask the sites once more whose updates the round still lacks; updates that were accepted stay."""
     recipe = job.recipe
     there = {outcome.site for outcome in _accepted(before)}
     attempts = {outcome.site: outcome.attempt for outcome in before}  # the last of a site wins
-    missing = [site for site in chosen if site not in there]
+    missing = [site for site in chosen if site not in there and site not in probes]
     get_run_logger().warning("round %d is tried again with %s: too few updates", number, ", ".join(missing[:8]))
     asked = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
     round = Round(number, job.sites, job.store, retries=recipe.site_retries, asked=asked)
-    round.begin(_turn(recipe, task, job.head, wanted, len(there)))
-    return await collect(round, missing)
+    round.begin(_turn(recipe, task, job.head, wanted, missing, (), len(there)))
+    try:
+        return await collect(round, missing)
+    finally:
+        if round.answers is not None:
+            round.answers.end()
 
 
 def expected(recipe: Recipe, job_id: str, number: int, task: Task, head: Digest, base: TensorReader) -> Expected:
@@ -238,4 +278,7 @@ def expected(recipe: Recipe, job_id: str, number: int, task: Task, head: Digest,
         base_sha256=head.sha256,
         spec={name: entry for name, entry in base.spec.items() if name not in excluded},
         transfer=recipe.params_transfer_type,
+        base=base,
+        max_norm=recipe.max_update_norm,
+        clip=recipe.clip_updates,
     )

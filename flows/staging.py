@@ -17,7 +17,7 @@ from fedpool.errors import IntegrityError, RecipeError
 from fedpool.initial import initial_model
 from fedpool.manifest import ClientJob
 from fedpool.recipe import Recipe
-from fedpool.store import JobPaths, Store, new_job_id
+from fedpool.store import JobPaths, Store, new_job_id, to_json
 from fedpool.tensors import Digest
 
 JOB_FORMAT = 1
@@ -65,6 +65,11 @@ def begin(recipe: Recipe, store: Store, *, resume: str | None, fork: bool, from_
         return Start(recipe, resume, True, None)
     parent = Parent(resume, num_trained(store, resume) if from_round is None else from_round)
     return Start(_fork(recipe, parent, store), new_job_id(recipe.name), False, parent)
+
+
+def sha256_without(result: Mapping[str, Any]) -> str:
+    """What `result.json` says of itself: the hash of what it would be without the field `sha256`."""
+    return hashlib.sha256(to_json({name: value for name, value in result.items() if name != "sha256"})).hexdigest()
 
 
 def num_trained(store: Store, job_id: str) -> int:

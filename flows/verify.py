@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from fedpool.errors import IntegrityError, RoundError
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
-from fedpool.sites.site_round import read_manifest
+from fedpool.flows.staging import sha256_without
+from fedpool.sites.site_round import read_delivery
 from fedpool.store import JobPaths, Store, check_digest, to_json
 from fedpool.tasks.aggregate import aggregate
-from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Rejected, judge
+from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.record import Record, known_weights, round_record
 from fedpool.tensors import Digest, TensorReader
 
@@ -62,7 +63,7 @@ class _Audit:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
         self._head: Digest = Digest(**job["model"])
         """The newest global model, by the word of what came before it."""
-        self._previous: str | None = None
+        self._previous = hashlib.sha256(store.read_bytes(self._paths.job)).hexdigest()
 
     def run(self) -> Verified:
         with tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:
@@ -105,13 +106,13 @@ class _Audit:
         outcomes += [Late(**entry) for entry in record["late"]]
         for entry in record["rejected"]:
             outcomes.append(self._judged(number, entry, wanted))
-        for entry in record["accepted"]:
+        for entry in (*record["accepted"], *record["probed"]):
             outcome = self._judged(number, entry, wanted)
             if isinstance(outcome, Rejected):
                 what = self._paths.update if outcome.manifest else self._paths.manifest
                 path = what(number, entry["site"], entry["attempt"])
                 raise self._differs(path, f"was accepted, but is to be rejected ({outcome.code}): {outcome.reason}")
-            outcomes.append(outcome)
+            outcomes.append(Probed(outcome) if entry in record["probed"] else outcome)
         accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
         following = self._following(number, base, accepted, record, folder) if record["task"] == "train" else None
         return round_record(
@@ -131,12 +132,12 @@ class _Audit:
         site, attempt = entry["site"], entry["attempt"]
         self._num_updates += 1
         try:
-            manifest = read_manifest(self._store, self._paths.job_id, number, site, attempt)
+            delivery = read_delivery(self._store, self._paths.job_id, number, site, attempt)
         except FileNotFoundError:
             raise self._differs(self._paths.manifest(number, site, attempt), "is missing") from None
         except IntegrityError as error:
-            return Rejected(site, attempt, None, "manifest", str(error))
-        return judge(self._store, site, attempt, manifest, wanted)
+            return Rejected(site, attempt, None, None, "manifest", str(error))
+        return judge(self._store, site, attempt, delivery, wanted)
 
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: Record, folder: Path
@@ -179,6 +180,7 @@ class _Audit:
             return None
         result = self._store.read_json(path)
         follows = {
+            "sha256": sha256_without(result),
             "job_id": self._paths.job_id,
             "num_rounds": self._num_trained,
             "num_records": len(self._records),

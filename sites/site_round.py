@@ -41,14 +41,18 @@ class SiteFolder:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What a site has put into the store: the manifest, and what was seen of the update's bytes on their way (None without)."""
+    """What a site has put into the store: the manifest, its hash, and what was seen of the update's bytes on their way there.
+
+    `inspection` is None where nobody who is trusted has seen them, or there are none.
+    """
 
     manifest: UpdateManifest
-    inspection: Inspection | None
+    manifest_sha256: str
+    inspection: Inspection | None = None
 
 
-def read_manifest(store: Store, job_id: str, round: int, site: str, attempt: int) -> UpdateManifest:
-    """The manifest that a site has put into the store; it is not to be trusted before the gate has judged it.
+def read_delivery(store: Store, job_id: str, round: int, site: str, attempt: int) -> Delivery:
+    """What a site has put into the store, as its manifest says; it is not to be trusted before the gate has judged it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -58,7 +62,8 @@ def read_manifest(store: Store, job_id: str, round: int, site: str, attempt: int
     try:
         if (size := store.size(path)) > MAX_MANIFEST_BYTES:
             raise IntegrityError(f"its manifest has {size} bytes, {MAX_MANIFEST_BYTES} are allowed")
-        return UpdateManifest.model_validate_json(store.read_bytes(path))
+        data = store.read_bytes(path)
+        return Delivery(UpdateManifest.model_validate_json(data), hashlib.sha256(data).hexdigest())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -130,10 +135,10 @@ def run_site_round(
             meta=update["meta"],
             seconds=time.monotonic() - started,
         )
-        store.write_json(paths.manifest(round, site, attempt), manifest.model_dump(mode="json"))
+        written = store.write_json(paths.manifest(round, site, attempt), manifest.model_dump(mode="json"))
     except (OSError, StoreError) as error:
         raise SiteError(site, round, f"its part of the store failed: {error}") from error
-    return Delivery(manifest, inspection)
+    return Delivery(manifest, written.sha256, inspection)
 
 
 def _perform(session: Session, work: Assignment, *, restarts: int, deadline: float | None, log: LogLine) -> Reply:

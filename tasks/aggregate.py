@@ -170,6 +170,8 @@ class _UpdateSlice(_LazySlice):
     def __init__(self, block: _Block, update: Accepted) -> None:
         super().__init__(block)
         self._update = update
+        # What limits a difference limits its floating point numbers.
+        self._scale = update.scale if block.spec.kind == "float" else 1.0
 
     def _read(self) -> torch.Tensor:
         block, tensors = self._block, self._update.tensors
@@ -178,5 +180,6 @@ class _UpdateSlice(_LazySlice):
         value = torch_block(tensors.read_block(block.name, block.start, block.stop), code)
         # A boolean has no difference: a DIFF carries the site's own value.
         if self._update.manifest.params_type == "DIFF" and code != "BOOL":
-            return value.to(torch.float64) + block.wide
-        return _widen(value, block.origin)
+            return value.to(torch.float64) * self._scale + block.wide
+        full = _widen(value, block.origin)
+        return full if self._scale == 1.0 else block.wide + (full - block.wide) * self._scale

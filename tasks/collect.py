@@ -8,7 +8,7 @@ other sites still train. A round that closes leaves the sites that have not answ
 import asyncio
 import re
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,9 +21,10 @@ from prefect.states import Cancelled
 from fedpool.errors import IntegrityError, SiteError
 from fedpool.manifest import SiteAssignment, Task
 from fedpool.sites.local import Sites
-from fedpool.sites.site_round import Delivery, read_manifest
+from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
-from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Rejected, judge
+from fedpool.tasks.events import emit_rejected
+from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.quorum import Quorum
 from fedpool.tensors import Digest
 
@@ -39,32 +40,48 @@ T = TypeVar("T")
 class Turn:
     """What is known of a round once its turn has come: what to ask of the sites, and what to expect of their updates."""
 
-    __slots__ = ("base", "deadline", "expected", "quorum", "task")
+    __slots__ = ("base", "deadline", "expected", "probes", "quorum", "sites", "task")
 
-    def __init__(self, task: Task, base: Digest, expected: Expected, deadline: float | None, quorum: Quorum) -> None:
+    def __init__(
+        self,
+        task: Task,
+        base: Digest,
+        expected: Expected,
+        *,
+        deadline: float | None,
+        quorum: Quorum,
+        sites: Collection[str],
+        probes: Collection[str],
+    ) -> None:
         self.task = task
         self.base = base
         self.expected = expected
         self.deadline = deadline
         self.quorum = quorum
+        self.sites = frozenset(sites)
+        self.probes = frozenset(probes)
+        """Those of the sites that are in quarantine: what they send is judged, and not used."""
 
 
 class Answers:
     """What has come of asking the sites of a round so far; `closed` is set once the round waits for no more."""
 
-    __slots__ = ("_accepted_s", "_began", "_closing", "_quorum", "closed", "outcomes")
+    __slots__ = ("_accepted_s", "_began", "_closing", "_probes", "_quorum", "closed", "outcomes")
 
-    def __init__(self, began: float, quorum: Quorum) -> None:
+    def __init__(self, began: float, quorum: Quorum, probes: Collection[str]) -> None:
         self.outcomes: list[Outcome] = []
         self.closed = asyncio.Event()
         self._began = began
         self._quorum = quorum
+        self._probes = probes
         self._accepted_s: list[float] = []
         self._closing: asyncio.TimerHandle | None = None
 
     def add(self, outcome: Outcome) -> None:
         """Note an outcome; an update that comes when the round has closed is late, however good."""
-        if isinstance(outcome, Accepted):
+        if isinstance(outcome, Accepted) and outcome.site in self._probes:
+            outcome = Probed(outcome)
+        elif isinstance(outcome, Accepted):
             if self.closed.is_set():
                 outcome = Late(outcome.site, outcome.attempt)
             else:
@@ -148,7 +165,7 @@ class Round:
     def begin(self, turn: Turn | None) -> None:
         """The round's turn has come; None when it never will."""
         if turn is not None:
-            self.answers = Answers(time.monotonic(), turn.quorum)
+            self.answers = Answers(time.monotonic(), turn.quorum, turn.probes)
         self.turn.set_result(turn)
 
 
@@ -171,10 +188,7 @@ async def collect(round: Round, chosen: Sequence[str]) -> list[Outcome]:
     for answer in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(answer, BaseException) and not isinstance(answer, SiteError | CancelledRun):
             raise answer
-    if round.answers is None:
-        return []
-    round.answers.end()
-    return round.answers.outcomes
+    return [] if round.answers is None else round.answers.outcomes
 
 
 class _Shared:
@@ -197,7 +211,7 @@ async def _part(round: Round, site: str) -> bool:
         while not await round.sites.announce(site, round.number, attempt):
             attempt += 1
     turn = await asyncio.shield(round.turn)
-    if turn is None:
+    if turn is None or site not in turn.sites:
         return False
     await _ask(round, turn, site, attempt)
     return True
@@ -215,7 +229,9 @@ async def _follow_run(round: Round, site: str) -> None:
 async def _ask_site(round: Round, site: str) -> State[Any] | None:
     """One site's part of the round; the task fails when the site does."""
     came = await _part(round, site)
-    return None if came else Cancelled(message="the job ended before this round's turn")
+    return (
+        None if came else Cancelled(message="the job ended before this round's turn, or the round's sites were others")
+    )
 
 
 @task(persist_result=False)
@@ -223,6 +239,8 @@ async def _ask_slot(round: Round, shared: _Shared) -> None:
     """The parts of as many sites as this slot gets to; a site that fails is in the log and in the round's record."""
     turn = await asyncio.shield(round.turn)
     while turn is not None and (site := shared.take()) is not None:
+        if site not in turn.sites:
+            continue
         try:
             await _ask(round, turn, site, round.asked[site].attempt if site in round.asked else 0)
         except SiteError as error:
@@ -248,6 +266,7 @@ async def _ask(round: Round, turn: Turn, site: str, attempt: int) -> None:
             answers.add(outcome)
             if isinstance(outcome, Rejected):
                 logger.warning("%s: update rejected (%s): %s", site, outcome.code, outcome.reason)
+                emit_rejected(turn.expected, outcome)
             return
 
 
@@ -258,8 +277,7 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
     before = round.asked.get(site)
     try:
         if before == Asked(attempt, answered=True):
-            manifest = await asyncio.to_thread(read_manifest, round.store, expected.job_id, round.number, site, attempt)
-            delivery = Delivery(manifest, None)
+            delivery = await asyncio.to_thread(read_delivery, round.store, expected.job_id, round.number, site, attempt)
         else:
             assignment = SiteAssignment(
                 site=site,
@@ -274,8 +292,8 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
                 assignment, deadline=turn.deadline, log=lambda line: logger.info("%s: %s", site, line)
             )
     except IntegrityError as error:
-        return Rejected(site, attempt, None, "manifest", str(error))
-    return await asyncio.to_thread(judge, round.store, site, attempt, delivery.manifest, expected, delivery.inspection)
+        return Rejected(site, attempt, None, None, "manifest", str(error))
+    return await asyncio.to_thread(judge, round.store, site, attempt, delivery, expected)
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -26,7 +26,7 @@ from prefect.states import Cancelled, Pending
 from fedpool.errors import SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.sites.session import LogLine
-from fedpool.sites.site_round import Delivery, read_manifest
+from fedpool.sites.site_round import Delivery, read_delivery
 from fedpool.store import JobPaths, Store
 
 _LOCAL_POLL_S = 0.05
@@ -151,9 +151,9 @@ class PoolSites:
             if state is not None and not state.is_completed():
                 lost = state.is_crashed() or state.name == _LOST
                 raise SiteError(site, round, f"{state.name}: {_cause(state, site, round)}", lost=lost)
-            manifest = await asyncio.to_thread(read_manifest, self._store, self._job.job_id, round, site, attempt)
+            delivery = await asyncio.to_thread(read_delivery, self._store, self._job.job_id, round, site, attempt)
             self._answered.add(key)
-            return Delivery(manifest, None)
+            return delivery
         except FileNotFoundError:
             raise SiteError(site, round, "its run completed, but left no manifest in the store", lost=True) from None
 

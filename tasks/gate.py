@@ -3,16 +3,22 @@
 import math
 from dataclasses import dataclass
 
-from fedpool.arrays import inspect_tensors
+from fedpool.arrays import difference_norm, dtype_limits, inspect_tensors
 from fedpool.errors import IntegrityError
 from fedpool.manifest import UpdateManifest
+from fedpool.sites.site_round import Delivery
 from fedpool.store import JobPaths, Store
-from fedpool.tensors import Inspection, Spec, TensorReader
+from fedpool.tensors import ITEM_SIZES, Inspection, Spec, TensorReader
+
+_MAX_REASON = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an update has to fit."""
+    """What an update has to fit.
+
+    `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`.
+    """
 
     job_id: str
     round: int
@@ -20,15 +26,25 @@ class Expected:
     base_sha256: str
     spec: Spec
     transfer: str
+    base: TensorReader | None = None
+    max_norm: float | None = None
+    clip: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An update that may touch the sum; `tensors` is None when the site sent metrics only (an evaluation)."""
+    """An update that may touch the sum; `tensors` is None when the site sent metrics only (an evaluation).
+
+    `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale` what the difference is
+    multiplied by to be within the limit.
+    """
 
     manifest: UpdateManifest
+    manifest_sha256: str
     weight: float
     tensors: TensorReader | None
+    norm: float | None = None
+    scale: float = 1.0
 
     @property
     def site(self) -> str:
@@ -51,6 +67,7 @@ class Rejected:
     site: str
     attempt: int
     manifest: UpdateManifest | None
+    manifest_sha256: str | None
     code: str
     reason: str
 
@@ -72,49 +89,65 @@ class Late:
     attempt: int
 
 
-Outcome = Accepted | Rejected | Failed | Late
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """An update of a site in quarantine that would have been accepted: the site is let in again from the next round on."""
+
+    update: Accepted
+
+    @property
+    def site(self) -> str:
+        """Who sent it."""
+        return self.update.site
+
+    @property
+    def attempt(self) -> int:
+        """In which attempt."""
+        return self.update.attempt
+
+
+Outcome = Accepted | Rejected | Failed | Late | Probed
 """What came of asking a site."""
 
 
 class _Refused(Exception):
     def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]} ...")
         self.code = code
 
 
-def judge(
-    store: Store,
-    site: str,
-    attempt: int,
-    manifest: UpdateManifest,
-    expected: Expected,
-    inspection: Inspection | None = None,
-) -> Accepted | Rejected:
-    """Check everything about an update: whom it is from, what it answers, its bytes, names, shapes, values and weight.
+def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: Expected) -> Accepted | Rejected:
+    """Check everything about an update: whom it is from, what it answers, its bytes, names, shapes, values, weight and norm.
 
     Args:
         site: who was asked; the manifest must say the same.
         attempt: in which attempt; likewise.
-        inspection: what this very process has seen of the update as it put it into the store (a simulated site); None
-            reads the store.
+        delivery: what came.
     """
+    manifest = delivery.manifest
     try:
         _check_claims(site, attempt, manifest, expected)
         weight = _check_weight(manifest.weight)
         if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
-            return Accepted(manifest, weight, None)
+            return Accepted(manifest, delivery.manifest_sha256, weight, None)
         if manifest.params_type is None or manifest.sha256 is None:
             raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
-        tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest)
+        tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest, expected.spec)
         _check_names(tensors.spec, expected.spec)
-        seen = inspection or inspect_tensors(tensors, store.block_elements)
+        seen = delivery.inspection or inspect_tensors(tensors, store.block_elements, keep_blocks=True)
         if seen.digest.sha256 != manifest.sha256:
             raise _Refused("bytes", f"it has sha256 {seen.digest.sha256}, its manifest says {manifest.sha256}")
         if seen.not_finite is not None:
             raise _Refused("not_finite", seen.not_finite)
+        _check_range(seen, expected.spec, manifest.params_type)
+        if seen.blocks is not None:
+            tensors = tensors.checked(seen.blocks)
+        norm, scale = _norm_and_scale(tensors, manifest.params_type, expected, store.block_elements)
     except _Refused as refused:
-        return Rejected(site, attempt, manifest, refused.code, str(refused))
-    return Accepted(manifest, weight, tensors)
+        return Rejected(site, attempt, manifest, delivery.manifest_sha256, refused.code, str(refused))
+    except IntegrityError as error:  # it was swapped while it was read
+        return Rejected(site, attempt, manifest, delivery.manifest_sha256, "bytes", str(error)[:_MAX_REASON])
+    return Accepted(manifest, delivery.manifest_sha256, weight, tensors, norm, scale)
 
 
 def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: Expected) -> None:
@@ -127,7 +160,7 @@ def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: E
         ("base", manifest.base_sha256, expected.base_sha256),
     ):
         if found != wanted:
-            raise _Refused(code, f"its manifest says {code} {found}, expected {wanted}")
+            raise _Refused(code, f"its manifest says {code} {str(found)[:200]}, expected {wanted}")
     if expected.transfer == "DIFF" and manifest.params_type == "FULL":
         raise _Refused("params_type", "it is FULL where the recipe asks for DIFF")
 
@@ -150,17 +183,63 @@ def _check_names(found: Spec, expected: Spec) -> None:
             raise _Refused("dtype", f"{name}: expected {expected[name].dtype}, got {found[name].dtype}")
 
 
-def _open(store: Store, path: str, manifest: UpdateManifest) -> TensorReader:
+def _check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
+    """Values that the model's dtype cannot hold would overflow in the mean, and so fail the round for everybody."""
+    for name, (low, high) in sorted(seen.extremes.items()):
+        lowest, highest = dtype_limits(expected[name].dtype)
+        # A difference is added to a value that is there: half of the range leaves room for it.
+        room = 2 if params_type == "DIFF" and expected[name].kind == "float" else 1
+        for value in (low, high):
+            if not lowest <= value * room <= highest:
+                raise _Refused(
+                    "range", f"{name}: it holds {value:g}, which is out of the range of {expected[name].dtype}"
+                )
+
+
+def _norm_and_scale(
+    tensors: TensorReader, params_type: str, expected: Expected, block_elements: int
+) -> tuple[float | None, float]:
+    """L2 norm of the update's difference to the global model, and what it is scaled by to be within the limit."""
+    limit = expected.max_norm
+    if limit is None:
+        return None, 1.0
+    norm = difference_norm(tensors, expected.base if params_type == "FULL" else None, block_elements)
+    if norm <= limit:
+        return norm, 1.0
+    if not expected.clip:
+        raise _Refused(
+            "norm", f"its difference to the global model has the L2 norm {norm:.6g}, max_update_norm is {limit:g}"
+        )
+    return norm, limit / norm
+
+
+def _open(store: Store, path: str, manifest: UpdateManifest, expected: Spec) -> TensorReader:
     try:
         size = store.size(path)
         if size != manifest.size:
             raise _Refused("bytes", f"it has {size} bytes, its manifest says {manifest.size}")
-        return store.tensors(path, size)
+        most = max_update_bytes(expected)
+        if size > most:
+            raise _Refused("size", f"it has {size} bytes, more than any update of this model: at most {most}")
+        return store.tensors(path, size, max_header=_max_header_bytes(expected))
     except FileNotFoundError:
         raise _Refused("bytes", "its manifest is there, but the update is not") from None
     except IntegrityError as error:
         raise _Refused("bytes", str(error)) from None
 
 
+def max_update_bytes(expected: Spec) -> int:
+    """The largest file that an update of a model can be: every parameter in the widest dtype, and a generous header."""
+    return _max_header_bytes(expected) + max(ITEM_SIZES.values()) * sum(
+        entry.num_elements for entry in expected.values()
+    )
+
+
+def _max_header_bytes(expected: Spec) -> int:
+    # A character of a name takes up to 12 bytes of JSON; dtype, shape and offsets take the rest.
+    return (64 << 10) + sum(256 + 12 * len(name) + 24 * len(entry.shape) for name, entry in expected.items())
+
+
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    shown = ", ".join(name if len(name) <= 80 else f"{name[:80]}..." for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

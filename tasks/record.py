@@ -5,7 +5,7 @@ from typing import Any
 
 from fedpool.manifest import PROTOCOL
 from fedpool.model import NUM_STEPS
-from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
+from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
 from fedpool.tasks.metrics import mean_metrics
 from fedpool.tensors import Digest
 
@@ -21,7 +21,7 @@ def round_record(
     known_weights: Mapping[str, float],
     base: Digest,
     following: Digest | None,
-    previous_sha256: str | None,
+    previous_sha256: str,
     timings: Mapping[str, float],
 ) -> dict[str, Any]:
     """The record of a round.
@@ -31,7 +31,7 @@ def round_record(
         known_weights: site -> weight of its last training update, for scores that come without one.
         base: the round's global model; the record's metrics are its score.
         following: the next global model; None after an evaluation.
-        previous_sha256: hash of the previous round's record; None in round 0.
+        previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
         timings: name -> seconds.
     """
     ordered = sorted(outcomes, key=lambda outcome: (outcome.site, outcome.attempt))
@@ -48,6 +48,7 @@ def round_record(
                 "site": outcome.site,
                 "attempt": outcome.attempt,
                 "sha256": outcome.manifest.sha256 if outcome.manifest else None,
+                "manifest_sha256": outcome.manifest_sha256,
                 "code": outcome.code,
                 "reason": outcome.reason,
             }
@@ -58,6 +59,16 @@ def round_record(
             {"site": outcome.site, "attempt": outcome.attempt, "cause": outcome.cause}
             for outcome in ordered
             if isinstance(outcome, Failed)
+        ],
+        "probed": [
+            {
+                "site": outcome.site,
+                "attempt": outcome.attempt,
+                "sha256": outcome.update.manifest.sha256,
+                "manifest_sha256": outcome.update.manifest_sha256,
+            }
+            for outcome in ordered
+            if isinstance(outcome, Probed)
         ],
         "late": [
             {"site": outcome.site, "attempt": outcome.attempt} for outcome in ordered if isinstance(outcome, Late)
@@ -80,12 +91,14 @@ def _accepted(outcome: Accepted, known_weights: Mapping[str, float]) -> dict[str
         "site": outcome.site,
         "attempt": outcome.attempt,
         "sha256": manifest.sha256,
+        "manifest_sha256": outcome.manifest_sha256,
         "size": manifest.size,
         "params_type": manifest.params_type,
         "weight": weight,
         "metrics": manifest.metrics,
         "logged": manifest.logged,
         "seconds": round_ms(manifest.seconds),
+        **({} if outcome.norm is None else {"norm": outcome.norm, "scale": outcome.scale}),
     }
 
 
@@ -111,6 +124,10 @@ def causes(record: Record) -> str:
     lines += [
         (entry["site"], f"{entry['site']}'s update was rejected ({entry['code']}): {entry['reason']}")
         for entry in record["rejected"]
+    ]
+    lines += [
+        (entry["site"], f"{entry['site']} is in quarantine: its update was good, and it is let in again")
+        for entry in record["probed"]
     ]
     lines += [(entry["site"], f"{entry['site']} was late: the round did not wait for it") for entry in record["late"]]
     return "\n".join(line for site, line in lines if site not in there)

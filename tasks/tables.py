@@ -29,7 +29,8 @@ def round_table(record: Record) -> list[dict[str, Any]]:
         )
     for state, why in (("rejected", "reason"), ("failed", "cause")):
         rows += [{"site": entry["site"], "state": f"{state}: {entry[why].splitlines()[0]}"} for entry in record[state]]
-    rows += [{"site": entry["site"], "state": "late"} for entry in record["late"]]
+    for state in ("late", "probed"):
+        rows += [{"site": entry["site"], "state": state} for entry in record[state]]
     return sorted(rows, key=lambda row: str(row["site"]))
 
 

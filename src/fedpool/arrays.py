@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from fedpool.tensors import (
+    ITEM_SIZES,
     Digest,
     Inspection,
     ReadRange,
@@ -168,18 +169,69 @@ def torch_block(data: bytearray, code: str) -> "torch.Tensor":
     return torch.frombuffer(data, dtype=torch_dtype(code)) if data else torch.empty(0, dtype=torch_dtype(code))
 
 
-def inspect_tensors(reader: TensorReader, block_elements: int) -> Inspection:
-    """Hash every byte of a file of tensors and look at every float, in one pass."""
+def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: bool = False) -> Inspection:
+    """Hash every byte of a file of tensors and look at every value, in one pass.
+
+    Args:
+        keep_blocks: also keep a hash of each block, so that a later reader can tell that it reads the same.
+    """
     digest = hashlib.sha256(reader.head)
     size = len(reader.head)
     not_finite: str | None = None
+    extremes: dict[str, tuple[float, float]] = {}
+    blocks: dict[tuple[str, int, int], bytes] | None = {} if keep_blocks else None
     for name, start, stop in reader.blocks(block_elements):
         data = reader.read_block(name, start, stop)
         digest.update(data)
         size += len(data)
-        if reader.spec[name].kind == "float" and not_finite is None:
-            # A NaN wins both ends of aminmax, an infinity is one of them.
-            low, high = torch_block(data, reader.spec[name].dtype).aminmax()
-            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-                not_finite = f"{name} holds NaN or infinity, first among its elements {start} to {stop - 1}"
-    return Inspection(Digest(digest.hexdigest(), size), not_finite)
+        if blocks is not None:
+            blocks[name, start, stop] = hashlib.sha256(data).digest()
+        kind = reader.spec[name].kind
+        if kind == "bool" or not_finite is not None:
+            continue
+        low, high = _extremes(data, reader.spec[name].dtype)
+        if kind == "float" and not (math.isfinite(low) and math.isfinite(high)):
+            not_finite = f"{name} holds NaN or infinity, first among its elements {start} to {stop - 1}"
+            continue
+        before = extremes.get(name, (low, high))
+        extremes[name] = min(low, before[0]), max(high, before[1])
+    return Inspection(Digest(digest.hexdigest(), size), not_finite, extremes, blocks)
+
+
+def _extremes(data: bytearray, code: str) -> tuple[float, float]:
+    """Lowest and highest value of a block of numbers; a NaN is both, if there is one."""
+    if "F" in code:
+        low, high = torch_block(data, code).aminmax()
+        return low.item(), high.item()
+    import numpy as np  # torch cannot do this for all of its unsigned integers
+
+    integers = np.frombuffer(data, f"{code[0].lower()}{ITEM_SIZES[code]}")
+    return int(integers.min()), int(integers.max())
+
+
+def dtype_limits(code: str) -> tuple[float, float]:
+    """The lowest and the highest finite value of a dtype (safetensors name)."""
+    import torch
+
+    dtype = torch_dtype(code)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return limits.min, limits.max
+
+
+def difference_norm(update: TensorReader, base: TensorReader | None, block_elements: int) -> float:
+    """L2 norm of an update's difference to a model over all floating point tensors, in float64.
+
+    Args:
+        base: the model; None when the update is the difference.
+    """
+    import torch
+
+    total = 0.0
+    for name, start, stop in update.blocks(block_elements):
+        if update.spec[name].kind != "float":
+            continue
+        value = torch_block(update.read_block(name, start, stop), update.spec[name].dtype).to(torch.float64)
+        if base is not None:
+            value -= torch_block(base.read_block(name, start, stop), base.spec[name].dtype).to(torch.float64)
+        total += torch.dot(value, value).item()
+    return math.sqrt(total)

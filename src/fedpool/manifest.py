@@ -3,7 +3,7 @@
 `ClientJob` and `SiteAssignment` go to the site; `UpdateManifest` comes back, and is what `update.json` holds.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,6 +55,8 @@ class UpdateManifest(Value):
     cannot hold and the gate refuses. A metric that was not finite is null.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     protocol: Literal[2] = 2
     job_id: str
     site: str
@@ -65,7 +67,7 @@ class UpdateManifest(Value):
     params_type: Literal["FULL", "DIFF"] | None = None
     sha256: str | None = None
     size: int = 0
-    weight: float | str = 1.0
+    weight: Annotated[float, Field(allow_inf_nan=True)] | str = 1.0
     metrics: dict[str, float | None] = {}
     logged: dict[str, float | None] = {}
     meta: dict[str, str | int | float | bool | None] = {}

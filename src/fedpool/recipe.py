@@ -159,6 +159,20 @@ class Recipe(BaseModel):
         description="sites drawn beyond clients_per_round: the round takes the first clients_per_round accepted updates",
         ge=0,
     )
+    max_update_norm: float | None = Field(
+        None,
+        description="largest L2 norm of an update's difference to the global model, over its floating point parameters",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    clip_updates: bool = Field(
+        False, description="scale an update of a larger norm down to max_update_norm, instead of rejecting it"
+    )
+    max_rejections: int | None = Field(
+        None,
+        description="rejected updates in a row after which a site is in quarantine, until one of its updates passes the gate",
+        ge=1,
+    )
     round_retries: int = Field(
         0,
         description="how often a round with fewer than min_clients updates asks the missing sites again",
@@ -220,6 +234,8 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"over_sample={self.over_sample} without clients_per_round: say how many updates a round takes"
             )
+        if self.clip_updates and self.max_update_norm is None:
+            raise RecipeError("clip_updates without max_update_norm: say to what norm updates are scaled down")
         restored = (info.context or {}).get("bundle")
         self._bundle = restored or build_bundle(self.train_script, self.include)
         self._arguments = _split(self.train_args, "train_args")

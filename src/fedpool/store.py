@@ -37,7 +37,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fedpool.arrays import range_reader
 from fedpool.errors import IntegrityError, RecipeError, StoreError
-from fedpool.tensors import Digest, TensorReader
+from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 WRITE_PATIENCE_S = 60.0
@@ -242,7 +242,7 @@ class Store:
             data: bytes = self.fs.cat_file(self.full(path))
         return data
 
-    def tensors(self, path: str, size: int) -> TensorReader:
+    def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
         """Block-wise access to a safetensors object of `size` bytes, opened anew for each block."""
         full = self.full(path)
 
@@ -254,7 +254,7 @@ class Store:
             with self._errors(path):
                 return bytearray(self.fs.cat_file(full, start=start, end=stop)) if stop > start else bytearray()
 
-        return TensorReader(read_local if self.is_local else read_remote, size, where=full)
+        return TensorReader(read_local if self.is_local else read_remote, size, where=full, max_header=max_header)
 
     def read_json(self, path: str) -> dict[str, Any]:
         """A JSON object.

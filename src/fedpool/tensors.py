@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, Self
@@ -178,13 +179,16 @@ class TensorReader:
         read_range: (start, stop) -> the bytes in between.
         size: of the file in bytes.
         where: what to call the file in errors.
+        max_header: length of the longest header that is read.
 
     Raises:
         IntegrityError: the header is not that of a safetensors file of that size.
     """
 
-    def __init__(self, read_range: ReadRange, size: int, *, where: str) -> None:
+    def __init__(self, read_range: ReadRange, size: int, *, where: str, max_header: int = MAX_HEADER_BYTES) -> None:
         self._read_range = read_range
+        self._max_header = max_header
+        self._blocks: Mapping[tuple[str, int, int], bytes] | None = None
         self._size = size
         self.where = where
         self.head = b""
@@ -196,7 +200,7 @@ class TensorReader:
     def _parse(self) -> None:
         total = self._size
         length = int.from_bytes(self._read_range(0, 8), "little") if total >= 8 else 0
-        if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
+        if total < 8 or length > min(total - 8, self._max_header):
             raise self._bad(f"its header claims {length} bytes of a file of {total}")
         self.head = bytes(self._read_range(0, 8 + length))
         try:
@@ -246,12 +250,24 @@ class TensorReader:
         block = self._read_range(offset + start * item, offset + stop * item)
         if len(block) != (stop - start) * item:
             raise self._bad(f"it ended inside {name!r}")
+        if self._blocks is not None and hashlib.sha256(block).digest() != self._blocks.get((name, start, stop)):
+            raise IntegrityError(f"{self.where} was changed after it had been checked: {name!r} differs")
         return block
+
+    def checked(self, blocks: Mapping[tuple[str, int, int], bytes]) -> Self:
+        """The same file, every block of which must be the one that was seen before; see `Inspection.blocks`."""
+        other = copy(self)
+        other._blocks = blocks
+        return other
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What one pass over a file of tensors has seen: its digest, and where the first NaN or infinity is, if anywhere."""
+    """What one pass over a file of tensors has seen; `not_finite` says where the first NaN or infinity is, if anywhere."""
 
     digest: Digest
     not_finite: str | None
+    extremes: Mapping[str, tuple[float, float]]
+    """name -> lowest and highest value, of the tensors that are not boolean and not empty."""
+    blocks: Mapping[tuple[str, int, int], bytes] | None = None
+    """(name, start, stop) -> sha256 of that block, where somebody else could swap the file after this."""

@@ -66,7 +66,7 @@ def aggregated(
                 weight=weight,
                 seconds=0.0,
             )
-            accepted.append(Accepted(manifest, weight, store.tensors(paths.update(0, site), digest.size)))
+            accepted.append(Accepted(manifest, "m" * 64, weight, store.tensors(paths.update(0, site), digest.size)))
         target = paths.global_model(1)
         aggregate(
             FedAvg(),

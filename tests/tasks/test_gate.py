@@ -11,6 +11,7 @@ import torch
 
 from fedpool.arrays import save_and_hash
 from fedpool.manifest import UpdateManifest
+from fedpool.sites.site_round import Delivery
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
 from fedpool.tensors import TensorSpec
@@ -69,14 +70,14 @@ def sent(store: Store, params: Mapping[str, Any] | None = GOOD, **changes: Any) 
 
 
 def rejected(store: Store, manifest: UpdateManifest, **changes: Any) -> tuple[str, str]:
-    outcome = judge(store, "site-1", 0, manifest, expected(**changes))
+    outcome = judge(store, "site-1", 0, Delivery(manifest, "m" * 64), expected(**changes))
     assert isinstance(outcome, Rejected)
     assert outcome.manifest is manifest
     return outcome.code, outcome.reason
 
 
 def accepted(store: Store, manifest: UpdateManifest, **changes: Any) -> Accepted:
-    outcome = judge(store, "site-1", 0, manifest, expected(**changes))
+    outcome = judge(store, "site-1", 0, Delivery(manifest, "m" * 64), expected(**changes))
     assert isinstance(outcome, Accepted), outcome
     return outcome
 

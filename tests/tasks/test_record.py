@@ -31,7 +31,7 @@ def manifest(site: str, **changes: Any) -> UpdateManifest:
 
 
 def accepted(site: str, weight: float = 1.0, **changes: Any) -> Accepted:
-    return Accepted(manifest(site, **changes), weight, None)
+    return Accepted(manifest(site, **changes), "m" * 64, weight, None)
 
 
 def record(outcomes: Sequence[Outcome], **changes: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def record(outcomes: Sequence[Outcome], **changes: Any) -> dict[str, Any]:
 
 OUTCOMES: Sequence[Outcome] = (
     Failed("site-3", 0, "the script ended with exit code 1\nTraceback"),
-    Rejected("site-2", 1, manifest("site-2", sha256="r" * 64), "shape", "w: expected [2], got [3]"),
+    Rejected("site-2", 1, manifest("site-2", sha256="r" * 64), "n" * 64, "shape", "w: expected [2], got [3]"),
     accepted("site-4", 3.0, metrics={"acc": 0.9, "loss": None}, logged={"lr": 0.1}),
     accepted("site-1", 1.0, metrics={"acc": 0.5}),
     Late("site-5", 0),
@@ -63,7 +63,14 @@ def test_it_names_everyone_who_was_asked_and_what_became_of_them_in_sorted_order
     assert made["sites"] == ["site-1", "site-2", "site-3", "site-4", "site-5"]
     assert [entry["site"] for entry in made["accepted"]] == ["site-1", "site-4"]
     assert made["rejected"] == [
-        {"site": "site-2", "attempt": 1, "sha256": "r" * 64, "code": "shape", "reason": "w: expected [2], got [3]"}
+        {
+            "site": "site-2",
+            "attempt": 1,
+            "sha256": "r" * 64,
+            "manifest_sha256": "n" * 64,
+            "code": "shape",
+            "reason": "w: expected [2], got [3]",
+        }
     ]
     assert made["failed"] == [{"site": "site-3", "attempt": 0, "cause": "the script ended with exit code 1\nTraceback"}]
     assert made["late"] == [{"site": "site-5", "attempt": 0}]
@@ -74,6 +81,7 @@ def test_an_accepted_update_is_recorded_with_hash_weight_metrics_and_seconds() -
         "site": "site-4",
         "attempt": 0,
         "sha256": "a" * 64,
+        "manifest_sha256": "m" * 64,
         "size": 100,
         "params_type": "FULL",
         "weight": 3.0,
@@ -124,7 +132,7 @@ def test_a_score_without_a_weight_counts_as_much_as_the_sites_last_training() ->
 
 def test_known_weights_are_those_of_the_last_accepted_training_update() -> None:
     first = record([accepted("site-1", 2.0), accepted("site-2", 5.0)])
-    second = record([accepted("site-1", 3.0), Rejected("site-2", 0, manifest("site-2"), "shape", "w")])
+    second = record([accepted("site-1", 3.0), Rejected("site-2", 0, manifest("site-2"), None, "shape", "w")])
     third = record([accepted("site-1", 8.0, task="evaluate", meta={"NUM_STEPS_CURRENT_ROUND": 8})], task="evaluate")
     assert known_weights([first, second, third]) == {"site-1": 3.0, "site-2": 5.0}
     assert known_weights([]) == {}

@@ -22,6 +22,7 @@ def record(number: int = 0, **changes: Any) -> dict[str, Any]:
             {"site": "site-2", "cause": "the script ended with exit code 1\nTraceback (most recent call last):"}
         ],
         "late": [],
+        "probed": [],
         "metrics": {"accuracy": 0.5},
         "logged": {"lr": 0.1},
         "timings": {"round_s": 2.345},

@@ -1,0 +1,27 @@
+"""Events that a job emits to the Prefect server, for automations and for whoever watches."""
+
+from prefect.events import emit_event
+
+from fedpool.tasks.gate import Expected, Rejected
+
+UPDATE_REJECTED = "fedpool.update.rejected"
+
+
+def emit_rejected(expected: Expected, rejected: Rejected) -> None:
+    """Tell that an update was rejected. Sent in the background: no round waits for it.
+
+    The event's resource is `fedpool.site.SITE`; related is the job, `fedpool.job.JOB_ID`.
+    """
+    emit_event(
+        UPDATE_REJECTED,
+        resource={"prefect.resource.id": f"fedpool.site.{rejected.site}", "prefect.resource.name": rejected.site},
+        related=[{"prefect.resource.id": f"fedpool.job.{expected.job_id}", "prefect.resource.role": "fedpool-job"}],
+        payload={
+            "job_id": expected.job_id,
+            "site": rejected.site,
+            "round": expected.round,
+            "attempt": rejected.attempt,
+            "code": rejected.code,
+            "reason": rejected.reason,
+        },
+    )

@@ -1,0 +1,27 @@
+"""Which sites are in quarantine: a function of the rounds' records, so that a job that is resumed comes to the same."""
+
+from collections.abc import Sequence
+
+from fedpool.tasks.record import Record
+
+
+def quarantined(records: Sequence[Record], max_rejections: int | None) -> frozenset[str]:
+    """Sites whose last `max_rejections` updates were all rejected.
+
+    Such a site is still asked, as a probe: an update that passes the gate is not used, and lets the site in again. A round in
+    which a site failed, was late or was not asked counts neither way.
+
+    Args:
+        records: of the rounds so far.
+        max_rejections: in a row; None for no quarantine.
+    """
+    if max_rejections is None:
+        return frozenset()
+    in_a_row: dict[str, int] = {}
+    for record in records:
+        passed = {entry["site"] for entry in (*record["accepted"], *record["probed"])}
+        for site in {entry["site"] for entry in record["rejected"]} - passed:
+            in_a_row[site] = in_a_row.get(site, 0) + 1
+        for site in passed:
+            in_a_row.pop(site, None)
+    return frozenset(site for site, count in in_a_row.items() if count >= max_rejections)

@@ -1,0 +1,307 @@
+"""A hostile site: whatever it puts into the store is rejected with a reason of its own, and the global model stays as it was.
+
+The site writes to the store itself, as one could that does not run our code; the other site is honest. Each case goes through
+the flow of a whole round, and must come out with the very bytes of the model that the honest site alone makes.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save
+
+from fedpool import FedAvgRecipe
+from fedpool.flows.job import federated_job
+from fedpool.flows.verify import verify_job
+from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
+from fedpool.sites.session import LogLine
+from fedpool.sites.site_round import MAX_MANIFEST_BYTES, Delivery, read_delivery
+from fedpool.store import JobPaths, Store
+
+MODEL = {
+    "w": np.zeros((2, 3), np.float32),
+    "half": np.zeros(4, np.float16),
+    "count": np.zeros((), np.int64),
+    "small": np.zeros(2, np.int8),
+    "mask": np.zeros(2, bool),
+}
+HONEST = {name: np.asarray(value + 1 if value.dtype != bool else ~value) for name, value in MODEL.items()}
+
+
+class Sent:
+    """What the hostile site puts into the store: honest unless a case changes it."""
+
+    def __init__(self, assignment: SiteAssignment, job: ClientJob) -> None:
+        self.update = save(HONEST)
+        self.manifest: dict[str, Any] = UpdateManifest(
+            job_id=job.job_id,
+            site=assignment.site,
+            round=assignment.round,
+            task="train",
+            base_sha256=assignment.base_sha256,
+            params_type="FULL",
+            seconds=0.1,
+        ).model_dump(mode="json")
+        self.raw_manifest: bytes | None = None
+        self.claims: dict[str, Any] = {}
+
+    def params(self, changes: Mapping[str, Any], *, without: str | None = None, **claims: Any) -> None:
+        params = {name: value for name, value in {**HONEST, **changes}.items() if name != without}
+        self.update = save({name: np.asarray(value) for name, value in params.items()})
+        self.claims |= claims
+
+    def write(self, store: Store, paths: JobPaths, assignment: SiteAssignment) -> None:
+        site, round = assignment.site, assignment.round
+        store.write_bytes(paths.update(round, site), self.update)
+        digest = {"sha256": hashlib.sha256(self.update).hexdigest(), "size": len(self.update)}
+        manifest = {**self.manifest, **digest, **self.claims}
+        data = self.raw_manifest if self.raw_manifest is not None else json.dumps(manifest).encode()
+        store.write_bytes(paths.manifest(round, site), data)
+
+
+Case = Callable[[Sent], object]
+
+
+def header_of(fields: Mapping[str, Any], payload: bytes = b"") -> bytes:
+    head = json.dumps(fields).encode()
+    return struct.pack("<Q", len(head)) + head + payload
+
+
+def with_header(change: Callable[[dict[str, Any]], object]) -> Case:
+    def case(sent: Sent) -> None:
+        length = struct.unpack("<Q", sent.update[:8])[0]
+        header = json.loads(sent.update[8 : 8 + length])
+        change(header)
+        sent.update = header_of(header, sent.update[8 + length :])
+
+    return case
+
+
+def claims(**fields: Any) -> Case:
+    return lambda sent: sent.claims.update(fields)
+
+
+def params(changes: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    return lambda sent: sent.params(changes or {}, **more)
+
+
+def raw(data: bytes) -> Case:
+    return lambda sent: setattr(sent, "update", data)
+
+
+def raw_manifest(data: bytes) -> Case:
+    return lambda sent: setattr(sent, "raw_manifest", data)
+
+
+def flipped(at: int) -> Case:
+    def case(sent: Sent) -> None:
+        sent.claims = {"sha256": hashlib.sha256(sent.update).hexdigest()}
+        data = bytearray(sent.update)
+        data[at] ^= 0x10
+        sent.update = bytes(data)
+
+    return case
+
+
+def truncated(sent: Sent) -> None:
+    sent.claims = {"sha256": hashlib.sha256(sent.update).hexdigest(), "size": len(sent.update)}
+    sent.update = sent.update[:-5]
+
+
+def filled(name: str, value: float, dtype: Any = None) -> Case:
+    there = MODEL[name]
+    return params({name: np.full(there.shape, value, dtype or there.dtype)})
+
+
+def a_pickle() -> bytes:
+    file = io.BytesIO()
+    torch.save({name: torch.from_numpy(np.asarray(value)) for name, value in HONEST.items()}, file)
+    return file.getvalue()
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+WIDE = {f"x{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(50_000)}
+
+CASES: dict[str, tuple[Case, str, str]] = {
+    # values
+    "NaN": (filled("w", np.nan), "not_finite", "w holds NaN or infinity"),
+    "infinity": (filled("w", np.inf), "not_finite", "w holds NaN or infinity"),
+    "minus infinity in half precision": (filled("half", -np.inf), "not_finite", "half holds NaN or infinity"),
+    "1e38 of double precision times ten": (filled("w", 1e39, np.float64), "range", "w: it holds 1e+39"),
+    "more than half precision holds": (filled("half", 1e6, np.float32), "range", "half: it holds 1e+06"),
+    "more than a byte holds": (filled("small", 300, np.int64), "range", "small: it holds 300"),
+    "a difference that leaves the range": (
+        params({"w": np.full((2, 3), 3e38, np.float32)}, params_type="DIFF"),
+        "range",
+        "w: it holds 3e+38",
+    ),
+    # names, shapes and dtypes
+    "an extra key": (params({"backdoor": np.zeros(1)}), "unknown_parameter", "the model lacks: backdoor"),
+    "a missing key": (params(without="w"), "missing_parameter", "it lacks parameters of the model: w"),
+    "a renamed key": (params({"W": HONEST["w"]}, without="w"), "unknown_parameter", "the model lacks: W"),
+    "no keys": (raw(save({})), "missing_parameter", "count, half, mask, small, w"),
+    "a name that leaves the folder": (
+        params({"../../global": np.zeros(1)}),
+        "unknown_parameter",
+        "the model lacks: ../../global",
+    ),
+    "a name of a megabyte": (params({"x" * 60_000: np.zeros(1)}), "unknown_parameter", "xxx..."),
+    "a transposed shape": (params({"w": np.zeros((3, 2), np.float32)}), "shape", "w: expected [2, 3], got [3, 2]"),
+    "a flat shape": (params({"w": np.zeros(6, np.float32)}), "shape", "w: expected [2, 3], got [6]"),
+    "a row that would broadcast": (params({"w": np.zeros((1, 3), np.float32)}), "shape", "got [1, 3]"),
+    "a vector that would broadcast": (params({"w": np.zeros(3, np.float32)}), "shape", "got [3]"),
+    "a number that would broadcast": (params({"w": np.zeros((), np.float32)}), "shape", "got []"),
+    "an axis too many": (params({"w": np.zeros((1, 2, 3), np.float32)}), "shape", "got [1, 2, 3]"),
+    "an array for a number": (params({"count": np.zeros(1, np.int64)}), "shape", "count: expected [], got [1]"),
+    "an empty array": (params({"w": np.zeros((0, 3), np.float32)}), "shape", "got [0, 3]"),
+    "integers for floats": (params({"w": np.zeros((2, 3), np.int32)}), "dtype", "w: expected F32, got I32"),
+    "floats for integers": (params({"count": np.zeros((), np.float32)}), "dtype", "count: expected I64, got F32"),
+    "bytes for booleans": (params({"mask": np.zeros(2, np.uint8)}), "dtype", "mask: expected BOOL, got U8"),
+    # what it claims
+    "an old base": (claims(base_sha256="0" * 64), "base", "says base 000"),
+    "another round": (claims(round=7), "round", "says round 7, expected 0"),
+    "another attempt": (claims(attempt=1), "attempt", "says attempt 1, expected 0"),
+    "another job": (claims(job_id="other-job"), "job", "says job other-job"),
+    "another site's name": (claims(site="site-1"), "site", "says site site-1, expected site-2"),
+    "another task": (claims(task="evaluate"), "task", "says task evaluate"),
+    "metrics without parameters": (claims(params_type=None), "no_params", "send params"),
+    "a weight below zero": (claims(weight=-1.0), "weight", "its weight is -1.0"),
+    "a weight that is text": (claims(weight="many"), "weight", "its weight is many"),
+    "a weight that is NaN": (claims(weight=float("nan")), "weight", "its weight is nan"),
+    "an infinite weight": (claims(weight=float("inf")), "weight", "its weight is inf"),
+    # bytes
+    "truncated": (truncated, "bytes", "its manifest says"),
+    "a bit flipped in the values": (flipped(-3), "bytes", "its manifest says"),
+    "a bit flipped in the header": (flipped(9), "bytes", ""),
+    "a size that is not its own": (claims(size=10**15), "bytes", "its manifest says 1000000000000000"),
+    "oversized": (raw(bytes(1 << 20)), "size", "more than any update of this model"),
+    "a pickle": (raw(pickle.dumps(HONEST)), "bytes", "is not a sound safetensors file"),
+    "a torch checkpoint": (raw(a_pickle()), "bytes", "is not a sound safetensors file"),
+    "nothing": (raw(b""), "bytes", "is not a sound safetensors file"),
+    "a header longer than the file": (raw(struct.pack("<Q", 1 << 40) + b"{}"), "bytes", "claims 1099511627776 bytes"),
+    "a header of nothing but brackets": (raw(struct.pack("<Q", 60_000) + DEEP[:60_000]), "bytes", "is not JSON"),
+    "a header of fifty thousand tensors": (raw(header_of(WIDE)), "size", "more than any update"),
+    "tensors that overlap": (
+        with_header(lambda head: head["half"].update(data_offsets=head["w"]["data_offsets"][:1] * 2)),
+        "bytes",
+        "is not a sound safetensors file",
+    ),
+    "bytes behind the tensors": (lambda sent: setattr(sent, "update", sent.update + b"hidden"), "bytes", "describes"),
+    "a shape below zero": (with_header(lambda head: head["w"].update(shape=[-2, -3])), "bytes", "a bad shape"),
+    "a shape of any size": (with_header(lambda head: head["w"].update(shape=[1 << 62] * 4)), "bytes", "'w' is F32"),
+    "a dtype nobody knows": (with_header(lambda head: head["w"].update(dtype="PICKLE")), "bytes", "unknown dtype"),
+    "a header that is a list": (raw(header_of([1, 2])), "bytes", "is not a JSON object"),  # type: ignore[arg-type]
+    # manifests
+    "a manifest that is no JSON": (raw_manifest(b"\x80\x04}"), "manifest", "its manifest is not one"),
+    "a manifest of nothing but brackets": (raw_manifest(DEEP), "manifest", "its manifest is not one"),
+    "a manifest of two megabytes": (
+        raw_manifest(b" " * (MAX_MANIFEST_BYTES + 1)),
+        "manifest",
+        "its manifest has 1048577 bytes, 1048576 are allowed",
+    ),
+    "a manifest with a field of its own": (claims(run="rm -rf /"), "manifest", "run: Extra inputs"),
+    "a manifest of another protocol": (claims(protocol=1), "manifest", "protocol"),
+    "a score that is no number": (claims(metrics={"accuracy": float("nan")}), "manifest", "metrics.accuracy"),
+    "a score that is infinite": (claims(metrics={"accuracy": float("inf")}), "manifest", "metrics.accuracy"),
+}
+
+
+class HostileSites:
+    """Two sites behind a store: site-1 is honest, site-2 sends what a case says, in round 0."""
+
+    have_runs = False
+    num_slots = 2
+    names = ("site-1", "site-2")
+    cancelled = False
+
+    __slots__ = ("_case", "_job", "_store")
+
+    def __init__(self, case: Case | None) -> None:
+        self._case = case
+
+    def open(self, job: ClientJob, store: Store) -> None:
+        self._job, self._store = job, store
+
+    async def announce(self, site: str, round: int, attempt: int) -> bool:
+        return True
+
+    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
+        sent = Sent(assignment, self._job)
+        if assignment.site == "site-2":
+            if self._case is None:
+                sent.claims = {"weight": 0.0}  # what an empty site sends counts nothing
+            else:
+                self._case(sent)
+        paths = JobPaths(self._job.job_id)
+        sent.write(self._store, paths, assignment)
+        return read_delivery(self._store, self._job.job_id, assignment.round, assignment.site, assignment.attempt)
+
+    def cancel(self) -> None: ...
+
+    async def end(self) -> None: ...
+
+
+@pytest.fixture
+def run(prefect_api: str, tmp_path: Path) -> Callable[[Case | None], tuple[dict[str, Any], bytes]]:
+    """Runs a round with a case; returns its record, and the model that came of it."""
+    (tmp_path / "client.py").write_text("")
+
+    def run(case: Case | None) -> tuple[dict[str, Any], bytes]:
+        recipe = FedAvgRecipe(
+            name="hostile", min_clients=1, num_rounds=1, model=MODEL, train_script=tmp_path / "client.py"
+        )
+        store, job_id = Store(tmp_path / "runs"), f"hostile-{len(list(tmp_path.glob('runs/*')))}"
+        asyncio.run(federated_job(recipe, job_id, store.url, HostileSites(case)))
+        paths = JobPaths(job_id)
+        if case is not None:
+            verify_job(store, job_id)
+        return store.read_json(paths.record(0)), store.read_bytes(paths.global_model(1))
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_rejected_with_its_own_reason_and_changes_nothing(
+    case: str, run: Callable[[Case | None], tuple[dict[str, Any], bytes]]
+) -> None:
+    send, code, words = CASES[case]
+    record, model = run(send)
+    assert [entry["site"] for entry in record["accepted"]] == ["site-1"]
+    assert [(entry["site"], entry["code"]) for entry in record["rejected"]] == [("site-2", code)]
+    assert words in record["rejected"][0]["reason"]
+    assert len(record["rejected"][0]["reason"]) < 1100
+    assert model == save_as_written(HONEST)
+
+
+def save_as_written(params: Mapping[str, Any]) -> bytes:
+    from fedpool.arrays import save_and_hash
+
+    with contextlib.closing(io.BytesIO()) as file:
+        save_and_hash(file, params)
+        return file.getvalue()
+
+
+def test_what_an_empty_site_sends_counts_nothing(run: Callable[[Case | None], tuple[dict[str, Any], bytes]]) -> None:
+    record, model = run(None)
+    assert [entry["weight"] for entry in record["accepted"]] == [1.0, 0.0]
+    assert model == save_as_written(HONEST)
+
+
+@pytest.mark.parametrize("weight", [1e308, 1e-308])
+def test_a_weight_at_the_end_of_the_range_is_a_weight(
+    weight: float, run: Callable[[Case | None], tuple[dict[str, Any], bytes]]
+) -> None:
+    record, model = run(claims(weight=weight, metrics={"accuracy": 1e308}))
+    assert [entry["weight"] for entry in record["accepted"]] == [1.0, weight]
+    assert np.isfinite(record["metrics"]["accuracy"])
+    assert model == save_as_written(HONEST)
