@@ -23,9 +23,9 @@ from fedpool.manifest import Task
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import JobPaths, Store
-from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.aggregate import UpdateChanged, aggregate
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
-from fedpool.tasks.gate import Accepted, Expected, Late, Outcome
+from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Rejected
 from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.record import Record, causes, known_weights, round_record
@@ -145,19 +145,21 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         retries -= 1
         outcomes += await _ask_again(job, number, task, chosen, probes, wanted, outcomes)
     trained = time.monotonic()
-    accepted = _accepted(outcomes)
-    enough = len(accepted) >= recipe.min_clients
     following = None
-    if task == "train" and enough:
-        following = await asyncio.to_thread(
-            aggregate,
-            recipe.strategy(),
-            store=store,
-            base=base,
-            updates=accepted,
-            factors=recipe.aggregation_weights,
-            target=paths.global_model(number + 1),
-        )
+    while task == "train" and following is None and len(_accepted(outcomes)) >= recipe.min_clients:
+        try:
+            following = await asyncio.to_thread(
+                aggregate,
+                recipe.strategy(),
+                store=store,
+                base=base,
+                updates=_accepted(outcomes),
+                factors=recipe.aggregation_weights,
+                target=paths.global_model(number + 1),
+            )
+        except UpdateChanged as changed:
+            outcomes = [_unless_changed(outcome, changed) for outcome in outcomes]
+    accepted = _accepted(outcomes)
     ended = time.monotonic()
     record = round_record(
         job_id=job.job_id,
@@ -171,7 +173,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         timings={"train_s": trained - started, "aggregate_s": ended - trained, "round_s": ended - started},
     )
     missing = causes(record)
-    if task == "train" and not enough:
+    if task == "train" and following is None:
         raise RoundError(
             f"round {number}: {len(accepted)} of {len(chosen)} sites sent an update that was accepted, "
             f"min_clients is {recipe.min_clients}\n{missing}"
@@ -232,6 +234,14 @@ def _turn(
     take = recipe.clients_per_round - there if recipe.clients_per_round and recipe.over_sample else None
     quorum = Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take)
     return Turn(task, head, wanted, deadline=deadline, quorum=quorum, sites=sites, probes=probes)
+
+
+def _unless_changed(outcome: Outcome, changed: UpdateChanged) -> Outcome:
+    """The outcome, or that of an update which was changed after the gate had let it pass."""
+    if not isinstance(outcome, Accepted) or outcome.site != changed.site:
+        return outcome
+    get_run_logger().warning("%s: update rejected (changed): %s", changed.site, changed)
+    return Rejected(outcome.site, outcome.attempt, outcome.manifest, outcome.manifest_sha256, "changed", str(changed))
 
 
 def _accepted(outcomes: Collection[Outcome]) -> list[Accepted]:

@@ -137,6 +137,8 @@ class _Audit:
             raise self._differs(self._paths.manifest(number, site, attempt), "is missing") from None
         except IntegrityError as error:
             return Rejected(site, attempt, None, None, "manifest", str(error))
+        if entry.get("code") == "changed":  # which is over: what the gate had seen is not there any more
+            return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry["code"], entry["reason"])
         return judge(self._store, site, attempt, delivery, wanted)
 
     def _following(

@@ -12,11 +12,19 @@ from itertools import chain, starmap
 import torch
 
 from fedpool.arrays import as_bytes, torch_block, torch_dtype
-from fedpool.errors import RoundError
+from fedpool.errors import IntegrityError, RoundError
 from fedpool.store import Store
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.strategy import Strategy, Update
 from fedpool.tensors import Digest, TensorReader, block_ranges, file_order, write_and_hash
+
+
+class UpdateChanged(IntegrityError):
+    """An update is not what the gate has seen: `site` has changed it since, or the store is damaged."""
+
+    def __init__(self, site: str, what: str) -> None:
+        super().__init__(what)
+        self.site = site
 
 
 def aggregate(
@@ -41,6 +49,7 @@ def aggregate(
 
     Raises:
         RoundError: the aggregate is not finite.
+        UpdateChanged: an update is not what the gate has seen.
     """
     ordered = sorted(updates, key=lambda update: update.manifest.site)
     # Weights are relative. Relative to the heaviest, neither their products nor their sum can overflow.
@@ -177,7 +186,11 @@ class _UpdateSlice(_LazySlice):
         block, tensors = self._block, self._update.tensors
         assert tensors is not None
         code = tensors.spec[block.name].dtype
-        value = torch_block(tensors.read_block(block.name, block.start, block.stop), code)
+        try:
+            data = tensors.read_block(block.name, block.start, block.stop)
+        except (IntegrityError, FileNotFoundError) as error:
+            raise UpdateChanged(self._update.site, str(error)) from error
+        value = torch_block(data, code)
         # A boolean has no difference: a DIFF carries the site's own value.
         if self._update.manifest.params_type == "DIFF" and code != "BOOL":
             return value.to(torch.float64) * self._scale + block.wide

@@ -3,12 +3,15 @@
 import asyncio
 import json
 import runpy
+import textwrap
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -19,6 +22,8 @@ from pydantic import ValidationError
 
 from fedpool import ConfigError, FedAvgRecipe, JobCancelled, JobFailed, JobStatus, PocEnv, Run, SimEnv
 from fedpool.deployments.jobs import find_run, list_jobs
+from fedpool.errors import ServerError
+from fedpool.flows.verify import verify_job
 from fedpool.store import JobPaths
 from tests.poc import GatedJob, prefect, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import PostgresServer, S3Server
@@ -161,8 +166,9 @@ def test_a_site_whose_worker_is_killed_costs_the_job_no_more_than_the_site(env: 
         second.release()
         result = needs_two.get_result(240)
         assert [len(record["accepted"]) for record in result.rounds] == [3, 2]
-        (failed,) = result.rounds[1]["failed"]
-        assert failed["site"] == "site-2" and "no worker of work pool site-2 is online" in failed["cause"]
+        failed = result.rounds[1]["failed"]
+        assert [(entry["site"], entry["attempt"]) for entry in failed] == [("site-2", 0), ("site-2", 1)]
+        assert all("no worker of work pool site-2 is online" in entry["cause"] for entry in failed)
         with pytest.raises(JobFailed, match=r"(?s)round 1.*site-2.*no worker of work pool site-2 is online"):
             needs_three.get_result(240)
 
@@ -177,6 +183,87 @@ def test_a_site_whose_worker_comes_back_says_that_it_lost_its_work(env: PocEnv, 
         result = run.get_result(240)
     (failed,) = result.rounds[1]["failed"]
     assert failed["site"] == "site-3" and "the worker of site-3 was lost while it did its part" in failed["cause"]
+    attempts = {entry["site"]: entry["attempt"] for entry in result.rounds[1]["accepted"]}
+    assert attempts == {"site-1": 0, "site-2": 0, "site-3": 1}  # it was asked again, and did its part
+
+
+def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhile(env: PocEnv, tmp_path: Path) -> None:
+    job = GatedJob(tmp_path, SITES, num_rounds=3)
+    with job.started(env) as run:
+        job.wait_until_held(run)
+        coordinators = psutil.Process(pid_of(env, "coordinator")).children(recursive=True)
+        for process in coordinators:
+            process.kill()
+        psutil.wait_procs(coordinators)
+        job.release()
+        store, paths = env.open_store(), JobPaths(run.job_id)
+        wait_until(lambda: all(store.exists(paths.manifest(1, site)) for site in SITES), timeout_s=60)
+        with pytest.raises(ServerError, match="ended without a result"):
+            run.get_result(120)
+    again = job.recipe.execute(env, resume=run.job_id)
+    result = again.get_result()
+    assert [record["failed"] for record in result.rounds] == [[], [], []]
+    assert {entry["attempt"] for record in result.rounds for entry in record["accepted"]} == {
+        0
+    }  # nothing was asked twice
+    np.testing.assert_array_equal(result.params["w"], np.full(3, 3))
+    assert verify_job(store, run.job_id).status == "COMPLETED"
+
+
+def test_a_job_that_runs_is_not_resumed(env: PocEnv, tmp_path: Path) -> None:
+    job = GatedJob(tmp_path, SITES, num_rounds=2)
+    with job.started(env) as run:
+        job.wait_until_held(run)
+        with pytest.raises(ConfigError, match=f"job '{run.job_id}' is under way: its run .* is Running"):
+            job.recipe.execute(env, resume=run.job_id)
+        job.release()
+        run.get_result(120)
+
+
+HANGS = """
+    import threading
+    import numpy as np
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        if flare.get_site_name() == "site-2":
+            threading.Event().wait()
+        flare.send(flare.FLModel(params={"w": model.params["w"] + (np.nan if flare.get_site_name() == "site-3" else 1)}))
+"""
+
+
+def test_a_hung_site_is_not_waited_for_and_a_rejection_is_an_event(env: PocEnv, tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text(textwrap.dedent(HANGS))
+    recipe = FedAvgRecipe(
+        name="hangs",
+        min_clients=1,
+        num_rounds=3,
+        model={"w": np.zeros(2, np.float32)},
+        train_script=tmp_path / "client.py",
+        quorum_grace=2.0,
+    )
+    run = recipe.execute(env)
+    result = run.get_result()
+    for record in result.rounds:
+        assert [[entry["site"] for entry in record[kind]] for kind in ("accepted", "late")] == [["site-1"], ["site-2"]]
+        assert [entry["code"] for entry in record["rejected"]] in ([], ["not_finite"])
+    wait_until_gone(scripts_of, env.home / "sites", 30)
+    wanted = {
+        "filter": {
+            "event": {"name": ["fedpool.update.rejected"]},
+            "related": {"id": [f"fedpool.job.{run.job_id}"]},
+        }
+    }
+
+    def events() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = httpx.post(f"{env.api_url}/events/filter", json=wanted).json()["events"]
+        return found
+
+    wait_until(lambda: bool(events()), timeout_s=60)
+    assert events()[0]["resource"]["prefect.resource.id"] == "fedpool.site.site-3"
+    assert events()[0]["payload"]["code"] == "not_finite"
 
 
 def test_a_job_survives_a_restart_of_the_api_server(env: PocEnv, tmp_path: Path) -> None:

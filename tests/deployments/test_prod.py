@@ -161,7 +161,7 @@ def test_everything_that_is_missing_is_said_at_once(
     assert refused(env(sites=sites, coordinator_pool="idle"), recipe, ConfigError).splitlines() == [
         "no worker of work pool 'idle' is online: prefect worker start --type process --pool idle",
         "no worker of work pool 'asleep' is online: fedpool site start --name asleep",
-        "site 'old' speaks protocol 0, this one 1: upgrade it",
+        "site 'old' speaks protocol 0, this one 2: upgrade it",
         "site 'unknown' is not registered: fedpool site start --name unknown",
     ]
     assert refused(env(coordinator_pool="nowhere"), recipe, ConfigError) == (

@@ -283,6 +283,48 @@ def test_it_is_rejected_with_its_own_reason_and_changes_nothing(
     assert model == save_as_written(HONEST)
 
 
+class SwappingRecipe(FedAvgRecipe):
+    """Swaps site-2's update in the instant between the gate and the aggregation: each asks for the strategy first."""
+
+    def strategy(self) -> Any:
+        path = Path(self.train_script).parent / "runs/hostile-0/rounds/00000/sites/site-2/update.safetensors"
+        data = bytearray(path.read_bytes())
+        if data[-1] != 0xFF:
+            data[-1] = 0xFF
+            path.write_bytes(data)
+        return super().strategy()
+
+
+def test_an_update_that_is_swapped_after_the_gate_is_left_out(prefect_api: str, tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text("")
+    recipe = SwappingRecipe(
+        name="hostile", min_clients=1, num_rounds=1, model=MODEL, train_script=tmp_path / "client.py"
+    )
+    store, paths = Store(tmp_path / "runs"), JobPaths("hostile-0")
+    asyncio.run(federated_job(recipe, "hostile-0", store.url, HostileSites(filled("w", 5.0))))
+    record = store.read_json(paths.record(0))
+    assert [entry["site"] for entry in record["accepted"]] == ["site-1"]
+    assert [(entry["site"], entry["code"]) for entry in record["rejected"]] == [("site-2", "changed")]
+    assert "was changed after it had been checked" in record["rejected"][0]["reason"]
+    assert store.read_bytes(paths.global_model(1)) == save_as_written(HONEST)
+
+
+def test_a_second_update_of_a_site_is_not_looked_at(
+    run: Callable[[Case | None], tuple[dict[str, Any], bytes]], tmp_path: Path
+) -> None:
+    def twice(sent: Sent) -> None:
+        sent.params({"w": np.full((2, 3), np.nan, np.float32)})
+        folder = tmp_path / "runs" / sent.manifest["job_id"] / "rounds/00000/attempts/1/sites/site-2"
+        folder.mkdir(parents=True)
+        (folder / "update.safetensors").write_bytes(save(HONEST))
+
+    record, model = run(twice)
+    assert [(entry["site"], entry["attempt"], entry["code"]) for entry in record["rejected"]] == [
+        ("site-2", 0, "not_finite")
+    ]
+    assert model == save_as_written(HONEST)
+
+
 def save_as_written(params: Mapping[str, Any]) -> bytes:
     from fedpool.arrays import save_and_hash
 
