@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedpool.errors import IntegrityError, RoundError
+from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
 from fedpool.flows.staging import sha256_without
@@ -59,8 +59,10 @@ class _Audit:
         job = store.read_json(self._paths.job)
         try:
             self._recipe = recipe_of(job_id, store)
-        except ValidationError as error:
+        except (ValidationError, RecipeError) as error:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
         self._head: Digest = Digest(**job["model"])
         """The newest global model, by the word of what came before it."""
         self._previous = hashlib.sha256(store.read_bytes(self._paths.job)).hexdigest()
@@ -137,9 +139,16 @@ class _Audit:
             raise self._differs(self._paths.manifest(number, site, attempt), "is missing") from None
         except IntegrityError as error:
             return Rejected(site, attempt, None, None, "manifest", str(error))
+        self._verify_assignment(number, site, attempt, delivery.manifest.assignment_sha256)
         if entry.get("code") == "changed":  # which is over: what the gate had seen is not there any more
             return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry["code"], entry["reason"])
         return judge(self._store, site, attempt, delivery, wanted)
+
+    def _verify_assignment(self, number: int, site: str, attempt: int, sha256: str) -> None:
+        """Check what the site was asked, where it is in the store, against what it says that it was asked."""
+        path = self._paths.assignment(number, site, attempt)
+        if self._store.exists(path) and hashlib.sha256(self._store.read_bytes(path)).hexdigest() != sha256:
+            raise self._differs(path, "is not what the site says that it was asked")
 
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: Record, folder: Path

@@ -16,7 +16,7 @@ from fedpool.errors import IntegrityError, SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.sites.session import LogLine, Reply, Session
-from fedpool.store import JobPaths, Store
+from fedpool.store import JobPaths, Store, to_json
 from fedpool.tensors import Digest, Inspection, TensorReader
 
 MAX_MANIFEST_BYTES = 1 << 20
@@ -126,6 +126,7 @@ def run_site_round(
             attempt=attempt,
             task=assignment.task,
             base_sha256=assignment.base_sha256,
+            assignment_sha256=hashlib.sha256(to_json(assignment.model_dump(mode="json"))).hexdigest(),
             params_type=update["params_type"],
             sha256=inspection.digest.sha256 if inspection else None,
             size=inspection.digest.size if inspection else 0,

@@ -64,6 +64,7 @@ class UpdateManifest(Value):
     attempt: int = 0
     task: Task
     base_sha256: str
+    assignment_sha256: str
     params_type: Literal["FULL", "DIFF"] | None = None
     sha256: str | None = None
     size: int = 0

@@ -62,6 +62,7 @@ def aggregated(
                 round=0,
                 task="train",
                 base_sha256="",
+                assignment_sha256="a" * 64,
                 params_type="FULL",
                 weight=weight,
                 seconds=0.0,

@@ -49,6 +49,7 @@ class Sent:
             round=assignment.round,
             task="train",
             base_sha256=assignment.base_sha256,
+            assignment_sha256="a" * 64,
             params_type="FULL",
             seconds=0.1,
         ).model_dump(mode="json")

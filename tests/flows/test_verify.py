@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fedpool import FedAvgRecipe, SimEnv
@@ -206,6 +208,24 @@ def test_what_was_changed_is_named(job: Path, case: str) -> None:
     change(job)
     with pytest.raises(IntegrityError, match=message):
         verify(job)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_one_flipped_bit_in_any_one_file_is_found(finished: Path, data: st.DataObject) -> None:
+    files = sorted(path for path in finished.rglob("*") if path.is_file())
+    assert len(files) >= 30
+    path = data.draw(st.sampled_from(files))
+    honest = path.read_bytes()
+    at, bit = data.draw(st.integers(0, len(honest) - 1)), data.draw(st.integers(0, 7))
+    changed = bytearray(honest)
+    changed[at] ^= 1 << bit
+    try:
+        path.write_bytes(changed)
+        with pytest.raises(IntegrityError):
+            verify(finished)
+    finally:
+        path.write_bytes(honest)
 
 
 def test_the_command_ends_with_1_and_one_line(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

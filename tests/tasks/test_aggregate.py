@@ -47,6 +47,7 @@ class Round:
             round=0,
             task="train",
             base_sha256=self.digest.sha256,
+            assignment_sha256="a" * 64,
             params_type=params_type,  # type: ignore[arg-type]  # one of two strings
             sha256=digest.sha256,
             size=digest.size,

@@ -58,6 +58,7 @@ def sent(store: Store, params: Mapping[str, Any] | None = GOOD, **changes: Any) 
         "site": "site-1",
         "round": 2,
         "task": "train",
+        "assignment_sha256": "a" * 64,
         "base_sha256": BASE_SHA256,
         "weight": 5.0,
         "seconds": 1.0,

@@ -22,6 +22,7 @@ def manifest(site: str, **changes: Any) -> UpdateManifest:
         "round": 2,
         "task": "train",
         "base_sha256": BASE.sha256,
+        "assignment_sha256": "a" * 64,
         "params_type": "FULL",
         "sha256": "a" * 64,
         "size": 100,
