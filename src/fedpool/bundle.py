@@ -10,12 +10,15 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from fedpool.errors import IntegrityError, RecipeError
 
+_CANNOT_UNPACK = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
+"""A damaged or encrypted member, one that is packed in an unknown way, a name that no file can have, or that another has."""
 MAX_BUNDLE_BYTES = 64 << 20
 """Unpacked size limit: code travels in the bundle, data stays at its site."""
 
@@ -103,11 +106,17 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
             raise IntegrityError(f"the bundle would unpack to more than {MAX_BUNDLE_BYTES >> 20} MiB")
         for entry in archive.infolist():
             name = PurePosixPath(entry.filename)
-            if name.is_absolute() or ".." in name.parts or "\\" in entry.filename or entry.is_dir():
+            outside = name.is_absolute() or ".." in name.parts or "\\" in entry.filename
+            if outside or not name.parts or entry.filename.endswith("/"):
                 raise IntegrityError(f"the bundle holds {entry.filename!r}, which is not a file inside its folder")
             target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(archive.read(entry))
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(entry))
+            except _CANNOT_UNPACK as error:
+                raise IntegrityError(
+                    f"the bundle holds {entry.filename!r}, which cannot be unpacked: {error}"
+                ) from None
     compileall.compile_dir(folder, quiet=2)  # here, once, and not in each of a thousand scripts
 
 
