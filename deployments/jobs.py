@@ -8,6 +8,7 @@ from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, IntegrityError
 from fedpool.store import JobPaths, Store
 from fedpool.tasks.record import Record
+from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -136,6 +137,21 @@ async def read_logs(client: "PrefectClient", job_id: str, site: str | None) -> l
     while logs := await client.read_logs(wanted, limit=_PAGE, offset=len(lines), sort=LogSort.TIMESTAMP_ASC):
         lines += [(names[log.flow_run_id] if log.flow_run_id else "", log.message) for log in logs]
     return lines
+
+
+def prune(store: Store, job_id: str, keep: KeepUpdates) -> int:
+    """Remove the accepted updates of a job that has ended; returns how many bytes that freed.
+
+    Raises:
+        ConfigError: there is no such job, or it has not ended.
+    """
+    _, records, result = read_job(store, job_id)
+    if result is None:
+        raise ConfigError(f"job {job_id!r} has not ended: its updates may still be needed")
+    paths = JobPaths(job_id)
+    if not store.exists(paths.pruned):  # first: whoever looks meanwhile knows why updates are missing
+        store.write_json(paths.pruned, {"keep": keep})
+    return sum(drop_updates(store, job_id, record) for record in outdated(records, keep))
 
 
 async def check_has_ended(client: "PrefectClient", job_id: str) -> None:

@@ -30,6 +30,7 @@ from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.record import Record, causes, known_weights, round_record
 from fedpool.tasks.report import Reporter
+from fedpool.tasks.retention import drop_updates, outdated
 from fedpool.tasks.sampling import choose_sites
 from fedpool.tensors import Digest, TensorReader
 
@@ -189,6 +190,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     # The next round is under way by now: this costs it nothing.
     for outcome in accepted:
         await asyncio.to_thread(store.settle, paths.update(number, outcome.site, outcome.attempt))
+    for old in outdated(job.records, recipe.keep_updates)[-1:]:  # those before it went in their time
+        await asyncio.to_thread(drop_updates, store, job.job_id, old)
     job.late |= {(number, outcome.site, outcome.attempt) for outcome in outcomes if isinstance(outcome, Late)}
     await asyncio.to_thread(_name_late, job)
     return None

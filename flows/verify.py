@@ -32,11 +32,13 @@ class Verified:
     Attributes:
         num_rounds: committed rounds, the evaluation of the last model included.
         num_updates: updates that the rounds' records name, accepted or rejected.
+        num_pruned: those of them that were not kept: their hashes are there, and what was made of them is taken on trust.
         status: how the job ended; None when it has no result yet.
     """
 
     num_rounds: int
     num_updates: int
+    num_pruned: int
     status: str | None
 
 
@@ -55,7 +57,7 @@ class _Audit:
         self._store = store
         self._paths = JobPaths(job_id)
         self._records: list[Record] = []
-        self._num_updates = 0
+        self._num_updates = self._num_pruned = 0
         job = store.read_json(self._paths.job)
         try:
             self._recipe = recipe_of(job_id, store)
@@ -72,7 +74,8 @@ class _Audit:
             while self._store.exists(path := self._paths.record(len(self._records))):
                 self._verify_round(path, Path(folder))
             self._verify_model(self._num_trained)
-        return Verified(len(self._records), self._num_updates, self._verify_result())
+        status = self._verify_result()
+        return Verified(len(self._records), self._num_updates, self._num_pruned, status)
 
     @property
     def _num_trained(self) -> int:
@@ -142,7 +145,17 @@ class _Audit:
         self._verify_assignment(number, site, attempt, delivery.manifest.assignment_sha256)
         if entry.get("code") == "changed":  # which is over: what the gate had seen is not there any more
             return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry["code"], entry["reason"])
+        if entry["sha256"] is not None and "reason" not in entry and self._was_pruned(number, site, attempt):
+            self._num_pruned += 1
+            manifest, weight = delivery.manifest, float(delivery.manifest.weight)
+            pruned = (entry.get("norm"), entry.get("scale", 1.0))
+            return Accepted(manifest, delivery.manifest_sha256, weight, None, *pruned)
         return judge(self._store, site, attempt, delivery, wanted)
+
+    def _was_pruned(self, number: int, site: str, attempt: int) -> bool:
+        """Whether an update is missing by the word of the recipe, or of whoever pruned the job."""
+        allowed = self._recipe.keep_updates != "all" or self._store.exists(self._paths.pruned)
+        return allowed and not self._store.exists(self._paths.update(number, site, attempt))
 
     def _verify_assignment(self, number: int, site: str, attempt: int, sha256: str) -> None:
         """Check what the site was asked, where it is in the store, against what it says that it was asked."""
@@ -154,6 +167,8 @@ class _Audit:
         self, number: int, base: TensorReader, accepted: list[Accepted], record: Record, folder: Path
     ) -> Digest:
         """Digest of the next global model, recomputed; compared with the one that is stored, tensor by tensor."""
+        if any(update.tensors is None for update in accepted):  # not all of them were kept
+            return Digest(**record["next_global"])
         scratch, target = Store(folder), f"recomputed-{number}.safetensors"
         try:
             digest = aggregate(

@@ -6,6 +6,7 @@ import os
 import runpy
 import shlex
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -252,6 +253,8 @@ def verify(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as
         f"{job_id}: {found.num_rounds} rounds and {found.num_updates} updates verified: "
         "every hash holds, and every aggregate comes out the same, to the byte"
     )
+    if found.num_pruned:
+        print(f"{found.num_pruned} updates were not kept: the aggregates of their rounds are taken on trust")
     if found.status is None:
         print("it has no result yet: it runs, or its coordinator was lost")
 
@@ -274,6 +277,49 @@ def cancel(job_id: str, *, home: Home = DEFAULT_HOME) -> None:
     """Stop a job: its sites stop training, and it says that it was cancelled."""
     with _server(home):
         asyncio.run(_with_client(lambda client: jobs.cancel(client, job_id)))
+
+
+@job.command
+def replay(
+    job_id: str,
+    *,
+    at: Annotated[int | None, Parameter(name="--round", help="round; default: the last training round")] = None,
+    strategy: Annotated[str | None, Parameter(help="mean or median; default: the recipe's own")] = None,
+    leave_out: Annotated[list[str] | None, Parameter(help="a site to do without; can be repeated")] = None,
+    out: Annotated[Path | None, Parameter(help="safetensors file to write the model to")] = None,
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+    as_json: Json = False,
+) -> None:
+    """Aggregate a round's updates once more: by another strategy, or without some sites. The job stays as it is."""
+    from fedpool.flows.replay import replay_round
+
+    place = _store(store, home)
+    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    with tempfile.TemporaryDirectory(prefix="fedpool-") as scratch:
+        target = out or Path(scratch) / "model.safetensors"
+        found = replay_round(place, job_id, target, round=at, strategy=strategy, leave_out=leave_out or ())
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    print(f"round {found.round} of {job_id}, from {', '.join(found.sites)}: sha256 {found.sha256}")
+    print(
+        f"the round moved the model by {found.moved:.6g} (L2); this one lies {found.distance:.6g} from what was committed"
+    )
+
+
+@job.command
+def prune(
+    job_id: str,
+    *,
+    keep: Annotated[Literal["last", "none"], Parameter(help="whose updates stay: the last round's, or none")] = "last",
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Remove the accepted updates of a job that has ended; models, records and hashes stay."""
+    place = _store(store, home)
+    freed = jobs.prune(place, job_id, keep)
+    print(f"{job_id}: {freed / 1e6:.1f} MB freed")
 
 
 @job.command

@@ -185,6 +185,10 @@ class Recipe(BaseModel):
         ge=0,
         le=1000,
     )
+    keep_updates: Literal["all", "last", "none"] = Field(
+        "all",
+        description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
+    )
     include: tuple[str, ...] = Field(
         (), description="more files and folders for the bundle, relative to the client script's folder"
     )

@@ -84,6 +84,11 @@ class JobPaths:
         return f"{self.job_id}/job.json"
 
     @property
+    def pruned(self) -> str:
+        """Says that updates were removed later, and which."""
+        return f"{self.job_id}/pruned.json"
+
+    @property
     def result(self) -> str:
         """What the job came to; its presence says that the job ended."""
         return f"{self.job_id}/result.json"

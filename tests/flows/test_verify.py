@@ -85,17 +85,22 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_an_honest_record_passes_and_the_command_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(finished) == Verified(num_rounds=4, num_updates=11, status="COMPLETED")
+    assert verify(finished) == Verified(num_rounds=4, num_updates=11, num_pruned=0, status="COMPLETED")
     assert command("job", "verify", finished.name, "--store", str(finished.parent)) == 0
     assert "4 rounds and 11 updates verified: every hash holds" in capsys.readouterr().out
     assert command("job", "verify", finished.name, "--store", str(finished.parent), "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"num_rounds": 4, "num_updates": 11, "status": "COMPLETED"}
+    assert json.loads(capsys.readouterr().out) == {
+        "num_rounds": 4,
+        "num_updates": 11,
+        "num_pruned": 0,
+        "status": "COMPLETED",
+    }
 
 
 def test_a_job_without_a_result_is_verified_as_far_as_it_went(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (job / "result.json").unlink()
     (job / "rounds/00003/round.json").unlink()
-    assert verify(job) == Verified(num_rounds=3, num_updates=8, status=None)
+    assert verify(job) == Verified(num_rounds=3, num_updates=8, num_pruned=0, status=None)
     assert command("job", "verify", job.name, "--store", str(job.parent)) == 0
     assert "it has no result yet" in capsys.readouterr().out
 

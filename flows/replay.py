@@ -1,0 +1,134 @@
+"""Replay of a round: what its updates come to under another strategy, or without some of the sites. The job stays as it is."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedpool.arrays import torch_block
+from fedpool.errors import RecipeError, RoundError
+from fedpool.flows.fedavg import FedAvg
+from fedpool.flows.recipes import recipe_of
+from fedpool.flows.round import expected
+from fedpool.sites.site_round import read_delivery
+from fedpool.store import JobPaths, Store
+from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.gate import Accepted, judge
+from fedpool.tasks.robust import Median
+from fedpool.tasks.strategy import Strategy
+from fedpool.tensors import Digest, TensorReader
+
+STRATEGIES: Mapping[str, Callable[[], Strategy]] = {"mean": FedAvg, "median": Median}
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a replay came to.
+
+    Attributes:
+        round: that was replayed.
+        sites: whose updates went into it.
+        sha256: of the model that came of it.
+        moved: L2 distance from the round's global model to the one that was committed, over all parameters.
+        distance: L2 distance from the committed model to the one of the replay.
+    """
+
+    round: int
+    sites: list[str]
+    sha256: str
+    moved: float
+    distance: float
+
+
+def replay_round(
+    store: Store,
+    job_id: str,
+    target: Path,
+    *,
+    round: int | None = None,
+    strategy: str | None = None,
+    leave_out: Collection[str] = (),
+) -> Replayed:
+    """Aggregate the accepted updates of a round once more.
+
+    Args:
+        target: file that the model is written to; it must not exist.
+        round: None for the job's last training round.
+        strategy: a name out of `STRATEGIES`; None for the recipe's own.
+        leave_out: sites to do without.
+
+    Raises:
+        RecipeError: a strategy or a site that is not there, or nothing is left.
+        RoundError: the round is not committed, or its updates were not kept.
+        IntegrityError: an update is not what its record says.
+    """
+    recipe, paths = recipe_of(job_id, store), JobPaths(job_id)
+    if strategy is not None and strategy not in STRATEGIES:
+        raise RecipeError(f"there is no strategy {strategy!r}: known are {', '.join(STRATEGIES)}")
+    if round is None:
+        round = _last_training(store, paths)
+    if not store.exists(paths.record(round)):
+        raise RoundError(f"round {round} of job {job_id} is not committed")
+    record = store.read_json(paths.record(round))
+    if record["task"] != "train":
+        raise RoundError(f"round {round} of job {job_id} is no training: it made no model")
+    there = [entry["site"] for entry in record["accepted"]]
+    if unknown := sorted(set(leave_out) - set(there)):
+        raise RecipeError(f"{', '.join(unknown)} sent nothing that round {round} used: these did: {', '.join(there)}")
+    base = store.tensors(paths.global_model(round), record["global"]["size"])
+    wanted = expected(recipe, job_id, round, "train", Digest(**record["global"]), base)
+    updates = []
+    for entry in record["accepted"]:
+        if entry["site"] in leave_out:
+            continue
+        if not store.exists(paths.update(round, entry["site"], entry["attempt"])):
+            raise RoundError(f"the updates of round {round} were not kept (keep_updates): it cannot be replayed")
+        delivery = read_delivery(store, job_id, round, entry["site"], entry["attempt"])
+        outcome = judge(store, entry["site"], entry["attempt"], delivery, wanted)
+        if not isinstance(outcome, Accepted):
+            raise RoundError(f"{entry['site']}'s update is not what it was ({outcome.reason}): verify the job")
+        updates.append(outcome)
+    if not updates:
+        raise RecipeError("no update is left: leave out fewer sites")
+    scratch = Store(target.absolute().parent)
+    digest = aggregate(
+        recipe.strategy() if strategy is None else STRATEGIES[strategy](),
+        store=scratch,
+        base=base,
+        updates=updates,
+        factors=recipe.aggregation_weights,
+        target=target.name,
+    )
+    made = scratch.tensors(target.name, digest.size)
+    committed = store.tensors(paths.global_model(round + 1), record["next_global"]["size"])
+    return Replayed(
+        round=round,
+        sites=[update.site for update in updates],
+        sha256=digest.sha256,
+        moved=_distance(base, committed, store.block_elements),
+        distance=_distance(committed, made, store.block_elements),
+    )
+
+
+def _last_training(store: Store, paths: JobPaths) -> int:
+    number = -1
+    while store.exists(paths.record(number + 1)) and store.read_json(paths.record(number + 1))["task"] == "train":
+        number += 1
+    if number < 0:
+        raise RoundError(f"job {paths.job_id} has committed no round")
+    return number
+
+
+def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> float:
+    """L2 distance of two models of the same parameters, in float64."""
+    total = 0.0
+    for name, start, stop in one.blocks(block_elements):
+        values = (
+            torch_block(model.read_block(name, start, stop), model.spec[name].dtype).to(torch.float64)
+            for model in (one, other)
+        )
+        difference = next(values) - next(values)
+        total += torch.dot(difference, difference).item()
+    return math.sqrt(total)

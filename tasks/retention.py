@@ -1,0 +1,30 @@
+"""How long updates are kept: they are most of what a job stores, and are needed to verify and to replay it.
+
+Manifests stay, and with them all hashes; so do rejected updates, for their owners to see.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fedpool.store import JobPaths, Store
+from fedpool.tasks.record import Record
+
+KeepUpdates = Literal["all", "last", "none"]
+
+
+def outdated(records: Sequence[Record], keep: KeepUpdates) -> Sequence[Record]:
+    """The rounds whose updates are not kept, oldest first: evaluations have none."""
+    training = [record for record in records if record["task"] == "train"]
+    return training[: len(training) - {"all": len(training), "last": 1, "none": 0}[keep]]
+
+
+def drop_updates(store: Store, job_id: str, record: Record) -> int:
+    """Remove the accepted updates of a round that is committed; returns how many bytes that freed."""
+    paths = JobPaths(job_id)
+    freed = 0
+    for entry in (*record["accepted"], *record["probed"]):
+        path = paths.update(record["round"], entry["site"], entry["attempt"])
+        if entry["sha256"] is not None and store.exists(path):
+            freed += store.size(path)
+            store.remove(path)
+    return freed

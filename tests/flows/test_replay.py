@@ -1,0 +1,163 @@
+"""Replaying a round, and how long its updates are kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from fedpool import Run
+from fedpool.cli import main
+from fedpool.errors import ConfigError, RecipeError, RoundError
+from fedpool.flows.replay import replay_round
+from fedpool.flows.verify import verify_job
+from fedpool.store import JobPaths, Store
+from fedpool.tasks.robust import Median
+from fedpool.tasks.strategy import State, Update
+
+# site-1 adds 1 each round, site-2 adds 2, site-3 adds 30.
+SCRIPT = """
+    import fedpool.client as flare
+
+    flare.init()
+    step = {"site-1": 1, "site-2": 2, "site-3": 30}[flare.get_site_name()]
+    while flare.is_running():
+        model = flare.receive()
+        params = {name: value + step for name, value in model.params.items()}
+        flare.send(flare.FLModel(params=params, metrics={"accuracy": 0.5}))
+"""
+
+
+@pytest.fixture
+def job(run_job: Callable[..., Run]) -> Callable[..., Run]:
+    return lambda **fields: run_job(
+        SCRIPT, env={"num_clients": 3}, **{"min_clients": 3, "model": {"w": np.zeros(4, np.float32)}} | fields
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+def command(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
+
+
+def test_a_replay_of_the_same_is_the_same(job: Callable[..., Run], store: Store, tmp_path: Path) -> None:
+    run = job()
+    for number in (0, 1):
+        found = replay_round(store, run.job_id, tmp_path / f"{number}.safetensors", round=number)
+        assert found.sites == ["site-1", "site-2", "site-3"]
+        assert (found.distance, found.moved) == (0.0, 22.0)  # four parameters move by 11
+        assert found.sha256 == store.read_json(JobPaths(run.job_id).record(number))["next_global"]["sha256"]
+
+
+def test_a_replay_by_another_strategy(job: Callable[..., Run], store: Store, tmp_path: Path) -> None:
+    found = replay_round(store, job().job_id, tmp_path / "median.safetensors", strategy="median")
+    assert found.round == 1  # the last
+    np.testing.assert_array_equal(load_file(tmp_path / "median.safetensors")["w"], np.full(4, 11 + 2))
+    assert found.distance == 18.0  # 9 in each of four
+
+
+def test_a_replay_without_a_site_tells_what_it_contributed(
+    job: Callable[..., Run], store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = job()
+    out = tmp_path / "without.safetensors"
+    where = ("--store", store.url, "--leave-out", "site-3", "--round", "0")
+    assert command("job", "replay", run.job_id, *where, "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert f"round 0 of {run.job_id}, from site-1, site-2: sha256 " in printed
+    assert "the round moved the model by 22 (L2); this one lies 19 from what was committed" in printed
+    np.testing.assert_array_equal(load_file(out)["w"], np.full(4, 1.5))
+    assert command("job", "replay", run.job_id, *where, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["distance"] == 19.0
+
+
+def test_what_cannot_be_replayed_is_said(job: Callable[..., Run], store: Store, tmp_path: Path) -> None:
+    run = job()
+    target = tmp_path / "out.safetensors"
+    with pytest.raises(RecipeError, match="there is no strategy 'mode': known are mean, median"):
+        replay_round(store, run.job_id, target, strategy="mode")
+    with pytest.raises(RecipeError, match="site-9 sent nothing that round 1 used: these did: site-1, site-2, site-3"):
+        replay_round(store, run.job_id, target, leave_out=["site-9"])
+    with pytest.raises(RecipeError, match="no update is left"):
+        replay_round(store, run.job_id, target, leave_out=["site-1", "site-2", "site-3"])
+    with pytest.raises(RoundError, match=r"round 7 of job .* is not committed"):
+        replay_round(store, run.job_id, target, round=7)
+    with pytest.raises(RoundError, match=r"round 2 of job .* is no training"):
+        replay_round(store, run.job_id, target, round=2)
+    assert not target.exists()
+
+
+def updates_in(store: Store, job_id: str) -> list[int]:
+    """The rounds whose updates are there."""
+    return sorted({int(path.split("/")[1]) for path in store.tree(job_id) if path.endswith("/update.safetensors")})
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("all", [0, 1, 2]), ("last", [2]), ("none", [])])
+def test_updates_are_kept_as_long_as_the_recipe_says(
+    keep: str, kept: list[int], job: Callable[..., Run], store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = job(num_rounds=3, keep_updates=keep)
+    assert updates_in(store, run.job_id) == kept
+    assert len([path for path in store.tree(run.job_id) if path.endswith("/update.json")]) == 12
+    found = verify_job(store, run.job_id)
+    assert (found.num_updates, found.num_pruned) == (12, 3 * (3 - len(kept)))
+    assert command("job", "verify", run.job_id, "--store", store.url) == 0
+    assert (f"{found.num_pruned} updates were not kept" in capsys.readouterr().out) == (keep != "all")
+
+
+def test_a_job_is_pruned_when_it_has_ended(
+    job: Callable[..., Run], store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = job(num_rounds=3)
+    assert command("job", "prune", run.job_id, "--store", store.url) == 0
+    assert "MB freed" in capsys.readouterr().out
+    assert updates_in(store, run.job_id) == [2]
+    assert verify_job(store, run.job_id).num_pruned == 6
+    assert replay_round(store, run.job_id, tmp_path / "a.safetensors").distance == 0.0
+    assert command("job", "prune", run.job_id, "--store", store.url, "--keep", "none") == 0
+    assert updates_in(store, run.job_id) == []
+    with pytest.raises(RoundError, match=r"the updates of round 2 were not kept \(keep_updates\)"):
+        replay_round(store, run.job_id, tmp_path / "b.safetensors")
+
+
+def test_a_job_that_may_go_on_is_not_pruned(job: Callable[..., Run], store: Store) -> None:
+    from fedpool.deployments.jobs import prune
+
+    run = job()
+    store.remove(JobPaths(run.job_id).result)
+    with pytest.raises(ConfigError, match="has not ended"):
+        prune(store, run.job_id, "none")
+
+
+rows = st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=6)
+
+
+@given(rows)
+def test_the_median_is_that_of_numpy_and_within_what_is_there(values: list[float]) -> None:
+    updates: list[Any] = [
+        Update(f"site-{number}", 1.0, {"w": torch.tensor([value], dtype=torch.float64)})
+        for number, value in enumerate(values)
+    ]
+    params, _ = Median().apply(State({"w": torch.zeros(1, dtype=torch.float64)}), updates)
+    found = params["w"].item()
+    assert min(values) <= found <= max(values)
+    np.testing.assert_allclose(found, np.median(np.array(values) / 2) * 2, rtol=1e-12, atol=1e-300)
+
+
+def test_a_few_wild_updates_move_a_median_no_further_than_the_honest_ones_reach() -> None:
+    honest, wild = [0.9, 1.0, 1.1], [1e30, -1e30]
+    updates = [Update(str(number), 1.0, {"w": torch.tensor([value])}) for number, value in enumerate(honest + wild)]
+    params, _ = Median().apply(State({"w": torch.zeros(1)}), updates)
+    assert 0.9 <= params["w"].item() <= 1.1
