@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo poc-demo test test-slow examples lint format docs wheel bench bench-poc bench-peers oracle clean
+.PHONY: demo poc-demo test test-slow chaos examples lint format docs wheel bench bench-poc bench-peers oracle clean
 
 demo: $(READY)  ## hello-pt in simulation: three sites on scikit-learn's digits
 	$(RUN)/python examples/hello-pt/job.py
@@ -20,6 +20,9 @@ test: $(READY)  ## the tests, with coverage of lines and branches
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(RUN)/pytest -m slow --timeout 3600
+
+chaos: $(READY)  ## kill or cut everything at every stage of a round; writes the matrix of docs/reliability.md (some two hours)
+	$(RUN)/python -m tests.chaos --write
 
 examples: $(READY)  ## every example, from its README's command
 	$(RUN)/python examples/hello-numpy/job.py

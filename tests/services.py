@@ -70,6 +70,9 @@ def find_redis() -> Path | None:
     return Path(found) if found else None
 
 
+_PLAIN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+
+
 class PostgresServer:
     """A PostgreSQL server with an empty database and the extension pg_trgm, which Prefect needs.
 
@@ -88,7 +91,9 @@ class PostgresServer:
         self._port = _free_port()
         self._num_databases = 0
         try:
-            self._start(programs)
+            self._programs = programs
+            self._make_data()
+            self._serve()
             self.url = self.new_database()
         except BaseException:
             self.close()
@@ -108,18 +113,22 @@ class PostgresServer:
             self._process.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, programs: Path) -> None:
-        data = self._folder / "data"
+    def restart(self) -> None:
+        """End all connections, and serve again."""
+        assert self._process is not None
+        self._process.end()
+        self._serve()
+
+    def _make_data(self) -> None:
         password = self._folder / "password"
         password.write_text(self._password)
         if self._user is not None:
             for path in (self._folder, password):
                 shutil.chown(path, self._user, self._user)
-        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
         initdb: list[str | Path] = [
-            programs / "initdb",
+            self._programs / "initdb",
             "--pgdata",
-            data,
+            self._folder / "data",
             "--username",
             "fedpool",
             "--pwfile",
@@ -127,7 +136,7 @@ class PostgresServer:
         ]
         made = subprocess.run(
             [*initdb, "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale", "--no-sync"],
-            env=environment,
+            env=_PLAIN_ENVIRONMENT,
             cwd="/",  # ours may be closed to the other user
             user=self._user,
             group=self._user,
@@ -139,6 +148,8 @@ class PostgresServer:
         )
         if made.returncode:
             raise RuntimeError(f"initdb failed:\n{made.stdout}")
+
+    def _serve(self) -> None:
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self._port),
@@ -155,9 +166,9 @@ class PostgresServer:
         }
         options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
         self._process = _Process(
-            [programs / "postgres", "-D", data, *options],
+            [self._programs / "postgres", "-D", self._folder / "data", *options],
             output=self._folder / "server.log",
-            environment=environment,
+            environment=_PLAIN_ENVIRONMENT,
             end_by="INT",  # its fast shutdown: ends connections and leaves no shared memory behind
             user=self._user,
         )

@@ -20,7 +20,7 @@ FACADE = ("__init__.py", "cli.py")
 MODULES = sorted(
     {
         path
-        for folder in (PACKAGE, PACKAGE / "client", *(PACKAGE / name for name in FOLDERS))
+        for folder in (PACKAGE, PACKAGE / "client", PACKAGE / "testing", *(PACKAGE / name for name in FOLDERS))
         for path in folder.glob("**/*.py")
     }
 )

@@ -24,13 +24,13 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -41,6 +41,8 @@ from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 WRITE_PATIENCE_S = 60.0
+_FETCHES = 3
+T = TypeVar("T")
 _LARGE_BYTES = 16 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -210,9 +212,25 @@ class Store:
         except Exception as error:
             raise StoreError(f"{self.full(path)} cannot be reached: {type(error).__name__}: {error}") from error
 
+    def _patiently(self, path: str, read: Callable[[], T]) -> T:
+        """Read from a remote store again and again while it fails, as long as a write would; a local one tells at once."""
+        deadline = time.monotonic() + (0.0 if self.is_local else self.patience_s)
+        pause = 0.2
+        while True:
+            try:
+                with self._errors(path):
+                    return read()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except (OSError, StoreError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
+
     def size(self, path: str) -> int:
         """Size of an object in bytes; raises `FileNotFoundError` when there is none."""
-        return int(self.fs.info(self.full(path))["size"])
+        return self._patiently(path, lambda: int(self.fs.info(self.full(path))["size"]))
 
     def names(self, path: str) -> list[str]:
         """Sorted names of what lies in a folder; empty when the folder does not exist."""
@@ -243,9 +261,7 @@ class Store:
 
     def read_bytes(self, path: str) -> bytes:
         """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks them before trusting them."""
-        with self._errors(path):
-            data: bytes = self.fs.cat_file(self.full(path))
-        return data
+        return self._patiently(path, lambda: bytes(self.fs.cat_file(self.full(path))))
 
     def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
         """Block-wise access to a safetensors object of `size` bytes, opened anew for each block."""
@@ -256,8 +272,9 @@ class Store:
                 return range_reader(file)(start, stop)
 
         def read_remote(start: int, stop: int) -> bytearray:
-            with self._errors(path):
-                return bytearray(self.fs.cat_file(full, start=start, end=stop)) if stop > start else bytearray()
+            if stop == start:
+                return bytearray()
+            return self._patiently(path, lambda: bytearray(self.fs.cat_file(full, start=start, end=stop)))
 
         return TensorReader(read_local if self.is_local else read_remote, size, where=full, max_header=max_header)
 
@@ -331,9 +348,11 @@ class Store:
         while True:
             try:
                 if self.fs.exists(target):
-                    if tried and self.fs.info(target)["size"] == local.stat().st_size:
+                    if not tried:
+                        raise FileExistsError(target)
+                    if self.fs.info(target)["size"] == local.stat().st_size:
                         return
-                    raise FileExistsError(target)
+                    self.fs.rm_file(target)  # our own, and cut short
                 tried = True
                 self.fs.put_file(str(local), target)
             except (FileExistsError, PermissionError):
@@ -381,11 +400,18 @@ class Store:
                 raise FileNotFoundError(local)
         else:
             local = folder / path.replace("/", "_")
-            with self._errors(path):
-                self.fs.get_file(self.full(path), str(local))
-        if digest is not None:
-            with local.open("rb") as file:
-                check_digest(file, digest, where=self.full(path))
+        for left in reversed(range(1 if self.is_local else _FETCHES)):
+            if not self.is_local:
+                self._patiently(path, lambda: self.fs.get_file(self.full(path), str(local)))
+            if digest is None:
+                break
+            try:
+                with local.open("rb") as file:
+                    check_digest(file, digest, where=self.full(path))
+                break
+            except IntegrityError:  # of a remote object, perhaps only half has come
+                if left == 0:
+                    raise
         return local
 
 
