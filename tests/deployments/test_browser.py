@@ -6,14 +6,16 @@ With the environment variable FEDPOOL_SCREENSHOTS set, the pictures of docs/imag
 import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from fedpool import FedAvgRecipe, PocEnv, Run
+from fedpool import FedAvgRecipe, JobCancelled, PocEnv, Run
 from tests import services
+from tests.poc import GatedJob, scripts_of, wait_until_gone
 
 SCRIPT = """
 import numpy as np
@@ -184,3 +186,18 @@ def test_the_loss_curve_is_a_picture_among_the_artifacts(page: Page, job: Run, t
     expect(picture).to_have_js_property("naturalWidth", 640)
     expect(link(page, job.job_id)).to_be_visible()
     take("loss-curve.png")
+
+
+@pytest.mark.timeout(600)
+def test_a_job_that_runs_is_cancelled_by_its_button_and_its_sites_stop(page: Page, poc: PocEnv, tmp_path: Path) -> None:
+    job = GatedJob(tmp_path, ("site-1", "site-2"), num_rounds=2)
+    with ThreadPoolExecutor(1) as aside:  # Playwright occupies this thread's event loop
+        run: Run = aside.submit(job.recipe.execute, poc, wait=False).result()
+    job.wait_until_held(run)
+    open_run(page, run.job_id)
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_role("button", name="Confirm", exact=True).click()
+    with pytest.raises(JobCancelled):
+        run.get_result(60)
+    wait_until_gone(scripts_of, poc.home, 10)
+    expect(page.get_by_text("Cancelled", exact=True).first).to_be_visible()
