@@ -193,6 +193,9 @@ class Store:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreError(f"{self.full(path)} is in use: another process runs this job") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems have no locks
+                    raise
             yield
         finally:
             os.close(folder)
