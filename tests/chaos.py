@@ -196,7 +196,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def table(outcomes: dict[tuple[str, str], list[str]], seeds: int) -> str:
     """The matrix: a row per stage, a column per component."""
-    lines = [f"| killed or cut, {seeds} times each | " + " | ".join(COMPONENTS) + " |"]
+    lines = [f"| killed or cut, {'once' if seeds == 1 else f'{seeds} times'} each | " + " | ".join(COMPONENTS) + " |"]
     lines.append("|---|" + "---|" * len(COMPONENTS))
     for stage in STAGES:
         cells = []
