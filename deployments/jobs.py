@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, IntegrityError
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from fedpool.tasks.record import Record
 from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 

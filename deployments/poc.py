@@ -34,8 +34,9 @@ from fedpool.deployments.server import (
     wait_until_up,
 )
 from fedpool.errors import ConfigError, RecipeError, ServerError
+from fedpool.paths import check_name
 from fedpool.recipe import Recipe
-from fedpool.store import Store, check_name
+from fedpool.store import Store
 
 DEFAULT_HOME = Path("~/.fedpool/poc")
 _BUCKET = "fedpool"

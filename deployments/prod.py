@@ -6,8 +6,9 @@ from pydantic import Field, SecretStr, field_validator
 
 from fedpool.deployments.remote import RemoteEnv
 from fedpool.errors import RecipeError
+from fedpool.paths import check_name
 from fedpool.recipe import Recipe
-from fedpool.store import Store, check_name
+from fedpool.store import Store
 
 
 class ProdEnv(RemoteEnv):

@@ -23,8 +23,9 @@ from fedpool.deployments.run import Run
 from fedpool.errors import ConfigError, ServerError, StoreError
 from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
 from fedpool.manifest import PROTOCOL
+from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
-from fedpool.store import JobPaths, Store, new_job_id
+from fedpool.store import Store
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient

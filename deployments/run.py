@@ -14,7 +14,8 @@ from typing import Any
 
 from fedpool.arrays import load_arrays
 from fedpool.errors import JobCancelled, JobFailed
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from fedpool.tensors import Digest
 
 

@@ -23,10 +23,11 @@ from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.errors import RecipeError
 from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
+from fedpool.paths import JobPaths, check_name
 from fedpool.recipe import Recipe
 from fedpool.sites.local import LocalSites, default_slots
 from fedpool.startup import collector_off
-from fedpool.store import JobPaths, Store, check_name
+from fedpool.store import Store
 
 _DRAIN_TIMEOUT_S = 30.0
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fedpool.errors import ConfigError
-from fedpool.store import check_name
+from fedpool.paths import check_name
 
 Kind = Literal["process", "docker", "kubernetes"]
 

@@ -25,8 +25,9 @@ from fedpool.flows.job import run_job, take_up
 from fedpool.flows.round import LOOK_AHEAD
 from fedpool.flows.staging import has_completed, restore, stage
 from fedpool.initial import InitialModel, initial_model
+from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
-from fedpool.store import JobPaths, Store, new_job_id
+from fedpool.store import Store
 from fedpool.tasks.dispatch import PoolSites
 from fedpool.tensors import Digest
 

@@ -23,9 +23,10 @@ from fedpool.errors import FedpoolError, IntegrityError, JobFailed
 from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals, federated_round
 from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, sha256_without, stage
 from fedpool.manifest import Task
+from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
-from fedpool.store import JobPaths, Store, check_digest
+from fedpool.store import Store, check_digest
 from fedpool.tasks.metrics import best_round, has_stalled
 from fedpool.tasks.record import Record
 from fedpool.tensors import Digest

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from fedpool.errors import IntegrityError
 from fedpool.flows.fedavg import FedAvgRecipe
 from fedpool.flows.staging import restore
+from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 
 RECIPES: Mapping[str, type[Recipe]] = {kind.__name__: kind for kind in (FedAvgRecipe,)}
 

@@ -12,8 +12,9 @@ from fedpool.errors import RecipeError, RoundError
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
+from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 from fedpool.tasks.aggregate import aggregate
 from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.robust import Median

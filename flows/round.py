@@ -20,9 +20,10 @@ from prefect.states import Cancelled
 
 from fedpool.errors import RoundError
 from fedpool.manifest import Task
+from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 from fedpool.tasks.aggregate import UpdateChanged, aggregate
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
 from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Rejected

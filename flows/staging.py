@@ -16,8 +16,9 @@ from fedpool.bundle import Bundle
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.initial import initial_model
 from fedpool.manifest import ClientJob
+from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
-from fedpool.store import JobPaths, Store, new_job_id, to_json
+from fedpool.store import Store, to_json
 from fedpool.tensors import Digest
 
 JOB_FORMAT = 1

@@ -17,8 +17,9 @@ from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
 from fedpool.flows.staging import sha256_without
+from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
-from fedpool.store import JobPaths, Store, check_digest, to_json
+from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import aggregate
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.record import Record, known_weights, round_record

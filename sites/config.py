@@ -16,7 +16,7 @@ from pydantic_settings import (
 )
 
 from fedpool.errors import ConfigError
-from fedpool.store import check_name
+from fedpool.paths import check_name
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 """Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type fedpool-site`."""

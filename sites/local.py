@@ -20,10 +20,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
 from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.paths import JobPaths
 from fedpool.sites.launcher import Zygote
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 
 
 @runtime_checkable  # Prefect asks for the type of a flow's parameters

@@ -16,11 +16,12 @@ from pydantic import ValidationError
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import IntegrityError, SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.paths import JobPaths
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import SiteFolder, run_site_round
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25

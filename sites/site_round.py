@@ -15,8 +15,9 @@ from fedpool.client.hosts import Assignment
 from fedpool.errors import IntegrityError, SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
+from fedpool.paths import JobPaths
 from fedpool.sites.session import LogLine, Reply, Session
-from fedpool.store import JobPaths, Store, to_json
+from fedpool.store import Store, to_json
 from fedpool.tensors import Digest, Inspection, TensorReader
 
 MAX_MANIFEST_BYTES = 1 << 20

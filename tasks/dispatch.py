@@ -25,9 +25,10 @@ from prefect.states import Cancelled, Pending
 
 from fedpool.errors import SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.paths import JobPaths
 from fedpool.sites.session import LogLine
 from fedpool.sites.site_round import Delivery, read_delivery
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from fedpool.arrays import difference_norm, dtype_limits, inspect_tensors
 from fedpool.errors import IntegrityError
 from fedpool.manifest import UpdateManifest
+from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 from fedpool.tensors import ITEM_SIZES, Inspection, Spec, TensorReader
 
 _MAX_REASON = 1000

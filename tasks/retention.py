@@ -6,7 +6,8 @@ Manifests stay, and with them all hashes; so do rejected updates, for their owne
 from collections.abc import Sequence
 from typing import Literal
 
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from fedpool.tasks.record import Record
 
 KeepUpdates = Literal["all", "last", "none"]

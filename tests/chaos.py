@@ -22,7 +22,8 @@ import psutil
 
 from fedpool import ConfigError, FedAvgRecipe, JobStatus, PocEnv, Run
 from fedpool.flows.verify import verify_job
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from fedpool.testing import Fault, Faults
 from tests.poc import scripts_of, wait_until, wait_until_gone
 from tests.services import PostgresServer

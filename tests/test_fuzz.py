@@ -20,8 +20,9 @@ from fedpool.bundle import unpack_bundle
 from fedpool.conditions import parse_condition
 from fedpool.errors import FedpoolError, IntegrityError, RecipeError
 from fedpool.manifest import UpdateManifest
+from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 from fedpool.tensors import ITEM_SIZES, TensorReader
 
 FUZZ = settings(

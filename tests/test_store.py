@@ -15,7 +15,8 @@ import pytest
 
 from fedpool.arrays import save_and_hash
 from fedpool.errors import FedpoolError, IntegrityError, RecipeError, StoreError
-from fedpool.store import JobPaths, Store, check_digest, check_name, hash_file, to_json
+from fedpool.paths import JobPaths, check_name
+from fedpool.store import Store, check_digest, hash_file, to_json
 from fedpool.tensors import Digest, TensorSpec
 
 

@@ -21,9 +21,10 @@ from fedpool.deployments import jobs
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, FedpoolError
+from fedpool.paths import JobPaths, check_name, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.sites.config import SiteConfig
-from fedpool.store import JobPaths, Store, check_name, new_job_id
+from fedpool.store import Store
 from fedpool.tasks.tables import report_rows
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from fedpool.conditions import StopCondition, parse_condition
 from fedpool.errors import RecipeError
 from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob
-from fedpool.store import check_name
+from fedpool.paths import check_name
 
 
 class Environment(Protocol):

@@ -24,7 +24,7 @@ from fedpool import ConfigError, FedAvgRecipe, JobCancelled, JobFailed, JobStatu
 from fedpool.deployments.jobs import find_run, list_jobs
 from fedpool.errors import ServerError
 from fedpool.flows.verify import verify_job
-from fedpool.store import JobPaths
+from fedpool.paths import JobPaths
 from tests.poc import GatedJob, prefect, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import PostgresServer, S3Server
 

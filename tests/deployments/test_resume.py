@@ -17,7 +17,8 @@ from fedpool import FedAvgRecipe, JobFailed, SimEnv
 from fedpool.cli import main
 from fedpool.errors import IntegrityError, RecipeError, StoreError
 from fedpool.flows.verify import verify_job
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from tests.poc import processes_of, wait_until_gone
 
 ROUNDS = 4

@@ -20,7 +20,7 @@ from fedpool.deployments.site_worker import register_site
 from fedpool.flows.site_round import site_round
 from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment
-from fedpool.store import JobPaths, new_job_id
+from fedpool.paths import JobPaths, new_job_id
 from tests.poc import Worker, processes_of, scripts_of, wait_until, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -35,7 +35,8 @@ from fedpool.deployments.templates import base_job_template, parse_env
 from fedpool.flows.site_round import site_round
 from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment, UpdateManifest
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from tests.conftest import ADD_ONE
 from tests.poc import prefect, scripts_of, wait_until
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.flows.fedavg import FedAvg
 from fedpool.manifest import UpdateManifest
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from fedpool.tasks.aggregate import aggregate
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.strategy import Update

@@ -17,7 +17,8 @@ from fedpool.cli import main
 from fedpool.errors import ConfigError, RecipeError, RoundError
 from fedpool.flows.replay import replay_round
 from fedpool.flows.verify import verify_job
-from fedpool.store import JobPaths, Store
+from fedpool.paths import JobPaths
+from fedpool.store import Store
 from fedpool.tasks.robust import Median
 from fedpool.tasks.strategy import State, Update
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load
 from fedpool import FedAvgRecipe, IntegrityError, SiteError, Store
 from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment
+from fedpool.paths import JobPaths, new_job_id
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.resident import Resident
-from fedpool.store import JobPaths, new_job_id
 from tests.poc import scripts_of, wait_until, wait_until_gone
 
 # Sends its process id, unless it finds something to wait for.

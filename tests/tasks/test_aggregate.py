@@ -14,8 +14,9 @@ from fedpool.arrays import inspect_tensors, load_arrays, numpy_dtype, save_and_h
 from fedpool.errors import RoundError
 from fedpool.flows.fedavg import FedAvg
 from fedpool.manifest import UpdateManifest
+from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 from fedpool.tasks.aggregate import aggregate
 from fedpool.tasks.gate import Accepted, Expected, judge
 from fedpool.tasks.strategy import Slice, State, Update

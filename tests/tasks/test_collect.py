@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedpool.store import JobPaths
+from fedpool.paths import JobPaths
 from fedpool.tasks.collect import Asked, asked_before
 
 PATHS = JobPaths("job")

@@ -11,8 +11,9 @@ import torch
 
 from fedpool.arrays import save_and_hash
 from fedpool.manifest import UpdateManifest
+from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
-from fedpool.store import JobPaths, Store
+from fedpool.store import Store
 from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
 from fedpool.tensors import TensorSpec
 

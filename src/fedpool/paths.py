@@ -1,0 +1,112 @@
+"""Where a job's objects lie in the store: built here and nowhere else, and every name that came from outside is checked here.
+
+Layout (all safetensors and JSON, nothing pickled)::
+
+    {root}/{job_id}/job.json
+    {root}/{job_id}/bundle-{sha256}.zip
+    {root}/{job_id}/rounds/00000/global.safetensors
+    {root}/{job_id}/rounds/00000/assignments/{site}.json           (none in simulation)
+    {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors + update.json
+    {root}/{job_id}/rounds/00000/attempts/1/...                    (the same, of sites that were asked again)
+    {root}/{job_id}/rounds/00000/round.json
+    {root}/{job_id}/result.json
+"""
+
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from fedpool.errors import RecipeError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_name(what: str, name: str) -> str:
+    """Return name if it may be part of a path in the store.
+
+    Raises:
+        RecipeError: it is empty, longer than 128, or has other characters than letters, digits, `.`, `_` and `-`.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"{what} {name!r} cannot be part of a path: use 1 to 128 letters, digits, '.', '_' or '-', "
+            "and begin with a letter or a digit"
+        )
+    return name
+
+
+def new_job_id(name: str) -> str:
+    """An id for a new job of a recipe: name, time (UTC) and six random hex digits."""
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobPaths:
+    """The paths of one job inside the store."""
+
+    job_id: str
+
+    def __post_init__(self) -> None:
+        check_name("job_id", self.job_id)
+
+    @staticmethod
+    def site_manifest(site: str) -> str:
+        """The manifest that commits a site's update, relative to the round's `sites`."""
+        return f"{check_name('site', site)}/update.json"
+
+    @property
+    def job(self) -> str:
+        """The manifest of the job."""
+        return f"{self.job_id}/job.json"
+
+    @property
+    def pruned(self) -> str:
+        """Says that updates were removed later, and which."""
+        return f"{self.job_id}/pruned.json"
+
+    @property
+    def result(self) -> str:
+        """What the job came to; its presence says that the job ended."""
+        return f"{self.job_id}/result.json"
+
+    def bundle(self, sha256: str) -> str:
+        """The client script and its modules."""
+        if not _SHA256.fullmatch(sha256):
+            raise RecipeError(f"bundle hash {sha256!r} is not a sha256 in hex")
+        return f"{self.job_id}/bundle-{sha256}.zip"
+
+    def global_model(self, round: int) -> str:
+        """The model that the round starts from."""
+        return f"{self.round(round)}/global.safetensors"
+
+    def record(self, round: int) -> str:
+        """The commit of the round."""
+        return f"{self.round(round)}/round.json"
+
+    def sites(self, round: int, attempt: int = 0) -> str:
+        """The folder of what sites sent in the round, in one attempt."""
+        return f"{self._attempt(round, attempt)}/sites"
+
+    def assignment(self, round: int, site: str, attempt: int = 0) -> str:
+        """What a site that is not in this process is asked to do in the round."""
+        return f"{self._attempt(round, attempt)}/assignments/{check_name('site', site)}.json"
+
+    def update(self, round: int, site: str, attempt: int = 0) -> str:
+        """The tensors that a site sent in the round."""
+        return f"{self.sites(round, attempt)}/{check_name('site', site)}/update.safetensors"
+
+    def manifest(self, round: int, site: str, attempt: int = 0) -> str:
+        """The manifest that commits a site's update."""
+        return f"{self.sites(round, attempt)}/{self.site_manifest(site)}"
+
+    def round(self, round: int) -> str:
+        """The folder of the round."""
+        if round < 0:
+            raise RecipeError(f"round {round} does not exist: rounds are numbered from 0")
+        return f"{self.job_id}/rounds/{round:05d}"
+
+    def _attempt(self, round: int, attempt: int) -> str:
+        """Each attempt has a folder of its own: what an earlier one still writes can be taken for nothing else."""
+        return f"{self.round(round)}/attempts/{attempt}" if attempt else self.round(round)
