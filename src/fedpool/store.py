@@ -1,6 +1,8 @@
 """The store: a job's objects in any fsspec file system. An object is written whole or not at all, and none is overwritten.
 
-Where they lie is the matter of `fedpool.paths`.
+An object exists when its manifest does: write the object, then the JSON that holds its sha256 and size. Exclusive creation
+guards against two writers where the backend can (local files; S3 with conditional writes) and is never the only guard. Where
+objects lie is the matter of `fedpool.paths`.
 """
 
 import errno

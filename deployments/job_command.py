@@ -1,0 +1,257 @@
+"""The command `fedpool job`: what ran and what runs; how a job is verified, replayed, pruned, resumed and cancelled."""
+
+import asyncio
+import json
+import runpy
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from fedpool.deployments import jobs
+from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
+from fedpool.deployments.run import JobStatus
+from fedpool.errors import ConfigError
+from fedpool.paths import JobPaths, check_name, new_job_id
+from fedpool.recipe import Recipe
+from fedpool.store import Store
+from fedpool.tasks.tables import report_rows
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+T = TypeVar("T")
+
+job = App(name="job", help="Jobs: what ran, what runs.")
+
+Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
+StoreUrl = Annotated[
+    str | None, Parameter(help="URL of the store; default: that of the proof of concept that is up, else fedpool-runs")
+]
+Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
+
+
+@job.command(name="list")
+def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
+    """The jobs of a store, newest first."""
+    found = jobs.list_jobs(_store(store, home))
+    if as_json:
+        print(json.dumps([_plain(entry) for entry in found], indent=2))
+        return
+    table = Table()
+    for header in ("job", "recipe", "status", "rounds", "sites", "metrics"):
+        table.add_column(header, no_wrap=header == "job")
+    for entry in found:
+        rounds = f"{entry.num_committed}/{entry.num_rounds}"
+        table.add_row(
+            entry.job_id, entry.recipe, _status(entry), rounds, str(len(entry.sites)), _metrics(entry.metrics)
+        )
+    Console().print(table)
+
+
+@job.command
+def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
+    """A job's rounds and models."""
+    summary, records, result = jobs.read_job(_store(store, home), job_id)
+    if as_json:
+        print(json.dumps({**_plain(summary), "rounds": list(records), "result": result}, indent=2))
+        return
+    console = Console()
+    console.print(f"{job_id}: {_status(summary)}", highlight=False)
+    header, rows = report_rows(records)
+    table = Table()
+    for name in header:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if result is not None:
+        if result["error"]:
+            console.print(result["error"], style="red", markup=False, highlight=False, soft_wrap=True)
+        for which in ("final", "best"):
+            console.print(f"{which} model: {result[which]['path']}", highlight=False, soft_wrap=True)
+
+
+@job.command
+def verify(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
+    """Check every hash of a job, and recompute every aggregate from the stored updates; ends with 1 at the first difference."""
+    from fedpool.flows.verify import verify_job
+
+    place = _store(store, home)
+    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    found = verify_job(place, job_id)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    print(
+        f"{job_id}: {found.num_rounds} rounds and {found.num_updates} updates verified: "
+        "every hash holds, and every aggregate comes out the same, to the byte"
+    )
+    if found.num_pruned:
+        print(f"{found.num_pruned} updates were not kept: the aggregates of their rounds are taken on trust")
+    if found.status is None:
+        print("it has no result yet: it runs, or its coordinator was lost")
+
+
+@job.command(name="logs")
+def job_logs(
+    job_id: str,
+    *,
+    at: Annotated[str | None, Parameter(name="--site", help="only what this site's script has printed")] = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """What a job's runs have logged, from the Prefect server."""
+    with _server(home):
+        for name, line in asyncio.run(_with_client(lambda client: jobs.read_logs(client, job_id, at))):
+            print(f"{name}: {line}")
+
+
+@job.command
+def cancel(job_id: str, *, home: Home = DEFAULT_HOME) -> None:
+    """Stop a job: its sites stop training, and it says that it was cancelled."""
+    with _server(home):
+        asyncio.run(_with_client(lambda client: jobs.cancel(client, job_id)))
+
+
+@job.command
+def replay(
+    job_id: str,
+    *,
+    at: Annotated[int | None, Parameter(name="--round", help="round; default: the last training round")] = None,
+    strategy: Annotated[str | None, Parameter(help="mean or median; default: the recipe's own")] = None,
+    leave_out: Annotated[list[str] | None, Parameter(help="a site to do without; can be repeated")] = None,
+    out: Annotated[Path | None, Parameter(help="safetensors file to write the model to")] = None,
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+    as_json: Json = False,
+) -> None:
+    """Aggregate a round's updates once more: by another strategy, or without some sites. The job stays as it is."""
+    from fedpool.flows.replay import replay_round
+
+    place = _store(store, home)
+    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    with tempfile.TemporaryDirectory(prefix="fedpool-") as scratch:
+        target = out or Path(scratch) / "model.safetensors"
+        found = replay_round(place, job_id, target, round=at, strategy=strategy, leave_out=leave_out or ())
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    print(f"round {found.round} of {job_id}, from {', '.join(found.sites)}: sha256 {found.sha256}")
+    print(
+        f"the round moved the model by {found.moved:.6g} (L2); this one lies {found.distance:.6g} from what was committed"
+    )
+
+
+@job.command
+def prune(
+    job_id: str,
+    *,
+    keep: Annotated[Literal["last", "none"], Parameter(help="whose updates stay: the last round's, or none")] = "last",
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Remove the accepted updates of a job that has ended; models, records and hashes stay."""
+    place = _store(store, home)
+    freed = jobs.prune(place, job_id, keep)
+    print(f"{job_id}: {freed / 1e6:.1f} MB freed")
+
+
+@job.command
+def resume(
+    job_id: str,
+    *,
+    fork: Annotated[bool, Parameter(help="make a new job from a model of this one instead", negative="")] = False,
+    from_round: Annotated[int | None, Parameter(help="round whose global model a fork starts from")] = None,
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Go on with a job that was lost, has failed or was cancelled, from its last committed round; ends with 1 when it fails."""
+    from fedpool.deployments.prod import ProdEnv
+    from fedpool.deployments.sim import SimEnv
+    from fedpool.flows.recipes import recipe_of
+
+    place = _store(store, home)
+    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    described = place.read_json(JobPaths(job_id).job)
+    recipe, sites = recipe_of(job_id, place), tuple(described["sites"])
+    with _server(home) if not described["simulated"] else nullcontext():
+        env = (
+            SimEnv(clients=sites, workspace=Path(place.root))
+            if described["simulated"]
+            else ProdEnv(store=place.url, sites=sites)
+        )
+        run = recipe.execute(env, resume=job_id, fork=fork, from_round=from_round)
+    print(f"{run.job_id}: {run.get_status()}")
+    if run.get_status() is not JobStatus.COMPLETED:
+        sys.exit(1)
+
+
+@job.command(name="stage")
+def stage_(
+    source: Annotated[str, Parameter(help="FILE or FILE:NAME, a Python file and the recipe in it (default: recipe)")],
+    *,
+    sites: Annotated[list[str], Parameter(help="names of the sites")],
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Write a recipe to the store as the template of a deployment, and print its id; for prefect.yaml."""
+    from fedpool.flows.staging import stage
+
+    path, _, name = source.partition(":")
+    folder = str(Path(path).absolute().parent)
+    sys.path.insert(0, folder)  # as `python FILE` would
+    try:
+        found = runpy.run_path(path).get(name or "recipe")
+    finally:
+        sys.path.remove(folder)
+    if not isinstance(found, Recipe):
+        raise ConfigError(f"{path} has no recipe called {name or 'recipe'!r}: name it as FILE:NAME")
+    found.check_sites([check_name("site", name) for name in sites])
+    job_id = new_job_id(found.name)
+    stage(found, job_id, _store(store, home), tuple(sites), template=True)
+    print(job_id)
+
+
+def _store(url: str | None, home: Path) -> Store:
+    if url is not None:
+        return Store(url)
+    proof = PocEnv(home=home)
+    return proof.open_store() if proof.is_up() else Store(Path("fedpool-runs").absolute())
+
+
+@contextmanager
+def _server(home: Path) -> Iterator[None]:
+    """The server of the proof of concept that is up, unless one is configured."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield
+        return
+    with temporary_settings({PREFECT_API_URL: PocEnv(home=home).api_url}):
+        yield
+
+
+async def _with_client(use: Callable[["PrefectClient"], Awaitable[T]]) -> T:
+    from prefect.client.orchestration import get_client
+
+    async with get_client() as client:
+        return await use(client)
+
+
+def _status(summary: jobs.JobSummary) -> str:
+    return summary.status or "not ended"
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _plain(summary: jobs.JobSummary) -> dict[str, Any]:
+    return asdict(summary)
