@@ -24,10 +24,11 @@ test-slow: $(READY)  ## the tests that take minutes
 chaos: $(READY)  ## kill or cut everything at every stage of a round; writes the matrix of docs/reliability.md (some two hours)
 	$(RUN)/python -m tests.chaos --write
 
-examples: $(READY)  ## every example, from its README's command
+examples: $(READY)  ## every example, from its README's command; then all their jobs are verified
 	$(RUN)/python examples/hello-numpy/job.py
 	$(RUN)/python examples/hello-pt/job.py
 	$(RUN)/python examples/cifar10/job.py --synthetic
+	for job in fedpool-runs/*/; do $(RUN)/fedpool job verify $$(basename $$job) --store fedpool-runs || exit 1; done
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN)/ruff check .

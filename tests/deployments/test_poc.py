@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import numpy as np
@@ -16,8 +17,9 @@ import psutil
 import pytest
 import torch
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.settings import temporary_settings
+from prefect.states import AwaitingRetry
 from pydantic import ValidationError
 
 from fedpool import ConfigError, FedAvgRecipe, JobCancelled, JobFailed, JobStatus, PocEnv, Run, SimEnv
@@ -92,6 +94,14 @@ def kill(pid: int) -> None:
     process = psutil.Process(pid)
     process.kill()
     process.wait(10)
+
+
+def kill_coordinators(env: PocEnv) -> None:
+    """End the processes of the jobs' flows, and leave the worker that started them."""
+    coordinators = psutil.Process(pid_of(env, "coordinator")).children(recursive=True)
+    for process in coordinators:
+        process.kill()
+    psutil.wait_procs(coordinators)
 
 
 def flow_run_of(env: PocEnv, job_id: str) -> FlowRun:
@@ -191,10 +201,7 @@ def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhi
     job = GatedJob(tmp_path, SITES, num_rounds=3)
     with job.started(env) as run:
         job.wait_until_held(run)
-        coordinators = psutil.Process(pid_of(env, "coordinator")).children(recursive=True)
-        for process in coordinators:
-            process.kill()
-        psutil.wait_procs(coordinators)
+        kill_coordinators(env)
         job.release()
         store, paths = env.open_store(), JobPaths(run.job_id)
         wait_until(lambda: all(store.exists(paths.manifest(1, site)) for site in SITES), timeout_s=60)
@@ -208,6 +215,41 @@ def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhi
     }  # nothing was asked twice
     np.testing.assert_array_equal(result.params["w"], np.full(3, 3))
     assert verify_job(store, run.job_id).status == "COMPLETED"
+
+
+def test_a_run_that_prefect_runs_again_goes_on_with_its_job(env: PocEnv, tmp_path: Path) -> None:
+    job = GatedJob(tmp_path, SITES, name="rerun", num_rounds=2)
+    name = job.recipe.deploy(env=env)
+
+    async def started() -> FlowRun:
+        async with get_client() as client:
+            deployment = await client.read_deployment_by_name(name)
+            run: FlowRun = await client.create_flow_run_from_deployment(deployment.id)
+            return run
+
+    async def state_of(run_id: UUID) -> State[Any] | None:
+        async with get_client() as client:
+            return (await client.read_flow_run(run_id)).state
+
+    async def run_again(run_id: UUID) -> None:  # as the button Retry does
+        async with get_client() as client:
+            await client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+
+    def is_in(run_id: UUID, kind: StateType) -> bool:
+        state = asyncio.run(state_of(run_id))
+        return state is not None and state.type == kind
+
+    with temporary_settings(env.settings()):
+        run = asyncio.run(started())
+        wait_until(lambda: all((tmp_path / f"training-{site}").exists() for site in SITES))
+        kill_coordinators(env)
+        wait_until(lambda: is_in(run.id, StateType.CRASHED))
+        asyncio.run(run_again(run.id))
+        job.release()
+        wait_until(lambda: is_in(run.id, StateType.COMPLETED))
+    (found,) = [found for found in list_jobs(env.open_store()) if found.job_id.startswith("rerun")]
+    assert (found.status, found.num_committed) == (JobStatus.COMPLETED, 2)
+    assert verify_job(env.open_store(), found.job_id).num_updates == 6
 
 
 def test_a_job_that_runs_is_not_resumed(env: PocEnv, tmp_path: Path) -> None:
