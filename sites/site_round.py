@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fedpool.arrays import inspect_tensors, range_reader
 from fedpool.client.hosts import Assignment
-from fedpool.errors import IntegrityError, SiteError, StoreError
+from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.paths import JobPaths
@@ -145,14 +145,20 @@ def run_site_round(
 
 def _perform(session: Session, work: Assignment, *, restarts: int, deadline: float | None, log: LogLine) -> Reply:
     """Have the script do an assignment; one that fails is started again, unless it was killed on purpose."""
+    failure: SiteError | None = None
     while True:
         try:
             return session.perform(work, deadline=deadline, log=log)
         except SiteError as error:
-            if restarts == 0 or session.killed or (deadline is not None and time.monotonic() >= deadline):
+            failure = error
+        except FedpoolError:
+            if failure is None:
                 raise
-            restarts -= 1
-            log(f"it is started again, because it failed: {error.cause}")
+            raise failure from None  # what starts scripts is gone, too: why the first one failed says more
+        if restarts == 0 or session.killed or (deadline is not None and time.monotonic() >= deadline):
+            raise failure
+        restarts -= 1
+        log(f"it is started again, because it failed: {failure.cause}")
 
 
 def _deliver(local: Path, store: Store, path: str) -> Inspection:

@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "bytes for booleans": (params({"mask": np.zeros(2, np.uint8)}), "dtype", "mask: expected BOOL, got U8"),
     # what it claims
     "an old base": (claims(base_sha256="0" * 64), "base", "says base 000"),
-    "another round": (claims(round=7), "round", "says round 7, expected 0"),
+    "another round": (claims(round=999), "round", "says round 999, expected"),
     "another attempt": (claims(attempt=1), "attempt", "says attempt 1, expected 0"),
     "another job": (claims(job_id="other-job"), "job", "says job other-job"),
     "another site's name": (claims(site="site-1"), "site", "says site site-1, expected site-2"),
@@ -219,17 +219,17 @@ CASES: dict[str, tuple[Case, str, str]] = {
 
 
 class HostileSites:
-    """Two sites behind a store: site-1 is honest, site-2 sends what a case says, in round 0."""
+    """Two sites behind a store: site-1 is honest, site-2 sends what a case says, one in each round."""
 
     have_runs = False
     num_slots = 2
     names = ("site-1", "site-2")
     cancelled = False
 
-    __slots__ = ("_case", "_job", "_store")
+    __slots__ = ("_cases", "_job", "_store")
 
-    def __init__(self, case: Case | None) -> None:
-        self._case = case
+    def __init__(self, *cases: Case) -> None:
+        self._cases = cases
 
     def open(self, job: ClientJob, store: Store) -> None:
         self._job, self._store = job, store
@@ -239,11 +239,8 @@ class HostileSites:
 
     async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
         sent = Sent(assignment, self._job)
-        if assignment.site == "site-2":
-            if self._case is None:
-                sent.claims = {"weight": 0.0}  # what an empty site sends counts nothing
-            else:
-                self._case(sent)
+        if assignment.site == "site-2" and assignment.task == "train":
+            self._cases[assignment.round](sent)
         paths = JobPaths(self._job.job_id)
         sent.write(self._store, paths, assignment)
         return read_delivery(self._store, self._job.job_id, assignment.round, assignment.site, assignment.attempt)
@@ -253,36 +250,34 @@ class HostileSites:
     async def end(self) -> None: ...
 
 
-@pytest.fixture
-def run(prefect_api: str, tmp_path: Path) -> Callable[[Case | None], tuple[dict[str, Any], bytes]]:
-    """Runs a round with a case; returns its record, and the model that came of it."""
-    (tmp_path / "client.py").write_text("")
+def run_cases(folder: Path, *cases: Case) -> tuple[Store, JobPaths]:
+    """Run a job whose every round has a case, and verify it."""
+    (folder / "client.py").write_text("")
+    recipe = FedAvgRecipe(
+        name="hostile", min_clients=1, num_rounds=len(cases), model=MODEL, train_script=folder / "client.py"
+    )
+    store, job_id = Store(folder / "runs"), "hostile-0"
+    asyncio.run(federated_job(recipe, job_id, store.url, HostileSites(*cases)))
+    verify_job(store, job_id)
+    return store, JobPaths(job_id)
 
-    def run(case: Case | None) -> tuple[dict[str, Any], bytes]:
-        recipe = FedAvgRecipe(
-            name="hostile", min_clients=1, num_rounds=1, model=MODEL, train_script=tmp_path / "client.py"
-        )
-        store, job_id = Store(tmp_path / "runs"), f"hostile-{len(list(tmp_path.glob('runs/*')))}"
-        asyncio.run(federated_job(recipe, job_id, store.url, HostileSites(case)))
-        paths = JobPaths(job_id)
-        if case is not None:
-            verify_job(store, job_id)
-        return store.read_json(paths.record(0)), store.read_bytes(paths.global_model(1))
 
-    return run
+@pytest.fixture(scope="module")
+def attacked(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, JobPaths]:
+    """A job that has met all the cases, in their order."""
+    return run_cases(tmp_path_factory.mktemp("hostile"), *(send for send, _, _ in CASES.values()))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_rejected_with_its_own_reason_and_changes_nothing(
-    case: str, run: Callable[[Case | None], tuple[dict[str, Any], bytes]]
-) -> None:
-    send, code, words = CASES[case]
-    record, model = run(send)
+def test_it_is_rejected_with_its_own_reason_and_changes_nothing(case: str, attacked: tuple[Store, JobPaths]) -> None:
+    store, paths = attacked
+    number, (_, code, words) = list(CASES).index(case), CASES[case]
+    record = store.read_json(paths.record(number))
     assert [entry["site"] for entry in record["accepted"]] == ["site-1"]
     assert [(entry["site"], entry["code"]) for entry in record["rejected"]] == [("site-2", code)]
     assert words in record["rejected"][0]["reason"]
     assert len(record["rejected"][0]["reason"]) < 1100
-    assert model == save_as_written(HONEST)
+    assert store.read_bytes(paths.global_model(number + 1)) == save_as_written(HONEST)
 
 
 class SwappingRecipe(FedAvgRecipe):
@@ -311,20 +306,17 @@ def test_an_update_that_is_swapped_after_the_gate_is_left_out(prefect_api: str, 
     assert store.read_bytes(paths.global_model(1)) == save_as_written(HONEST)
 
 
-def test_a_second_update_of_a_site_is_not_looked_at(
-    run: Callable[[Case | None], tuple[dict[str, Any], bytes]], tmp_path: Path
-) -> None:
+def test_a_second_update_of_a_site_is_not_looked_at(prefect_api: str, tmp_path: Path) -> None:
     def twice(sent: Sent) -> None:
         sent.params({"w": np.full((2, 3), np.nan, np.float32)})
         folder = tmp_path / "runs" / sent.manifest["job_id"] / "rounds/00000/attempts/1/sites/site-2"
         folder.mkdir(parents=True)
         (folder / "update.safetensors").write_bytes(save(HONEST))
 
-    record, model = run(twice)
-    assert [(entry["site"], entry["attempt"], entry["code"]) for entry in record["rejected"]] == [
-        ("site-2", 0, "not_finite")
-    ]
-    assert model == save_as_written(HONEST)
+    store, paths = run_cases(tmp_path, twice)
+    rejected = store.read_json(paths.record(0))["rejected"]
+    assert [(entry["site"], entry["attempt"], entry["code"]) for entry in rejected] == [("site-2", 0, "not_finite")]
+    assert store.read_bytes(paths.global_model(1)) == save_as_written(HONEST)
 
 
 def save_as_written(params: Mapping[str, Any]) -> bytes:
@@ -335,17 +327,11 @@ def save_as_written(params: Mapping[str, Any]) -> bytes:
         return file.getvalue()
 
 
-def test_what_an_empty_site_sends_counts_nothing(run: Callable[[Case | None], tuple[dict[str, Any], bytes]]) -> None:
-    record, model = run(None)
-    assert [entry["weight"] for entry in record["accepted"]] == [1.0, 0.0]
-    assert model == save_as_written(HONEST)
-
-
-@pytest.mark.parametrize("weight", [1e308, 1e-308])
-def test_a_weight_at_the_end_of_the_range_is_a_weight(
-    weight: float, run: Callable[[Case | None], tuple[dict[str, Any], bytes]]
-) -> None:
-    record, model = run(claims(weight=weight, metrics={"accuracy": 1e308}))
-    assert [entry["weight"] for entry in record["accepted"]] == [1.0, weight]
-    assert np.isfinite(record["metrics"]["accuracy"])
-    assert model == save_as_written(HONEST)
+def test_a_weight_at_the_end_of_the_range_is_a_weight_and_0_counts_nothing(prefect_api: str, tmp_path: Path) -> None:
+    weights = (0.0, 1e308, 1e-308)
+    store, paths = run_cases(tmp_path, *(claims(weight=weight, metrics={"accuracy": 1e308}) for weight in weights))
+    for number, weight in enumerate(weights):
+        record = store.read_json(paths.record(number))
+        assert [entry["weight"] for entry in record["accepted"]] == [1.0, weight]
+        assert all(np.isfinite(value) for value in record["metrics"].values())
+        assert store.read_bytes(paths.global_model(number + 1)) == save_as_written(HONEST)

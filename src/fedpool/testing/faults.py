@@ -39,7 +39,7 @@ class Fault:
     Attributes:
         kind: `fail` raises `OSError`; `stall` takes `seconds` longer; `truncate` reads or writes half of the bytes, and a write
             then fails; `hold` waits until the plan has changed.
-        match: regular expression, searched in the object's path.
+        match: regular expression, searched in the object's path inside the store.
         operations: to which it happens.
         probability: how often; which calls it hits is a function of `seed`, the path and how often the path was asked for.
         seconds: how long a stall is.
@@ -164,7 +164,8 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has 
         """Have happen to an operation what the plan says; whether its bytes are truncated."""
         path = self._strip_protocol(path)
         folder, plan = _plan_above(Path(path))
-        hit = [fault for fault in plan if self._hits(fault, operation, path)]
+        within = path.removeprefix(f"{folder}/")  # the same plan hits the same calls wherever the store lies
+        hit = [fault for fault in plan if self._hits(fault, operation, within)]
         for fault in hit:
             if fault.kind == "stall":
                 threading.Event().wait(fault.seconds)
