@@ -7,6 +7,7 @@ or, when `job_id` names a job, that very job, from where it is. The store and th
 
 import asyncio
 import inspect
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,9 @@ from fedpool.tasks.dispatch import PoolSites
 from fedpool.tensors import Digest
 
 _REQUIRED = inspect.Parameter.empty
+
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{8}-\d{6}-[0-9a-f]{6}")
+"""What `new_job_id` makes."""
 
 _STAGED = frozenset({"name", "model", "train_script", "initial_ckpt", "include"})
 """Fields that are in the template and not in the form: files and objects of whoever deployed."""
@@ -63,6 +67,9 @@ def deployed(kind: type[Recipe]) -> "Flow[..., Any]":
 
 
 def _run_name() -> str:
+    name = flow_run.get_name()
+    if name and _JOB_ID.fullmatch(name):  # it is run again, and keeps the name by which its job is found
+        return str(name)
     return str(flow_run.get_parameters().get("job_id") or deployment.get_name() or "job")
 
 
@@ -125,8 +132,8 @@ async def _run(
 def _begun_before(store: Store) -> str | None:
     """The job of this flow run, when it is run again: Prefect retries a run that failed or crashed, where it is asked to."""
     context = FlowRunContext.get()
-    name = context.flow_run.name if context and context.flow_run and context.flow_run.run_count > 1 else None
-    return name if name and store.exists(JobPaths(name).job) else None
+    name = context.flow_run.name if context and context.flow_run else ""
+    return name if _JOB_ID.fullmatch(name) and store.exists(JobPaths(name).job) else None
 
 
 async def _name_after(job_id: str) -> None:
