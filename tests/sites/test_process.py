@@ -151,7 +151,8 @@ def test_a_command_that_is_not_there_is_named(start: Callable[..., tuple[Process
 
 def test_torchrun_starts_one_script_for_each_process(start: Callable[..., tuple[ProcessLauncher, Script]]) -> None:
     _, script = start(
-        "import os, sys; print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], sys.argv[1:])",
+        # in one write each, because the two share a pipe
+        "import os, sys; os.write(1, f\"{os.environ['RANK']} of {os.environ['WORLD_SIZE']} {sys.argv[1:]}\\n\".encode())",
         command="torchrun --nproc-per-node 2",
     )
     output, code = finish(script, 120)
