@@ -151,7 +151,7 @@ def prune(store: Store, job_id: str, keep: KeepUpdates) -> int:
         raise ConfigError(f"job {job_id!r} has not ended: its updates may still be needed")
     paths = JobPaths(job_id)
     if not store.exists(paths.pruned):  # first: whoever looks meanwhile knows why updates are missing
-        store.write_json(paths.pruned, {"keep": keep})
+        store.write_json(paths.pruned, {"job_id": job_id})
     return sum(drop_updates(store, job_id, record) for record in outdated(records, keep))
 
 

@@ -12,6 +12,7 @@ from fedpool.errors import RecipeError, RoundError
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
+from fedpool.flows.staging import num_trained
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
@@ -69,7 +70,9 @@ def replay_round(
     if strategy is not None and strategy not in STRATEGIES:
         raise RecipeError(f"there is no strategy {strategy!r}: known are {', '.join(STRATEGIES)}")
     if round is None:
-        round = _last_training(store, paths)
+        round = num_trained(store, job_id) - 1
+    if round < 0:
+        raise RoundError(f"job {job_id} has committed no such round")
     if not store.exists(paths.record(round)):
         raise RoundError(f"round {round} of job {job_id} is not committed")
     record = store.read_json(paths.record(round))
@@ -111,15 +114,6 @@ def replay_round(
         moved=_distance(base, committed, store.block_elements),
         distance=_distance(committed, made, store.block_elements),
     )
-
-
-def _last_training(store: Store, paths: JobPaths) -> int:
-    number = -1
-    while store.exists(paths.record(number + 1)) and store.read_json(paths.record(number + 1))["task"] == "train":
-        number += 1
-    if number < 0:
-        raise RoundError(f"job {paths.job_id} has committed no round")
-    return number
 
 
 def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> float:

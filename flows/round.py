@@ -145,7 +145,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     retries = recipe.round_retries if task == "train" else 0
     while len(_accepted(outcomes)) < recipe.min_clients and retries and not job.sites.cancelled:
         retries -= 1
-        outcomes += await _ask_again(job, number, task, chosen, probes, wanted, outcomes)
+        outcomes += await _ask_again(job, number, task, set(chosen) - probes, wanted, outcomes)
     trained = time.monotonic()
     following = None
     while task == "train" and following is None and len(_accepted(outcomes)) >= recipe.min_clients:
@@ -256,16 +256,19 @@ async def _ask_again(
     job: Job,
     number: int,
     task: Task,
-    chosen: Collection[str],
-    probes: Collection[str],
+    counted: Collection[str],
     wanted: Expected,
     before: Collection[Outcome],
 ) -> list[Outcome]:
-    """Ask the sites once more whose updates the round still lacks; updates that were accepted stay."""
+    """Ask the sites once more whose updates the round still lacks; updates that were accepted stay.
+
+    Args:
+        counted: the round's sites, without those in quarantine.
+    """
     recipe = job.recipe
     there = {outcome.site for outcome in _accepted(before)}
     attempts = {outcome.site: outcome.attempt for outcome in before}  # the last of a site wins
-    missing = [site for site in chosen if site not in there and site not in probes]
+    missing = sorted(set(counted) - there)
     get_run_logger().warning("round %d is tried again with %s: too few updates", number, ", ".join(missing[:8]))
     asked = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
     round = Round(number, job.sites, job.store, retries=recipe.site_retries, asked=asked)

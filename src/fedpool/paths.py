@@ -63,7 +63,7 @@ class JobPaths:
 
     @property
     def pruned(self) -> str:
-        """Says that updates were removed later, and which."""
+        """Says that updates were removed after the job had ended; written once."""
         return f"{self.job_id}/pruned.json"
 
     @property
