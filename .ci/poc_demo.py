@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples/hello-pt")]
 
 from fedpool import PocEnv, SimEnv, Store  # noqa: E402
-from fedpool.store import JobPaths  # noqa: E402
+from fedpool.paths import JobPaths  # noqa: E402
 from tests.services import PostgresServer  # noqa: E402
 
 

@@ -183,7 +183,10 @@ class Session:
         if self._output.fd in ready:
             self._output.read()
         if self._link is None and self._listener in ready:
-            self._accept()
+            try:
+                self._accept()
+            except EOFError:  # killed in the midst of its handshake
+                raise _Ended(self._wait_for_end()) from None
             return None
         if self._link is not None and self._link.connection in ready:
             try:

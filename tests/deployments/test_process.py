@@ -54,11 +54,21 @@ def start(folder: Path, *, hang_at: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "job.py"],
         cwd=folder,
-        env=environment | {"PREFECT_HOME": str(folder / "prefect"), "TMPDIR": str(tmp(folder))},
+        env=environment
+        | {"PREFECT_HOME": str(folder / "prefect"), "TMPDIR": str(tmp(folder)), "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def output_of(process: subprocess.Popen[str], timeout_s: float = 120) -> str:
+    """All that a process prints until its end; one that does not end says where its threads are."""
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise AssertionError(f"it hangs:\n{process.communicate(timeout=10)[0]}") from None
 
 
 def tmp(folder: Path) -> Path:
@@ -104,7 +114,7 @@ def test_ctrl_c_ends_the_sessions_and_leaves_a_job_that_says_it_was_cancelled(
     started = family(job_process)
     assert len(started) >= 4  # a server, a zygote, two scripts
     job_process.send_signal(signal.SIGINT)
-    output, _ = job_process.communicate(timeout=120)
+    output = output_of(job_process)
     assert job_process.returncode != 0 and "cancelled after 1 rounds" in output
     result = json.loads(next(tmp_path.glob("fedpool-runs/*/result.json")).read_text())
     assert result["status"] == "CANCELLED" and result["final"]["round"] == 1
@@ -125,6 +135,6 @@ def test_a_killed_zygote_fails_the_round_and_its_scripts_are_gone(job_process: s
     )
     scripts = zygote.children()
     zygote.kill()
-    output, _ = job_process.communicate(timeout=120)
+    output = output_of(job_process)
     assert "status FAILED" in output and "killed by SIGKILL" in output
     assert psutil.wait_procs(scripts, timeout=60)[1] == []
