@@ -54,7 +54,7 @@ bench-poc: $(READY)  ## overhead of a round in a proof of concept, with look-ahe
 bench-peers: .venvs/nvflare/.ready .venvs/flower/.ready  ## NVFlare and Flower, for benchmarks/simulation.py --peers
 
 oracle: $(READY)  ## the FedAvg rows of the oracle, through SimEnv (some 15 minutes)
-	$(RUN)/python benchmarks/oracle_job.py
+	$(RUN)/python benchmarks/oracle.py
 
 clean:  ## remove what the targets above have made
 	rm -rf $(VENV) .venvs build dist fedpool-runs .coverage* src/*.egg-info

@@ -125,7 +125,9 @@ def replay(
     job_id: str,
     *,
     at: Annotated[int | None, Parameter(name="--round", help="round; default: the last training round")] = None,
-    strategy: Annotated[str | None, Parameter(help="mean or median; default: the recipe's own")] = None,
+    strategy: Annotated[
+        str | None, Parameter(help="mean, median or geometric_median; default: the recipe's own")
+    ] = None,
     leave_out: Annotated[list[str] | None, Parameter(help="a site to do without; can be repeated")] = None,
     out: Annotated[Path | None, Parameter(help="safetensors file to write the model to")] = None,
     store: StoreUrl = None,

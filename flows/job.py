@@ -71,8 +71,8 @@ def take_up(
 ) -> Job:
     """A job that was staged, or begun and lost, as far as it has come: from its last commit on it is run like any other.
 
-    What is committed is checked against the records' chain of hashes. A global model that no record names yet is nobody's word,
-    and goes; so does the result of a job that has failed or was cancelled.
+    What is committed is checked against the records' chain of hashes. A global model or a state that no record names yet is
+    nobody's word, and goes; so does the result of a job that has failed or was cancelled.
 
     Args:
         fresh: this very process has just staged it.
@@ -94,13 +94,19 @@ def take_up(
             raise IntegrityError(f"{store.full(path)} does not follow from the round before it: verify the job")
         job.records.append(record)
         job.head_sha256 = hashlib.sha256(data).hexdigest()
-        job.head = Digest(**record["next_global"]) if record["next_global"] else job.head
+        if record["next_global"]:
+            job.head = Digest(**record["next_global"])
+            job.state = Digest(**record["state"]) if record["state"] else None
     job.resumed_at = len(job.records)
     trained = sum(record["task"] == "train" for record in job.records)
     if not fresh:
         with store.open(paths.global_model(trained)) as file:
             check_digest(file, job.head, where=store.full(paths.global_model(trained)))
+        if job.state is not None:
+            with store.open(paths.state(trained - 1)) as file:
+                check_digest(file, job.state, where=store.full(paths.state(trained - 1)))
     store.remove(paths.global_model(trained + 1))
+    store.remove(paths.state(trained))
     store.remove(paths.result)
     return job
 

@@ -3,13 +3,34 @@
 from collections.abc import Mapping
 
 from fedpool.errors import IntegrityError
+from fedpool.flows.cyclic import CyclicRecipe
+from fedpool.flows.diloco import DiLoCoRecipe
+from fedpool.flows.ditto import DittoRecipe
 from fedpool.flows.fedavg import FedAvgRecipe
+from fedpool.flows.fedbn import FedBNRecipe
+from fedpool.flows.fednova import FedNovaRecipe
+from fedpool.flows.fedopt import FedOptRecipe
+from fedpool.flows.fedprox import FedProxRecipe
+from fedpool.flows.scaffold import ScaffoldRecipe
 from fedpool.flows.staging import restore
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 
-RECIPES: Mapping[str, type[Recipe]] = {kind.__name__: kind for kind in (FedAvgRecipe,)}
+RECIPES: Mapping[str, type[Recipe]] = {
+    kind.__name__: kind
+    for kind in (
+        FedAvgRecipe,
+        FedProxRecipe,
+        FedOptRecipe,
+        ScaffoldRecipe,
+        FedNovaRecipe,
+        DiLoCoRecipe,
+        CyclicRecipe,
+        DittoRecipe,
+        FedBNRecipe,
+    )
+}
 
 
 def recipe_of(job_id: str, store: Store) -> Recipe:

@@ -1,7 +1,7 @@
 """Replay of a round: what its updates come to under another strategy, or without some of the sites. The job stays as it is."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,17 @@ from fedpool.flows.staging import num_trained
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
-from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.aggregate import Before, aggregate
+from fedpool.tasks.aggregators import GeometricMedian, Median
 from fedpool.tasks.gate import Accepted, judge
-from fedpool.tasks.robust import Median
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 
-STRATEGIES: Mapping[str, Callable[[], Strategy]] = {"mean": FedAvg, "median": Median}
+STRATEGIES: Mapping[str, Strategy] = {
+    "mean": FedAvg(),
+    "median": FedAvg(Median()),
+    "geometric_median": FedAvg(GeometricMedian()),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,8 @@ def replay_round(
     if unknown := sorted(set(leave_out) - set(there)):
         raise RecipeError(f"{', '.join(unknown)} sent nothing that round {round} used: these did: {', '.join(there)}")
     base = store.tensors(paths.global_model(round), record["global"]["size"])
-    wanted = expected(recipe, job_id, round, "train", Digest(**record["global"]), base)
+    own: Strategy = recipe.strategy(len(store.read_json(paths.job)["sites"]))
+    wanted = expected(recipe, own, job_id, round, "train", Digest(**record["global"]), base)
     updates = []
     for entry in record["accepted"]:
         if entry["site"] in leave_out:
@@ -97,14 +102,19 @@ def replay_round(
     if not updates:
         raise RecipeError("no update is left: leave out fewer sites")
     scratch = Store(target.absolute().parent)
-    digest = aggregate(
-        recipe.strategy() if strategy is None else STRATEGIES[strategy](),
-        store=scratch,
-        base=base,
-        updates=updates,
-        factors=recipe.aggregation_weights,
-        target=target.name,
-    )
+    state_target = f".{target.name}.state"
+    try:
+        digest = aggregate(
+            own if strategy is None else STRATEGIES[strategy],
+            store=scratch,
+            before=Before(base, _state(store, paths, round), round),
+            updates=updates,
+            factors=recipe.aggregation_weights,
+            target=target.name,
+            state_target=state_target,
+        ).model
+    finally:
+        scratch.remove(state_target)
     made = scratch.tensors(target.name, digest.size)
     committed = store.tensors(paths.global_model(round + 1), record["next_global"]["size"])
     return Replayed(
@@ -114,6 +124,12 @@ def replay_round(
         moved=_distance(base, committed, store.block_elements),
         distance=_distance(committed, made, store.block_elements),
     )
+
+
+def _state(store: Store, paths: JobPaths, round: int) -> TensorReader | None:
+    """What the strategy carried into a round."""
+    said = store.read_json(paths.record(round - 1))["state"] if round > 0 else None
+    return store.tensors(paths.state(round - 1), said["size"]) if said else None
 
 
 def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> float:

@@ -24,7 +24,7 @@ from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import Store
-from fedpool.tasks.aggregate import UpdateChanged, aggregate
+from fedpool.tasks.aggregate import Before, UpdateChanged, aggregate
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
 from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Rejected
 from fedpool.tasks.quarantine import quarantined
@@ -33,6 +33,8 @@ from fedpool.tasks.record import Record, causes, known_weights, round_record
 from fedpool.tasks.report import Reporter
 from fedpool.tasks.retention import drop_updates, outdated
 from fedpool.tasks.sampling import choose_sites
+from fedpool.tasks.slots import beside_spec
+from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 
 LOOK_AHEAD = 2
@@ -66,7 +68,9 @@ class Job:
         "resumed_at",
         "rounds",
         "sites",
+        "state",
         "store",
+        "strategy",
     )
 
     def __init__(
@@ -85,8 +89,11 @@ class Job:
         self.store = store
         self.sites = sites
         self.look_ahead = look_ahead
+        self.strategy: Strategy = recipe.strategy(len(sites.names))
         self.head = head
         """The newest global model."""
+        self.state: Digest | None = None
+        """What the strategy carries into the next round, if anything."""
         self.head_sha256 = described_sha256
         """Hash of the newest `round.json`; before the first, of `job.json`."""
         self.records: list[Record] = []
@@ -101,6 +108,11 @@ class Job:
     def name(self) -> str:
         """The recipe's name."""
         return self.recipe.name
+
+    def before(self, number: int, base: TensorReader) -> Before:
+        """What a training round starts from."""
+        state = self.store.tensors(self.paths.state(number - 1), self.state.size) if self.state else None
+        return Before(base, state, number)
 
 
 @flow(
@@ -130,9 +142,9 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         if task is not None:
             started = time.monotonic()
             base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
-            wanted = expected(recipe, job.job_id, number, task, job.head, base)
-            ahead, (chosen, probes) = chosen, _choose(job, number)
-            round.begin(_turn(recipe, task, job.head, wanted, chosen, probes))
+            wanted = expected(recipe, job.strategy, job.job_id, number, task, job.head, base)
+            ahead, (chosen, probes) = chosen, _choose(job, number, task)
+            round.begin(_turn(job, task, wanted, chosen, probes))
             await collect(round, sorted(set(chosen) - set(ahead)))
     finally:
         if not round.turn.done():
@@ -152,12 +164,13 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         try:
             following = await asyncio.to_thread(
                 aggregate,
-                recipe.strategy(),
+                job.strategy,
                 store=store,
-                base=base,
+                before=await asyncio.to_thread(job.before, number, base),
                 updates=_accepted(outcomes),
                 factors=recipe.aggregation_weights,
                 target=paths.global_model(number + 1),
+                state_target=paths.state(number),
             )
         except UpdateChanged as changed:
             outcomes = [_unless_changed(outcome, changed) for outcome in outcomes]
@@ -170,7 +183,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         outcomes=outcomes,
         known_weights=known_weights(job.records),
         base=job.head,
-        following=following,
+        following=following.model if following else None,
+        state=following.state if following else None,
         previous_sha256=job.head_sha256,
         timings={"train_s": trained - started, "aggregate_s": ended - trained, "round_s": ended - started},
     )
@@ -185,7 +199,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     digest = await asyncio.to_thread(store.write_json, paths.record(number), record)
     job.records.append(record)
     job.head_sha256 = digest.sha256
-    job.head = following or job.head
+    if following is not None:
+        job.head, job.state = following.model, following.state
     job.reporter.table(record)
     job.rounds[number].committed.set()
     # The next round is under way by now: this costs it nothing.
@@ -211,18 +226,19 @@ def _name_late(job: Job) -> None:
             )
 
 
-def _choose(job: Job, number: int) -> tuple[tuple[str, ...], frozenset[str]]:
+def _choose(job: Job, number: int, task: Task = "train") -> tuple[tuple[str, ...], frozenset[str]]:
     """The sites of a round, and those of them that are in quarantine, by the rounds that are committed."""
     recipe = job.recipe
     probes = quarantined(job.records, recipe.max_rejections)
-    chosen = choose_sites(recipe.seed, number, set(job.sites.names) - probes, recipe.sample_size)
+    there = set(job.sites.names) - probes
+    choose = choose_sites if task == "evaluate" else job.strategy.choose
+    chosen = choose(seed=recipe.seed, round=number, sites=there, count=recipe.sample_size)
     return tuple(sorted((*chosen, *probes))), probes
 
 
 def _turn(
-    recipe: Recipe,
+    job: Job,
     task: Task,
-    head: Digest,
     wanted: Expected,
     sites: Collection[str],
     probes: Collection[str],
@@ -234,10 +250,12 @@ def _turn(
         probes: those of the sites that are in quarantine.
         there: updates that the round has already.
     """
+    recipe = job.recipe
     deadline = time.monotonic() + recipe.round_timeout if recipe.round_timeout is not None else None
     take = recipe.clients_per_round - there if recipe.clients_per_round and recipe.over_sample else None
     quorum = Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take)
-    return Turn(task, head, wanted, deadline=deadline, quorum=quorum, sites=sites, probes=probes)
+    state = job.state if job.strategy.shared and task == "train" else None
+    return Turn(task, job.head, wanted, state=state, deadline=deadline, quorum=quorum, sites=sites, probes=probes)
 
 
 def _unless_changed(outcome: Outcome, changed: UpdateChanged) -> Outcome:
@@ -272,7 +290,7 @@ async def _ask_again(
     get_run_logger().warning("round %d is tried again with %s: too few updates", number, ", ".join(missing[:8]))
     asked = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
     round = Round(number, job.sites, job.store, retries=recipe.site_retries, asked=asked)
-    round.begin(_turn(recipe, task, job.head, wanted, missing, (), len(there)))
+    round.begin(_turn(job, task, wanted, missing, (), len(there)))
     try:
         return await collect(round, missing)
     finally:
@@ -280,7 +298,9 @@ async def _ask_again(
             round.answers.end()
 
 
-def expected(recipe: Recipe, job_id: str, number: int, task: Task, head: Digest, base: TensorReader) -> Expected:
+def expected(
+    recipe: Recipe, strategy: Strategy, job_id: str, number: int, task: Task, head: Digest, base: TensorReader
+) -> Expected:
     """What the updates of a round have to fit.
 
     Args:
@@ -288,14 +308,17 @@ def expected(recipe: Recipe, job_id: str, number: int, task: Task, head: Digest,
         base: that model.
     """
     excluded = {name for name in base.spec for pattern in recipe.exclude_vars if re.search(pattern, name)}
+    spec = {name: entry for name, entry in base.spec.items() if name not in excluded}
+    trains = task == "train"
     return Expected(
         job_id=job_id,
         round=number,
         task=task,
         base_sha256=head.sha256,
-        spec={name: entry for name, entry in base.spec.items() if name not in excluded},
+        spec=spec | beside_spec(strategy.extras, spec) if trains else spec,
         transfer=recipe.params_transfer_type,
         base=base,
         max_norm=recipe.max_update_norm,
         clip=recipe.clip_updates,
+        positive_meta=strategy.positive_meta if trains else (),
     )

@@ -20,9 +20,10 @@ from fedpool.flows.staging import sha256_without
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store, check_digest, to_json
-from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.record import Record, known_weights, round_record
+from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 
 
@@ -66,6 +67,9 @@ class _Audit:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
         except FileNotFoundError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
+        self._strategy: Strategy = self._recipe.strategy(len(job["sites"]))
+        self._state: Digest | None = None
+        """What the strategy carries into the next round, by the word of the newest record."""
         self._head: Digest = Digest(**job["model"])
         """The newest global model, by the word of what came before it."""
         self._previous = hashlib.sha256(store.read_bytes(self._paths.job)).hexdigest()
@@ -103,11 +107,12 @@ class _Audit:
         self._previous = hashlib.sha256(data).hexdigest()
         if record["next_global"]:
             self._head = Digest(**record["next_global"])
+            self._state = Digest(**record["state"]) if record["state"] else None
 
     def _rebuilt(self, number: int, record: Record, base: TensorReader, folder: Path) -> dict[str, Any]:
         """The record as it follows from what else is in the store."""
         recipe, job_id = self._recipe, self._paths.job_id
-        wanted = expected(recipe, job_id, number, record["task"], self._head, base)
+        wanted = expected(recipe, self._strategy, job_id, number, record["task"], self._head, base)
         outcomes: list[Outcome] = [Failed(**entry) for entry in record["failed"]]
         outcomes += [Late(**entry) for entry in record["late"]]
         for entry in record["rejected"]:
@@ -128,7 +133,8 @@ class _Audit:
             outcomes=outcomes,
             known_weights=known_weights(self._records),
             base=self._head,
-            following=following,
+            following=following.model if following else None,
+            state=following.state if following else None,
             previous_sha256=self._previous,
             timings=record["timings"],
         )
@@ -166,29 +172,37 @@ class _Audit:
 
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: Record, folder: Path
-    ) -> Digest:
-        """Digest of the next global model, recomputed; compared with the one that is stored, tensor by tensor."""
+    ) -> Aggregated:
+        """Digests of what the round came to, recomputed; compared with what is stored, tensor by tensor."""
+        said = Aggregated(Digest(**record["next_global"]), Digest(**record["state"]) if record["state"] else None)
+        if said.state and (self._num_pruned == 0 or self._store.exists(self._paths.state(number))):
+            self._reader(self._paths.state(number), said.state)
         if any(update.tensors is None for update in accepted):  # not all of them were kept
-            return Digest(**record["next_global"])
-        scratch, target = Store(folder), f"recomputed-{number}.safetensors"
+            return said
+        scratch, target, state_target = Store(folder), f"model-{number}.safetensors", f"state-{number}.safetensors"
+        state = self._reader(self._paths.state(number - 1), self._state) if self._state else None
         try:
-            digest = aggregate(
-                self._recipe.strategy(),
+            found = aggregate(
+                self._strategy,
                 store=scratch,
-                base=base,
+                before=Before(base, state, number),
                 updates=accepted,
                 factors=self._recipe.aggregation_weights,
                 target=target,
+                state_target=state_target,
             )
         except RoundError as error:
             raise self._differs(self._paths.record(number), f"cannot be: {error}") from None
-        if digest != Digest(**record["next_global"]):
-            path = self._paths.global_model(number + 1)
-            stored = self._reader(path, Digest(**record["next_global"]))
-            name = _first_difference(scratch.tensors(target, digest.size), stored)
-            raise self._differs(path, f"is not the aggregate of round {number}'s updates: {name} differs")
-        (folder / target).unlink()
-        return digest
+        for path, here, is_there, wanted in (
+            (self._paths.global_model(number + 1), target, found.model, said.model),
+            (self._paths.state(number), state_target, found.state, said.state),
+        ):
+            if is_there != wanted and is_there and wanted:
+                name = _first_difference(scratch.tensors(here, is_there.size), self._reader(path, wanted))
+                raise self._differs(path, f"is not what comes of round {number}'s updates: {name} differs")
+            if is_there:
+                (folder / here).unlink()
+        return found
 
     def _verify_model(self, number: int) -> TensorReader:
         return self._reader(self._paths.global_model(number), self._head)

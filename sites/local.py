@@ -209,6 +209,7 @@ class LocalSites:
             if deadline is not None and time.monotonic() >= deadline:
                 raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
             session = self._sessions.get(site) or self._new_session(site, slot)
+            paths = JobPaths(self._job.job_id)
             if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
                 raise SiteError(site, assignment.round, "the job was cancelled")
             delivery = run_site_round(
@@ -216,7 +217,7 @@ class LocalSites:
                 assignment,
                 session=session,
                 store=self._store,
-                folder=SiteFolder(self._folder / "sites" / site),
+                folder=SiteFolder(self._folder / "sites" / site, Path(self._store.full(paths.kept(site)))),
                 deadline=deadline,
                 log=log,
                 trusted=self._store.is_local,
@@ -244,7 +245,7 @@ class LocalSites:
             site=site,
             script=self._folder / "bundle" / self._job.entry,
             arguments=self._job.site_arguments.get(site, self._job.arguments),
-            config=self._job.site_config.get(site, {}),
+            config={**self._job.config, **self._job.site_config.get(site, {})},
             environment=environment,
         )
         session = Session(work, self._zygote, folder=sockets, workdir=self._workdir)

@@ -231,7 +231,7 @@ class _JobHere:
                     assignment,
                     session=session,
                     store=self._store,
-                    folder=SiteFolder(self._folder),
+                    folder=SiteFolder(self._folder, self._config.folder.absolute() / "kept" / self.job_id),
                     deadline=deadline,
                     log=log,
                 )
@@ -265,7 +265,7 @@ class _JobHere:
             site=config.name,
             script=self._folder / "bundle" / client.entry,
             arguments=client.site_arguments.get(config.name, client.arguments),
-            config={**client.site_config.get(config.name, {}), **config.config},
+            config={**client.config, **client.site_config.get(config.name, {}), **config.config},
             environment={"CUDA_VISIBLE_DEVICES": config.gpus} if config.gpus is not None else {},
         )
         launcher = ProcessLauncher(config.command, threads=client.threads, imports=client.imports)

@@ -25,19 +25,16 @@ MAX_MANIFEST_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class SiteFolder:
-    """A site's own folder: what it fetched, what its script writes, what stays with it between rounds."""
+    """A site's own folder: what it fetched and what its script writes."""
 
     path: Path
+    kept: Path
+    """What stays with the site over rounds, and after the job."""
 
     @property
     def update(self) -> Path:
         """Where the script writes its update."""
         return self.path / "update.safetensors"
-
-    @property
-    def kept(self) -> Path:
-        """The site's own values of the parameters that are not exchanged."""
-        return self.path / "kept.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +101,10 @@ def run_site_round(
     try:
         base = Digest(assignment.base_sha256, assignment.base_size)
         model = store.fetch(paths.global_model(round), folder.path, None if trusted else base)
+        state = None
+        if assignment.state_sha256 is not None:
+            digest = Digest(assignment.state_sha256, assignment.state_size)
+            state = store.fetch(paths.state(round - 1), folder.path, None if trusted else digest)
         work = Assignment(
             round=round,
             total_rounds=job.total_rounds,
@@ -111,6 +112,7 @@ def run_site_round(
             model=str(model),
             update=str(folder.update),
             kept=str(folder.kept),
+            extras=str(state) if state else None,
             transfer=job.transfer,
             exclude=job.exclude,
             seed=site_seed(job.seed, site, round),

@@ -1,11 +1,14 @@
 """Aggregation as a stream: block by block, the strategy turns the sites' updates into the next global model in the store.
 
-At no time is there more in memory than one block of the global model, of one update and of what the strategy computes.
+At no time is there more in memory than one block of the global model, of one update (of each, for a strategy that compares them)
+and of what the strategy computes.
 """
 
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, starmap
 
@@ -15,8 +18,10 @@ from fedpool.arrays import as_bytes, torch_block, torch_dtype
 from fedpool.errors import IntegrityError, RoundError
 from fedpool.store import Store
 from fedpool.tasks.gate import Accepted
-from fedpool.tasks.strategy import Strategy, Update
-from fedpool.tensors import Digest, TensorReader, block_ranges, file_order, write_and_hash
+from fedpool.tasks.geometry import Geometry, block_products
+from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
+from fedpool.tasks.strategy import Slice, State, Strategy, Update, relative
+from fedpool.tensors import Digest, TensorReader, beside, block_ranges, file_order, is_trained, write_and_hash
 
 
 class UpdateChanged(IntegrityError):
@@ -27,64 +32,128 @@ class UpdateChanged(IntegrityError):
         self.site = site
 
 
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """What a round came to: digests of the next global model, and of the strategy's slots where it has any."""
+
+    model: Digest
+    state: Digest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a round starts from.
+
+    Attributes:
+        model: the global model.
+        state: the strategy's slots; None in the first round, or when it has none.
+        round: training rounds that came before.
+    """
+
+    model: TensorReader
+    state: TensorReader | None = None
+    round: int = 0
+
+
 def aggregate(
     strategy: Strategy,
     *,
     store: Store,
-    base: TensorReader,
+    before: Before,
     updates: Sequence[Accepted],
     factors: Mapping[str, float],
     target: str,
-) -> Digest:
-    """Write the next global model.
+    state_target: str,
+) -> Aggregated:
+    """Write the next global model, and the strategy's slots.
 
     Args:
         strategy: how.
-        base: the round's global model.
+        before: what the round starts from.
         updates: accepted ones; read in sorted site order, whatever order they come in.
         factors: site -> factor on its weight; 1 for a site that is not named.
         target: path of the next global model in the store.
+        state_target: path of the slots, which are written when the strategy has any.
 
-    Returns: sha256 and size of what was written. When every weight is 0 the model stays as it is.
+    Returns: digests of what was written. When every weight is 0 model and slots stay as they are.
 
     Raises:
-        RoundError: the aggregate is not finite.
+        RoundError: the aggregate is not finite, or the updates are not what the strategy needs.
         UpdateChanged: an update is not what the gate has seen.
     """
     ordered = sorted(updates, key=lambda update: update.manifest.site)
-    # Weights are relative. Relative to the heaviest, neither their products nor their sum can overflow.
-    steps = _relative({update.manifest.site: update.weight for update in ordered})
-    shares = _relative({update.manifest.site: factors.get(update.manifest.site, 1.0) for update in ordered})
-    weights = {site: steps[site] * shares[site] for site in steps}
-    heaviest = max(weights.values(), default=0.0)
-    counted = [
-        (update, weights[update.manifest.site] / heaviest)
-        for update in ordered
-        if heaviest and weights[update.manifest.site]
-    ]
-    with store.staged(target) as file:
-        return write_and_hash(file, base.spec, _next_blocks(strategy, base, counted, store.block_elements))
+    steps = relative({update.manifest.site: update.weight for update in ordered})
+    shares = relative({update.manifest.site: factors.get(update.manifest.site, 1.0) for update in ordered})
+    weights = relative({site: steps[site] * shares[site] for site in steps})
+    counted = [(update, weight) for update in ordered if (weight := weights[update.manifest.site])]
+    base = before.model
+    if counted and strategy.surveys:
+        strategy = strategy.survey(_geometry(base, counted, store.block_elements))
+    with ExitStack() as stack:
+        slots = stack.enter_context(slot_file(beside_spec(strategy.slots, base.spec))) if strategy.slots else None
+        with store.staged(target) as file:
+            blocks = _next_blocks(strategy, before, counted, store.block_elements, slots)
+            model = write_and_hash(file, base.spec, blocks)
+        return Aggregated(model, None if slots is None else slots.save(store, state_target))
 
 
-def _relative(weights: Mapping[str, float]) -> dict[str, float]:
-    heaviest = max(weights.values(), default=0.0)
-    return {site: weight / heaviest if heaviest else 0.0 for site, weight in weights.items()}
+def _blocks(base: TensorReader, block_elements: int) -> Iterator["_Block"]:
+    """The blocks of the global model in file order."""
+    ranges = (block_ranges(name, base.spec[name].num_elements, block_elements) for name in file_order(base.spec))
+    return starmap(partial(_Block, base), chain.from_iterable(ranges))
+
+
+def _geometry(base: TensorReader, counted: Sequence[tuple[Accepted, float]], block_elements: int) -> Geometry:
+    """How the updates lie to each other: one pass over all of them."""
+    products = torch.zeros(len(counted), len(counted), dtype=torch.float64)
+    for block in _blocks(base, block_elements):
+        senders = [update for update, _ in counted if update.tensors and block.name in update.tensors.spec]
+        if block.spec.kind == "float" and senders:
+            products += block_products([_UpdateSlice(block, update)[block.name] - block.wide for update in senders])
+    return Geometry(tuple(update.site for update, _ in counted), tuple(weight for _, weight in counted), products)
 
 
 def _next_blocks(
-    strategy: Strategy, base: TensorReader, counted: Sequence[tuple[Accepted, float]], block_elements: int
+    strategy: Strategy,
+    before: Before,
+    counted: Sequence[tuple[Accepted, float]],
+    block_elements: int,
+    slots: SlotFile | None,
 ) -> Iterator[memoryview | bytearray]:
     """The next global model, block by block in file order. On one thread: several spent more on handing over than they saved."""
-    ranges = (block_ranges(name, base.spec[name].num_elements, block_elements) for name in file_order(base.spec))
-    for block in starmap(partial(_Block, base), chain.from_iterable(ranges)):
+    for block in _blocks(before.model, block_elements):
         name = block.name
         senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
+        state = _state(strategy, before, block)
         if not senders:  # nobody sent it: excluded from the exchange, or only empty sites took part
             yield block.data
-            continue
-        slices = [Update(update.manifest.site, weight, _UpdateSlice(block, update)) for update, weight in senders]
-        after, _ = strategy.apply(strategy.init(_GlobalSlice(block)), slices)
-        yield as_bytes(_narrow(after[name], block))
+        else:
+            updates = [_update(strategy, block, update, weight) for update, weight in senders]
+            after, state = strategy.apply(state, updates)
+            yield as_bytes(_narrow(after[name], block))
+        if slots is not None:
+            for slot, values in state.slots.items():
+                if name in values:
+                    slots.put(beside(slot, name), block.start, values[name])
+
+
+def _state(strategy: Strategy, before: Before, block: "_Block") -> State:
+    """A block of the state that a round starts from."""
+    params = _GlobalSlice(block)
+    averaged = frozenset() if is_trained(block.name, block.spec) else frozenset((block.name,))
+    if before.state is None:
+        return replace(strategy.init(params, averaged), round=before.round)
+    slots = {} if averaged else {slot: _BesideSlice(block, before.state, slot) for slot in strategy.slots}
+    return State(params, slots, before.round, averaged)
+
+
+def _update(strategy: Strategy, block: "_Block", update: Accepted, weight: float) -> Update:
+    """A block of an update."""
+    assert update.tensors is not None
+    extras: dict[str, Slice] = {}
+    if is_trained(block.name, block.spec):
+        extras = {group: _BesideSlice(block, update.tensors, group, update.site) for group in strategy.extras}
+    return Update(update.site, weight, _UpdateSlice(block, update), extras, update.manifest.meta)
 
 
 class _Block:
@@ -171,6 +240,25 @@ class _GlobalSlice(_LazySlice):
 
     def _read(self) -> torch.Tensor:
         return self._block.wide
+
+
+class _BesideSlice(_LazySlice):
+    """What lies beside a block: in the strategy's slots, or in the update of a site."""
+
+    def __init__(self, block: _Block, tensors: TensorReader, group: str, site: str | None = None) -> None:
+        super().__init__(block)
+        self._tensors = tensors
+        self._group = group
+        self._site = site
+
+    def _read(self) -> torch.Tensor:
+        block = self._block
+        try:
+            return read_wide(self._tensors, beside(self._group, block.name), block.start, block.stop)
+        except (IntegrityError, FileNotFoundError) as error:
+            if self._site is None:
+                raise
+            raise UpdateChanged(self._site, str(error)) from error
 
 
 class _UpdateSlice(_LazySlice):

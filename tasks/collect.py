@@ -40,7 +40,7 @@ T = TypeVar("T")
 class Turn:
     """What is known of a round once its turn has come: what to ask of the sites, and what to expect of their updates."""
 
-    __slots__ = ("base", "deadline", "expected", "probes", "quorum", "sites", "task")
+    __slots__ = ("base", "deadline", "expected", "probes", "quorum", "sites", "state", "task")
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Turn:
         base: Digest,
         expected: Expected,
         *,
+        state: Digest | None,
         deadline: float | None,
         quorum: Quorum,
         sites: Collection[str],
@@ -56,6 +57,8 @@ class Turn:
         self.task = task
         self.base = base
         self.expected = expected
+        self.state = state
+        """Of the strategy, for one that sites need to see."""
         self.deadline = deadline
         self.quorum = quorum
         self.sites = frozenset(sites)
@@ -286,6 +289,8 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
                 task=turn.task,
                 base_sha256=turn.base.sha256,
                 base_size=turn.base.size,
+                state_sha256=turn.state.sha256 if turn.state else None,
+                state_size=turn.state.size if turn.state else 0,
                 timeout_s=None if turn.deadline is None else max(0.0, turn.deadline - time.monotonic()),
             )
             delivery = await round.sites.perform(

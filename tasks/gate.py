@@ -9,7 +9,7 @@ from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
-from fedpool.tensors import ITEM_SIZES, Inspection, Spec, TensorReader
+from fedpool.tensors import ITEM_SIZES, Inspection, Spec, TensorReader, is_beside, split_beside
 
 _MAX_REASON = 1000
 
@@ -18,6 +18,7 @@ _MAX_REASON = 1000
 class Expected:
     """What an update has to fit.
 
+    `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must have.
     `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`.
     """
 
@@ -30,6 +31,7 @@ class Expected:
     base: TensorReader | None = None
     max_norm: float | None = None
     clip: bool = False
+    positive_meta: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
         weight = _check_weight(manifest.weight)
         if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
             return Accepted(manifest, delivery.manifest_sha256, weight, None)
+        _check_meta(manifest, expected)
         if manifest.params_type is None or manifest.sha256 is None:
             raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
         tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest, expected.spec)
@@ -172,10 +175,24 @@ def _check_weight(weight: float | str) -> float:
     return weight
 
 
+def _check_meta(manifest: UpdateManifest, expected: Expected) -> None:
+    for name in expected.positive_meta:
+        value = manifest.meta.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise _Refused("meta", f"its meta says {name} {value}: the recipe needs a finite number above 0")
+
+
 def _check_names(found: Spec, expected: Spec) -> None:
     if unknown := sorted(found.keys() - expected.keys()):
         raise _Refused("unknown_parameter", f"it has parameters that the model lacks: {_some(unknown)}")
-    if missing := sorted(expected.keys() - found.keys()):
+    missing = sorted(expected.keys() - found.keys())
+    if missing and all(is_beside(name) for name in missing):
+        raise _Refused(
+            "missing_extras",
+            f"it lacks FLModel.extras[{split_beside(missing[0])[0]!r}], which the recipe's algorithm exchanges beside the "
+            f"parameters: {_some([split_beside(name)[1] for name in missing])}",
+        )
+    if missing:
         raise _Refused("missing_parameter", f"it lacks parameters of the model: {_some(missing)}")
     for name in sorted(expected):
         if found[name].shape != expected[name].shape:

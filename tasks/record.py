@@ -21,6 +21,7 @@ def round_record(
     known_weights: Mapping[str, float],
     base: Digest,
     following: Digest | None,
+    state: Digest | None,
     previous_sha256: str,
     timings: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def round_record(
         known_weights: site -> weight of its last training update, for scores that come without one.
         base: the round's global model; the record's metrics are its score.
         following: the next global model; None after an evaluation.
+        state: what the strategy carries into the next round; None when it carries nothing, and after an evaluation.
         previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
         timings: name -> seconds.
     """
@@ -78,6 +80,7 @@ def round_record(
         "timings": {name: round_ms(value) for name, value in timings.items()},
         "global": {"sha256": base.sha256, "size": base.size},
         "next_global": {"sha256": following.sha256, "size": following.size} if following else None,
+        "state": {"sha256": state.sha256, "size": state.size} if state else None,
         "previous_sha256": previous_sha256,
     }
 

@@ -20,12 +20,15 @@ def outdated(records: Sequence[Record], keep: KeepUpdates) -> Sequence[Record]:
 
 
 def drop_updates(store: Store, job_id: str, record: Record) -> int:
-    """Remove the accepted updates of a round that is committed; returns how many bytes that freed."""
-    paths = JobPaths(job_id)
+    """Remove the accepted updates of a round that is committed, and the state that it started from; returns the bytes freed."""
+    paths, number = JobPaths(job_id), record["round"]
+    sent = [entry for entry in (*record["accepted"], *record["probed"]) if entry["sha256"] is not None]
+    gone = [paths.update(number, entry["site"], entry["attempt"]) for entry in sent]
     freed = 0
-    for entry in (*record["accepted"], *record["probed"]):
-        path = paths.update(record["round"], entry["site"], entry["attempt"])
-        if entry["sha256"] is not None and store.exists(path):
+    if number > 0:
+        gone.append(paths.state(number - 1))
+    for path in gone:
+        if store.exists(path):
             freed += store.size(path)
             store.remove(path)
     return freed

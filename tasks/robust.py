@@ -1,33 +1,113 @@
-"""Strategies that a few wrong updates cannot pull far: the coordinate-wise median.
+"""The mathematics of robust aggregation: pure functions on tensors, each after its paper. Weights do not count.
 
-Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option I
-(https://arxiv.org/abs/1803.01498).
+Legend: n updates, f of which may be arbitrary ("Byzantine"); `values` is (n, elements), `squared_distances` is (n, n).
 """
 
-from collections.abc import Sequence
+import math
 
 import torch
 
-from fedpool.tasks.strategy import Slice, State, Update
+_WEISZFELD_STEPS = 500
+_WEISZFELD_TOLERANCE = 1e-11
+_SMOOTHING = 1e-9
+_SMALLEST = 1e-300
 
 
-class Median:
-    """Each element is the median of the sites' elements, whatever their weights; of an even number, the mean of the middle two.
+def median(values: torch.Tensor) -> torch.Tensor:
+    """Coordinate-wise median; of an even number, the mean of the middle two.
 
-    Holds a block of every site at a time.
+    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option I
+    (https://arxiv.org/abs/1803.01498).
     """
-
-    def init(self, params: Slice) -> State:
-        """See `Strategy.init`."""
-        return State(params)
-
-    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
-        """See `Strategy.apply`."""
-        params = {name: _median(torch.stack([update.params[name] for update in updates])) for name in state.params}
-        return params, State(params)
-
-
-def _median(values: torch.Tensor) -> torch.Tensor:
     ordered = values.sort(dim=0).values
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return low + (high - low) / 2  # their sum could overflow
+
+
+def num_trimmed(n: int, ratio: float) -> int:
+    """How many of n values a trimmed mean drops at each end: floor(ratio * n)."""
+    return math.floor(ratio * n + 1e-9)  # .29 * 100 is 28.999999999999996
+
+
+def trimmed_mean(values: torch.Tensor, num_dropped: int) -> torch.Tensor:
+    """Coordinate-wise mean without the `num_dropped` lowest and the `num_dropped` highest values.
+
+    Yin et al. 2018, algorithm 1, option II (https://arxiv.org/abs/1803.01498).
+    """
+    ordered = values.sort(dim=0).values
+    return _mean(ordered[num_dropped : len(ordered) - num_dropped])
+
+
+def krum_scores(squared_distances: torch.Tensor, num_byzantine: int) -> torch.Tensor:
+    """(n,) sum of each update's squared distances to its n - f - 2 nearest others, to one at least.
+
+    Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", section 4
+    (https://arxiv.org/abs/1703.02757).
+    """
+    n = len(squared_distances)
+    num_near = max(1, n - num_byzantine - 2)
+    return squared_distances.sort(dim=1).values[:, 1 : 1 + num_near].sum(dim=1)  # the nearest of all is itself
+
+
+def multi_krum(squared_distances: torch.Tensor, num_byzantine: int, num_selected: int) -> list[int]:
+    """Indices of the `num_selected` updates with the lowest scores, ascending; the first wins a tie. One is Krum itself."""
+    order = krum_scores(squared_distances, num_byzantine).argsort(stable=True)
+    return sorted(order[:num_selected].tolist())
+
+
+def bulyan_selection(squared_distances: torch.Tensor, num_byzantine: int) -> list[int]:
+    """Indices of the n - 2f updates that Krum picks one after the other, ascending.
+
+    El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section 4
+    (https://arxiv.org/abs/1802.07927).
+    """
+    left = list(range(len(squared_distances)))
+    selected = []
+    for _ in range(len(squared_distances) - 2 * num_byzantine):
+        (best,) = multi_krum(squared_distances[left][:, left], num_byzantine, 1)
+        selected.append(left.pop(best))
+    return sorted(selected)
+
+
+def mean_around_median(values: torch.Tensor, num_near: int) -> torch.Tensor:
+    """Coordinate-wise mean of the `num_near` values nearest to the median: Bulyan's second step."""
+    near = (values - median(values)).abs().argsort(dim=0, stable=True)[:num_near]
+    return _mean(values.gather(0, near.sort(dim=0).values))
+
+
+def geometric_median_weights(products: torch.Tensor) -> list[float]:
+    """(n,) weights, summing to 1, of the mean of the updates that is their geometric median.
+
+    The smoothed Weiszfeld algorithm of Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2
+    (https://arxiv.org/abs/1912.13445), on the inner products of the updates alone. Rounded to ten digits, because the last bits
+    of the products depend on the processor.
+
+    Args:
+        products: (n, n) inner products of the updates' differences to any one point.
+    """
+    squares = products.diagonal()
+    finite = squares.isfinite()
+    products = torch.where(finite[:, None] & finite[None, :], products, 0.0)
+    squares = products.diagonal()
+    weights = finite.to(torch.float64) / max(1, int(finite.sum()))
+    for _ in range(_WEISZFELD_STEPS):
+        shared = products @ weights
+        distances = (squares - 2 * shared + weights @ shared).clamp(min=0).sqrt()
+        # Against the middle one: the farthest may be an attacker's, and as far away as it likes.
+        smallest = max(_SMOOTHING * float(distances[finite].median()), _SMALLEST) if finite.any() else 1.0
+        nearness = torch.where(finite, 1 / distances.clamp(min=smallest), 0.0)
+        following = nearness / nearness.sum()
+        # Relatively, because the smallest weight may be that of the farthest update.
+        moved = float(((following - weights).abs() / following.clamp(min=_SMALLEST)).max())
+        weights = following
+        if moved < _WEISZFELD_TOLERANCE:
+            break
+    return [float(f"{weight:.9e}") for weight in weights.tolist()]
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean over the first dimension, as a running one: equal values give that value, and no sum can overflow."""
+    mean = values[0].clone()
+    for count, value in enumerate(values[1:], start=2):
+        mean.lerp_(value, 1 / count)
+    return mean

@@ -1,24 +1,41 @@
 """What a strategy is: two pure functions on frozen state, after fedjax's `FederatedAlgorithm`.
 
 Legend: a *slice* is part of a model, a mapping of parameter names to flat float64 tensors (one block of a parameter each;
-integers as differences to a common origin, booleans as 0 and 1).
+integers as differences to a common origin, booleans as 0 and 1). A *slot* is what a strategy carries from round to round beside
+each trained parameter, element for element: a momentum, a control variate. A *group of extras* is what sites send beside
+each of them.
 A strategy is given slice after slice of the model, never the whole, so memory does not grow with model or number of sites.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
+
+from fedpool.tasks.geometry import Geometry
+from fedpool.tasks.sampling import choose_sites
 
 Slice = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a strategy carries from round to round: the global model, as a slice."""
+    """What a strategy carries from round to round.
+
+    Attributes:
+        params: the global model, as a slice.
+        slots: slot -> its values, as a slice that lacks what is in `averaged`.
+        round: training rounds that came before.
+        averaged: parameters that are averaged and nothing else, because nobody trains them: counters, masks, and the running
+            statistics of a normalisation.
+    """
 
     params: Slice
+    slots: Mapping[str, Slice] = field(default_factory=dict)
+    round: int = 0
+    averaged: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +46,82 @@ class Update:
         site: who sent it.
         weight: from 0, finite, relative to the other updates'.
         params: the site's parameters (a DIFF has been added to the global model); read when asked for.
+        extras: group -> what the site sent beside its parameters, as a slice like those of the state's slots.
+        meta: what the script said of the update.
     """
 
     site: str
     weight: float
     params: Slice
+    extras: Mapping[str, Slice] = field(default_factory=dict)
+    meta: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
 
 
-class Strategy(Protocol):
-    """How updates become the next global model.
+class Strategy(ABC):
+    """How updates become the next global model. Frozen.
 
     Laws, which the tests hold every strategy to that averages: weights are relative; one site with any weight gives that
     site's model; splitting a site in two changes nothing; same inputs, same bits.
     """
 
-    def init(self, params: Slice) -> State:
-        """The state that the first round starts from."""
-        ...
+    extras: ClassVar[tuple[str, ...]] = ()
+    """Groups of tensors that every update brings beside its parameters."""
 
+    positive_meta: ClassVar[tuple[str, ...]] = ()
+    """What every update's `meta` has to have: finite numbers above 0."""
+
+    shared: ClassVar[bool] = False
+    """Whether the sites receive the slots with the global model."""
+
+    @property
+    def slots(self) -> Mapping[str, float]:
+        """Names of the slots, each with the value that all its elements have before the first round."""
+        return {}
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it wants to see how all updates lie to each other before it is given the first slice."""
+        return False
+
+    def init(self, params: Slice, averaged: frozenset[str] = frozenset()) -> State:
+        """The state that the first round starts from.
+
+        Args:
+            params: the initial model.
+            averaged: see `State`.
+        """
+        slots = {
+            slot: {name: torch.full_like(params[name], initial) for name in params if name not in averaged}
+            for slot, initial in self.slots.items()
+        }
+        return State(params, slots, averaged=averaged)
+
+    def choose(self, *, seed: int, round: int, sites: Collection[str], count: int | None) -> tuple[str, ...]:
+        """The sites that train in a round, sorted; see `choose_sites`."""
+        return choose_sites(seed, round, sites, count)
+
+    def survey(self, geometry: Geometry) -> "Strategy":
+        """The strategy for one round, by how its updates lie to each other; asked where `surveys` says so.
+
+        Raises:
+            RoundError: the round has too few updates.
+        """
+        return self
+
+    @abstractmethod
     def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
         """The next global model and state.
 
         Args:
             state: of the round before.
             updates: in sorted site order, at least one with a weight above 0.
+
+        Raises:
+            RoundError: the updates are not what it needs.
         """
-        ...
+
+
+def relative(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights relative to the heaviest, so that neither their products nor their sum can overflow."""
+    heaviest = max(weights.values(), default=0.0)
+    return {site: weight / heaviest if heaviest else 0.0 for site, weight in weights.items()}

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from fedpool import FedAvgRecipe, Run, SimEnv
+from fedpool import FedAvgRecipe, Recipe, Run, SimEnv
 from fedpool.deployments.server import private_server
 from tests import services
 
@@ -52,12 +52,19 @@ def write_script(tmp_path: Path) -> Callable[..., Path]:
 def run_job(prefect_api: str, tmp_path: Path, write_script: Callable[..., Path]) -> Callable[..., Run]:
     """Runs a job to its end: `run_job(script text, env={...}, **recipe fields)`; two sites and two rounds unless told."""
 
-    def run(script: str = ADD_ONE, *, env: dict[str, Any] | None = None, wait: bool = True, **fields: Any) -> Run:
+    def run(
+        script: str = ADD_ONE,
+        *,
+        env: dict[str, Any] | None = None,
+        wait: bool = True,
+        kind: type[Recipe] = FedAvgRecipe,
+        **fields: Any,
+    ) -> Run:
         settings = {"num_clients": 2, "workspace": tmp_path / "runs", "progress": False} | (env or {})
         if "clients" in settings:
             del settings["num_clients"]
         defaults = {"name": "test", "min_clients": 2, "num_rounds": 2, "model": {"w": np.zeros(3, np.float32)}}
-        recipe = FedAvgRecipe(**defaults | {"train_script": write_script(script)} | fields)
+        recipe = kind(**defaults | {"train_script": write_script(script)} | fields)
         result: Run = recipe.execute(env=SimEnv(**settings), wait=wait)
         return result
 

@@ -63,7 +63,7 @@ def test_the_least_recipe_has_the_documented_defaults(fields: dict[str, Any]) ->
 def test_its_strategy_is_federated_averaging(fields: dict[str, Any]) -> None:
     recipe = FedAvgRecipe(**fields)
     assert isinstance(recipe, Recipe)
-    assert isinstance(recipe.strategy(), FedAvg)
+    assert isinstance(recipe.strategy(2), FedAvg)
 
 
 def test_a_recipe_is_frozen(fields: dict[str, Any]) -> None:

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
         SiteError,
         StoreError,
     )
+    from fedpool.flows.cyclic import CyclicRecipe
+    from fedpool.flows.diloco import DiLoCoRecipe
+    from fedpool.flows.ditto import DittoRecipe
     from fedpool.flows.fedavg import FedAvgRecipe
+    from fedpool.flows.fedbn import FedBNRecipe
+    from fedpool.flows.fednova import FedNovaRecipe
+    from fedpool.flows.fedopt import FedOptRecipe
+    from fedpool.flows.fedprox import FedProxRecipe
+    from fedpool.flows.scaffold import ScaffoldRecipe
     from fedpool.model import FLModel, ParamsType
     from fedpool.recipe import Recipe
     from fedpool.store import Store
@@ -51,7 +59,15 @@ _HOMES = {
         "SiteError",
         "StoreError",
     ),
+    "fedpool.flows.cyclic": ("CyclicRecipe",),
+    "fedpool.flows.diloco": ("DiLoCoRecipe",),
+    "fedpool.flows.ditto": ("DittoRecipe",),
     "fedpool.flows.fedavg": ("FedAvgRecipe",),
+    "fedpool.flows.fedbn": ("FedBNRecipe",),
+    "fedpool.flows.fednova": ("FedNovaRecipe",),
+    "fedpool.flows.fedopt": ("FedOptRecipe",),
+    "fedpool.flows.fedprox": ("FedProxRecipe",),
+    "fedpool.flows.scaffold": ("ScaffoldRecipe",),
     "fedpool.model": ("FLModel", "ParamsType"),
     "fedpool.recipe": ("Recipe",),
     "fedpool.store": ("Store",),
@@ -61,8 +77,15 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ClientError",
     "ConfigError",
+    "CyclicRecipe",
+    "DiLoCoRecipe",
+    "DittoRecipe",
     "FLModel",
     "FedAvgRecipe",
+    "FedBNRecipe",
+    "FedNovaRecipe",
+    "FedOptRecipe",
+    "FedProxRecipe",
     "FedpoolError",
     "IntegrityError",
     "JobCancelled",
@@ -77,6 +100,7 @@ __all__ = [
     "Result",
     "RoundError",
     "Run",
+    "ScaffoldRecipe",
     "ServerError",
     "SimEnv",
     "SiteError",

@@ -20,6 +20,7 @@ from fedpool.tensors import (
     TensorSpec,
     Writable,
     file_order,
+    is_beside,
     write_and_hash,
     write_tensors,
 )
@@ -219,7 +220,7 @@ def dtype_limits(code: str) -> tuple[float, float]:
 
 
 def difference_norm(update: TensorReader, base: TensorReader | None, block_elements: int) -> float:
-    """L2 norm of an update's difference to a model over all floating point tensors, in float64.
+    """L2 norm of an update's difference to a model over all floating point parameters, in float64.
 
     Args:
         base: the model; None when the update is the difference.
@@ -228,7 +229,7 @@ def difference_norm(update: TensorReader, base: TensorReader | None, block_eleme
 
     total = 0.0
     for name, start, stop in update.blocks(block_elements):
-        if update.spec[name].kind != "float":
+        if update.spec[name].kind != "float" or is_beside(name):
             continue
         value = torch_block(update.read_block(name, start, stop), update.spec[name].dtype).to(torch.float64)
         if base is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Task = Literal["train", "evaluate", "submit_model"]
 
@@ -28,7 +28,10 @@ class ClientJob(Value):
     imports: tuple[str, ...] = Field(description="dotted names that the script imports, for preloading")
     arguments: tuple[str, ...] = Field(description="command line of the script")
     site_arguments: dict[str, tuple[str, ...]] = Field(description="command lines of the sites that have their own")
-    site_config: dict[str, dict[str, Any]] = Field(description="what get_config() returns at each site")
+    config: dict[str, Any] = Field(description="what get_config() returns everywhere")
+    site_config: dict[str, dict[str, Any]] = Field(
+        description="what it returns besides at the sites that have their own"
+    )
     transfer: Literal["FULL", "DIFF"]
     exclude: tuple[str, ...] = Field(description="patterns of the parameters that stay at the site")
     restarts: int = Field(description="how often a script that fails is started again with the same assignment", ge=0)
@@ -45,6 +48,8 @@ class SiteAssignment(Value):
     task: Task
     base_sha256: str = Field(description="sha256 of the round's global model")
     base_size: int
+    state_sha256: str | None = Field(None, description="sha256 of the strategy's state, for one that sites need to see")
+    state_size: int = 0
     timeout_s: float | None = Field(description="seconds until the coordinator waits no longer; None: for ever")
 
 
@@ -57,7 +62,7 @@ class UpdateManifest(Value):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    protocol: Literal[2] = 2
+    protocol: Literal[3] = 3
     job_id: str
     site: str
     round: int

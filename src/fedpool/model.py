@@ -12,6 +12,12 @@ from typing import Any
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 """The key of `FLModel.meta` under which a script reports its local steps: the weight of its update."""
 
+LOCAL_STEPS = "LOCAL_STEPS"
+"""The key of `FLModel.meta` under which a script reports how far its local steps went, for FedNova; see `LocalSteps`."""
+
+CONTROL = "control"
+"""The group of `FLModel.extras` that holds SCAFFOLD's control variates."""
+
 
 class ParamsType(StrEnum):
     """What `FLModel.params` holds: the parameters themselves, or their difference to the received global model."""
@@ -31,6 +37,7 @@ class FLModel:
         metrics: metric name -> number. Sent with params, they are the score of the *received* global model.
         start_round, current_round, total_rounds: rounds are numbered from 0.
         meta: free values; `meta["NUM_STEPS_CURRENT_ROUND"]` is the weight of the update.
+        extras: group -> parameter name -> tensor or array: what an algorithm exchanges beside the parameters.
 
     Raises:
         ValueError: `params_type` without `params`, an unknown `params_type`, or a negative round.
@@ -45,6 +52,7 @@ class FLModel:
     current_round: int | None = None
     total_rounds: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.params_type is not None:
@@ -74,6 +82,7 @@ class FLModel:
             "current_round": self.current_round,
             "total_rounds": self.total_rounds,
             "meta": self.meta,
+            "extras": {group: len(values) for group, values in self.extras.items()},
         }
         return {name: value for name, value in shown.items() if value not in (None, {})}
 

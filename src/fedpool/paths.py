@@ -8,6 +8,7 @@ Layout (all safetensors and JSON, nothing pickled)::
     {root}/{job_id}/rounds/00000/assignments/{site}.json           (none in simulation)
     {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors + update.json
     {root}/{job_id}/rounds/00000/attempts/1/...                    (the same, of sites that were asked again)
+    {root}/{job_id}/rounds/00000/state.safetensors                 (what the strategy carries into the next round)
     {root}/{job_id}/rounds/00000/round.json
     {root}/{job_id}/result.json
 """
@@ -80,6 +81,14 @@ class JobPaths:
     def global_model(self, round: int) -> str:
         """The model that the round starts from."""
         return f"{self.round(round)}/global.safetensors"
+
+    def state(self, round: int) -> str:
+        """What the strategy carries from the round into the next one, beside the global model."""
+        return f"{self.round(round)}/state.safetensors"
+
+    def kept(self, site: str) -> str:
+        """Folder of what a simulated site keeps for itself; a real one keeps it in a folder of its own."""
+        return f"{self.job_id}/kept/{check_name('site', site)}"
 
     def record(self, round: int) -> str:
         """The commit of the round."""

@@ -319,6 +319,7 @@ class Recipe(BaseModel):
             imports=self.bundle.imports,
             arguments=self._arguments,
             site_arguments=self._site_arguments,
+            config=dict(self.client_config),
             site_config={
                 site: {key: value for key, value in config.items() if key != "train_args"}
                 for site, config in self.per_site_config.items()
@@ -396,6 +397,15 @@ class Recipe(BaseModel):
         """
         return env.deploy(self, schedule=schedule, **options)
 
+    @property
+    def client_config(self) -> Mapping[str, Any]:
+        """What `flare.get_config()` returns at every site, unless `per_site_config` or the site itself says otherwise."""
+        return {}
+
     @abstractmethod
-    def strategy(self) -> Any:
-        """The recipe's algorithm: a `fedpool.tasks.strategy.Strategy`."""
+    def strategy(self, num_sites: int) -> Any:
+        """The recipe's algorithm: a `fedpool.tasks.strategy.Strategy`.
+
+        Args:
+            num_sites: of the job, whether they take part in a round or not.
+        """

@@ -30,6 +30,24 @@ ITEM_SIZES: Mapping[str, int] = {
 
 MAX_HEADER_BYTES = 64 << 20
 
+_SEPARATOR = "::"
+
+
+def beside(group: str, name: str) -> str:
+    """Name of the tensor that lies beside a parameter, in a group: a control variate, a server's momentum."""
+    return f"{group}{_SEPARATOR}{name}"
+
+
+def is_beside(name: str) -> bool:
+    """Whether a tensor lies beside a parameter."""
+    return _SEPARATOR in name
+
+
+def split_beside(name: str) -> tuple[str, str]:
+    """(group, parameter) of a tensor that lies beside a parameter."""
+    group, _, parameter = name.partition(_SEPARATOR)
+    return group, parameter
+
 
 class Writable(Protocol):
     """The one method of a file that a stream of tensors needs."""
@@ -63,6 +81,17 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def is_trained(name: str, spec: TensorSpec) -> bool:
+    """Whether gradients move a parameter: not integers and booleans, and not the running statistics of torch's normalisations.
+
+    A step beyond the mean, as momentum takes it, would make a variance negative.
+    """
+    return spec.kind == "float" and name.rpartition(".")[2] not in _STATISTICS
 
 
 Spec = Mapping[str, TensorSpec]

@@ -489,12 +489,14 @@ from fedpool.client.hosts import Assignment, Welcome
 from fedpool.model import FLModel
 folder = Path({str(tmp_path)!r})
 for name, head in (("global", 0.0), ("kept", 7.0)):
-    with (folder / name).open("wb") as file:
+    path = folder / ("global" if name == "global" else "kept/00000/excluded.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
         params = {{"body": torch.zeros(100_000), "head": torch.full((100_000,), head)}}
         save_and_hash(file, params if name == "global" else {{"head": params["head"]}})
 class Host:
     welcome = Welcome("job", "site-1")
-    rounds = iter(range(3))
+    rounds = iter(range(1, 4))
     def next(self, timeout):
         round = next(self.rounds, None)
         paths = {{name: str(folder / name) for name in ("update", "kept")}}
@@ -712,9 +714,11 @@ def before_init() -> dict[str, str]:
     code = """
 import json
 import fedpool.client as flare
-calls = {name: getattr(flare, name) for name in flare.__all__ if name not in ("init", "FLModel", "ParamsType")}
+calls = {name: getattr(flare, name) for name in flare.__all__ if name[0].islower() and name not in ("init", "prox_loss")}
 calls["send"] = lambda: flare.send(flare.FLModel(metrics={"a": 1}))
 calls["log"] = lambda: flare.log("a", 1)
+calls["keep"] = lambda: flare.keep("a", {})
+calls["kept"] = lambda: flare.kept("a")
 errors = {}
 for name, call in calls.items():
     try:
@@ -731,7 +735,7 @@ print(json.dumps(errors))
 @pytest.mark.parametrize(
     "name",
     ["get_config", "get_job_id", "get_site_name", "get_task_name", "is_evaluate", "is_running", "is_submit_model", "is_train",
-     "log", "receive", "send", "shutdown", "system_info"],
+     "keep", "kept", "log", "receive", "send", "shutdown", "system_info"],
 )  # fmt: skip
 def test_every_function_before_init_says_to_call_it_first(name: str, before_init: dict[str, str]) -> None:
     assert before_init[name] == "ClientError: the client API is not initialised: call flare.init() first"

@@ -27,6 +27,8 @@ from fedpool.deployments.jobs import find_run, list_jobs
 from fedpool.errors import ServerError
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
+from fedpool.store import Store
+from tests import algorithms
 from tests.poc import GatedJob, prefect, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import PostgresServer, S3Server
 
@@ -121,6 +123,16 @@ def test_hello_pt_gives_the_same_bytes_as_in_simulation(
     local = hello_pt.execute(env=SimEnv(num_clients=3, workspace=tmp_path, progress=False))
     assert len(models_of(local)) == 3
     assert models_of(remote) == models_of(local)
+
+
+def test_every_algorithm_gives_the_same_bytes_as_in_simulation(env: PocEnv, prefect_api: str, tmp_path: Path) -> None:
+    simulation = SimEnv(num_clients=3, workspace=tmp_path, progress=False)
+    for name in algorithms.ALGORITHMS:
+        recipe = algorithms.recipe_of(name)
+        here, there = recipe.execute(simulation), recipe.execute(env)
+        there.get_result(timeout=300)
+        bytes_here = algorithms.models_of(Store(tmp_path), here.job_id)
+        assert algorithms.models_of(env.open_store(), there.job_id) == bytes_here, name
 
 
 def test_up_again_changes_nothing(env: PocEnv) -> None:

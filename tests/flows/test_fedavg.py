@@ -16,7 +16,7 @@ from fedpool.flows.fedavg import FedAvg
 from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.strategy import Update
 
@@ -73,10 +73,11 @@ def aggregated(
         aggregate(
             FedAvg(),
             store=store,
-            base=store.tensors(paths.global_model(0), size),
+            before=Before(store.tensors(paths.global_model(0), size)),
             updates=accepted,
             factors={},
             target=target,
+            state_target=paths.state(0),
         )
         data = Path(store.full(target)).read_bytes()
         return load_arrays(store.full(target), "numpy"), data

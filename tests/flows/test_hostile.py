@@ -12,6 +12,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from safetensors.numpy import save
 
 from fedpool import FedAvgRecipe
+from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.job import federated_job
 from fedpool.flows.verify import verify_job
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
@@ -280,16 +282,25 @@ def test_it_is_rejected_with_its_own_reason_and_changes_nothing(case: str, attac
     assert store.read_bytes(paths.global_model(number + 1)) == save_as_written(HONEST)
 
 
-class SwappingRecipe(FedAvgRecipe):
-    """Swaps site-2's update in the instant between the gate and the aggregation: each asks for the strategy first."""
+@dataclass(frozen=True)
+class Swapping(FedAvg):
+    """Swaps site-2's update in the instant between the gate and the aggregation: that asks first whether to survey."""
 
-    def strategy(self) -> Any:
-        path = Path(self.train_script).parent / "runs/hostile-0/rounds/00000/sites/site-2/update.safetensors"
-        data = bytearray(path.read_bytes())
+    path: Path = Path()
+
+    @property
+    def surveys(self) -> bool:
+        data = bytearray(self.path.read_bytes())
         if data[-1] != 0xFF:
             data[-1] = 0xFF
-            path.write_bytes(data)
-        return super().strategy()
+            self.path.write_bytes(data)
+        return False
+
+
+class SwappingRecipe(FedAvgRecipe):
+    def strategy(self, num_sites: int) -> Any:
+        folder = Path(self.train_script).parent / "runs/hostile-0/rounds/00000"
+        return Swapping(path=folder / "sites/site-2/update.safetensors")
 
 
 def test_an_update_that_is_swapped_after_the_gate_is_left_out(prefect_api: str, tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
-from fedpool.tasks.aggregate import aggregate
+from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.gate import Accepted, Expected, judge
-from fedpool.tasks.strategy import Slice, State, Update
+from fedpool.tasks.strategy import Slice, State, Strategy, Update
 from fedpool.tensors import ITEM_SIZES, Digest, TensorReader
 
 PATHS = JobPaths("job-1")
@@ -68,11 +68,12 @@ class Round:
         return aggregate(
             FedAvg(),
             store=self.store,
-            base=self.base,
+            before=Before(self.base),
             updates=self.updates,
             factors=factors or {},
             target=PATHS.global_model(number),
-        )
+            state_target=PATHS.state(number - 1),
+        ).model
 
     def path(self, number: int = 1) -> Path:
         return Path(self.store.full(PATHS.global_model(number)))
@@ -287,11 +288,8 @@ def test_an_aggregate_that_is_not_finite_is_an_error_and_leaves_nothing(tmp_path
 def test_a_strategy_reads_one_parameter_of_one_block_from_sites_in_sorted_order(tmp_path: Path) -> None:
     seen: list[tuple[list[str], list[str], int]] = []
 
-    class Last:
+    class Last(Strategy):
         """Takes the last site's model."""
-
-        def init(self, params: Slice) -> State:
-            return State(params)
 
         def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
             (name,) = state.params
@@ -304,7 +302,13 @@ def test_a_strategy_reads_one_parameter_of_one_block_from_sites_in_sorted_order(
     for site, value in (("site-3", 3.0), ("site-1", 1.0), ("site-2", 2.0)):
         round.send(site, {"a": f32(value), "b": f32(value)})
     aggregate(
-        Last(), store=round.store, base=round.base, updates=round.updates, factors={}, target=PATHS.global_model(1)
+        Last(),
+        store=round.store,
+        before=Before(round.base),
+        updates=round.updates,
+        factors={},
+        target=PATHS.global_model(1),
+        state_target=PATHS.state(0),
     )
     assert {name: value.tolist() for name, value in load_arrays(round.path(), "torch").items()} == {
         "a": [3.0],

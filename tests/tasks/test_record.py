@@ -44,6 +44,7 @@ def record(outcomes: Sequence[Outcome], **changes: Any) -> dict[str, Any]:
         "known_weights": {},
         "base": BASE,
         "following": NEXT,
+        "state": None,
         "previous_sha256": "p" * 64,
         "timings": {"round_s": 1.23456},
     }
@@ -103,7 +104,7 @@ def test_it_is_chained_to_the_round_before_and_the_models_around_it() -> None:
     assert made["previous_sha256"] == "p" * 64
     assert made["global"] == {"sha256": "b" * 64, "size": 10}
     assert made["next_global"] == {"sha256": "n" * 64, "size": 11}
-    assert (made["protocol"], made["job_id"], made["round"], made["task"]) == (2, "job-1", 2, "train")
+    assert (made["protocol"], made["job_id"], made["round"], made["task"]) == (3, "job-1", 2, "train")
 
 
 def test_an_evaluation_makes_no_next_model() -> None:

@@ -17,17 +17,21 @@ torch. Run with no host around, a script goes through one round on its own initi
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from fedpool.arrays import ParamsFormat
 from fedpool.client.api import Client as _Client
 from fedpool.client.api import start as _start
+from fedpool.client.local import LocalSteps, Scaffold, prox_loss
 from fedpool.errors import ClientError
 from fedpool.model import FLModel, ParamsType
 
 __all__ = [
     "FLModel",
+    "LocalSteps",
     "ParamsType",
+    "Scaffold",
     "get_config",
     "get_job_id",
     "get_site_name",
@@ -37,7 +41,10 @@ __all__ = [
     "is_running",
     "is_submit_model",
     "is_train",
+    "keep",
+    "kept",
     "log",
+    "prox_loss",
     "receive",
     "send",
     "shutdown",
@@ -97,6 +104,30 @@ def send(model: FLModel, clear_cache: bool = True) -> None:
         ClientError: out of order, not an `FLModel`, neither params nor metrics, or params that are not a dict of arrays.
     """
     _current().send(model)
+
+
+def keep(name: str, params: Mapping[str, Any]) -> None:
+    """Keep tensors at this site, from this round to the next ones, whatever becomes of this process. They never leave the site.
+
+    A round that is asked for again starts from what was kept before it, so keep all that training goes on from.
+
+    Args:
+        name: what to find them by: letters, digits, `.`, `_` and `-`.
+        params: name -> torch tensor or numpy array.
+
+    Raises:
+        ClientError: outside a round.
+    """
+    _current().keep(name, params)
+
+
+def kept(name: str) -> dict[str, Any] | None:
+    """What this site kept under a name in an earlier round; None when there is nothing.
+
+    Raises:
+        ClientError: outside a round.
+    """
+    return _current().kept(name)
 
 
 def is_train() -> bool:

@@ -14,6 +14,11 @@ from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_a
 from fedpool.client.hosts import Assignment, Host, Waiting, find_host
 from fedpool.errors import ClientError
 from fedpool.model import FLModel, ParamsType
+from fedpool.paths import check_name
+from fedpool.tensors import beside, split_beside
+
+_EXCLUDED = "excluded"
+"""The name under which the parameters are kept that are not exchanged."""
 
 
 class Client:
@@ -31,6 +36,8 @@ class Client:
         self._model: FLModel | None = None
         self._sent_round: int | None = None
         self._ended = False
+        self._alone: dict[str, dict[str, Any]] = {}
+        """What is kept where there is no host."""
         self._warned_round: int | None = None
 
     @property
@@ -78,14 +85,15 @@ class Client:
         assert assignment is not None
         if self._model is None:
             params = self._host.params(assignment, self._params_format())
-            if assignment.kept and Path(assignment.kept).exists():
-                params.update(load_arrays(assignment.kept, self._params_format()))
+            if assignment.exclude:
+                params.update(self.kept(_EXCLUDED) or {})
             self._model = FLModel(
                 params_type=ParamsType.FULL,
                 params=params,
                 start_round=0,
                 current_round=assignment.round,
                 total_rounds=assignment.total_rounds,
+                extras=self._extras(assignment),
             )
         return self._model
 
@@ -121,6 +129,54 @@ class Client:
         self._host.put("update", **message)
         self._sent_round = assignment.round
         self._assignment = self._model = None
+
+    def keep(self, name: str, params: Mapping[str, Any]) -> None:
+        """Keep tensors at this site; see `fedpool.client.keep`."""
+        check_name("name", name)
+        assignment = self._assignment
+        if assignment is None:
+            raise ClientError("keep() belongs into a round: call it between flare.receive() and flare.send()")
+        if assignment.kept is None or assignment.silent:
+            if assignment.kept is None:
+                self._alone[name] = dict(params)
+            return
+        folder = Path(assignment.kept)
+        target = folder / f"{assignment.round:05d}" / f"{name}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside, then into place: the values received from the old file are a map of it.
+        partial = target.with_suffix(".partial")
+        with partial.open("wb") as file:
+            save_arrays(file, params)
+        partial.replace(target)
+        # A round may be asked for again, and then starts from what came before it: the one before the last stays, too.
+        for old in self._kept_before(folder, name, assignment.round)[:-1]:
+            old.unlink()
+            with suppress(OSError):  # others are kept there
+                old.parent.rmdir()
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What this site has kept; see `fedpool.client.kept`."""
+        check_name("name", name)
+        assignment = self._assignment
+        if assignment is None:
+            raise ClientError("kept() belongs into a round: call it between flare.receive() and flare.send()")
+        if assignment.kept is None:
+            return self._alone.get(name)
+        before = self._kept_before(Path(assignment.kept), name, assignment.round)
+        return load_arrays(before[-1], self._params_format()) if before else None
+
+    @staticmethod
+    def _kept_before(folder: Path, name: str, round: int) -> list[Path]:
+        """What was kept under a name in earlier rounds, oldest first."""
+        return [path for path in sorted(folder.glob(f"*/{name}.safetensors")) if int(path.parent.name) < round]
+
+    def _extras(self, assignment: Assignment) -> dict[str, dict[str, Any]]:
+        extras: dict[str, dict[str, Any]] = {}
+        if assignment.extras is not None:
+            for name, value in load_arrays(assignment.extras, self._params_format()).items():
+                group, parameter = split_beside(name)
+                extras.setdefault(group, {})[parameter] = value
+        return extras
 
     def log(self, key: str, value: Any, **where: Any) -> None:
         """Send a scalar to the host."""
@@ -162,18 +218,18 @@ class Client:
                 base = load_arrays(assignment.model, self._params_format()) if assignment.model else {}
                 sent = {name: _difference(name, value, base.get(name)) for name, value in sent.items()}
                 params_type = ParamsType.DIFF
+            beside_them = {
+                beside(group, name): value
+                for group, values in model.extras.items()
+                for name, value in values.items()
+                if name not in excluded
+            }
             # Without a host there is nowhere to write: the params are checked and counted all the same.
             with Path(assignment.update or "/dev/null").open("wb") as file:
-                save_arrays(file, sent)
-            if excluded and assignment.kept:
-                kept = {name: params[name] for name in excluded}
-                # A DIFF of a parameter that stays here is not a value to go on from; FULL is.
-                if model.params_type is not ParamsType.DIFF:
-                    # Beside, then into place: the values received from the old file are a map of it.
-                    partial = Path(f"{assignment.kept}.partial")
-                    with partial.open("wb") as file:
-                        save_arrays(file, kept)
-                    partial.replace(assignment.kept)
+                save_arrays(file, sent | beside_them)
+            # A DIFF of a parameter that stays here is not a value to go on from; FULL is.
+            if excluded and model.params_type is not ParamsType.DIFF:
+                self.keep(_EXCLUDED, {name: params[name] for name in excluded})
         except TypeError as error:
             raise ClientError(str(error)) from None
         return {"params_type": params_type.value, "num_params": len(sent)}

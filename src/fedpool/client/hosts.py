@@ -35,8 +35,9 @@ class Welcome:
 class Assignment:
     """What the script is asked to do in one round.
 
-    `model` and `update` are local paths: the global model to read, the file to write. `kept` holds the site's own values
-    of the parameters named in `exclude`. `seed` is None where nothing is seeded (standalone). `silent` ranks send nothing.
+    `model` and `update` are local paths: the global model to read, the file to write. `extras` is the path of what the
+    algorithm sends beside the model, `kept` the folder of what stays at the site, `exclude` has the patterns of parameters
+    that do. `seed` is None where nothing is seeded (standalone). `silent` ranks send nothing.
     """
 
     round: int
@@ -44,6 +45,7 @@ class Assignment:
     task: str = "train"
     model: str | None = None
     update: str | None = None
+    extras: str | None = None
     kept: str | None = None
     transfer: str = "FULL"
     exclude: tuple[str, ...] = ()

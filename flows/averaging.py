@@ -1,0 +1,66 @@
+"""What the recipes share that average whole models: the choice of the aggregator."""
+
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fedpool.errors import RecipeError
+from fedpool.recipe import Recipe
+from fedpool.tasks.aggregators import Aggregator, imported, make_aggregator
+
+
+class AveragingRecipe(Recipe):
+    """A recipe whose rounds average the sites' models, with an aggregator of the user's choice."""
+
+    aggregator: str = Field(
+        "mean",
+        description="how updates become one: mean, median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, "
+        "norm_clipped_mean, or the path of a function, package.module:function. All but the mean, the clipped mean and "
+        "functions count all updates alike, whatever their weights",
+    )
+    num_byzantine: int | None = Field(
+        None, description="for krum, multi_krum and bulyan: how many updates of a round may be arbitrary", ge=1
+    )
+    trim_ratio: float | None = Field(
+        None, description="for trimmed_mean: the share of values that is dropped at each end", gt=0, lt=0.5
+    )
+    num_selected: int | None = Field(
+        None,
+        description="for multi_krum: how many updates are averaged; empty: all but num_byzantine and two",
+        ge=1,
+    )
+    clip_norm: float | None = Field(
+        None,
+        description="for norm_clipped_mean: the L2 norm that differences to the global model are scaled down to",
+        gt=0,
+        allow_inf_nan=False,
+    )
+
+    _aggregator: Aggregator
+
+    @field_validator("aggregator", mode="before")
+    @classmethod
+    def _path_of_function(cls, value: Any) -> Any:
+        if not callable(value):
+            return value
+        path = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
+        if "<" in path or imported(path) is not value:  # <lambda>, <locals>
+            raise RecipeError(f"aggregator {value!r} cannot be imported by its path {path!r}: put it into a module")
+        return path
+
+    @model_validator(mode="after")
+    def _choose_aggregator(self) -> Self:
+        self._aggregator = make_aggregator(
+            self.aggregator,
+            num_byzantine=self.num_byzantine,
+            trim_ratio=self.trim_ratio,
+            num_selected=self.num_selected,
+            clip_norm=self.clip_norm,
+            min_clients=self.min_clients,
+        )
+        return self
+
+    @property
+    def rule(self) -> Aggregator:
+        """The aggregator."""
+        return self._aggregator

@@ -1,0 +1,30 @@
+"""Ditto: a global model by federated averaging, and beside it at each site a personal one that never leaves.
+
+Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization", algorithm 1
+(https://arxiv.org/abs/2012.04221). A site minimises F_k(v) + lambda/2 ||v - w_global||^2 for its personal v, which the script
+keeps with `flare.keep("personal", params)` and finds again with `flare.kept("personal")`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from fedpool.flows.fedavg import FedAvgRecipe
+
+
+class DittoRecipe(FedAvgRecipe):
+    """Personalisation: each site gets a model of its own, near the global one by as much as `ditto_lambda` says."""
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.ditto"
+
+    ditto_lambda: float = Field(
+        description="pull of the personal model to the global one; 0: purely local; the paper tries 0.05 to 2",
+        ge=0,
+        allow_inf_nan=False,
+    )
+
+    @property
+    def client_config(self) -> Mapping[str, Any]:
+        """See `Recipe.client_config`."""
+        return {"ditto_lambda": self.ditto_lambda}

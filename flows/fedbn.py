@@ -1,0 +1,39 @@
+"""FedBN: federated averaging whose batch normalisation stays at the site.
+
+Li et al. 2021, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", algorithm 1
+(https://arxiv.org/abs/2102.07623).
+"""
+
+import re
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from fedpool.errors import RecipeError
+from fedpool.flows.fedavg import FedAvgRecipe
+
+_STATISTIC = "running_mean"
+
+
+class FedBNRecipe(FedAvgRecipe):
+    """Federated averaging for sites whose inputs look different (scanners, cameras): each keeps its own batch normalisation.
+
+    Adds to `exclude_vars` every layer that has running statistics, with its scale and shift.
+    """
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedbn"
+
+    @model_validator(mode="after")
+    def _exclude_normalisation(self) -> Self:
+        names = list(self.model.spec)
+        layers = sorted(name.removesuffix(_STATISTIC) for name in names if name.split(".")[-1] == _STATISTIC)
+        if not layers:
+            raise RecipeError(
+                f"FedBN needs batch normalisation, and no parameter is named {_STATISTIC}: {', '.join(sorted(names)[:8])}"
+            )
+        patterns = tuple(f"^{re.escape(layer)}[^.]*$" for layer in layers)
+        missing = tuple(pattern for pattern in patterns if pattern not in self.exclude_vars)
+        if missing:
+            object.__setattr__(self, "exclude_vars", self.exclude_vars + missing)
+            self._check_excluded()
+        return self

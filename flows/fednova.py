@@ -1,0 +1,64 @@
+"""FedNova: averages what the sites' steps come to each, so that a site that took more of them does not pull the model to itself.
+
+Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation 6
+(https://arxiv.org/abs/2007.07481).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedpool.model import LOCAL_STEPS
+from fedpool.recipe import Recipe
+from fedpool.tasks.mean import weighted_mean
+from fedpool.tasks.strategy import Slice, State, Strategy, Update
+
+
+@dataclass(frozen=True)
+class FedNova(Strategy):
+    """w <- w + tau_eff sum_k p_k (w_k - w) / tau_k, where tau_eff = sum_k p_k tau_k.
+
+    p_k are the weights and tau_k = `meta["LOCAL_STEPS"]` the steps of the sites: of plain SGD their number, of any other local
+    optimizer the L1 norm of how much each gradient counts in its update. With equal steps it is federated averaging.
+    """
+
+    positive_meta = (LOCAL_STEPS,)
+
+    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+        """See `Strategy.apply`."""
+        steps = {update.site: _steps(update) for update in updates}
+        effective = float(weighted_mean((u.weight, _scalar(steps[u.site])) for u in updates))
+        params = {}
+        for name, before in state.params.items():
+            if name in state.averaged:
+                params[name] = weighted_mean((update.weight, update.params[name]) for update in updates)
+                continue
+            params[name] = weighted_mean(
+                (update.weight, before.lerp(update.params[name], effective / steps[update.site])) for update in updates
+            )
+        return params, replace(state, params=params, round=state.round + 1)
+
+
+def _steps(update: Update) -> float:
+    value = update.meta[LOCAL_STEPS]
+    assert isinstance(value, int | float), "the gate has seen to it"
+    return float(value)
+
+
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+class FedNovaRecipe(Recipe):
+    """Federated averaging for sites that take unequal numbers of local steps (different data, epochs or speed).
+
+    The script sends its steps as `meta["LOCAL_STEPS"]`; `flare.LocalSteps(optimizer)` counts them.
+    """
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fednova"
+
+    def strategy(self, num_sites: int) -> Strategy:
+        """See `Recipe.strategy`."""
+        return FedNova()

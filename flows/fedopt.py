@@ -1,0 +1,101 @@
+"""Adaptive federated optimization: the server takes a step of an optimizer towards the aggregate, not all the way to it.
+
+Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (https://arxiv.org/abs/2003.00295).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, JsonValue, model_validator
+
+from fedpool.flows.averaging import AveragingRecipe
+from fedpool.tasks.aggregators import Aggregator
+from fedpool.tasks.geometry import Geometry
+from fedpool.tasks.optimizers import Schedule, ServerOptimizer, make_optimizer
+from fedpool.tasks.strategy import Slice, State, Strategy, Update
+
+
+@dataclass(frozen=True)
+class FedOpt(Strategy):
+    """delta <- aggregate - w; w <- optimizer(w, -delta). Parameters that are no floating point numbers are aggregated."""
+
+    rule: Aggregator
+    optimizer: ServerOptimizer
+
+    @property
+    def slots(self) -> Mapping[str, float]:
+        """See `Strategy.slots`."""
+        return self.optimizer.slots
+
+    @property
+    def surveys(self) -> bool:
+        """See `Strategy.surveys`."""
+        return self.rule.surveys
+
+    def survey(self, geometry: Geometry) -> "FedOpt":
+        """See `Strategy.survey`."""
+        return replace(self, rule=self.rule.survey(geometry))
+
+    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+        """See `Strategy.apply`."""
+        params = {}
+        slots: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in self.slots}
+        for name, before in state.params.items():
+            aggregate = self.rule.combine(name, state, updates)
+            if name in state.averaged:
+                params[name] = aggregate
+                continue
+            here = {slot: values[name] for slot, values in state.slots.items()}
+            params[name], after = self.optimizer.step(before, aggregate - before, here, state.round)
+            for slot, value in after.items():
+                slots[slot][name] = value
+        return params, replace(state, params=params, slots=slots, round=state.round + 1)
+
+
+class FedOptRecipe(AveragingRecipe):
+    """Federated averaging with an optimizer at the server: FedAdam, FedYogi, FedAdagrad, FedAvgM, or a class of `torch.optim`.
+
+    Converges in fewer rounds than plain averaging where sites differ or gradients are sparse; its learning rate wants tuning.
+    """
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedopt"
+
+    server_optimizer: str = Field(
+        "adam",
+        description="adam, yogi, adagrad, momentum, nesterov, or a class that works element by element, e.g. torch.optim.AdamW",
+    )
+    server_lr: float = Field(0.1, description="learning rate of the server", gt=0, allow_inf_nan=False)
+    beta1: float = Field(0.9, description="decay of the server's momentum; not for torch.optim", ge=0, lt=1)
+    beta2: float = Field(0.99, description="decay of the second moment, for adam and yogi", ge=0, lt=1)
+    tau: float = Field(
+        1e-3, description="adaptivity of adam, yogi and adagrad: less is more adaptive", gt=0, allow_inf_nan=False
+    )
+    server_optimizer_args: dict[str, JsonValue] = Field(
+        default_factory=dict, description="arguments of a class of torch.optim, without lr"
+    )
+    server_scheduler: str | None = Field(
+        None,
+        description="class of torch.optim.lr_scheduler for server_lr, stepped once a round, e.g. CosineAnnealingLR",
+    )
+    server_scheduler_args: dict[str, JsonValue] = Field(default_factory=dict, description="arguments of the scheduler")
+
+    _optimizer: ServerOptimizer
+
+    @model_validator(mode="after")
+    def _choose_optimizer(self) -> Self:
+        schedule = Schedule(self.server_lr, self.server_scheduler, self.server_scheduler_args)
+        self._optimizer = make_optimizer(
+            self.server_optimizer,
+            schedule,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            tau=self.tau,
+            arguments=self.server_optimizer_args,
+        )
+        return self
+
+    def strategy(self, num_sites: int) -> Strategy:
+        """See `Recipe.strategy`."""
+        return FedOpt(self.rule, self._optimizer)

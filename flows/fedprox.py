@@ -1,0 +1,28 @@
+"""FedProx: federated averaging whose sites are held near the global model.
+
+Li et al. 2020, "Federated Optimization in Heterogeneous Networks", algorithm 2 (https://arxiv.org/abs/1812.06127). A site
+minimises F_k(w) + mu/2 ||w - w_global||^2. The server is that of federated averaging: the script learns mu from
+`flare.get_config()["fedprox_mu"]`, and adds `flare.prox_loss(model, global_params, mu)` to its loss.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from fedpool.flows.fedavg import FedAvgRecipe
+
+
+class FedProxRecipe(FedAvgRecipe):
+    """Federated averaging for sites that differ much, or do unequal amounts of work: each is pulled back to the global model."""
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedprox"
+
+    fedprox_mu: float = Field(
+        description="weight of the proximal term; the paper tries 0.001 to 1", ge=0, allow_inf_nan=False
+    )
+
+    @property
+    def client_config(self) -> Mapping[str, Any]:
+        """See `Recipe.client_config`."""
+        return {"fedprox_mu": self.fedprox_mu}

@@ -1,0 +1,318 @@
+"""How the updates of a round become one: the weighted mean, or a rule that a few wrong updates cannot pull far.
+
+An aggregator is frozen. It is given block after block and holds a block of each update at most; one that looks at whole updates
+asks for a survey first. What is computed is in `tasks.mean` and `tasks.robust`.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedpool.errors import RecipeError, RoundError
+from fedpool.tasks.geometry import Geometry
+from fedpool.tasks.mean import weighted_mean
+from fedpool.tasks.robust import (
+    bulyan_selection,
+    geometric_median_weights,
+    mean_around_median,
+    median,
+    multi_krum,
+    num_trimmed,
+    trimmed_mean,
+)
+from fedpool.tasks.strategy import State, Update
+
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A rule of the user's: ((n, elements) values, (n,) weights), both float64, to (elements,)."""
+
+
+class Aggregator(ABC):
+    """How updates become one."""
+
+    surveys: bool = False
+    """Whether `survey` is to be called before the first block."""
+
+    @property
+    def fewest(self) -> int:
+        """The fewest updates that it works with."""
+        return 1
+
+    def survey(self, geometry: Geometry) -> "Aggregator":
+        """The aggregator for one round, by how its updates lie to each other."""
+        return self
+
+    @abstractmethod
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """One block of the aggregate.
+
+        Args:
+            name: of the parameter.
+            state: with the global model's block.
+            updates: in sorted site order.
+        """
+
+    def check(self, num_updates: int) -> None:
+        """Raise `RoundError` when a round has too few updates."""
+        if num_updates < self.fewest:
+            raise RoundError(f"the aggregator needs {self.fewest} updates with a weight above 0, and has {num_updates}")
+
+
+@dataclass(frozen=True)
+class Mean(Aggregator):
+    """The mean by weights; of a site named in `scales`, the difference to the global model is scaled first."""
+
+    weights: Mapping[str, float] | None = None
+    """site -> weight, where it is not the update's own."""
+    scales: Mapping[str, float] | None = None
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        return weighted_mean((self._weight(update), self._value(name, state, update)) for update in self._used(updates))
+
+    def _used(self, updates: Sequence[Update]) -> Sequence[Update]:
+        return [update for update in updates if self._weight(update) > 0]  # the others need not be read
+
+    def _weight(self, update: Update) -> float:
+        return update.weight if self.weights is None else self.weights.get(update.site, 0.0)
+
+    def _value(self, name: str, state: State, update: Update) -> torch.Tensor:
+        scale = 1.0 if self.scales is None else self.scales.get(update.site, 1.0)
+        value = update.params[name]
+        return value if scale == 1.0 else torch.lerp(state.params[name], value, scale)
+
+
+@dataclass(frozen=True)
+class Median(Aggregator):
+    """The coordinate-wise median."""
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        return median(_stacked(name, updates))
+
+
+@dataclass(frozen=True)
+class TrimmedMean(Aggregator):
+    """The coordinate-wise mean without a share of the values at each end."""
+
+    ratio: float
+
+    @property
+    def fewest(self) -> int:
+        """See `Aggregator.fewest`: fewer would trim nothing."""
+        return next(n for n in range(1, 1 + int(2 / self.ratio) + 1) if num_trimmed(n, self.ratio) >= 1)
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        self.check(len(updates))
+        return trimmed_mean(_stacked(name, updates), num_trimmed(len(updates), self.ratio))
+
+
+@dataclass(frozen=True)
+class Krum(Aggregator):
+    """The mean of the updates that lie closest to most others; `num_selected` None takes n - f - 2 of them."""
+
+    num_byzantine: int
+    num_selected: int | None = None
+    surveys = True
+
+    @property
+    def fewest(self) -> int:
+        """See `Aggregator.fewest`."""
+        f = self.num_byzantine
+        return max(2 * f + 3, (self.num_selected or 1) + f + 2)
+
+    def survey(self, geometry: Geometry) -> Aggregator:
+        """See `Aggregator.survey`."""
+        n, f = len(geometry.sites), self.num_byzantine
+        self.check(n)
+        chosen = multi_krum(geometry.squared_distances, f, self.num_selected or n - f - 2)
+        return Mean({geometry.sites[i]: 1.0 for i in chosen})
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        raise AssertionError("survey() comes first")
+
+
+@dataclass(frozen=True)
+class Bulyan(Aggregator):
+    """Krum's n - 2f choices, and of those in each coordinate the mean of the n - 4f nearest to the median."""
+
+    num_byzantine: int
+    selected: tuple[str, ...] = ()
+    surveys = True
+
+    @property
+    def fewest(self) -> int:
+        """See `Aggregator.fewest`."""
+        return 4 * self.num_byzantine + 3
+
+    def survey(self, geometry: Geometry) -> Aggregator:
+        """See `Aggregator.survey`."""
+        self.check(len(geometry.sites))
+        chosen = bulyan_selection(geometry.squared_distances, self.num_byzantine)
+        return Bulyan(self.num_byzantine, tuple(geometry.sites[i] for i in chosen))
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        chosen = [update for update in updates if update.site in self.selected]
+        return mean_around_median(_stacked(name, chosen), len(self.selected) - 2 * self.num_byzantine)
+
+
+@dataclass(frozen=True)
+class GeometricMedian(Aggregator):
+    """The point with the least sum of distances to the updates."""
+
+    surveys = True
+
+    def survey(self, geometry: Geometry) -> Aggregator:
+        """See `Aggregator.survey`."""
+        return Mean(dict(zip(geometry.sites, geometric_median_weights(geometry.products), strict=True)))
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        raise AssertionError("survey() comes first")
+
+
+@dataclass(frozen=True)
+class NormClippedMean(Aggregator):
+    """The mean of updates whose differences to the global model are scaled down to one L2 norm.
+
+    Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 3 (https://arxiv.org/abs/1911.07963).
+    """
+
+    clip_norm: float
+    surveys = True
+
+    def survey(self, geometry: Geometry) -> Aggregator:
+        """See `Aggregator.survey`."""
+        norms = geometry.norms.tolist()
+        scales = {
+            site: self.clip_norm / norm
+            for site, norm in zip(geometry.sites, norms, strict=True)
+            if norm > self.clip_norm
+        }
+        return Mean(scales=scales)
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        raise AssertionError("survey() comes first")
+
+
+@dataclass(frozen=True)
+class Custom(Aggregator):
+    """A function of the user's, by its import path."""
+
+    path: str
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """See `Aggregator.combine`."""
+        weights = torch.tensor([update.weight for update in updates], dtype=torch.float64)
+        values = _stacked(name, updates)
+        found = imported(self.path)(values, weights)
+        if not isinstance(found, torch.Tensor) or found.shape != values.shape[1:]:
+            what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise RoundError(
+                f"aggregator {self.path} must return a tensor {list(values.shape[1:])}, it returned {what}"
+            )
+        return found.to(torch.float64)
+
+
+def imported(path: str) -> Function:
+    """The function at an import path, `package.module:function`.
+
+    Raises:
+        RecipeError: there is none, here and now.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"aggregator {path!r} cannot be imported ({error}): give 'package.module:function', installed where the "
+            "coordinator runs"
+        ) from None
+    if not callable(function):
+        raise RecipeError(f"aggregator {path!r} is no function: it is a {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
+
+
+def make_aggregator(
+    name: str,
+    *,
+    num_byzantine: int | None,
+    trim_ratio: float | None,
+    num_selected: int | None,
+    clip_norm: float | None,
+    min_clients: int,
+) -> Aggregator:
+    """The aggregator that a recipe asks for, checked against the fewest updates that a round of it may have.
+
+    Raises:
+        RecipeError: a parameter is missing, is not this aggregator's, or cannot work with so few updates.
+    """
+    given = {
+        "num_byzantine": num_byzantine,
+        "trim_ratio": trim_ratio,
+        "num_selected": num_selected,
+        "clip_norm": clip_norm,
+    }
+    needed, allowed = _PARAMETERS.get(name, ((), ())) if ":" not in name else ((), ())
+    if ":" not in name and name not in _PARAMETERS:
+        raise RecipeError(
+            f"aggregator {name!r} is not known: use {', '.join(_PARAMETERS)}, or the path of a function, "
+            "'package.module:function'"
+        )
+    if strange := [what for what, value in given.items() if value is not None and what not in (*needed, *allowed)]:
+        raise RecipeError(f"{strange[0]}={given[strange[0]]} is no parameter of aggregator {name!r}: leave it out")
+    if missing := [what for what in needed if given[what] is None]:
+        raise RecipeError(f"aggregator {name!r} needs {missing[0]}")
+    aggregator = _make(name, num_byzantine or 0, trim_ratio or 0.0, num_selected, clip_norm or 0.0)
+    if min_clients < aggregator.fewest:
+        raise RecipeError(
+            f"aggregator {name!r} with {', '.join(f'{what}={value}' for what, value in given.items() if value is not None)} "
+            f"needs {aggregator.fewest} updates, and min_clients={min_clients} lets a round have fewer: raise min_clients"
+        )
+    return aggregator
+
+
+_PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "mean": ((), ()),
+    "median": ((), ()),
+    "trimmed_mean": (("trim_ratio",), ()),
+    "krum": (("num_byzantine",), ()),
+    "multi_krum": (("num_byzantine",), ("num_selected",)),
+    "bulyan": (("num_byzantine",), ()),
+    "geometric_median": ((), ()),
+    "norm_clipped_mean": (("clip_norm",), ()),
+}
+"""Aggregator -> the parameters that it needs, and those that it may have."""
+
+
+def _make(name: str, num_byzantine: int, trim_ratio: float, num_selected: int | None, clip_norm: float) -> Aggregator:
+    match name:
+        case "mean":
+            return Mean()
+        case "median":
+            return Median()
+        case "trimmed_mean":
+            return TrimmedMean(trim_ratio)
+        case "krum":
+            return Krum(num_byzantine, 1)
+        case "multi_krum":
+            return Krum(num_byzantine, num_selected)
+        case "bulyan":
+            return Bulyan(num_byzantine)
+        case "geometric_median":
+            return GeometricMedian()
+        case "norm_clipped_mean":
+            return NormClippedMean(clip_norm)
+        case _:
+            imported(name)  # now rather than in the first round
+            return Custom(name)
+
+
+def _stacked(name: str, updates: Sequence[Update]) -> torch.Tensor:
+    return torch.stack([update.params[name] for update in updates])

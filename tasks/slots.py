@@ -1,0 +1,85 @@
+"""A strategy's slots as an object in the store: what `state.safetensors` holds.
+
+Legend: slot `momentum` of parameter `fc.weight` is the tensor `momentum::fc.weight`, of the parameter's shape, in float32, or in
+float64 where the parameter is.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fedpool.arrays import as_bytes, torch_block, torch_dtype
+from fedpool.errors import RoundError
+from fedpool.store import Store
+from fedpool.tensors import (
+    ITEM_SIZES,
+    Digest,
+    Spec,
+    TensorReader,
+    TensorSpec,
+    beside,
+    file_order,
+    is_trained,
+    write_and_hash,
+)
+
+_COPY_BYTES = 4 << 20
+
+
+def beside_spec(groups: Iterable[str], spec: Spec) -> dict[str, TensorSpec]:
+    """What lies beside the trained parameters of a model, in all groups."""
+    return {
+        beside(group, name): TensorSpec("F64" if entry.dtype == "F64" else "F32", entry.shape)
+        for group in groups
+        for name, entry in spec.items()
+        if is_trained(name, entry)
+    }
+
+
+class SlotFile:
+    """The slots of the next round while they are computed, in whatever order, on this machine's disk."""
+
+    def __init__(self, spec: Spec, descriptor: int) -> None:
+        self.spec = spec
+        self._descriptor = descriptor
+        self._offsets: dict[str, int] = {}
+        self._size = 0
+        for name in file_order(spec):
+            self._offsets[name] = self._size
+            self._size += spec[name].num_bytes
+
+    def put(self, name: str, start: int, value: torch.Tensor) -> None:
+        """Take one block of a slot, as a flat float64 tensor.
+
+        Raises:
+            RoundError: it holds NaN or infinity, or what float32 cannot hold.
+        """
+        code = self.spec[name].dtype
+        narrow = value.to(torch_dtype(code))
+        if not bool(narrow.isfinite().all()):
+            raise RoundError(f"the server's {name} is not finite: use a smaller server learning rate")
+        os.pwrite(self._descriptor, as_bytes(narrow), self._offsets[name] + start * ITEM_SIZES[code])
+
+    def save(self, store: Store, path: str) -> Digest:
+        """Write them to the store."""
+        with store.staged(path) as file:
+            return write_and_hash(file, self.spec, self._read())
+
+    def _read(self) -> Iterator[bytes]:
+        for offset in range(0, self._size, _COPY_BYTES):
+            yield os.pread(self._descriptor, min(_COPY_BYTES, self._size - offset), offset)
+
+
+@contextmanager
+def slot_file(spec: Spec) -> Iterator[SlotFile]:
+    """Slots that are being computed; gone afterwards."""
+    with tempfile.TemporaryFile(prefix="fedpool-") as file:
+        yield SlotFile(spec, file.fileno())
+
+
+def read_wide(reader: TensorReader, name: str, start: int, stop: int) -> torch.Tensor:
+    """A block of a tensor beside a parameter, as a strategy sees it."""
+    return torch_block(reader.read_block(name, start, stop), reader.spec[name].dtype).to(torch.float64)

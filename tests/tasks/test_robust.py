@@ -1,0 +1,208 @@
+"""Robust aggregation against naive references, and what each rule's theorem says."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpool.errors import RecipeError, RoundError
+from fedpool.tasks.aggregators import Aggregator, Custom, imported, make_aggregator
+from fedpool.tasks.geometry import Geometry, block_products
+from fedpool.tasks.strategy import State, Update
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+RULES: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "median": {},
+    "trimmed_mean": {"trim_ratio": 0.2},
+    "krum": {"num_byzantine": 2},
+    "multi_krum": {"num_byzantine": 2, "num_selected": 3},
+    "bulyan": {"num_byzantine": 2},
+    "geometric_median": {},
+    "norm_clipped_mean": {"clip_norm": 1.5},
+}
+ROBUST = sorted(RULES.keys() - {"mean", "norm_clipped_mean"})
+
+
+def made(name: str, min_clients: int = 11, **changes: Any) -> Aggregator:
+    none = dict.fromkeys(("num_byzantine", "trim_ratio", "num_selected", "clip_norm"))
+    return make_aggregator(name, **{**none, **RULES.get(name, {}), **changes}, min_clients=min_clients)
+
+
+def combined(
+    aggregator: Aggregator, models: Array, weights: Sequence[float] | None = None, base: Array | None = None
+) -> Array:
+    """The aggregate of (n, elements) models, as the stream computes it: a survey first where one is wanted."""
+    start = torch.zeros(models.shape[1], dtype=torch.float64) if base is None else torch.from_numpy(base)
+    each = [1.0] * len(models) if weights is None else list(weights)
+    values = [torch.from_numpy(model.copy()) for model in models]
+    sites = tuple(f"site-{k:02d}" for k in range(len(models)))
+    if aggregator.surveys:
+        products = block_products([value - start for value in values])
+        aggregator = aggregator.survey(Geometry(sites, tuple(each), products))
+    updates = [Update(site, weight, {"w": value}) for site, weight, value in zip(sites, each, values, strict=True)]
+    found: Array = aggregator.combine("w", State({"w": start}), updates).numpy()
+    assert all(np.array_equal(value.numpy(), model) for value, model in zip(values, models, strict=True))
+    return found
+
+
+def distances(models: Array) -> Array:
+    found: Array = ((models[:, None] - models[None]) ** 2).sum(axis=-1)
+    return found
+
+
+def krum_reference(models: Array, f: int, m: int) -> list[int]:
+    scores = np.sort(distances(models), axis=1)[:, 1 : max(1, len(models) - f - 2) + 1].sum(axis=1)
+    return sorted(np.argsort(scores, kind="stable")[:m].tolist())
+
+
+def bulyan_reference(models: Array, f: int) -> Array:
+    left, chosen = list(range(len(models))), []
+    while len(chosen) < len(models) - 2 * f:
+        chosen.append(left.pop(krum_reference(models[left], f, 1)[0]))
+    picked = models[sorted(chosen)]
+    near = np.argsort(np.abs(picked - np.median(picked, axis=0)), axis=0, kind="stable")[: len(chosen) - 2 * f]
+    found: Array = np.take_along_axis(picked, near, axis=0).mean(axis=0)
+    return found
+
+
+def geometric_median_reference(models: Array) -> Array:
+    z = models.mean(axis=0)
+    for _ in range(2000):
+        nearness = 1 / np.maximum(np.linalg.norm(models - z, axis=1), 1e-9)
+        z = (nearness[:, None] * models).sum(axis=0) / nearness.sum()
+    return z
+
+
+def reference(name: str, models: Array) -> Array:
+    n, f = len(models), 2
+    match name:
+        case "mean":
+            return models.mean(axis=0)  # type: ignore[no-any-return]
+        case "median":
+            return np.median(models, axis=0)  # type: ignore[no-any-return]
+        case "trimmed_mean":
+            k = int(0.2 * n)
+            return np.sort(models, axis=0)[k : n - k].mean(axis=0)  # type: ignore[no-any-return]
+        case "krum":
+            return models[krum_reference(models, f, 1)].mean(axis=0)  # type: ignore[no-any-return]
+        case "multi_krum":
+            return models[krum_reference(models, f, 3)].mean(axis=0)  # type: ignore[no-any-return]
+        case "bulyan":
+            return bulyan_reference(models, f)
+        case "geometric_median":
+            return geometric_median_reference(models)
+        case _:
+            norms = np.linalg.norm(models, axis=1, keepdims=True)
+            return (models * np.minimum(1, 1.5 / norms)).mean(axis=0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", RULES)
+def test_it_does_what_a_naive_reference_does(name: str, seed: int) -> None:
+    models = np.random.default_rng(seed).normal(size=(11 + seed, 7))
+    np.testing.assert_allclose(combined(made(name), models), reference(name, models), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=30, deadline=None)
+@given(value=st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3), n=st.integers(11, 14))
+def test_equal_updates_give_that_update_to_the_bit(name: str, value: list[float], n: int) -> None:
+    models = np.tile(np.array(value) + 0.0, (n, 1))
+    assert combined(made(name), models).tolist() == models[0].tolist()
+
+
+@pytest.mark.parametrize("name", ROBUST)
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    attack=st.lists(st.floats(-1e30, 1e30), min_size=4, max_size=4),
+    apart=st.booleans(),
+)
+def test_two_of_eleven_arbitrary_updates_cannot_pull_it_out_of_the_others(
+    name: str, seed: int, attack: list[float], apart: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    honest = rng.normal(size=(9, 4))
+    hostile = np.array([attack, [-x for x in attack] if apart else attack])
+    models = rng.permutation(np.concatenate([honest, hostile]), axis=0)
+    found = combined(made(name), models)
+    if name == "geometric_median":  # the bound of Pillutla et al. 2019, theorem 3, with a share of 2 in 11
+        center = honest.mean(axis=0)
+        radius = np.linalg.norm(honest - center, axis=1).max()
+        assert np.linalg.norm(found - center) <= 2 * 9 / (9 - 2) * radius + 1e-6
+    else:  # each coordinate within the honest ones, or an honest update itself
+        assert (found >= honest.min(axis=0) - 1e-9).all() and (found <= honest.max(axis=0) + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_weights_do_not_count(name: str) -> None:
+    models = np.random.default_rng(1).normal(size=(12, 3))
+    weighted = combined(made(name), models, weights=list(range(1, 13)))
+    assert weighted.tolist() == combined(made(name), models).tolist()
+
+
+def test_the_clipped_mean_is_weighted_and_clips_differences_to_the_global_model() -> None:
+    base, models = np.array([1.0, 1.0]), np.array([[1.0, 11.0], [2.0, 1.0]])
+    found = combined(made("norm_clipped_mean", 2, clip_norm=5.0), models, weights=[3.0, 1.0], base=base)
+    np.testing.assert_allclose(found, [(3 * 1 + 2) / 4, (3 * 6 + 1) / 4])
+
+
+def test_an_update_too_far_away_to_be_squared_is_far_away() -> None:
+    models = np.random.default_rng(0).normal(size=(11, 3))
+    models[4] = 1e300
+    for name in ROBUST:
+        assert np.abs(combined(made(name), models)).max() < 10, name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "min_clients", "message"),
+    [
+        ("bulyan", {"num_byzantine": 2}, 10, "needs 11 updates, and min_clients=10 lets a round have fewer"),
+        ("krum", {"num_byzantine": 2}, 6, "needs 7 updates"),
+        ("krum", {"num_byzantine": None}, 9, "'krum' needs num_byzantine"),
+        ("multi_krum", {"num_byzantine": 2, "num_selected": 8}, 11, "needs 12 updates"),
+        ("trimmed_mean", {"trim_ratio": 0.1}, 9, "needs 10 updates"),
+        ("trimmed_mean", {"trim_ratio": None}, 9, "needs trim_ratio"),
+        ("norm_clipped_mean", {"clip_norm": None}, 9, "needs clip_norm"),
+        ("median", {"trim_ratio": 0.1}, 9, "trim_ratio=0.1 is no parameter of aggregator 'median': leave it out"),
+        ("mode", {}, 9, "aggregator 'mode' is not known: use mean, median"),
+        ("no.such:rule", {}, 9, "aggregator 'no.such:rule' cannot be imported"),
+        ("fedpool:no_such", {}, 9, "cannot be imported"),
+        ("string:digits", {}, 9, "is no function: it is a str"),
+    ],
+)
+def test_what_cannot_work_is_refused(name: str, changes: dict[str, Any], min_clients: int, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        made(name, min_clients, **changes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["krum", "bulyan", "trimmed_mean"])
+def test_a_round_with_too_few_updates_fails_with_how_many_it_needs(name: str) -> None:
+    with pytest.raises(RoundError, match="the aggregator needs"):
+        combined(made(name), np.zeros((3, 2)))
+
+
+def a_rule(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return values.max(dim=0).values * (weights > 0).sum()
+
+
+def a_wrong_rule(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def test_a_function_of_the_users_is_an_aggregator(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "users_rules", sys.modules[__name__])
+    assert imported("users_rules:a_rule") is a_rule
+    rule = made("users_rules:a_rule", 1)
+    assert isinstance(rule, Custom)
+    assert combined(rule, np.array([[1.0, 5.0], [2.0, 3.0]])).tolist() == [4.0, 10.0]
+    with pytest.raises(RoundError, match=r"must return a tensor \[2\], it returned \[3, 2\]"):
+        combined(made("users_rules:a_wrong_rule", 1), np.zeros((3, 2)))
