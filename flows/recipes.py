@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 
 from fedpool.errors import IntegrityError
+from fedpool.flows.cross_site import CrossSiteEvalRecipe
 from fedpool.flows.fedavg import FedAvgRecipe
+from fedpool.flows.fedeval import FedEvalRecipe
 from fedpool.flows.staging import restore
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 
-RECIPES: Mapping[str, type[Recipe]] = {kind.__name__: kind for kind in (FedAvgRecipe,)}
+RECIPES: Mapping[str, type[Recipe]] = {
+    kind.__name__: kind for kind in (CrossSiteEvalRecipe, FedAvgRecipe, FedEvalRecipe)
+}
 
 
 def recipe_of(job_id: str, store: Store) -> Recipe:

@@ -111,7 +111,8 @@ def run_site_round(
             model=str(model),
             update=str(folder.update),
             kept=str(folder.kept),
-            transfer=job.transfer,
+            # A site's own model is to be scored at other sites, as it is.
+            transfer="FULL" if assignment.task == "submit_model" else job.transfer,
             exclude=job.exclude,
             seed=site_seed(job.seed, site, round),
         )

@@ -129,10 +129,10 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
     try:
         _check_claims(site, attempt, manifest, expected)
         weight = _check_weight(manifest.weight)
-        if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
+        if expected.task == "evaluate":
             return Accepted(manifest, delivery.manifest_sha256, weight, None)
         if manifest.params_type is None or manifest.sha256 is None:
-            raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
+            raise _Refused("no_params", "it holds metrics but no parameters: send params, unless asked to evaluate")
         tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest, expected.spec)
         _check_names(tensors.spec, expected.spec)
         seen = delivery.inspection or inspect_tensors(tensors, store.block_elements, keep_blocks=True)
@@ -164,6 +164,8 @@ def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: E
             raise _Refused(code, f"its manifest says {code} {str(found)[:200]}, expected {wanted}")
     if expected.transfer == "DIFF" and manifest.params_type == "FULL":
         raise _Refused("params_type", "it is FULL where the recipe asks for DIFF")
+    if expected.task == "submit_model" and manifest.params_type == "DIFF":
+        raise _Refused("params_type", "it is DIFF where a site's own model is asked for: send it FULL")
 
 
 def _check_weight(weight: float | str) -> float:

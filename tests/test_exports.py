@@ -12,8 +12,10 @@ import fedpool.client
 FACADE = [
     "ClientError",
     "ConfigError",
+    "CrossSiteEvalRecipe",
     "FLModel",
     "FedAvgRecipe",
+    "FedEvalRecipe",
     "FedpoolError",
     "IntegrityError",
     "JobCancelled",

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
         SiteError,
         StoreError,
     )
+    from fedpool.flows.cross_site import CrossSiteEvalRecipe
     from fedpool.flows.fedavg import FedAvgRecipe
+    from fedpool.flows.fedeval import FedEvalRecipe
     from fedpool.model import FLModel, ParamsType
     from fedpool.recipe import Recipe
     from fedpool.store import Store
@@ -51,7 +53,9 @@ _HOMES = {
         "SiteError",
         "StoreError",
     ),
+    "fedpool.flows.cross_site": ("CrossSiteEvalRecipe",),
     "fedpool.flows.fedavg": ("FedAvgRecipe",),
+    "fedpool.flows.fedeval": ("FedEvalRecipe",),
     "fedpool.model": ("FLModel", "ParamsType"),
     "fedpool.recipe": ("Recipe",),
     "fedpool.store": ("Store",),
@@ -61,8 +65,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ClientError",
     "ConfigError",
+    "CrossSiteEvalRecipe",
     "FLModel",
     "FedAvgRecipe",
+    "FedEvalRecipe",
     "FedpoolError",
     "IntegrityError",
     "JobCancelled",
