@@ -171,11 +171,9 @@ def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
         if not store.exists(paths.result):
             continue
         result = store.read_json(paths.result)
-        if (
-            result["status"] != "COMPLETED"
-            or not result["num_rounds"]
-            or store.read_json(paths.job)["recipe"]["name"] != recipe.name
-        ):
+        if result["status"] != "COMPLETED" or not result["num_rounds"]:
+            continue
+        if store.read_json(paths.job)["recipe"]["name"] != recipe.name:
             continue
         record = store.read_json(paths.record(result["num_rounds"] - 1))
         with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:

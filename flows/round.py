@@ -171,6 +171,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         models, lost = await asyncio.to_thread(_publish, job, number, base, best, _accepted(outcomes))
         for of_site in lost:
             outcomes = [_unless_changed(outcome, of_site) for outcome in outcomes]
+        if without := [outcome.site for outcome in _accepted(outcomes) if outcome.tensors is None]:
+            get_run_logger().warning("no model of their own, and so none to score: %s", ", ".join(without))
     accepted = _accepted(outcomes)
     ended = time.monotonic()
     record = round_record(

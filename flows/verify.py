@@ -208,6 +208,8 @@ class _Audit:
         said = {entry["owner"]: Digest(entry["sha256"], entry["size"]) for entry in record["models"]}
         models = [] if best is None else [best]
         for update in sorted(accepted, key=lambda update: update.site):
+            if update.manifest.params_type is None:  # the site has no model of its own
+                continue
             if update.tensors is None:  # it was not kept
                 digest = said[update.site]
             else:

@@ -34,7 +34,8 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An update that may touch the sum; `tensors` is None when the site sent metrics only (an evaluation).
+    """An update that may touch the sum; `tensors` is None when the site sent metrics only: in an evaluation, or because
+    it has no model of its own to submit.
 
     `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale` what the difference is
     multiplied by to be within the limit.
@@ -129,10 +130,10 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
     try:
         _check_claims(site, attempt, manifest, expected)
         weight = _check_weight(manifest.weight)
-        if expected.task == "evaluate":
+        if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
             return Accepted(manifest, delivery.manifest_sha256, weight, None)
         if manifest.params_type is None or manifest.sha256 is None:
-            raise _Refused("no_params", "it holds metrics but no parameters: send params, unless asked to evaluate")
+            raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
         tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest, expected.spec)
         _check_names(tensors.spec, expected.spec)
         seen = delivery.inspection or inspect_tensors(tensors, store.block_elements, keep_blocks=True)
