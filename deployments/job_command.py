@@ -17,11 +17,13 @@ from rich.table import Table
 
 from fedpool.deployments import jobs
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
+from fedpool.deployments.progress import cross_site_table
 from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError
 from fedpool.paths import JobPaths, check_name, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
+from fedpool.tasks.matrix import matrix_metrics
 from fedpool.tasks.tables import report_rows
 
 if TYPE_CHECKING:
@@ -77,6 +79,10 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
             console.print(result["error"], style="red", markup=False, highlight=False, soft_wrap=True)
         for which in ("final", "best"):
             console.print(f"{which} model: {result[which]['path']}", highlight=False, soft_wrap=True)
+        if result["cross_site"]:
+            matrix = _store(store, home).read_json(JobPaths(job_id).cross_site)
+            for metric in matrix_metrics(matrix, first=result["key_metric"])[:1]:
+                console.print(cross_site_table(matrix, metric))
 
 
 @job.command

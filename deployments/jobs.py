@@ -8,7 +8,7 @@ from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, IntegrityError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import Record, of_global_models
 from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ class JobSummary:
         recipe: class of its recipe.
         status: None while it has no result: it runs, or its coordinator was lost.
         num_committed: rounds that are committed.
-        num_rounds: rounds that the recipe asks for.
+        num_rounds: training rounds that the recipe asks for.
         sites: names.
-        metrics: of the newest model that was scored.
+        metrics: of the newest global model that was scored.
     """
 
     job_id: str
@@ -79,9 +79,9 @@ def _summary(store: Store, job_id: str, record: dict[str, Any]) -> JobSummary:
             recipe=record["recipe"]["type"],
             status=JobStatus(result["status"]) if result else None,
             num_committed=sum(entry["task"] == "train" for entry in records),
-            num_rounds=record["recipe"]["num_rounds"],
+            num_rounds=record["recipe"].get("num_rounds", 0),
             sites=record["sites"],
-            metrics=next((entry["metrics"] for entry in reversed(records) if entry["metrics"]), {}),
+            metrics=next((entry["metrics"] for entry in reversed(of_global_models(records)) if entry["metrics"]), {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{store.full(paths.job)} does not describe a job: {error}") from None

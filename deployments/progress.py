@@ -10,6 +10,7 @@ from rich.table import Table
 from fedpool.deployments.run import JobStatus, Progress, Run
 from fedpool.errors import FedpoolError
 from fedpool.recipe import Recipe
+from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
 from fedpool.tasks.tables import report_rows
 
 _POLL_S = 0.2
@@ -84,6 +85,8 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    for metric in matrix_metrics(result.cross_site or {}, first=recipe.key_metric)[:1]:
+        console.print(cross_site_table(result.cross_site or {}, metric))
     if result.stopped_by:
         console.print(f"stopped early: {result.stopped_by}", highlight=False)
     final = result.metrics[result.num_rounds] if len(result.metrics) > result.num_rounds else {}
@@ -91,6 +94,17 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
     if result.best_round != result.num_rounds:
         best = result.metrics[result.best_round]
         console.print(f"best model{_scores(best)}: {result.best_path}", highlight=False, soft_wrap=True)
+
+
+def cross_site_table(matrix: Matrix, metric: str) -> Table:
+    """A metric of every model at every site."""
+    header, rows = matrix_rows(matrix, metric)
+    table = Table(title=f"{metric} of every model (columns) on the data of every site (rows)", title_justify="left")
+    for name in header:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _metric(progress: Progress, recipe: Recipe) -> str:

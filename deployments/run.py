@@ -16,6 +16,7 @@ from fedpool.arrays import load_arrays
 from fedpool.errors import JobCancelled, JobFailed
 from fedpool.paths import JobPaths
 from fedpool.store import Store
+from fedpool.tasks.matrix import site_scores
 from fedpool.tensors import Digest
 
 
@@ -37,10 +38,11 @@ class Result:
         path: of the final model, safetensors; fetched to this machine where the store is remote.
         best_path: of the best model by the recipe's key metric; the final one when nothing was scored.
         metrics: one dict per global model, from the initial one (index 0) to the last that was scored.
-        rounds: the rounds' records, as in `round.json`, the evaluation of the last model included.
+        rounds: the rounds' records, as in `round.json`, evaluations and submissions included.
         num_rounds: training rounds that were committed.
         best_round: the round that the best model is the start of: 0 is the initial model, `num_rounds` the final one.
         stopped_by: what stopped the job early, or None.
+        cross_site: data site -> owner of a model -> metrics and their weight; None without `cross_site_eval`.
     """
 
     job_id: str
@@ -51,11 +53,27 @@ class Result:
     num_rounds: int
     best_round: int
     stopped_by: str | None
+    cross_site: dict[str, dict[str, dict[str, float | None]]] | None = None
 
     @cached_property
     def params(self) -> dict[str, Any]:
         """The final model: name -> torch tensor, read when first asked for."""
         return load_arrays(self.path, "torch")
+
+    @cached_property
+    def denominators(self) -> dict[str, float]:
+        """metric -> what its mean over the sites, of the final model, is over: their weights, added up."""
+        return dict(self._final.get("denominators", {}))
+
+    @cached_property
+    def site_metrics(self) -> dict[str, dict[str, float | None]]:
+        """site -> its metrics of the final model, and under `NUM_STEPS_CURRENT_ROUND` the weight that they count with."""
+        return {entry["site"]: site_scores(entry) for entry in self._final.get("accepted", ())}
+
+    @property
+    def _final(self) -> Mapping[str, Any]:
+        """The record of the round that scored the final model; empty when none did."""
+        return self.rounds[self.num_rounds] if len(self.rounds) > self.num_rounds else {}
 
     @cached_property
     def best_params(self) -> dict[str, Any]:
@@ -145,11 +163,12 @@ class Run:
             job_id=self.job_id,
             path=self._local(result["final"]["round"], records),
             best_path=self._local(result["best"]["round"], records),
-            metrics=[record["metrics"] for record in records],
+            metrics=[record["metrics"] for record in records[: result["num_rounds"] + 1]],
             rounds=records,
             num_rounds=result["num_rounds"],
             best_round=result["best"]["round"],
             stopped_by=result["stopped_by"],
+            cross_site=self._store.read_json(self._paths.cross_site) if result["cross_site"] else None,
         )
 
     def abort(self) -> None:

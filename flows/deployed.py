@@ -43,7 +43,7 @@ _STAGED = frozenset({"name", "model", "train_script", "initial_ckpt", "include"}
 
 def form_fields(kind: type[Recipe]) -> list[str]:
     """Names of a recipe's fields that a run may change."""
-    return [name for name in kind.model_fields if name not in _STAGED]
+    return [name for name, field in kind.model_fields.items() if name not in _STAGED and not field.exclude]
 
 
 def deployed(kind: type[Recipe]) -> "Flow[..., Any]":
@@ -165,13 +165,15 @@ def _remade(
 
 
 def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
-    """The final model of the last job of that name that completed, when it fits the recipe's."""
+    """The final model of the last job of that name that trained and completed, when it fits the recipe's."""
     for job_id in sorted((name for name in store.names("") if name.startswith(f"{recipe.name}-")), reverse=True):
         paths = JobPaths(job_id)
         if not store.exists(paths.result):
             continue
         result = store.read_json(paths.result)
-        if result["status"] != "COMPLETED" or store.read_json(paths.job)["recipe"]["name"] != recipe.name:
+        if result["status"] != "COMPLETED" or not result["num_rounds"]:
+            continue
+        if store.read_json(paths.job)["recipe"]["name"] != recipe.name:
             continue
         record = store.read_json(paths.record(result["num_rounds"] - 1))
         with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:

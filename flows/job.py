@@ -1,15 +1,15 @@
 """`federated_job`: one execution of a recipe, one flow run.
 
-Writes the bundle, the initial model and `job.json`, runs the rounds, scores the last model in one evaluation round, and writes
-`result.json`, which says that the job ended and how. Requires sites that nobody else uses; ends their scripts in every case.
+Writes the bundle, the initial model and `job.json`, runs the rounds that `fedpool.flows.plan` says, and writes `result.json`,
+which says that the job ended and how. Requires sites that nobody else uses; ends their scripts in every case.
 Persists no Prefect result: whatever lasts is in the store.
 """
 
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,14 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed
+from fedpool.flows.plan import best_model, next_step, num_expected
 from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals, federated_round
 from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, sha256_without, stage
-from fedpool.manifest import Task
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import Store, check_digest
-from fedpool.tasks.metrics import best_round, has_stalled
-from fedpool.tasks.record import Record
+from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tensors import Digest
 
 
@@ -90,7 +89,9 @@ def take_up(
     while store.exists(path := paths.record(len(job.records))):
         data = store.read_bytes(path)
         record = json.loads(data)
-        if record["previous_sha256"] != job.head_sha256 or Digest(**record["global"]) != job.head:
+        step, _ = next_step(recipe, job.records)
+        follows = step is not None and record["task"] == step.task and record["previous_sha256"] == job.head_sha256
+        if step is None or not follows or Digest(**record["global"]) != (step.model or job.head):
             raise IntegrityError(f"{store.full(path)} does not follow from the round before it: verify the job")
         job.records.append(record)
         job.head_sha256 = hashlib.sha256(data).hexdigest()
@@ -98,17 +99,36 @@ def take_up(
             job.head = Digest(**record["next_global"])
             job.state = Digest(**record["state"]) if record["state"] else None
     job.resumed_at = len(job.records)
-    trained = sum(record["task"] == "train" for record in job.records)
-    if not fresh:
-        with store.open(paths.global_model(trained)) as file:
-            check_digest(file, job.head, where=store.full(paths.global_model(trained)))
-        if job.state is not None:
-            with store.open(paths.state(trained - 1)) as file:
-                check_digest(file, job.state, where=store.full(paths.state(trained - 1)))
-    store.remove(paths.global_model(trained + 1))
-    store.remove(paths.state(trained))
-    store.remove(paths.result)
+    named = {_num_trained(job): job.head}
+    step, _ = next_step(recipe, job.records)
+    if step is not None and step.model is not None:
+        named[len(job.records)] = step.model
+    for number, digest in named.items() if not fresh else ():
+        with store.open(path := paths.global_model(number)) as file:
+            check_digest(file, digest, where=store.full(path))
+    if job.state is not None and not fresh:
+        with store.open(path := paths.state(_num_trained(job) - 1)) as file:
+            check_digest(file, job.state, where=store.full(path))
+    if step is None or step.model is None:
+        _remove_unnamed(job)
+    for path in (paths.result, paths.cross_site, paths.state(_num_trained(job))):
+        store.remove(path)
     return job
+
+
+def _remove_unnamed(job: Job) -> None:
+    """Remove the models that the round under way, which is lost, has made for those after it."""
+    number = len(job.records) + 1
+    while job.store.exists(job.paths.global_model(number)):
+        number += 1
+    for unnamed in reversed(
+        range(len(job.records) + 1, number)
+    ):  # the last first: no gap is left by one who is killed here
+        job.store.remove(job.paths.global_model(unnamed))
+
+
+def _num_trained(job: Job) -> int:
+    return sum(record["task"] == "train" for record in job.records)
 
 
 async def run_job(job: Job) -> State[Any]:
@@ -129,9 +149,13 @@ async def run_job(job: Job) -> State[Any]:
     finally:
         await sites.end()
     status = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
-    result = _result(job, status, stopped_by, error)
+    matrix = None
+    if status == "COMPLETED" and recipe.cross_site_eval:
+        matrix = cross_site_matrix(job.records, best_model(recipe, job.records))
+        cross_site = await asyncio.to_thread(storage.write_json, job.paths.cross_site, matrix)
+    result = _result(job, status, stopped_by, error, cross_site if matrix is not None else None)
     await asyncio.to_thread(storage.write_json, job.paths.result, result)
-    job.reporter.report(recipe.name, result, job.records, storage)
+    job.reporter.report(recipe.name, result, job.records, storage, matrix)
     await job.reporter.finish()
     if status == "CANCELLED":
         return Cancelled(message=f"cancelled after {len(job.records)} rounds")
@@ -141,19 +165,21 @@ async def run_job(job: Job) -> State[Any]:
 
 
 async def _run_rounds(job: Job) -> str | None:
-    """Run the training rounds and the evaluation of the last model; returns what stopped the job early, if anything did."""
-    task, stopped_by = _next(job)
+    """Run the rounds that are left; returns what stopped the training early, if anything did."""
+    recipe, num_sites = job.recipe, len(job.sites.names)
+    step, stopped_by = next_step(recipe, job.records)
     runs: dict[int, asyncio.Task[None]] = {}
     try:
-        while task is not None:
+        while step is not None:
             number = len(job.records)
-            for ahead in range(number, number + 1 + job.look_ahead):
-                if ahead not in runs and (ahead == number or (task == "train" and _is_expected(job, ahead))):
+            end = min(number + 1 + job.look_ahead, num_expected(recipe, job.records, num_sites))
+            for ahead in range(number, end):
+                if ahead not in runs:
                     runs[ahead] = _begin(job, ahead)
-            job.rounds[number].turn.set_result(task)
+            job.rounds[number].turn.set_result(step)
             await _committed(job, number, runs[number])
-            job.reporter.progress(100 * (number + 1) / (job.recipe.num_rounds + 1))
-            task, stopped_by = _next(job)
+            step, stopped_by = next_step(recipe, job.records)
+            job.reporter.progress(100 * len(job.records) / max(1, num_expected(recipe, job.records, num_sites)))
     finally:
         for signals in job.rounds.values():
             if not signals.turn.done():
@@ -161,6 +187,8 @@ async def _run_rounds(job: Job) -> str | None:
         # The run of a committed round may still be reporting its end to Prefect.
         await asyncio.gather(*runs.values(), return_exceptions=True)
     job.reporter.progress(100)
+    if len(job.records) == _num_trained(job):
+        get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
     return stopped_by
 
 
@@ -186,49 +214,17 @@ async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:
         commit.cancel()
 
 
-def _is_expected(job: Job, number: int) -> bool:
-    """Whether a round will come, as far as is known: the evaluation does when there are metrics."""
-    num_rounds = job.recipe.num_rounds
-    return number < num_rounds or (number == num_rounds and any(record["metrics"] for record in job.records))
-
-
-def _next(job: Job) -> tuple[Task | None, str | None]:
-    """What the next round does, and what stopped the training early, if anything did: a function of the committed rounds."""
-    recipe = job.recipe
-    training = [record for record in job.records if record["task"] == "train"]
-    stopped_by = None
-    if len(training) < recipe.num_rounds:
-        stopped_by = _stops(recipe, training) if training else None
-        if stopped_by is None:
-            return "train", None
-    if len(training) < len(job.records):
-        return None, stopped_by
-    if any(record["metrics"] for record in training):
-        return "evaluate", stopped_by  # sites score the model that they receive: the last one needs a round of its own
-    get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
-    return None, stopped_by
-
-
-def _stops(recipe: Recipe, training: Sequence[Record]) -> str | None:
-    metrics = training[-1]["metrics"]
-    if (condition := recipe.stop_condition) and condition.holds(metrics):
-        return f"{condition} (it was {metrics[condition.metric]:.6g} at the start of round {training[-1]['round']})"
-    scores = [record["metrics"].get(recipe.key_metric) for record in training]
-    if recipe.patience and has_stalled(scores, recipe.key_metric_mode, recipe.patience):
-        return f"{recipe.key_metric} did not improve in {recipe.patience} rounds"
-    return None
-
-
-def _result(job: Job, status: str, stopped_by: str | None, error: str | None) -> dict[str, Any]:
+def _result(
+    job: Job, status: str, stopped_by: str | None, error: str | None, cross_site: Digest | None = None
+) -> dict[str, Any]:
     """What `result.json` holds: how the job ended, its final and its best model with their scores."""
     recipe = job.recipe
-    training = [record for record in job.records if record["task"] == "train"]
-    final = len(training)
-    best = best_round([record["metrics"].get(recipe.key_metric) for record in job.records], recipe.key_metric_mode)
+    final = _num_trained(job)
 
     def describe(round: int) -> dict[str, Any]:
-        metrics = job.records[round]["metrics"] if round < len(job.records) else {}
-        return {"round": round, "path": job.store.full(job.paths.global_model(round)), "metrics": metrics}
+        record = job.records[round] if round < len(job.records) else {}
+        scores = {name: record.get(name, {}) for name in ("metrics", "denominators")}
+        return {"round": round, "path": job.store.full(job.paths.global_model(round)), **scores}
 
     result = {
         "format": JOB_FORMAT,
@@ -239,8 +235,10 @@ def _result(job: Job, status: str, stopped_by: str | None, error: str | None) ->
         "num_rounds": final,
         "num_records": len(job.records),
         "key_metric": recipe.key_metric,
+        "key_metric_mode": recipe.key_metric_mode,
         "final": describe(final),
-        "best": describe(final if best is None else best),
+        "best": describe(best_model(recipe, job.records)),
+        "cross_site": None if cross_site is None else asdict(cross_site),
         "last_record_sha256": job.head_sha256,
     }
     return result | {"sha256": sha256_without(result)}

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 
 from fedpool.errors import IntegrityError
+from fedpool.flows.cross_site import CrossSiteEvalRecipe
 from fedpool.flows.cyclic import CyclicRecipe
 from fedpool.flows.diloco import DiLoCoRecipe
 from fedpool.flows.ditto import DittoRecipe
 from fedpool.flows.fedavg import FedAvgRecipe
 from fedpool.flows.fedbn import FedBNRecipe
+from fedpool.flows.fedeval import FedEvalRecipe
 from fedpool.flows.fednova import FedNovaRecipe
 from fedpool.flows.fedopt import FedOptRecipe
 from fedpool.flows.fedprox import FedProxRecipe
@@ -29,6 +31,8 @@ RECIPES: Mapping[str, type[Recipe]] = {
         CyclicRecipe,
         DittoRecipe,
         FedBNRecipe,
+        FedEvalRecipe,
+        CrossSiteEvalRecipe,
     )
 }
 

@@ -19,14 +19,16 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from fedpool.errors import RoundError
+from fedpool.flows.plan import Step, asks_everyone, unscored_best
 from fedpool.manifest import Task
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
-from fedpool.store import Store
+from fedpool.store import Store, check_digest
 from fedpool.tasks.aggregate import Before, UpdateChanged, aggregate
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
 from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Rejected
+from fedpool.tasks.publish import copy_model, publish_submitted
 from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.record import Record, causes, known_weights, round_record
@@ -47,7 +49,7 @@ class RoundSignals:
     __slots__ = ("committed", "turn")
 
     def __init__(self) -> None:
-        self.turn: asyncio.Future[Task | None] = asyncio.get_running_loop().create_future()
+        self.turn: asyncio.Future[Step | None] = asyncio.get_running_loop().create_future()
         self.committed = asyncio.Event()
 
 
@@ -127,10 +129,10 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     Returns: a Cancelled state when the job ended before the round's turn.
 
     Raises:
-        RoundError: fewer than `min_clients` updates were accepted (an evaluation needs none).
+        RoundError: fewer updates were accepted than its step needs.
     """
     recipe, store, paths = job.recipe, job.store, job.paths
-    chosen, _ = _choose(job, number)  # as far as is known before its turn
+    chosen, _ = _choose(job, number, asks_everyone(recipe, job.records, number))  # as far as is known before its turn
     asked: dict[str, Asked] = {}
     if number == job.resumed_at:
         found = await asyncio.to_thread(store.tree, paths.round(number))
@@ -138,13 +140,15 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     round = Round(number, job.sites, store, retries=recipe.site_retries, asked=asked)
     collecting = asyncio.create_task(collect(round, chosen))
     try:
-        task = await job.rounds[number].turn
-        if task is not None:
+        step = await job.rounds[number].turn
+        if step is not None:
             started = time.monotonic()
-            base = await asyncio.to_thread(store.tensors, paths.global_model(number), job.head.size)
-            wanted = expected(recipe, job.strategy, job.job_id, number, task, job.head, base)
-            ahead, (chosen, probes) = chosen, _choose(job, number, task)
-            round.begin(_turn(job, task, wanted, chosen, probes))
+            head = step.model or job.head
+            await asyncio.to_thread(_have_model, job, number, step)
+            base = await asyncio.to_thread(store.tensors, paths.global_model(number), head.size)
+            wanted = expected(recipe, job.strategy, job.job_id, number, step.task, head, base)
+            ahead, (chosen, probes) = chosen, _choose(job, number, step.everyone, step.task)
+            round.begin(_turn(job, step, head, wanted, chosen, probes))
             await collect(round, sorted(set(chosen) - set(ahead)))
     finally:
         if not round.turn.done():
@@ -152,12 +156,12 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         outcomes = await collecting
         if round.answers is not None:
             round.answers.end()
-    if task is None:
+    if step is None:
         return Cancelled(message="the job ended before this round's turn")
-    retries = recipe.round_retries if task == "train" else 0
-    while len(_accepted(outcomes)) < recipe.min_clients and retries and not job.sites.cancelled:
+    task, retries = step.task, recipe.round_retries
+    while len(_accepted(outcomes)) < step.min_answers and retries and not job.sites.cancelled:
         retries -= 1
-        outcomes += await _ask_again(job, number, task, set(chosen) - probes, wanted, outcomes)
+        outcomes += await _ask_again(job, number, step, set(chosen) - probes, wanted, outcomes)
     trained = time.monotonic()
     following = None
     while task == "train" and following is None and len(_accepted(outcomes)) >= recipe.min_clients:
@@ -174,6 +178,14 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
             )
         except UpdateChanged as changed:
             outcomes = [_unless_changed(outcome, changed) for outcome in outcomes]
+    models: list[dict[str, Any]] | None = None
+    if task == "submit_model":
+        best = unscored_best(recipe, job.records, job.sites.names)
+        models, lost = await asyncio.to_thread(_publish, job, number, base, best, _accepted(outcomes))
+        for of_site in lost:
+            outcomes = [_unless_changed(outcome, of_site) for outcome in outcomes]
+        if without := [outcome.site for outcome in _accepted(outcomes) if outcome.tensors is None]:
+            get_run_logger().warning("no model of their own, and so none to score: %s", ", ".join(without))
     accepted = _accepted(outcomes)
     ended = time.monotonic()
     record = round_record(
@@ -182,14 +194,17 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         task=task,
         outcomes=outcomes,
         known_weights=known_weights(job.records),
-        base=job.head,
+        owner=step.owner,
+        origin=step.origin,
+        base=head,
         following=following.model if following else None,
         state=following.state if following else None,
+        models=models,
         previous_sha256=job.head_sha256,
         timings={"train_s": trained - started, "aggregate_s": ended - trained, "round_s": ended - started},
     )
     missing = causes(record)
-    if task == "train" and following is None:
+    if len(accepted) < step.min_answers:
         raise RoundError(
             f"round {number}: {len(accepted)} of {len(chosen)} sites sent an update that was accepted, "
             f"min_clients is {recipe.min_clients}\n{missing}"
@@ -226,19 +241,48 @@ def _name_late(job: Job) -> None:
             )
 
 
-def _choose(job: Job, number: int, task: Task = "train") -> tuple[tuple[str, ...], frozenset[str]]:
+def _have_model(job: Job, number: int, step: Step) -> None:
+    """See to it that the round's global model is there: for a submission, it is still that of the round before.
+
+    Raises:
+        IntegrityError: it is not what was committed.
+    """
+    if step.task != "submit_model":
+        return  # the round that it came of has written it
+    path = job.paths.global_model(number)
+    if job.store.exists(path):  # an earlier coordinator has written it, and sites may be reading it
+        with job.store.open(path) as file:
+            check_digest(file, job.head, where=job.store.full(path))
+    else:
+        copy_model(job.store, job.paths.global_model(step.origin), job.head, path)
+
+
+def _publish(
+    job: Job, number: int, base: TensorReader, best: dict[str, Any] | None, submitted: Collection[Accepted]
+) -> tuple[list[dict[str, Any]], list[UpdateChanged]]:
+    """Write the models that are to be scored as those of the rounds to come; see `publish_submitted`."""
+    models = [] if best is None else [best]
+    if best is not None:
+        digest = Digest(best["sha256"], best["size"])
+        copy_model(job.store, job.paths.global_model(best["round"]), digest, job.paths.global_model(number + 1))
+    of_sites, lost = publish_submitted(job.store, job.paths, base, tuple(submitted), number + 1 + len(models))
+    return models + of_sites, lost
+
+
+def _choose(job: Job, number: int, everyone: bool, task: Task = "train") -> tuple[tuple[str, ...], frozenset[str]]:
     """The sites of a round, and those of them that are in quarantine, by the rounds that are committed."""
     recipe = job.recipe
     probes = quarantined(job.records, recipe.max_rejections)
-    there = set(job.sites.names) - probes
-    choose = choose_sites if task == "evaluate" else job.strategy.choose
-    chosen = choose(seed=recipe.seed, round=number, sites=there, count=recipe.sample_size)
+    choose = job.strategy.choose if task == "train" and not everyone else choose_sites
+    size = None if everyone else recipe.sample_size
+    chosen = choose(seed=recipe.seed, round=number, sites=set(job.sites.names) - probes, count=size)
     return tuple(sorted((*chosen, *probes))), probes
 
 
 def _turn(
     job: Job,
-    task: Task,
+    step: Step,
+    head: Digest,
     wanted: Expected,
     sites: Collection[str],
     probes: Collection[str],
@@ -252,10 +296,13 @@ def _turn(
     """
     recipe = job.recipe
     deadline = time.monotonic() + recipe.round_timeout if recipe.round_timeout is not None else None
-    take = recipe.clients_per_round - there if recipe.clients_per_round and recipe.over_sample else None
-    quorum = Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take)
-    state = job.state if job.strategy.shared and task == "train" else None
-    return Turn(task, job.head, wanted, state=state, deadline=deadline, quorum=quorum, sites=sites, probes=probes)
+    if step.everyone:
+        quorum = Quorum(len(sites))
+    else:
+        take = recipe.clients_per_round - there if recipe.clients_per_round and recipe.over_sample else None
+        quorum = Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take)
+    state = job.state if job.strategy.shared and step.task == "train" else None
+    return Turn(step.task, head, wanted, state=state, deadline=deadline, quorum=quorum, sites=sites, probes=probes)
 
 
 def _unless_changed(outcome: Outcome, changed: UpdateChanged) -> Outcome:
@@ -273,7 +320,7 @@ def _accepted(outcomes: Collection[Outcome]) -> list[Accepted]:
 async def _ask_again(
     job: Job,
     number: int,
-    task: Task,
+    step: Step,
     counted: Collection[str],
     wanted: Expected,
     before: Collection[Outcome],
@@ -290,7 +337,7 @@ async def _ask_again(
     get_run_logger().warning("round %d is tried again with %s: too few updates", number, ", ".join(missing[:8]))
     asked = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
     round = Round(number, job.sites, job.store, retries=recipe.site_retries, asked=asked)
-    round.begin(_turn(job, task, wanted, missing, (), len(there)))
+    round.begin(_turn(job, step, step.model or job.head, wanted, missing, (), len(there)))
     try:
         return await collect(round, missing)
     finally:
@@ -316,9 +363,9 @@ def expected(
         task=task,
         base_sha256=head.sha256,
         spec=spec | beside_spec(strategy.extras, spec) if trains else spec,
-        transfer=recipe.params_transfer_type,
+        transfer="FULL" if task == "submit_model" else recipe.params_transfer_type,
         base=base,
-        max_norm=recipe.max_update_norm,
+        max_norm=None if task == "submit_model" else recipe.max_update_norm,  # what is only scored moves nothing
         clip=recipe.clip_updates,
         positive_meta=strategy.positive_meta if trains else (),
     )

@@ -1,19 +1,21 @@
 """Verification of a job's record: from its first byte to its last, as somebody does it who trusts nobody.
 
 Everything is read anew: the bundle, the models, the chain of the rounds' records, and every update, which passes the gate again.
-Every aggregate is recomputed from the stored updates, and must come out the same to the byte.
+Every aggregate is recomputed from the stored updates, and must come out the same to the byte; a model that was scored across
+sites must be the one that its owner submitted. Every round must be the one that had to follow on those before it.
 """
 
 import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from fedpool.errors import IntegrityError, RecipeError, RoundError
+from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
 from fedpool.flows.staging import sha256_without
@@ -22,6 +24,8 @@ from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
+from fedpool.tasks.matrix import cross_site_matrix
+from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import Record, known_weights, round_record
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
@@ -67,7 +71,8 @@ class _Audit:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
         except FileNotFoundError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
-        self._strategy: Strategy = self._recipe.strategy(len(job["sites"]))
+        self._sites = job["sites"]
+        self._strategy: Strategy = self._recipe.strategy(len(self._sites))
         self._state: Digest | None = None
         """What the strategy carries into the next round, by the word of the newest record."""
         self._head: Digest = Digest(**job["model"])
@@ -78,7 +83,7 @@ class _Audit:
         with tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:
             while self._store.exists(path := self._paths.record(len(self._records))):
                 self._verify_round(path, Path(folder))
-            self._verify_model(self._num_trained)
+            self._verify_model(self._num_trained, self._head)
         status = self._verify_result()
         return Verified(len(self._records), self._num_updates, self._num_pruned, status)
 
@@ -93,9 +98,12 @@ class _Audit:
             record = json.loads(data)
         except ValueError as error:
             raise self._differs(path, f"is no JSON: {error}") from None
-        base = self._verify_model(number)
+        step, _ = next_step(self._recipe, self._records)
+        if step is None:
+            raise self._differs(path, "is of a round that had not to follow: the job was at its end")
+        base = self._verify_model(number, step.model or self._head)
         try:
-            rebuilt = self._rebuilt(number, record, base, folder)
+            rebuilt = self._rebuilt(number, step, record, base, folder)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._differs(path, f"does not describe a round: {type(error).__name__}: {error}") from None
         for name in sorted(record.keys() | rebuilt.keys()):
@@ -109,10 +117,10 @@ class _Audit:
             self._head = Digest(**record["next_global"])
             self._state = Digest(**record["state"]) if record["state"] else None
 
-    def _rebuilt(self, number: int, record: Record, base: TensorReader, folder: Path) -> dict[str, Any]:
+    def _rebuilt(self, number: int, step: Step, record: Record, base: TensorReader, folder: Path) -> dict[str, Any]:
         """The record as it follows from what else is in the store."""
-        recipe, job_id = self._recipe, self._paths.job_id
-        wanted = expected(recipe, self._strategy, job_id, number, record["task"], self._head, base)
+        recipe, job_id, head = self._recipe, self._paths.job_id, step.model or self._head
+        wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base)
         outcomes: list[Outcome] = [Failed(**entry) for entry in record["failed"]]
         outcomes += [Late(**entry) for entry in record["late"]]
         for entry in record["rejected"]:
@@ -125,16 +133,20 @@ class _Audit:
                 raise self._differs(path, f"was accepted, but is to be rejected ({outcome.code}): {outcome.reason}")
             outcomes.append(Probed(outcome) if entry in record["probed"] else outcome)
         accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
-        following = self._following(number, base, accepted, record, folder) if record["task"] == "train" else None
+        following = self._following(number, base, accepted, record, folder) if step.task == "train" else None
+        models = self._submitted(base, accepted, record) if step.task == "submit_model" else None
         return round_record(
             job_id=job_id,
             round=number,
-            task=record["task"],
+            task=step.task,
             outcomes=outcomes,
             known_weights=known_weights(self._records),
-            base=self._head,
+            owner=step.owner,
+            origin=step.origin,
+            base=head,
             following=following.model if following else None,
             state=following.state if following else None,
+            models=models,
             previous_sha256=self._previous,
             timings=record["timings"],
         )
@@ -204,8 +216,23 @@ class _Audit:
                 (folder / here).unlink()
         return found
 
-    def _verify_model(self, number: int) -> TensorReader:
-        return self._reader(self._paths.global_model(number), self._head)
+    def _submitted(self, base: TensorReader, accepted: list[Accepted], record: Record) -> list[dict[str, Any]]:
+        """The models that are scored in the rounds to come, by what the sites have submitted."""
+        best = unscored_best(self._recipe, self._records, self._sites)
+        said = {entry["owner"]: Digest(entry["sha256"], entry["size"]) for entry in record["models"]}
+        models = [] if best is None else [best]
+        for update in sorted(accepted, key=lambda update: update.site):
+            if update.manifest.params_type is None:  # the site has no model of its own
+                continue
+            if update.tensors is None:  # it was not kept
+                digest = said[update.site]
+            else:
+                digest = submitted_digest(base, update.tensors, self._store.block_elements)
+            models.append(model_entry(update, digest))
+        return models
+
+    def _verify_model(self, number: int, digest: Digest) -> TensorReader:
+        return self._reader(self._paths.global_model(number), digest)
 
     def _reader(self, path: str, digest: Digest) -> TensorReader:
         try:
@@ -226,6 +253,7 @@ class _Audit:
             "num_rounds": self._num_trained,
             "num_records": len(self._records),
             "last_record_sha256": self._previous,
+            "cross_site": self._verify_cross_site() if result.get("status") == "COMPLETED" else None,
         }
         for name, found in follows.items():
             if result.get(name) != found:
@@ -233,6 +261,18 @@ class _Audit:
                     path, f"says {name} {_brief(result.get(name))}, but {_brief(found)} is what follows"
                 )
         return str(result.get("status"))
+
+    def _verify_cross_site(self) -> dict[str, Any] | None:
+        """Digest of the scores across sites, as they follow from the rounds; None for a recipe that asks for none."""
+        if not self._recipe.cross_site_eval:
+            return None
+        path = self._paths.cross_site
+        follows = to_json(cross_site_matrix(self._records, best_model(self._recipe, self._records)))
+        if not self._store.exists(path):
+            raise self._differs(path, "is missing")
+        if self._store.read_bytes(path) != follows:
+            raise self._differs(path, "is not what follows from the rounds")
+        return asdict(Digest(hashlib.sha256(follows).hexdigest(), len(follows)))
 
     def _differs(self, path: str, how: str) -> IntegrityError:
         return IntegrityError(f"{self._store.full(path)} {how}")

@@ -113,7 +113,8 @@ def run_site_round(
             update=str(folder.update),
             kept=str(folder.kept),
             extras=str(state) if state else None,
-            transfer=job.transfer,
+            # A site's own model is to be scored at other sites, as it is.
+            transfer="FULL" if assignment.task == "submit_model" else job.transfer,
             exclude=job.exclude,
             seed=site_seed(job.seed, site, round),
         )

@@ -36,7 +36,8 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An update that may touch the sum; `tensors` is None when the site sent metrics only (an evaluation).
+    """An update that may touch the sum; `tensors` is None when the site sent metrics only: in an evaluation, or because
+    it has no model of its own to submit.
 
     `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale` what the difference is
     multiplied by to be within the limit.
@@ -167,6 +168,8 @@ def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: E
             raise _Refused(code, f"its manifest says {code} {str(found)[:200]}, expected {wanted}")
     if expected.transfer == "DIFF" and manifest.params_type == "FULL":
         raise _Refused("params_type", "it is FULL where the recipe asks for DIFF")
+    if expected.task == "submit_model" and manifest.params_type == "DIFF":
+        raise _Refused("params_type", "it is DIFF where a site's own model is asked for: send it FULL")
 
 
 def _check_weight(weight: float | str) -> float:

@@ -1,5 +1,6 @@
 """Metrics of a global model out of what sites report, and what follows from them: the best model, early stopping."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -20,6 +21,17 @@ def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
             if value is not None:
                 values.setdefault(name, []).append((weight, value))
     return {name: _mean(pairs) for name, pairs in sorted(values.items())}
+
+
+def denominators(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
+    """What each mean of `mean_metrics` is over: the weights of the sites that report it, added up."""
+    weights: dict[str, list[float]] = {}
+    for weight, metrics in reports:
+        for name, value in metrics.items():
+            if value is not None:
+                weights.setdefault(name, []).append(weight)
+    # Weights are relative and may be huge: JSON has no infinity.
+    return {name: min(sum(known), sys.float_info.max) for name, known in sorted(weights.items())}
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:

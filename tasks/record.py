@@ -5,8 +5,9 @@ from typing import Any
 
 from fedpool.manifest import PROTOCOL
 from fedpool.model import NUM_STEPS
+from fedpool.recipe import SERVER
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
-from fedpool.tasks.metrics import mean_metrics
+from fedpool.tasks.metrics import denominators, mean_metrics
 from fedpool.tensors import Digest
 
 Record = Mapping[str, Any]
@@ -19,9 +20,12 @@ def round_record(
     task: str,
     outcomes: Collection[Outcome],
     known_weights: Mapping[str, float],
+    owner: str = SERVER,
+    origin: int | None = None,
     base: Digest,
     following: Digest | None,
     state: Digest | None,
+    models: Sequence[Mapping[str, Any]] | None = None,
     previous_sha256: str,
     timings: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -30,9 +34,12 @@ def round_record(
     Args:
         outcomes: one for each time that a site was asked.
         known_weights: site -> weight of its last training update, for scores that come without one.
+        owner: whose model the round's global one is.
+        origin: the round that it is the start of; of a site's, the one that it was submitted in; None for this very round.
         base: the round's global model; the record's metrics are its score.
-        following: the next global model; None after an evaluation.
+        following: the next global model; None when the round made none.
         state: what the strategy carries into the next round; None when it carries nothing, and after an evaluation.
+        models: where sites submitted models: whose are scored in the rounds that follow, in their order.
         previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
         timings: name -> seconds.
     """
@@ -76,11 +83,14 @@ def round_record(
             {"site": outcome.site, "attempt": outcome.attempt} for outcome in ordered if isinstance(outcome, Late)
         ],
         "metrics": mean_metrics((entry["weight"], entry["metrics"]) for entry in accepted),
+        "denominators": denominators((entry["weight"], entry["metrics"]) for entry in accepted),
         "logged": mean_metrics((entry["weight"], entry["logged"]) for entry in accepted),
         "timings": {name: round_ms(value) for name, value in timings.items()},
+        "model": {"owner": owner, "round": round if origin is None else origin},
         "global": {"sha256": base.sha256, "size": base.size},
         "next_global": {"sha256": following.sha256, "size": following.size} if following else None,
         "state": {"sha256": state.sha256, "size": state.size} if state else None,
+        **({} if models is None else {"models": list(models)}),
         "previous_sha256": previous_sha256,
     }
 
@@ -118,6 +128,13 @@ def known_weights(records: Sequence[Record]) -> dict[str, float]:
         if record["task"] == "train"
         for entry in record["accepted"]
     }
+
+
+def of_global_models(records: Sequence[Record]) -> list[Record]:
+    """The rounds that score the global model which they are the start of: no submissions, and no models of other rounds."""
+    return [
+        record for record in records if record["task"] != "submit_model" and record["model"]["round"] == record["round"]
+    ]
 
 
 def causes(record: Record) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 from uuid import UUID
 
@@ -27,7 +27,9 @@ from prefect.logging import get_run_logger
 
 from fedpool.store import Store
 from fedpool.tasks.curves import curves
-from fedpool.tasks.record import Record
+from fedpool.tasks.heatmap import heat_map
+from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
+from fedpool.tasks.record import Record, of_global_models
 from fedpool.tasks.tables import final_report, round_table
 
 _PROGRESS_INTERVAL_S = 1.0
@@ -58,15 +60,25 @@ class Reporter:
             )
         )
 
-    def report(self, name: str, result: Mapping[str, Any], records: Sequence[Record], store: Store) -> None:
-        """The report at the end, the metrics' curves, and links to the models.
+    def report(
+        self,
+        name: str,
+        result: Mapping[str, Any],
+        records: Sequence[Record],
+        store: Store,
+        matrix: Matrix | None = None,
+    ) -> None:
+        """The report at the end, the metrics' curves, the scores across sites, and links to the models.
 
         Args:
             name: of the job.
             result: as in `result.json`.
             store: that the models lie in.
+            matrix: the scores across sites, where there are any.
         """
-        pictures = curves(records, first=result["key_metric"])
+        pictures = curves(of_global_models(records), first=result["key_metric"])
+        if matrix is not None:
+            self._across_sites(name, matrix, first=result["key_metric"], mode=result["key_metric_mode"])
         markdown = final_report(name, result, records, pictures=[picture.key for picture in pictures])
         self._later(
             acreate_markdown_artifact(markdown, key="report", description=f"report of {name}"),
@@ -84,6 +96,16 @@ class Reporter:
                 for which, model in (("final", result["final"]), ("best", result["best"]))
             ),
         )
+
+    def _across_sites(self, name: str, matrix: Matrix, *, first: str, mode: Literal["max", "min"]) -> None:
+        """A table and a picture of the metric that matters most: `first`, or the first there is by name."""
+        for metric in matrix_metrics(matrix, first=first)[:1]:
+            header, rows = matrix_rows(matrix, metric)
+            about = f"{metric} of every model (columns) at every site (rows) of {name}"
+            table = [dict(zip(header, row, strict=True)) for row in rows]
+            self._later(acreate_table_artifact(table, key="cross-site", description=about))
+            if (picture := heat_map(matrix, metric, mode)) is not None:
+                self._later(acreate_image_artifact(picture.uri, key=picture.key, description=about))
 
     async def finish(self) -> None:
         """Wait for everything to be written."""

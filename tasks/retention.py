@@ -14,9 +14,13 @@ KeepUpdates = Literal["all", "last", "none"]
 
 
 def outdated(records: Sequence[Record], keep: KeepUpdates) -> Sequence[Record]:
-    """The rounds whose updates are not kept, oldest first: evaluations have none."""
+    """The rounds whose updates are not kept, oldest first: evaluations have none.
+
+    Models that sites have submitted go with all but "all": each lies in the store once more, as the model of a round.
+    """
     training = [record for record in records if record["task"] == "train"]
-    return training[: len(training) - {"all": len(training), "last": 1, "none": 0}[keep]]
+    submitted = [record for record in records if record["task"] == "submit_model" and keep != "all"]
+    return [*training[: len(training) - {"all": len(training), "last": 1, "none": 0}[keep]], *submitted]
 
 
 def drop_updates(store: Store, job_id: str, record: Record) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedpool.recipe import SERVER
 from fedpool.tasks.record import Record
 
 
@@ -34,6 +35,12 @@ def round_table(record: Record) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: str(row["site"]))
 
 
+def task_and_owner(record: Record) -> str:
+    """What a round was for: its task, and whose model was scored where it is not the one that the round is the start of."""
+    owner = record["model"]["owner"]
+    return record["task"] if owner == SERVER else f"{record['task']} {owner}"
+
+
 def report_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Header and one row per round: round, task, accepted of asked, metrics, seconds."""
     names = metric_names(records)
@@ -44,7 +51,7 @@ def report_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 str(record["round"]),
-                record["task"],
+                task_and_owner(record),
                 f"{len(record['accepted'])}/{len(record['sites'])}",
                 *(f"{known[name]:.4f}" if name in known else "" for name in names),
                 f"{record['timings']['round_s']:.2f}",

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
         SiteError,
         StoreError,
     )
+    from fedpool.flows.cross_site import CrossSiteEvalRecipe
     from fedpool.flows.cyclic import CyclicRecipe
     from fedpool.flows.diloco import DiLoCoRecipe
     from fedpool.flows.ditto import DittoRecipe
     from fedpool.flows.fedavg import FedAvgRecipe
     from fedpool.flows.fedbn import FedBNRecipe
+    from fedpool.flows.fedeval import FedEvalRecipe
     from fedpool.flows.fednova import FedNovaRecipe
     from fedpool.flows.fedopt import FedOptRecipe
     from fedpool.flows.fedprox import FedProxRecipe
@@ -59,11 +61,13 @@ _HOMES = {
         "SiteError",
         "StoreError",
     ),
+    "fedpool.flows.cross_site": ("CrossSiteEvalRecipe",),
     "fedpool.flows.cyclic": ("CyclicRecipe",),
     "fedpool.flows.diloco": ("DiLoCoRecipe",),
     "fedpool.flows.ditto": ("DittoRecipe",),
     "fedpool.flows.fedavg": ("FedAvgRecipe",),
     "fedpool.flows.fedbn": ("FedBNRecipe",),
+    "fedpool.flows.fedeval": ("FedEvalRecipe",),
     "fedpool.flows.fednova": ("FedNovaRecipe",),
     "fedpool.flows.fedopt": ("FedOptRecipe",),
     "fedpool.flows.fedprox": ("FedProxRecipe",),
@@ -77,12 +81,14 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ClientError",
     "ConfigError",
+    "CrossSiteEvalRecipe",
     "CyclicRecipe",
     "DiLoCoRecipe",
     "DittoRecipe",
     "FLModel",
     "FedAvgRecipe",
     "FedBNRecipe",
+    "FedEvalRecipe",
     "FedNovaRecipe",
     "FedOptRecipe",
     "FedProxRecipe",

@@ -10,6 +10,7 @@ Layout (all safetensors and JSON, nothing pickled)::
     {root}/{job_id}/rounds/00000/attempts/1/...                    (the same, of sites that were asked again)
     {root}/{job_id}/rounds/00000/state.safetensors                 (what the strategy carries into the next round)
     {root}/{job_id}/rounds/00000/round.json
+    {root}/{job_id}/cross_site.json                                (where models were scored across sites)
     {root}/{job_id}/result.json
 """
 
@@ -66,6 +67,11 @@ class JobPaths:
     def pruned(self) -> str:
         """Says that updates were removed after the job had ended; written once."""
         return f"{self.job_id}/pruned.json"
+
+    @property
+    def cross_site(self) -> str:
+        """Every site's scores of every model; only with the result is it the job's."""
+        return f"{self.job_id}/cross_site.json"
 
     @property
     def result(self) -> str:

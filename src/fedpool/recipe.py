@@ -34,6 +34,11 @@ from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob
 from fedpool.paths import check_name
 
+SERVER = "server"
+"""Owner of a job's final model, where models have owners."""
+SERVER_BEST = "server-best"
+"""Owner of its best one, where that is another."""
+
 
 class Environment(Protocol):
     """Where a recipe runs; see `fedpool.deployments`."""
@@ -188,6 +193,10 @@ class Recipe(BaseModel):
     keep_updates: Literal["all", "last", "none"] = Field(
         "all",
         description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
+    )
+    cross_site_eval: bool = Field(
+        False,
+        description="after the training, score every site's best local model and the server's models at every site",
     )
     include: tuple[str, ...] = Field(
         (), description="more files and folders for the bundle, relative to the client script's folder"
@@ -346,6 +355,8 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"clients_per_round={self.clients_per_round}{more}, but the environment has {len(sites)} sites"
             )
+        if self.cross_site_eval and (taken := sorted({SERVER, SERVER_BEST} & set(sites))):
+            raise RecipeError(f"cross_site_eval calls the server's models {taken[0]!r}: give that site another name")
         for what in ("aggregation_weights", "per_site_config"):
             if unknown := sorted(set(getattr(self, what)) - set(sites)):
                 raise RecipeError(f"{what} names {', '.join(unknown)}, but the sites are {', '.join(sites[:8])}")

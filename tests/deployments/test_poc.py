@@ -135,6 +135,23 @@ def test_every_algorithm_gives_the_same_bytes_as_in_simulation(env: PocEnv, pref
         assert algorithms.models_of(env.open_store(), there.job_id) == bytes_here, name
 
 
+def test_models_are_scored_across_sites_to_the_same_bytes_as_in_simulation(
+    env: PocEnv, hello_pt: FedAvgRecipe, prefect_api: str, tmp_path: Path
+) -> None:
+    recipe = hello_pt.revise(cross_site_eval=True)
+    remote = recipe.execute(env=env)
+    local = recipe.execute(env=SimEnv(num_clients=3, workspace=tmp_path, progress=False))
+    owners = {"server", "site-1", "site-2", "site-3"}
+    assert all(set(row) >= owners for row in remote.get_result().cross_site.values())
+    lasting = [
+        [paths.cross_site, *(paths.global_model(round) for round in range(7))]
+        for paths in (JobPaths(remote.job_id), JobPaths(local.job_id))
+    ]
+    for at_sites, simulated in zip(*lasting, strict=True):
+        assert remote._store.read_bytes(at_sites) == local._store.read_bytes(simulated)
+    assert verify_job(remote._store, remote.job_id).num_rounds == 7
+
+
 def test_up_again_changes_nothing(env: PocEnv) -> None:
     before = env.status()
     assert {service.name for service in before} == {"server", "s3", "coordinator", *SITES}

@@ -81,6 +81,16 @@ def test_a_job_shows_as_flow_runs_with_logs_tables_and_a_report(run_job: Callabl
     assert "# seen: completed" in by_key["report"][0].data and str(run.get_result().path) in by_key["report"][0].data
 
 
+def test_scores_across_sites_show_as_a_table_and_a_heat_map(run_job: Callable[..., Run]) -> None:
+    run = run_job(SCRIPT.format(fails_in=-1), name="across", cross_site_eval=True)
+    seen = {artifact.key: artifact for artifact in asyncio.run(read(run))["artifacts"]}
+    assert json.loads(seen["cross-site"].data)[0] == {
+        "accuracy": "site-1", "server": "0.2500", "server-best": "0.2500", "site-1": "0.2500", "site-2": "0.2500"
+    }  # fmt: skip
+    assert seen["cross-site-map"].data.startswith("data:image/svg+xml;base64,")
+    assert "| evaluate site-2 |" in seen["report"].data
+
+
 def test_a_failed_round_says_which_site_which_round_and_the_traceback(run_job: Callable[..., Run]) -> None:
     run = run_job(SCRIPT.format(fails_in=1), name="unlucky")
     with pytest.raises(JobFailed):

@@ -10,11 +10,12 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
-from fedpool import ConfigError, FedAvgRecipe, IntegrityError, RecipeError, Store
+from fedpool import ConfigError, CrossSiteEvalRecipe, FedAvgRecipe, FedEvalRecipe, IntegrityError, RecipeError, Store
 from fedpool.deployments.remote import parse_schedule, probe
 from fedpool.errors import StoreError
 from fedpool.flows.deployed import form_fields
-from fedpool.flows.entrypoints import fedavg
+from fedpool.flows.entrypoints import cross_site, fedavg, fedeval
+from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import restore, stage
 
 
@@ -44,6 +45,26 @@ def test_the_form_has_the_recipes_fields_with_bounds_and_descriptions() -> None:
         assert properties[name]["description"] == FedAvgRecipe.model_fields[name].description
     assert not {"model", "train_script", "name"} & set(properties)
     assert set(schema["required"]) == {"store", "sites", "min_clients", "num_rounds"}
+
+
+@pytest.mark.parametrize("flow", [fedeval, cross_site])
+def test_the_form_of_an_evaluation_does_not_ask_what_only_a_training_needs(flow: Any) -> None:
+    schema = parameter_schema(flow).model_dump_for_openapi()
+    assert set(schema["required"]) == {"store", "sites", "min_clients"}
+    assert {"key_metric", "round_timeout", "seed"} <= set(schema["properties"])
+    assert not {"num_rounds", "stop_cond", "exclude_vars", "cross_site_eval"} & set(schema["properties"])
+
+
+@pytest.mark.parametrize("kind", [FedEvalRecipe, CrossSiteEvalRecipe])
+def test_a_staged_evaluation_is_the_same_recipe_again(
+    kind: type[FedEvalRecipe], write_script: Callable[..., Path], tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    recipe = kind(name="scored", min_clients=2, model={"w": np.zeros(3)}, train_script=write_script("pass"))
+    stage(recipe, "job-1", store, ("site-1", "site-2"))
+    again = recipe_of("job-1", store)
+    assert isinstance(again, kind) and again.model_dump(mode="json") == recipe.model_dump(mode="json")
+    assert again.revise(min_clients=1).min_clients == 1
 
 
 def test_a_staged_job_is_the_same_recipe_again(recipe: FedAvgRecipe, tmp_path: Path) -> None:

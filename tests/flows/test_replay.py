@@ -3,13 +3,9 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from fedpool import Run
@@ -19,8 +15,6 @@ from fedpool.flows.replay import replay_round
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.robust import Median
-from fedpool.tasks.strategy import State, Update
 
 # site-1 adds 1 each round, site-2 adds 2, site-3 adds 30.
 SCRIPT = """
@@ -140,25 +134,3 @@ def test_a_job_that_may_go_on_is_not_pruned(job: Callable[..., Run], store: Stor
     store.remove(JobPaths(run.job_id).result)
     with pytest.raises(ConfigError, match="has not ended"):
         prune(store, run.job_id, "none")
-
-
-rows = st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=6)
-
-
-@given(rows)
-def test_the_median_is_that_of_numpy_and_within_what_is_there(values: list[float]) -> None:
-    updates: list[Any] = [
-        Update(f"site-{number}", 1.0, {"w": torch.tensor([value], dtype=torch.float64)})
-        for number, value in enumerate(values)
-    ]
-    params, _ = Median().apply(State({"w": torch.zeros(1, dtype=torch.float64)}), updates)
-    found = params["w"].item()
-    assert min(values) <= found <= max(values)
-    np.testing.assert_allclose(found, np.median(np.array(values) / 2) * 2, rtol=1e-12, atol=1e-300)
-
-
-def test_a_few_wild_updates_move_a_median_no_further_than_the_honest_ones_reach() -> None:
-    honest, wild = [0.9, 1.0, 1.1], [1e30, -1e30]
-    updates = [Update(str(number), 1.0, {"w": torch.tensor([value])}) for number, value in enumerate(honest + wild)]
-    params, _ = Median().apply(State({"w": torch.zeros(1)}), updates)
-    assert 0.9 <= params["w"].item() <= 1.1

@@ -150,7 +150,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a weight in a manifest": (
         lambda job: edit(job / "rounds/00000/sites/site-2/update.json", lambda manifest: manifest.update(weight=200.0)),
-        r"00001/global\.safetensors is not the aggregate of round 0's updates: (w|a\.count) differs",
+        r"00001/global\.safetensors is not what comes of round 0's updates: (w|a\.count) differs",
     ),
     "a score in a record": (
         lambda job: edit(job / R.format(1), lambda record: record["metrics"].update(accuracy=0.99)),
@@ -177,16 +177,16 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an update with all its hashes": (
         forge,
-        r"00001/global\.safetensors is not the aggregate of round 0's updates: w differs",
+        r"00001/global\.safetensors is not what comes of round 0's updates: w differs",
     ),
     "the bundle": (lambda job: flip(next(job.glob("bundle-*.zip"))), r"bundle-\w+\.zip is not what its name says"),
     "the recipe": (
         lambda job: edit(job / "job.json", lambda record: record["recipe"].update(aggregation_weights={"site-1": 5.0})),
-        r"00001/global\.safetensors is not the aggregate of round 0's updates",
+        r"00001/global\.safetensors is not what comes of round 0's updates",
     ),
     "a recipe of another kind": (
         lambda job: edit(job / "job.json", lambda record: record["recipe"].update(type="FedSecretRecipe")),
-        r"job\.json has a recipe of class 'FedSecretRecipe': known are FedAvgRecipe",
+        r"job\.json has a recipe of class 'FedSecretRecipe': known are .*FedAvgRecipe",
     ),
     "a record that is none": (
         lambda job: edit(job / R.format(2), lambda record: record.pop("accepted")),

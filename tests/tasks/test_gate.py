@@ -148,6 +148,16 @@ def test_a_site_that_has_no_model_of_its_own_may_say_so(store: Store) -> None:
     assert accepted(store, sent(store, None, task="submit_model"), task="submit_model").tensors is None
 
 
+def test_a_model_that_a_site_submits_is_judged_as_any_update(store: Store) -> None:
+    assert accepted(store, sent(store, task="submit_model"), task="submit_model").tensors is not None
+
+
+def test_a_model_that_a_site_submits_must_not_be_a_difference(store: Store) -> None:
+    code, reason = rejected(store, sent(store, task="submit_model", params_type="DIFF"), task="submit_model")
+    assert code == "params_type"
+    assert "it is DIFF where a site's own model is asked for" in reason
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpool.tasks.metrics import Metrics, best_round, has_stalled, mean_metrics
+from fedpool.tasks.metrics import Metrics, best_round, denominators, has_stalled, mean_metrics
 
 scores = st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), max_size=12)
 modes = st.sampled_from(["max", "min"])
@@ -16,6 +16,12 @@ modes = st.sampled_from(["max", "min"])
 def test_the_mean_is_weighted_over_the_sites_that_report_a_metric() -> None:
     reports: list[tuple[float, Metrics]] = [(1, {"acc": 0.5, "loss": 1.0}), (3, {"acc": 0.9}), (5, {})]
     assert mean_metrics(reports) == pytest.approx({"acc": 0.8, "loss": 1.0})
+
+
+def test_the_denominator_of_a_mean_is_the_weight_of_the_sites_that_report_the_metric() -> None:
+    reports: list[tuple[float, Metrics]] = [(1, {"acc": 0.5, "loss": 1.0}), (3, {"acc": 0.9, "loss": None}), (5, {})]
+    assert denominators(reports) == {"acc": 4, "loss": 1}
+    assert denominators([(1e308, {"acc": 1.0}), (1e308, {"acc": 0.0})])["acc"] < float("inf")
 
 
 def test_a_metric_that_was_no_finite_number_is_left_out() -> None:

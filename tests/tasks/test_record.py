@@ -9,7 +9,7 @@ import pytest
 from fedpool.manifest import UpdateManifest
 from fedpool.store import to_json
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
-from fedpool.tasks.record import causes, known_weights, round_ms, round_record
+from fedpool.tasks.record import causes, known_weights, of_global_models, round_ms, round_record
 from fedpool.tensors import Digest
 
 BASE, NEXT = Digest("b" * 64, 10), Digest("n" * 64, 11)
@@ -153,3 +153,28 @@ def test_a_site_that_answered_when_it_was_asked_again_is_not_missing() -> None:
     made = record([Failed("site-1", 0, "it was lost"), accepted("site-1", attempt=1)])
     assert causes(made) == ""
     assert [entry["attempt"] for entry in (*made["failed"], *made["accepted"])] == [0, 1]
+
+
+def test_it_says_what_each_mean_is_over() -> None:
+    made = record(OUTCOMES)
+    assert made["metrics"] == {"acc": pytest.approx(0.8)}
+    assert made["denominators"] == {"acc": 4.0}
+
+
+def test_it_says_whose_model_was_given_out_and_which_were_submitted() -> None:
+    assert record([])["model"] == {"owner": "server", "round": 2} and "models" not in record([])
+    made = record([], task="evaluate", owner="site-1", origin=1, following=None)
+    assert made["model"] == {"owner": "site-1", "round": 1}
+    entry = {"owner": "site-1", "round": 2, "sha256": "a" * 64, "size": 100}
+    assert record([], task="submit_model", following=None, models=[entry])["models"] == [entry]
+
+
+def test_rounds_of_global_models_are_neither_submissions_nor_of_other_models() -> None:
+    rounds = [
+        record([]),
+        record([], task="submit_model", following=None, models=[]),
+        record([], task="evaluate", owner="server-best", origin=0, following=None),
+        record([], task="evaluate", owner="site-1", origin=1, following=None),
+        record([], task="evaluate", following=None),
+    ]
+    assert of_global_models(rounds) == [rounds[0], rounds[4]]

@@ -206,3 +206,10 @@ def test_a_function_of_the_users_is_an_aggregator(monkeypatch: pytest.MonkeyPatc
     assert combined(rule, np.array([[1.0, 5.0], [2.0, 3.0]])).tolist() == [4.0, 10.0]
     with pytest.raises(RoundError, match=r"must return a tensor \[2\], it returned \[3, 2\]"):
         combined(made("users_rules:a_wrong_rule", 1), np.zeros((3, 2)))
+
+
+@given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=6))
+def test_the_median_is_within_what_is_there_however_large(values: list[float]) -> None:
+    found = combined(made("median"), np.array(values)[:, None]).item()
+    assert min(values) <= found <= max(values)
+    np.testing.assert_allclose(found, np.median(np.array(values) / 2) * 2, rtol=1e-12, atol=1e-300)

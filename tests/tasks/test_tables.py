@@ -15,6 +15,7 @@ def record(number: int = 0, **changes: Any) -> dict[str, Any]:
     return {
         "round": number,
         "task": "train",
+        "model": {"owner": "server", "round": number},
         "sites": ["site-1", "site-2", "site-3"],
         "accepted": [site("site-3"), site("site-1", metrics={"accuracy": 0.5, "loss": None}, logged={"lr": 0.1})],
         "rejected": [],

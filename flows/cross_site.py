@@ -1,0 +1,24 @@
+"""Cross-site evaluation without training: sites submit their best local models, and every site scores every model.
+
+`model` is the server's. A training recipe does the same after its training, with `cross_site_eval=True`.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from fedpool.flows.evaluation import EvaluationRecipe
+
+
+class CrossSiteEvalRecipe(EvaluationRecipe):
+    """Score the server's model and each site's own at every site.
+
+    `min_clients` counts the answers about the server's model; of the sites' models, those that are missing leave a hole.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
+    """
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.cross_site"
+
+    cross_site_eval: Literal[True] = Field(True, exclude=True)

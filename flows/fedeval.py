@@ -1,0 +1,24 @@
+"""Federated evaluation: every site scores one model on its own data, in one round. Nothing is trained.
+
+The result has each site's metrics with its weight, and the pooled ones: means weighted by `NUM_STEPS_CURRENT_ROUND`, which in an
+evaluation is best the number of rows that a site has scored; the denominators stand beside them.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from fedpool.flows.evaluation import EvaluationRecipe
+
+
+class FedEvalRecipe(EvaluationRecipe):
+    """Score a model, or a checkpoint, at every site.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
+    """
+
+    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedeval"
+
+    cross_site_eval: Literal[False] = Field(False, exclude=True)
+    keep_updates: Literal["all"] = Field("all", exclude=True)

@@ -1,0 +1,86 @@
+"""A cross-site matrix as a small picture: a pure function from the matrix to SVG text. Same matrix, same text.
+
+A row per data site, a column per model; the darker a cell, the better its score is among those shown, and a hole is empty.
+Names come from outside: they are escaped in the picture.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+from xml.sax.saxutils import escape
+
+from fedpool.tasks.curves import Curve
+from fedpool.tasks.matrix import Matrix, owners
+
+MAX_CELLS = 40
+"""Rows and columns at most; the report and `cross_site.json` have all of them."""
+
+_LEFT, _TOP = 120, 110
+_CELL_WIDTH, _CELL_HEIGHT = 64, 28
+_MAX_NAME = 14
+_LARGEST = 1e100
+_LIGHT, _DARK = (239, 246, 255), (30, 64, 175)
+
+
+def heat_map(matrix: Matrix, metric: str, mode: Literal["max", "min"]) -> Curve | None:
+    """The picture of a metric; None when nobody has reported it.
+
+    Args:
+        mode: whether more or less of it is better.
+    """
+    rows, columns = sorted(matrix)[:MAX_CELLS], owners(matrix)[:MAX_CELLS]
+    scores = {
+        (site, owner): value
+        for site in rows
+        for owner in columns
+        if (value := matrix[site].get(owner, {}).get(metric)) is not None and abs(value) <= _LARGEST
+    }
+    if not scores:
+        return None
+    width, height = _LEFT + _CELL_WIDTH * len(columns) + 16, _TOP + _CELL_HEIGHT * len(rows) + 32
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="12" fill="#475569">',
+        f"<title>{_name(metric)} of every model at every site</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="16" y="24" font-size="16" font-weight="bold" fill="#0f172a">{_name(metric)}</text>',
+        f'<text x="16" y="42">rows: data of a site; columns: whose model{_left_out(matrix, rows, columns)}</text>',
+    ]
+    for column, owner in enumerate(columns):
+        middle = _LEFT + _CELL_WIDTH * column + _CELL_WIDTH // 2
+        parts.append(
+            f'<text x="{middle}" y="{_TOP - 8}" transform="rotate(-30 {middle} {_TOP - 8})">{_name(owner)}</text>'
+        )
+    low, high = min(scores.values()), max(scores.values())
+    for row, site in enumerate(rows):
+        top = _TOP + _CELL_HEIGHT * row
+        parts.append(f'<text x="{_LEFT - 8}" y="{top + 18}" text-anchor="end">{_name(site)}</text>')
+        for column, owner in enumerate(columns):
+            left = _LEFT + _CELL_WIDTH * column
+            frame = f'x="{left}" y="{top}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}"'
+            if (value := scores.get((site, owner))) is None:
+                parts.append(f'<rect {frame} fill="#ffffff" stroke="#e2e8f0"/>')
+                continue
+            share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5  # halves do not overflow
+            share = share if mode == "max" else 1 - share
+            ink = "#ffffff" if share > 0.5 else "#0f172a"
+            parts.append(f'<rect {frame} fill="{_color(share)}"/>')
+            parts.append(
+                f'<text x="{left + _CELL_WIDTH // 2 - 1}" y="{top + 18}" text-anchor="middle" fill="{ink}">{value:.4g}</text>'
+            )
+    return Curve("cross-site-map", metric, "\n".join([*parts, "</svg>\n"]))
+
+
+def _color(share: float) -> str:
+    return "#" + "".join(
+        f"{round(light + share * (dark - light)):02x}" for light, dark in zip(_LIGHT, _DARK, strict=True)
+    )
+
+
+def _name(text: str) -> str:
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    return escape(shown if len(shown) <= _MAX_NAME else f"{shown[: _MAX_NAME - 1]}…")
+
+
+def _left_out(matrix: Matrix, rows: Sequence[str], columns: Sequence[str]) -> str:
+    more = (len(matrix) - len(rows), len(owners(matrix)) - len(columns))
+    return f" (without {more[0]} more sites and {more[1]} more models)" if any(more) else ""

@@ -1,0 +1,78 @@
+"""The cross-site matrix: what every site's data says of every model, as a pure function of the rounds' records."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpool.model import NUM_STEPS
+from fedpool.recipe import SERVER, SERVER_BEST
+from fedpool.tasks.metrics import mean_metrics
+from fedpool.tasks.record import Record
+
+Matrix = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+"""data site -> owner of the model -> metrics, and under `NUM_STEPS_CURRENT_ROUND` the weight that they count with."""
+
+
+def cross_site_matrix(records: Sequence[Record], best: int) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The matrix of a job's rounds; a site that has not scored a model leaves a hole: it has no entry there.
+
+    Args:
+        best: the round that the best global model is the start of. When that is a training round, its scores are those that
+            sites sent in it, unless it was scored anew.
+    """
+    scored = [record for record in records if record["task"] == "evaluate"]
+    found: dict[str, dict[str, dict[str, float | None]]] = {
+        site: {} for record in scored for site in sorted(record["sites"])
+    }
+    if records[best]["task"] == "train" and not any(record["model"]["owner"] == SERVER_BEST for record in scored):
+        scored.append({**records[best], "model": {"owner": SERVER_BEST}})
+    for record in scored:
+        for entry in record["accepted"]:
+            if entry["metrics"]:
+                row = found.setdefault(entry["site"], {})
+                row[record["model"]["owner"]] = site_scores(entry)
+    return {site: found[site] for site in sorted(found)}
+
+
+def site_scores(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a site reported of a model, and the weight that it counts with, out of an accepted update's entry in a record."""
+    return {**entry["metrics"], NUM_STEPS: entry["weight"]}
+
+
+def owners(matrix: Matrix) -> list[str]:
+    """Whose models are in a matrix: the server's first, then the sites' by name."""
+    found = {owner for row in matrix.values() for owner in row}
+    return sorted(found, key=lambda owner: (owner != SERVER, owner != SERVER_BEST, owner))
+
+
+def matrix_metrics(matrix: Matrix, *, first: str) -> list[str]:
+    """Names of the metrics in a matrix, sorted, `first` at the head where it is one."""
+    found = {name for row in matrix.values() for scores in row.values() for name in scores} - {NUM_STEPS}
+    return sorted(found, key=lambda name: (name != first, name))
+
+
+def pooled(matrix: Matrix, metric: str) -> dict[str, float]:
+    """owner -> weighted mean of a metric over the sites that report it."""
+    return {
+        owner: mean[metric]
+        for owner in owners(matrix)
+        if metric
+        in (mean := mean_metrics((_weight(row[owner]), row[owner]) for row in matrix.values() if owner in row))
+    }
+
+
+def matrix_rows(matrix: Matrix, metric: str) -> tuple[list[str], list[list[str]]]:
+    """Header and one row per data site, then the pooled scores: a column per model, empty where there is no score."""
+    columns = owners(matrix)
+    rows = [
+        [site, *(_shown(row.get(owner, {}).get(metric)) for owner in columns)] for site, row in sorted(matrix.items())
+    ]
+    means = pooled(matrix, metric)
+    return [metric, *columns], [*rows, ["all", *(_shown(means.get(owner)) for owner in columns)]]
+
+
+def _weight(scores: Mapping[str, float | None]) -> float:
+    return scores[NUM_STEPS] or 0.0
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

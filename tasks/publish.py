@@ -1,0 +1,81 @@
+"""Makes models that sites have submitted, and earlier global ones, the global model of a round to come, to be scored there.
+
+What is written is the submitted model tensor by tensor, in the dtypes that it came in. Parameters that stay at the sites
+(`exclude_vars`) are no part of it: they are the job's own, as in every global model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedpool.errors import IntegrityError
+from fedpool.paths import JobPaths
+from fedpool.store import Store
+from fedpool.tasks.aggregate import UpdateChanged
+from fedpool.tasks.gate import Accepted
+from fedpool.tensors import Digest, TensorReader, Writable, block_ranges, file_order, write_and_hash
+
+
+class _Nowhere:
+    """A file for its hash's sake."""
+
+    def write(self, data: Any, /) -> None:
+        """Forget it."""
+
+
+def copy_model(store: Store, source: str, digest: Digest, target: str) -> None:
+    """Write a global model once more, as that of another round.
+
+    Raises:
+        IntegrityError: it is not what its digest says.
+        StoreError: there is an object at target already.
+    """
+    model = store.tensors(source, digest.size)
+    with store.staged(target) as file:
+        if (found := _write(file, model, model, store.block_elements)) != digest:
+            raise IntegrityError(f"{store.full(source)} has sha256 {found.sha256}, {digest.sha256} was committed")
+
+
+def publish_submitted(
+    store: Store, paths: JobPaths, base: TensorReader, updates: Sequence[Accepted], first: int
+) -> tuple[list[dict[str, Any]], list[UpdateChanged]]:
+    """Write each submitted model as the global model of a round, from round `first` on, in sorted order of the sites.
+
+    Returns: an entry of the record's `models` for each; and what was to be written, but is not what the gate has seen.
+    """
+    models: list[dict[str, Any]] = []
+    changed: list[UpdateChanged] = []
+    for update in sorted(updates, key=lambda update: update.site):
+        if update.tensors is None:  # it has no model of its own
+            continue
+        try:
+            with store.staged(paths.global_model(first + len(models))) as file:
+                digest = _write(file, base, update.tensors, store.block_elements)
+        except (IntegrityError, FileNotFoundError) as error:
+            changed.append(UpdateChanged(update.site, str(error)))
+        else:
+            models.append(model_entry(update, digest))
+    return models, changed
+
+
+def model_entry(update: Accepted, digest: Digest) -> dict[str, Any]:
+    """What a round's record says of a model that was submitted in it."""
+    return {"owner": update.site, "round": update.manifest.round, "sha256": digest.sha256, "size": digest.size}
+
+
+def submitted_digest(base: TensorReader, update: TensorReader, block_elements: int) -> Digest:
+    """Digest of what `publish_submitted` writes."""
+    return _write(_Nowhere(), base, update, block_elements)
+
+
+def _write(file: Writable, base: TensorReader, update: TensorReader, block_elements: int) -> Digest:
+    homes = {name: update if name in update.spec else base for name in base.spec}
+    spec = {name: home.spec[name] for name, home in homes.items()}
+    return write_and_hash(
+        file,
+        spec,
+        (
+            homes[name].read_block(*block)
+            for name in file_order(spec)
+            for block in block_ranges(name, spec[name].num_elements, block_elements)
+        ),
+    )
