@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Listener
 from pathlib import Path
@@ -23,64 +23,9 @@ from fedpool.client.hosts import Assignment, Host, SessionHost, Standalone, Torc
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link, connect
 from fedpool.errors import ClientError, FedpoolError
 from fedpool.model import FLModel, ParamsType
+from tests.hosts import MemoryHost, host_of
 
 FORMATS: tuple[ParamsFormat, ...] = ("torch", "numpy")
-
-
-class MemoryHost:
-    """A host in memory: hands out assignments in turn, and keeps what it is sent. None in the plan is a time-out."""
-
-    def __init__(self, folder: Path, plan: Sequence[Assignment | None]) -> None:
-        self.welcome = Welcome("job-1", "site-1", {"lr": 0.1})
-        self.folder = folder
-        self.plan = list(plan)
-        self.timeouts: list[float | None] = []
-        self.sent: list[dict[str, Any]] = []
-        self.closed = False
-
-    def next(self, timeout: float | None) -> Assignment | None:
-        self.timeouts.append(timeout)
-        if not self.plan:
-            return None
-        assignment = self.plan.pop(0)
-        if assignment is None:
-            raise Waiting
-        return assignment
-
-    def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
-        return load_arrays(assignment.model, params_format) if assignment.model else {}
-
-    def put(self, kind: str, **fields: Any) -> None:
-        self.sent.append({"kind": kind, **fields})
-
-    def close(self) -> None:
-        self.closed = True
-
-    @property
-    def updates(self) -> list[dict[str, Any]]:
-        return [message for message in self.sent if message["kind"] == "update"]
-
-    def params_sent(self, round: int = 0, params_format: ParamsFormat = "torch") -> dict[str, Any]:
-        return load_arrays(self.folder / f"update-{round}", params_format)
-
-
-def host_of(folder: Path, *models: Mapping[str, Any], **fields: Any) -> MemoryHost:
-    """A host that gives out one round for each global model."""
-    plan = []
-    for number, model in enumerate(models):
-        with (folder / f"global-{number}").open("wb") as file:
-            save_and_hash(file, model)
-        plan.append(
-            Assignment(
-                number,
-                len(models),
-                model=str(folder / f"global-{number}"),
-                update=str(folder / f"update-{number}"),
-                kept=str(folder / "kept"),
-                **fields,
-            )
-        )
-    return MemoryHost(folder, plan)
 
 
 def received(client: Client) -> FLModel:

@@ -159,7 +159,6 @@ class _Rounds:
             self._state.restore(self._trainer)
         self._first_step = self._trainer.global_step
         _extend(self._trainer.fit_loop, epochs=self._trainer.current_epoch, steps=self._first_step)
-        self._generator = torch.get_rng_state()
 
     def rewind_generator(self) -> None:
         """Undo that Lightning starts to iterate the training data twice in a `fit` that is not its first.
@@ -177,6 +176,7 @@ class _Rounds:
     def _train(self, **call: Any) -> None:
         limits = _Limits.of(self._trainer.fit_loop)
         self._fitting = True
+        self._generator = torch.get_rng_state()
         try:
             self._fit(**call)
         finally:

@@ -41,7 +41,7 @@ class ProximalTerm:
 
     def __init__(self, mu: float, module: torch.nn.Module, received: Mapping[str, Any]) -> None:
         self._mu = mu
-        self._received = {
+        self._received: dict[torch.Tensor, Any] = {
             parameter: received[name] for name, parameter in module.named_parameters() if mu and name in received
         }
         self._anchors: dict[torch.Tensor, torch.Tensor] = {}
