@@ -67,7 +67,7 @@ class Exchange:
         """
         if self.client.task_name == "evaluate" and module is self._trained:
             # After the job's last evaluation a site may be asked for the model it trained: this is the last look at it.
-            self._kept = {name: value.clone().cpu() for name, value in self._scope(module).items()}
+            self._kept = {name: value.detach().to("cpu", copy=True) for name, value in self._scope(module).items()}
         self._trained = None
         if params := self._received():  # a standalone run has none: it goes on from the module's own weights
             module.load_state_dict(fitting_params(self._scope(module), params, strict=self._strict), strict=False)
