@@ -65,6 +65,15 @@ class TestTheLoop:
         assert client.is_running()
         assert len(host.timeouts) == 1
 
+    def test_it_is_between_rounds_from_a_send_to_the_next_assignment(self, tmp_path: Path) -> None:
+        client = Client(host_of(tmp_path, MODEL, MODEL), "numpy")
+        seen = [client.between_rounds]
+        while client.is_running():
+            seen.append(client.between_rounds)
+            client.send(FLModel(params=received(client).params))
+            seen.append(client.between_rounds)
+        assert seen == [False, False, True, False, True]
+
     def test_receive_without_is_running_fetches_the_assignment_itself(self, tmp_path: Path) -> None:
         host = host_of(tmp_path, MODEL)
         assert received(Client(host)).current_round == 0
@@ -603,7 +612,7 @@ class TestFindingTheHost:
 
     @pytest.fixture(autouse=True)
     def _bare_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in (ADDRESS_VARIABLE, "RANK", "WORLD_SIZE"):
+        for name in (ADDRESS_VARIABLE, "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
 
     def test_with_nobody_around_a_script_runs_standalone(self) -> None:
@@ -627,6 +636,20 @@ class TestFindingTheHost:
             ClientError, match=r"ranks above 0 learn site, job and config in the first flare\.is_running\(\)"
         ):
             _ = host.welcome
+
+    @pytest.mark.parametrize(("node", "local", "talks"), [("0", "0", True), ("0", "1", False), ("1", "0", False)])
+    def test_lightnings_launcher_gives_no_global_rank_but_tells_rank_0_from_the_others(
+        self, node: str, local: str, talks: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {"WORLD_SIZE": "4", "NODE_RANK": node, "LOCAL_RANK": local}.items():
+            monkeypatch.setenv(name, value)
+        host = find_host(None)
+        assert isinstance(host, TorchrunHost)
+        if talks:
+            assert host.welcome.job_id == "standalone"
+        else:
+            with pytest.raises(ClientError, match="ranks above 0"):
+                _ = host.welcome
 
     def test_rank_0_of_many_knows_who_it_is_and_needs_a_process_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
