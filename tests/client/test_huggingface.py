@@ -1,10 +1,11 @@
 """The Trainer of transformers as a client: what `train` and `evaluate` do in a round, on tiny models made from a config."""
 
+import gc
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedpool import Run
 from fedpool.arrays import save_and_hash
 from fedpool.client.api import Client
 from fedpool.client.exchange import trainable_params
+from fedpool.client.hosts import Standalone
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE
 from fedpool.errors import ClientError
 from tests.client.test_torchrun import SessionThread, torchrun
@@ -82,6 +84,14 @@ def new_trainer(folder: Path, model: Any = None, **options: Any) -> Any:
     args = transformers.TrainingArguments(output_dir=str(folder), **arguments | options)
     fields = {"train_dataset": Examples(), "eval_dataset": Examples()} | others
     return transformers.Trainer(model=model, args=args, **fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> Iterator[None]:
+    """transformers collects garbage in each `train()`: .3 s, most of the tests' time, if it looks at all that is imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -252,6 +262,26 @@ class TestTraining:
         trainer.train()
         assert len(host.updates) == 1
         assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+    def test_a_grad_scaler_starts_afresh_with_the_rest(self, serve: Callable[..., MemoryHost], tmp_path: Path) -> None:
+        serve()
+        trainer = new_trainer(tmp_path, new_model())
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # accelerate makes one for a GPU only
+        flare.patch(trainer, restore_state=False)
+        trainer.accelerator.scaler.load_state_dict({**trainer.accelerator.scaler.state_dict(), "scale": 2.0})
+        trainer.train()
+        assert trainer.accelerator.scaler.get_scale() == 8.0
+
+    def test_standalone_a_script_trains_its_own_model(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(fedpool.client, "_client", Client(Standalone()))
+        trainer = new_trainer(tmp_path, new_model())
+        flare.patch(trainer)
+        while flare.is_running():
+            trainer.evaluate()
+            trainer.train()
+        assert "parameters, eval_loss = 0." in capsys.readouterr().out
 
     def test_after_the_job_train_and_evaluate_are_the_scripts_own(
         self, serve: Callable[..., MemoryHost], tmp_path: Path

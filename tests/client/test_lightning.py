@@ -21,6 +21,7 @@ import fedpool.client.lightning as flare
 from fedpool import JobFailed, Run
 from fedpool.arrays import save_and_hash
 from fedpool.client.api import Client
+from fedpool.client.hosts import Standalone
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE
 from fedpool.client.loading import fitting_params
 from fedpool.client.proximal import add_proximal_gradient, proximal_mu
@@ -279,6 +280,19 @@ class TestTraining:
             trainer.fit(net, loader())
         assert host.updates == []
         assert trainer.max_epochs == EPOCHS
+
+    def test_standalone_a_script_trains_its_own_model(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(fedpool.client, "_client", Client(Standalone()))
+        package = importlib.import_module(PACKAGES[0])
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer)
+        net = lightning_net(package)
+        while flare.is_running():
+            trainer.validate(net, to_score(), verbose=False)
+            trainer.fit(net, loader())
+        assert "sent 2 parameters, val_loss = " in capsys.readouterr().out
 
     def test_after_the_job_fit_and_validate_are_the_scripts_own(
         self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path

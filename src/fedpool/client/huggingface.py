@@ -35,8 +35,8 @@ __all__ = ["patch"]
 __all__ += fedpool.client.__all__
 
 _SCOPES: Mapping[str, Scope] = {"all": all_params, "trainable": trainable_params}
-_NO_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch")
-"""How the names end of what `evaluate` returns beside the model's scores."""
+_TIMINGS = ("_runtime", "_per_second", "_model_preparation_time")
+"""How the names end of what `evaluate` returns beside the model's scores and the `epoch`."""
 
 
 def patch(
@@ -180,7 +180,8 @@ class _Rounds:
                 metrics = self._evaluate(*args, **kwargs)
         finally:
             self._busy = False
-        self._exchange.scored({name: value for name, value in metrics.items() if not name.endswith(_NO_SCORES)})
+        scores = {name: value for name, value in metrics.items() if name != "epoch" and not name.endswith(_TIMINGS)}
+        self._exchange.scored(scores)
         return metrics
 
 
