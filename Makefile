@@ -27,6 +27,7 @@ chaos: $(READY)  ## kill or cut everything at every stage of a round; writes the
 examples: $(READY)  ## every example, from its README's command; then all their jobs are verified
 	$(RUN)/python examples/hello-numpy/job.py
 	$(RUN)/python examples/hello-pt/job.py
+	$(RUN)/python examples/hello-lightning/job.py
 	$(RUN)/python examples/cifar10/job.py --synthetic
 	$(RUN)/python examples/cross-site/job.py
 	for job in fedpool-runs/*/; do $(RUN)/fedpool job verify $$(basename $$job) --store fedpool-runs || exit 1; done

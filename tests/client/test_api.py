@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Listener
 from pathlib import Path
@@ -23,64 +23,9 @@ from fedpool.client.hosts import Assignment, Host, SessionHost, Standalone, Torc
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link, connect
 from fedpool.errors import ClientError, FedpoolError
 from fedpool.model import FLModel, ParamsType
+from tests.hosts import MemoryHost, host_of
 
 FORMATS: tuple[ParamsFormat, ...] = ("torch", "numpy")
-
-
-class MemoryHost:
-    """A host in memory: hands out assignments in turn, and keeps what it is sent. None in the plan is a time-out."""
-
-    def __init__(self, folder: Path, plan: Sequence[Assignment | None]) -> None:
-        self.welcome = Welcome("job-1", "site-1", {"lr": 0.1})
-        self.folder = folder
-        self.plan = list(plan)
-        self.timeouts: list[float | None] = []
-        self.sent: list[dict[str, Any]] = []
-        self.closed = False
-
-    def next(self, timeout: float | None) -> Assignment | None:
-        self.timeouts.append(timeout)
-        if not self.plan:
-            return None
-        assignment = self.plan.pop(0)
-        if assignment is None:
-            raise Waiting
-        return assignment
-
-    def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
-        return load_arrays(assignment.model, params_format) if assignment.model else {}
-
-    def put(self, kind: str, **fields: Any) -> None:
-        self.sent.append({"kind": kind, **fields})
-
-    def close(self) -> None:
-        self.closed = True
-
-    @property
-    def updates(self) -> list[dict[str, Any]]:
-        return [message for message in self.sent if message["kind"] == "update"]
-
-    def params_sent(self, round: int = 0, params_format: ParamsFormat = "torch") -> dict[str, Any]:
-        return load_arrays(self.folder / f"update-{round}", params_format)
-
-
-def host_of(folder: Path, *models: Mapping[str, Any], **fields: Any) -> MemoryHost:
-    """A host that gives out one round for each global model."""
-    plan = []
-    for number, model in enumerate(models):
-        with (folder / f"global-{number}").open("wb") as file:
-            save_and_hash(file, model)
-        plan.append(
-            Assignment(
-                number,
-                len(models),
-                model=str(folder / f"global-{number}"),
-                update=str(folder / f"update-{number}"),
-                kept=str(folder / "kept"),
-                **fields,
-            )
-        )
-    return MemoryHost(folder, plan)
 
 
 def received(client: Client) -> FLModel:
@@ -119,6 +64,15 @@ class TestTheLoop:
         assert client.is_running()
         assert client.is_running()
         assert len(host.timeouts) == 1
+
+    def test_it_is_between_rounds_from_a_send_to_the_next_assignment(self, tmp_path: Path) -> None:
+        client = Client(host_of(tmp_path, MODEL, MODEL), "numpy")
+        seen = [client.between_rounds]
+        while client.is_running():
+            seen.append(client.between_rounds)
+            client.send(FLModel(params=received(client).params))
+            seen.append(client.between_rounds)
+        assert seen == [False, False, True, False, True]
 
     def test_receive_without_is_running_fetches_the_assignment_itself(self, tmp_path: Path) -> None:
         host = host_of(tmp_path, MODEL)
@@ -660,7 +614,7 @@ class TestFindingTheHost:
 
     @pytest.fixture(autouse=True)
     def _bare_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in (ADDRESS_VARIABLE, "RANK", "WORLD_SIZE"):
+        for name in (ADDRESS_VARIABLE, "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
 
     def test_with_nobody_around_a_script_runs_standalone(self) -> None:
@@ -684,6 +638,20 @@ class TestFindingTheHost:
             ClientError, match=r"ranks above 0 learn site, job and config in the first flare\.is_running\(\)"
         ):
             _ = host.welcome
+
+    @pytest.mark.parametrize(("node", "local", "talks"), [("0", "0", True), ("0", "1", False), ("1", "0", False)])
+    def test_lightnings_launcher_gives_no_global_rank_but_tells_rank_0_from_the_others(
+        self, node: str, local: str, talks: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {"WORLD_SIZE": "4", "NODE_RANK": node, "LOCAL_RANK": local}.items():
+            monkeypatch.setenv(name, value)
+        host = find_host(None)
+        assert isinstance(host, TorchrunHost)
+        if talks:
+            assert host.welcome.job_id == "standalone"
+        else:
+            with pytest.raises(ClientError, match="ranks above 0"):
+                _ = host.welcome
 
     def test_rank_0_of_many_knows_who_it_is_and_needs_a_process_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -7,7 +7,19 @@ import sys
 
 import pytest
 
-HEAVY = ("prefect", "lightning", "pytorch_lightning", "s3fs", "fsspec", "torch", "numpy", "pydantic", "rich", "httpx")
+HEAVY = (
+    "prefect",
+    "lightning",
+    "pytorch_lightning",
+    "transformers",
+    "s3fs",
+    "fsspec",
+    "torch",
+    "numpy",
+    "pydantic",
+    "rich",
+    "httpx",
+)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from fedpool.arrays import ParamsFormat, as_bytes, load_arrays, save_and_hash
+from fedpool.client.api import Client
 from fedpool.client.hosts import Assignment, TorchrunHost, Waiting, Welcome
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, Link
 
@@ -271,6 +272,15 @@ def test_a_time_out_of_rank_0_is_one_of_all_ranks() -> None:
     with pytest.raises(Waiting):
         host.next(1.0)
     assert host.next(None) == Assignment(3, 5, exclude=("^head",), seed=2**62)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_client_joins_ranks_that_were_started_after_it_once() -> None:
+    client = Client(OneRound(Assignment(0, 1)))
+    client.join_ranks(0)
+    client.join_ranks(0)
+    assert client.is_running()
+    assert client.site_name == "site-1"
 
 
 def test_messages_and_goodbyes_are_rank_0s_alone() -> None:

@@ -60,6 +60,14 @@ def _current() -> _Client:
     return _client
 
 
+def _ensure_started(rank: int | None = None) -> _Client:
+    """The client, connected to its host if `init` was not called yet; for the trainer integrations."""
+    global _client
+    if _client is None:
+        _client = _start(rank, "torch")
+    return _client
+
+
 def init(rank: int | str | None = None, *, params_format: ParamsFormat | None = None) -> None:
     """Connect this script to its host; call it once, before anything else.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_arrays
-from fedpool.client.hosts import Assignment, Host, Waiting, find_host
+from fedpool.client.hosts import Assignment, Host, TorchrunHost, Waiting, find_host
 from fedpool.errors import ClientError
 from fedpool.model import FLModel, ParamsType
 from fedpool.paths import check_name
@@ -61,6 +61,21 @@ class Client:
         if self._assignment is None:
             raise ClientError("there is no task yet: call this between flare.is_running() and flare.send()")
         return self._assignment.task
+
+    @property
+    def between_rounds(self) -> bool:
+        """Whether a round was sent and the next assignment was not asked for yet."""
+        return self._assignment is None and self._sent_round is not None
+
+    def join_ranks(self, rank: int) -> None:
+        """From here on be one rank of the process group, which must be there; collective.
+
+        For launchers that start the other ranks from within the script. Under torchrun it changes nothing but that the
+        ranks above 0 learn site, job and config now.
+        """
+        if not isinstance(self._host, TorchrunHost):
+            self._host = TorchrunHost(rank, self._host)
+        self._host.introduce()
 
     def is_running(self) -> bool:
         """Block until there is an assignment (True) or the job is over (False)."""

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedpool.arrays import ParamsFormat, load_arrays
@@ -16,6 +17,10 @@ from fedpool.errors import ClientError
 
 if TYPE_CHECKING:
     import torch
+
+
+_PATIENCE = timedelta(days=30)
+"""How long ranks above 0 wait for rank 0, which waits for the slowest site; a rank that dies is noticed at once."""
 
 
 class Waiting(Exception):
@@ -220,6 +225,11 @@ class TorchrunHost:
             raise ClientError("ranks above 0 learn site, job and config in the first flare.is_running(): ask after it")
         return self._welcome
 
+    def introduce(self) -> None:
+        """Tell the ranks above 0 who the script is, before the first `next`; collective."""
+        outcome = self._broadcast(asdict(self._host.welcome) if self._host else None)
+        self._welcome = Welcome(**outcome)
+
     def next(self, timeout: float | None) -> Assignment | None:
         """See `Host.next`; collective."""
         outcome: dict[str, Any] | None = None
@@ -282,7 +292,7 @@ class TorchrunHost:
                 "the other ranks get the model by broadcast"
             )
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         data = json.dumps(value).encode() if self._host else b""
         size = torch.tensor([len(data)])
         dist.broadcast(size, 0, group=self._group)
@@ -298,13 +308,21 @@ def find_host(rank: int | None) -> Host:
     """The host of this process: by the environment that a session or torchrun has set, else standalone.
 
     Args:
-        rank: global rank; None reads torchrun's `RANK`.
+        rank: global rank; None reads torchrun's `RANK`, or what Lightning's launcher sets.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if rank is None:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = _rank_of_environment()
     if rank > 0:
         return TorchrunHost(rank, None)
     link = connect()
     host: Host = SessionHost(link) if link else Standalone()
     return TorchrunHost(0, host) if world_size > 1 else host
+
+
+def _rank_of_environment() -> int:
+    """This process's global rank, or just some number above 0 where only that much is known."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    # Lightning's own launcher gives no global rank; whether it is 0 can be told, and no more is needed.
+    return int(os.environ.get("NODE_RANK", "0")) or int(os.environ.get("LOCAL_RANK", "0"))

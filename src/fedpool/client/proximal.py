@@ -1,0 +1,76 @@
+"""The proximal term of FedProx for trainers that own their training loop.
+
+Adds mu/2 * ||w - w_global||^2 to the loss by way of its gradient, mu * (w - w_global). Li et al., Federated Optimization
+in Heterogeneous Networks, https://arxiv.org/abs/1812.06127, equation 2.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedpool.errors import ClientError
+
+CONFIG_KEY = "fedprox_mu"
+"""The key of the recipe's config that turns the term on."""
+
+
+def add_proximal_gradient(parameter: torch.Tensor, anchor: torch.Tensor, mu: float | torch.Tensor) -> None:
+    """grad += mu * (w - w_global); a parameter without a gradient gets one, as it would from a term of the loss.
+
+    Args:
+        parameter: w, of any shape.
+        anchor: w_global, of the same shape, dtype and device.
+        mu: the strength.
+    """
+    pull = (parameter.detach() - anchor).mul_(mu)
+    parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+
+
+class ProximalTerm:
+    """Pulls a module's parameters towards the received model for one round.
+
+    Parameters that the received model does not hold are left alone, and so are those that do not require a gradient.
+
+    Args:
+        mu: the strength; 0 does nothing.
+        module: what is trained.
+        received: name -> tensor on any device; read when a parameter is first pulled.
+    """
+
+    def __init__(self, mu: float, module: torch.nn.Module, received: Mapping[str, Any]) -> None:
+        self._mu = mu
+        self._received: dict[torch.Tensor, Any] = {
+            parameter: received[name] for name, parameter in module.named_parameters() if mu and name in received
+        }
+        self._anchors: dict[torch.Tensor, torch.Tensor] = {}
+
+    def add_gradients(self, optimizer: torch.optim.Optimizer, scale: float | torch.Tensor = 1.0) -> None:
+        """Add the term's gradient to what an optimizer is about to step by.
+
+        Args:
+            scale: by which a grad scaler has multiplied the gradients that are there; 1 when they are unscaled.
+        """
+        for group in optimizer.param_groups if self._received else ():
+            for parameter in group["params"]:
+                if parameter.requires_grad and parameter in self._received:
+                    add_proximal_gradient(parameter, self._anchor(parameter), self._mu * scale)
+
+    def _anchor(self, parameter: torch.Tensor) -> torch.Tensor:
+        if parameter not in self._anchors:
+            received = torch.as_tensor(self._received[parameter])
+            self._anchors[parameter] = received.to(device=parameter.device, dtype=parameter.dtype)
+        return self._anchors[parameter]
+
+
+def proximal_mu(config: Mapping[str, Any]) -> float:
+    """The strength that a config asks for, 0 when it does not.
+
+    Raises:
+        ClientError: it is not a finite number from 0.
+    """
+    mu = config.get(CONFIG_KEY, 0.0)
+    if isinstance(mu, bool) or not isinstance(mu, int | float) or not math.isfinite(mu) or mu < 0:
+        raise ClientError(f"{CONFIG_KEY} in the config must be a finite number from 0, got {mu!r}")
+    return float(mu)
