@@ -4,13 +4,13 @@ Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous
 (https://arxiv.org/abs/2007.07481).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from fedpool.model import LOCAL_STEPS
+from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS
 from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
 from fedpool.tasks.strategy import Slice, State, Strategy, Update
@@ -54,10 +54,16 @@ def _scalar(value: float) -> torch.Tensor:
 class FedNovaRecipe(Recipe):
     """Federated averaging for sites that take unequal numbers of local steps (different data, epochs or speed).
 
-    The script sends its steps as `meta["LOCAL_STEPS"]`; `flare.LocalSteps(optimizer)` counts them.
+    The script sends its steps as `meta["LOCAL_STEPS"]`; `flare.LocalSteps(optimizer)` counts them, and a
+    patched Lightning or Hugging Face trainer by itself.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fednova"
+
+    @property
+    def client_config(self) -> Mapping[str, Any]:
+        """See `Recipe.client_config`."""
+        return {ALGORITHM: FEDNOVA}
 
     def strategy(self, num_sites: int) -> Strategy:
         """See `Recipe.strategy`."""

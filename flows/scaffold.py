@@ -2,17 +2,18 @@
 
 Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1, option II
 (https://arxiv.org/abs/1910.06378). The server's variate c travels with the global model; a site keeps its own c_i, adds c - c_i
-to each gradient, and sends what its c_i changed by. `flare.Scaffold(model, optimizer)` does this in a plain loop.
+to each gradient, and sends what its c_i changed by. `flare.Scaffold(model, optimizer)` does this in a plain loop, and a patched
+Lightning or Hugging Face trainer by itself.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from fedpool.model import CONTROL
+from fedpool.model import ALGORITHM, CONTROL, SCAFFOLD
 from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
 from fedpool.tasks.strategy import Slice, State, Strategy, Update
@@ -61,6 +62,11 @@ class ScaffoldRecipe(Recipe):
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.scaffold"
 
     server_lr: float = Field(1.0, description="learning rate of the server", gt=0, allow_inf_nan=False)
+
+    @property
+    def client_config(self) -> Mapping[str, Any]:
+        """See `Recipe.client_config`."""
+        return {ALGORITHM: SCAFFOLD}
 
     def strategy(self, num_sites: int) -> Strategy:
         """See `Recipe.strategy`."""

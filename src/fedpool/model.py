@@ -15,6 +15,12 @@ NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 LOCAL_STEPS = "LOCAL_STEPS"
 """The key of `FLModel.meta` under which a script reports how far its local steps went, for FedNova; see `LocalSteps`."""
 
+ALGORITHM = "algorithm"
+"""The key of `get_config()` that says which algorithm a recipe wants of the local steps, if it wants any: one of the next two."""
+
+SCAFFOLD = "scaffold"
+FEDNOVA = "fednova"
+
 CONTROL = "control"
 """The group of `FLModel.extras` that holds SCAFFOLD's control variates."""
 

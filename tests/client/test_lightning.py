@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fedpool.client
 import fedpool.client.lightning as flare
-from fedpool import JobFailed, Run
+from fedpool import FedNovaRecipe, JobFailed, Recipe, Run, ScaffoldRecipe
 from fedpool.arrays import save_and_hash
 from fedpool.client.api import Client
 from fedpool.client.hosts import Standalone
@@ -728,6 +728,31 @@ class TestJobs:
         assert scores == pytest.approx(expected)
         assert len(scores) == 4  # the last is the evaluation of the final model
         assert scores[-1] < scores[0] / 2
+
+    @pytest.mark.parametrize(
+        ("kind", "begin", "beside"),
+        [
+            (ScaffoldRecipe, "control = flare.Scaffold(net, optimizer)", "extras=control.extras()"),
+            (FedNovaRecipe, "steps = flare.LocalSteps(optimizer)", 'meta={"LOCAL_STEPS": steps.close(), **meta}'),
+        ],
+        ids=["scaffold", "fednova"],
+    )
+    def test_what_an_algorithm_wants_of_the_steps_is_done_as_a_plain_loop_does_it(
+        self, kind: type[Recipe], begin: str, beside: str, run_job: Callable[..., Run]
+    ) -> None:
+        net = Net()
+        net.load_state_dict(INITIAL)
+        script = JOB_PLAIN_SCRIPT.replace("for _ in range(2):", f"{begin}\n        for _ in range(2):")
+        assert begin in script
+        script = script.replace(
+            "metrics=metrics, meta=meta", f"metrics=metrics, {beside}" + ", meta=meta" * (kind is ScaffoldRecipe)
+        )
+        assert beside in script
+        plain = run_job(script, kind=kind, model=net).get_result()
+        result = run_job(JOB_SCRIPT.format(package=PACKAGES[0]), kind=kind, model=net).get_result()
+        assert same_bits(result.params, plain.params)
+        averaged = run_job(JOB_PLAIN_SCRIPT, model=net).get_result()
+        assert not same_bits(averaged.params, plain.params)
 
     def test_a_model_that_does_not_fit_fails_its_site_with_the_names(self, run_job: Callable[..., Run]) -> None:
         run = run_job(

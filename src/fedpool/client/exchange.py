@@ -3,16 +3,17 @@
 A trainer's `fit` and `validate` become calls on an `Exchange`: load what was received, keep its score, send once a round.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fedpool.client.api import Client
 from fedpool.client.loading import fits, fitting_params, update_of
+from fedpool.client.local import LocalSteps, Scaffold
 from fedpool.client.proximal import ProximalTerm, proximal_mu
 from fedpool.errors import ClientError
-from fedpool.model import NUM_STEPS, FLModel
+from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS, NUM_STEPS, SCAFFOLD, FLModel
 
 Scope = Callable[[torch.nn.Module], Mapping[str, torch.Tensor]]
 
@@ -43,6 +44,8 @@ class Exchange:
         self._scope = scope
         self._metrics: dict[str, Any] = {}
         self._answered = False
+        self._control: Scaffold | None = None
+        self._steps: LocalSteps | None = None
         self._trained: torch.nn.Module | None = None
         self._kept: dict[str, torch.Tensor] | None = None
 
@@ -78,6 +81,17 @@ class Exchange:
         anchors = {name: value for name, value in self._received().items() if fits(name, own, value)}
         return ProximalTerm(proximal_mu(self.client.config), module, anchors)
 
+    def begin_steps(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Have the round's steps done as the recipe's algorithm wants them: corrected by SCAFFOLD, or counted for FedNova.
+
+        Args:
+            module: what is trained, at the received values.
+            optimizers: torch's own, not what wraps them; FedNova counts the steps of the first.
+        """
+        algorithm = self.client.config.get(ALGORITHM)
+        self._control = Scaffold(module, *optimizers, client=self.client) if algorithm == SCAFFOLD else None
+        self._steps = LocalSteps(optimizers[0]) if algorithm == FEDNOVA else None
+
     def scored(self, metrics: Mapping[str, Any]) -> None:
         """The received model's score: sent at once when that is the task, else with the update."""
         self._metrics |= metrics
@@ -92,7 +106,13 @@ class Exchange:
             num_steps: optimizer steps of the round, the weight of the update.
         """
         self._trained, self._kept = module, None
-        self._send(self._update(self._scope(module), num_steps=num_steps))
+        update = self._update(self._scope(module), num_steps=num_steps)
+        if self._control is not None:
+            update.extras = self._control.extras()
+        if self._steps is not None:
+            update.meta[LOCAL_STEPS] = self._steps.close()
+        self._control = self._steps = None
+        self._send(update)
 
     def send_own(self, best: Mapping[str, Any] | None = None) -> None:
         """Send the site's own model: the best, where one is given, else what was last trained here.

@@ -58,7 +58,8 @@ def patch(
     The learning rate schedule that the trainer makes spans the job: it takes the steps of the first round times the number
     of rounds for its length. A schedule of your own goes on where it was.
 
-    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, after gradient clipping.
+    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, after gradient clipping. What SCAFFOLD and
+    FedNova want of the steps is done, too.
 
     A second call for the same trainer changes nothing.
 
@@ -160,6 +161,11 @@ class _Rounds:
         """The FedProx term of the round that is being trained; None outside of one."""
         return self._exchange.proximal_term(_model(self._trainer)) if self._busy else None
 
+    def begin_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """See `Exchange.begin_steps`; outside of a round, nothing."""
+        if self._busy and self._exchange.client.task_name == "train":
+            self._exchange.begin_steps(_model(self._trainer), [optimizer])
+
     def _train_and_send(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._exchange.load(_model(self._trainer))
         if self._fresh is not None:
@@ -194,12 +200,13 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self._remove()  # of a train() that raised
+        self._rounds.begin_steps(_unwrapped(optimizer))
         term = self._rounds.proximal_term()
         if term is None:
             return
         # In the step itself, where accelerate has unscaled the gradients; all but those of a fused optimizer, which does so
         # in the step and has the factor from the scaler by then.
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = _unwrapped(optimizer)
 
         def add(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             scale = getattr(stepped, "grad_scale", None)
@@ -236,6 +243,12 @@ class _FreshState:
             trainer.lr_scheduler.load_state_dict(deepcopy(self._scheduler))
         if self._scaler is not None:
             trainer.accelerator.scaler.load_state_dict(self._scaler)
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's own optimizer, without what accelerate wraps it in."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
 
 
 def _state_of(stateful: Any) -> Mapping[str, Any] | None:

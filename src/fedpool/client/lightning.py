@@ -52,7 +52,8 @@ def patch(trainer: Any, *, restore_state: bool = True, strict: bool = True) -> N
     validation loop and sends. In a `submit_model` round `fit` sends the best checkpoint, if a `ModelCheckpoint` monitors
     a metric, else the model that was last trained here; `validate` returns an empty list.
 
-    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, ahead of gradient clipping.
+    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, ahead of gradient clipping. What SCAFFOLD
+    and FedNova want of the steps is done, too.
 
     Under `strategy="ddp"` the other ranks are started here and not in the first `fit`: what is asked of the host must
     reach them too. A second call for the same trainer changes nothing.
@@ -157,6 +158,7 @@ class _Rounds:
             self._trainer.precision_plugin.load_state_dict(self._precision)  # the trainer itself keeps its grad scaler
         elif self._state is not None:
             self._state.restore(self._trainer)
+        self._exchange.begin_steps(module, self._trainer.optimizers)
         self._first_step = self._trainer.global_step
         _extend(self._trainer.fit_loop, epochs=self._trainer.current_epoch, steps=self._first_step)
 

@@ -14,6 +14,8 @@ from fedpool.tensors import is_trained
 if TYPE_CHECKING:
     import torch
 
+    from fedpool.client.api import Client
+
 
 def prox_loss(model: "torch.nn.Module", global_params: Mapping[str, Any], mu: float) -> "torch.Tensor":
     """mu/2 ||w - w_global||^2 over the model's parameters, to be added to the loss. Of FedProx, and of Ditto's personal model.
@@ -57,9 +59,10 @@ class LocalSteps:
         self._reach = self._momentum * self._reach + 1
         self.count += self._reach
 
-    def close(self) -> None:
-        """Stop counting."""
+    def close(self) -> float:
+        """Stop counting; returns the count."""
         self._hook.remove()
+        return self.count
 
 
 class Scaffold:
@@ -71,24 +74,29 @@ class Scaffold:
 
     Args:
         model: that is trained, at the received values.
-        optimizer: of the local steps; the learning rates of its steps are summed, so schedulers may change them.
+        optimizers: of the local steps, one or more; the learning rates of their steps are summed, so schedulers may change
+            them.
+        client: whose round it is; None for this process's, as `flare.init()` made it.
 
     Raises:
         ClientError: outside a round.
     """
 
-    def __init__(self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer") -> None:
+    def __init__(
+        self, model: "torch.nn.Module", *optimizers: "torch.optim.Optimizer", client: "Client | None" = None
+    ) -> None:
         import torch
 
-        from fedpool import client
+        import fedpool.client
 
-        received = client.receive()
+        self._client = client or fedpool.client._current()
+        received = self._client.receive()
         if received is None:
             raise ClientError("Scaffold() belongs into a round: make it after flare.receive()")
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._rest = {n: v for n, v in model.state_dict().items() if n not in self._parameters}
         self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
-        theirs, ours = received.extras.get(CONTROL, {}), client.kept(CONTROL) or {}
+        theirs, ours = received.extras.get(CONTROL, {}), self._client.kept(CONTROL) or {}
 
         def on(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             return {
@@ -98,7 +106,7 @@ class Scaffold:
 
         self._theirs, self._ours = on(theirs), on(ours)
         self._rates = {id(p): 0.0 for p in self._parameters.values()}
-        self._hook = optimizer.register_step_post_hook(self._correct)
+        self._hooks = [optimizer.register_step_post_hook(self._correct) for optimizer in optimizers]
 
     def _correct(self, optimizer: "torch.optim.Optimizer", *_: Any) -> None:
         import torch
@@ -121,9 +129,8 @@ class Scaffold:
         """
         import torch
 
-        from fedpool import client
-
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         changes, mine = {}, {}
         for name, parameter in self._parameters.items():
             rate = self._rates[id(parameter)]
@@ -131,7 +138,7 @@ class Scaffold:
                 raise ClientError(f"the optimizer took no step of {name!r} since Scaffold() was made: train, then send")
             changes[name] = (self._start[name] - parameter.detach()) / rate - self._theirs[name]
             mine[name] = self._ours[name] + changes[name]
-        client.keep(CONTROL, mine)
+        self._client.keep(CONTROL, mine)
         frozen = {
             name: torch.zeros_like(value)
             for name, value in self._rest.items()
