@@ -55,7 +55,7 @@ bench-poc: $(READY)  ## overhead of a round in a proof of concept, with look-ahe
 
 bench-peers: .venvs/nvflare/.ready .venvs/flower/.ready  ## NVFlare and Flower, for benchmarks/simulation.py --peers
 
-oracle: $(READY)  ## the FedAvg rows of the oracle, through SimEnv (some 15 minutes)
+oracle: $(READY)  ## every row of the oracle, through SimEnv (some two hours)
 	$(RUN)/python benchmarks/oracle.py
 
 clean:  ## remove what the targets above have made

@@ -5,12 +5,15 @@ and of what the strategy computes.
 """
 
 import math
+import os
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain, starmap
+from itertools import chain, islice, starmap
 
 import torch
 
@@ -22,6 +25,9 @@ from fedpool.tasks.geometry import Geometry, block_products
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Slice, State, Strategy, Update, relative
 from fedpool.tensors import Digest, TensorReader, beside, block_ranges, file_order, is_trained, write_and_hash
+
+_NUM_THREADS = min(4, os.cpu_count() or 1)
+_RUN_BLOCKS = 16
 
 
 class UpdateChanged(IntegrityError):
@@ -120,27 +126,58 @@ def _next_blocks(
     block_elements: int,
     slots: SlotFile | None,
 ) -> Iterator[memoryview | bytearray]:
-    """The next global model, block by block in file order. On one thread: several spent more on handing over than they saved."""
-    for block in _blocks(before.model, block_elements):
-        name = block.name
-        senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
-        state = _state(strategy, before, block)
-        if not senders:  # nobody sent it: excluded from the exchange, or only empty sites took part
-            yield block.data
-        else:
-            updates = [_update(strategy, block, update, weight) for update, weight in senders]
-            after, state = strategy.apply(state, updates)
-            yield as_bytes(_narrow(after[name], block))
-        if slots is not None:
-            for slot, values in state.slots.items():
-                if name in values:
-                    slots.put(beside(slot, name), block.start, values[name])
+    """The next global model, block by block in file order; several threads compute a run of blocks each.
+
+    A run is long enough that handing it over costs little; one block at a time would cost more than it saves.
+    """
+
+    def compute(run: Sequence[_Block]) -> list[memoryview | bytearray]:
+        return [_next_block(strategy, before, counted, block, slots) for block in run]
+
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="fedpool-aggregate") as executor:
+        runs = _in_runs(_blocks(before.model, block_elements))
+        under_way = deque(executor.submit(compute, run) for run in islice(runs, _NUM_THREADS + 1))
+        while under_way:
+            done = under_way.popleft().result()
+            under_way.extend(executor.submit(compute, run) for run in islice(runs, 1))
+            yield from done
+
+
+def _next_block(
+    strategy: Strategy,
+    before: Before,
+    counted: Sequence[tuple[Accepted, float]],
+    block: "_Block",
+    slots: SlotFile | None,
+) -> memoryview | bytearray:
+    name = block.name
+    senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
+    state = _state(strategy, before, block)
+    made: memoryview | bytearray = bytearray()
+    if not senders:  # nobody sent it: excluded from the exchange, or only empty sites took part
+        made = block.data
+    else:
+        updates = [_update(strategy, block, update, weight) for update, weight in senders]
+        after, state = strategy.apply(state, updates)
+        made = as_bytes(_narrow(after[name], block))
+    if slots is not None:
+        for slot, values in state.slots.items():
+            if name in values:
+                slots.put(beside(slot, name), block.start, values[name])
+    return made
+
+
+def _in_runs(blocks: Iterator["_Block"]) -> Iterator[list["_Block"]]:
+    while run := list(islice(blocks, _RUN_BLOCKS)):
+        yield run
 
 
 def _state(strategy: Strategy, before: Before, block: "_Block") -> State:
     """A block of the state that a round starts from."""
     params = _GlobalSlice(block)
     averaged = frozenset() if is_trained(block.name, block.spec) else frozenset((block.name,))
+    if not strategy.slots:
+        return State(params, {}, before.round, averaged)
     if before.state is None:
         return replace(strategy.init(params, averaged), round=before.round)
     slots = {} if averaged else {slot: _BesideSlice(block, before.state, slot) for slot in strategy.slots}
@@ -151,7 +188,7 @@ def _update(strategy: Strategy, block: "_Block", update: Accepted, weight: float
     """A block of an update."""
     assert update.tensors is not None
     extras: dict[str, Slice] = {}
-    if is_trained(block.name, block.spec):
+    if strategy.extras and is_trained(block.name, block.spec):
         extras = {group: _BesideSlice(block, update.tensors, group, update.site) for group in strategy.extras}
     return Update(update.site, weight, _UpdateSlice(block, update), extras, update.manifest.meta)
 

@@ -12,17 +12,16 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fedpool.arrays import range_reader
 from fedpool.errors import IntegrityError, StoreError
 from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 
@@ -30,11 +29,55 @@ WRITE_PATIENCE_S = 60.0
 _FETCHES = 3
 T = TypeVar("T")
 _LARGE_BYTES = 16 << 20
+_OPEN_FILES = 64
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
     """The one form in which JSON lies in the store: sorted keys, two spaces, strict (no NaN), a newline at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+class _LocalFile:
+    """Reads byte ranges of a local file. Stays open while it is used, unless there are many: a round of a thousand updates must
+    not need a thousand file descriptors, and opening one costs as much as reading a block.
+    """
+
+    def __init__(self, path: str, may_stay_open: threading.Semaphore) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        self._may_stay_open = may_stay_open
+        if may_stay_open.acquire(blocking=False):
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            finally:
+                if self._descriptor is None:
+                    may_stay_open.release()
+
+    def __call__(self, start: int, stop: int) -> bytearray:
+        if self._descriptor is not None:
+            return _read_range(self._descriptor, start, stop)
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _read_range(descriptor, start, stop)
+        finally:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._may_stay_open.release()
+
+
+def _read_range(descriptor: int, start: int, stop: int) -> bytearray:
+    """Bytes of a file; a range past its end comes back short."""
+    data = bytearray(stop - start)
+    view = memoryview(data)
+    while view:
+        count = os.preadv(descriptor, [view], start)
+        if not count:
+            return data[: len(data) - len(view)]
+        view, start = view[count:], start + count
+    return data
 
 
 class Store:
@@ -58,6 +101,7 @@ class Store:
         # Local: 128 KiB of float32, which a processor's cache holds and torch does not split over threads, whose hand-over costs
         # more than such a block does and far more on a busy machine. Remote: as much as makes a request worth its while.
         self.block_elements = 1 << 15 if self.is_local else 1 << 22
+        self._may_stay_open = threading.Semaphore(_OPEN_FILES)
 
     def full(self, path: str) -> str:
         """The path as the file system, or a person, knows it."""
@@ -163,19 +207,17 @@ class Store:
         return self._patiently(path, lambda: bytes(self.fs.cat_file(self.full(path))))
 
     def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
-        """Block-wise access to a safetensors object of `size` bytes, opened anew for each block."""
+        """Block-wise access to a safetensors object of `size` bytes."""
         full = self.full(path)
-
-        def read_local(start: int, stop: int) -> bytearray:
-            with FileIO(full) as file:  # Path.open costs as much as reading a block
-                return range_reader(file)(start, stop)
+        if self.is_local:
+            return TensorReader(_LocalFile(full, self._may_stay_open), size, where=full, max_header=max_header)
 
         def read_remote(start: int, stop: int) -> bytearray:
             if stop == start:
                 return bytearray()
             return self._patiently(path, lambda: bytearray(self.fs.cat_file(full, start=start, end=stop)))
 
-        return TensorReader(read_local if self.is_local else read_remote, size, where=full, max_header=max_header)
+        return TensorReader(read_remote, size, where=full, max_header=max_header)
 
     def read_json(self, path: str) -> dict[str, Any]:
         """A JSON object.

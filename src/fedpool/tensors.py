@@ -201,8 +201,7 @@ def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> None:
 class TensorReader:
     """Random access to the tensors of a safetensors file, block by block, through a function that reads byte ranges.
 
-    Holds no file open, so a round of a thousand updates needs no thousand file descriptors. Does not check the file's hash:
-    that is the gate's duty, and the store's.
+    Does not check the file's hash: that is the gate's duty, and the store's.
 
     Args:
         read_range: (start, stop) -> the bytes in between.
