@@ -470,6 +470,57 @@ print("after", model.params["head"].mean().item())
         assert ran.returncode == 0
 
 
+class TestWhatASiteKeeps:
+    """Tensors that stay at the site from round to round."""
+
+    BASE = {"w": np.zeros(2, dtype=np.float32)}  # noqa: RUF012  # never changed
+
+    def client(self, folder: Path, num_rounds: int, first: int = 0) -> Client:
+        """A client whose first round is `first`, as a script that is started again has it."""
+        host = host_of(folder, *[self.BASE] * num_rounds)
+        return Client(MemoryHost(folder, host.plan[first:]), "numpy")
+
+    def keep(self, client: Client, value: float) -> float | None:
+        """Do a round that keeps a value; returns what was kept before."""
+        received(client)
+        before = client.kept("mine")
+        client.keep("mine", {"x": np.array([value])})
+        client.send(FLModel(params=self.BASE))
+        return None if before is None else float(before["x"][0])
+
+    def test_it_comes_back_in_the_next_round(self, tmp_path: Path) -> None:
+        client = self.client(tmp_path, 3)
+        assert [self.keep(client, value) for value in (5.0, 6.0, 7.0)] == [None, 5.0, 6.0]
+
+    def test_a_round_that_is_done_again_starts_from_what_was_kept_before_it(self, tmp_path: Path) -> None:
+        client = self.client(tmp_path, 3)
+        assert [self.keep(client, value) for value in (5.0, 6.0)] == [None, 5.0]
+        again = self.client(tmp_path, 3, first=1)
+        assert [self.keep(again, value) for value in (6.5, 7.0)] == [5.0, 6.5]
+
+    def test_no_more_than_two_rounds_of_it_stay(self, tmp_path: Path) -> None:
+        client = self.client(tmp_path, 4)
+        for value in range(4):
+            self.keep(client, value)
+        assert [path.name for path in sorted((tmp_path / "kept").iterdir())] == ["00002", "00003"]
+
+    def test_outside_a_round_and_with_a_wrong_name_or_value_it_is_refused(self, tmp_path: Path) -> None:
+        client = self.client(tmp_path, 1)
+        with pytest.raises(ClientError, match=r"kept\(\) belongs into a round"):
+            client.kept("mine")
+        received(client)
+        with pytest.raises(ClientError, match=r"name '\.\./mine' cannot be part of a path"):
+            client.keep("../mine", self.BASE)
+        with pytest.raises(ClientError, match=r"keep\('mine'\) takes a dict of name -> array"):
+            client.keep("mine", {"x": "text"})
+
+    def test_extras_that_are_no_dict_of_dicts_are_refused(self, tmp_path: Path) -> None:
+        client = self.client(tmp_path, 1)
+        received(client)
+        with pytest.raises(ClientError, match="extras must be a dict of group"):
+            client.send(FLModel(params=self.BASE, extras={"control": np.zeros(2)}))  # type: ignore[dict-item]
+
+
 class TestSeeds:
     """Each assignment seeds the generators of the libraries that the script has imported."""
 

@@ -1,18 +1,19 @@
 """The client API's state machine: what may be called when, and what a call does. One `Client` lives in a client script."""
 
 import math
+import os
 import random
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_arrays
 from fedpool.client.hosts import Assignment, Host, TorchrunHost, Waiting, find_host
-from fedpool.errors import ClientError
+from fedpool.errors import ClientError, RecipeError
 from fedpool.model import FLModel, ParamsType
 from fedpool.paths import check_name
 from fedpool.tensors import beside, split_beside
@@ -36,8 +37,6 @@ class Client:
         self._model: FLModel | None = None
         self._sent_round: int | None = None
         self._ended = False
-        self._alone: dict[str, dict[str, Any]] = {}
-        """What is kept where there is no host."""
         self._warned_round: int | None = None
 
     @property
@@ -147,43 +146,50 @@ class Client:
 
     def keep(self, name: str, params: Mapping[str, Any]) -> None:
         """Keep tensors at this site; see `fedpool.client.keep`."""
-        check_name("name", name)
-        assignment = self._assignment
-        if assignment is None:
-            raise ClientError("keep() belongs into a round: call it between flare.receive() and flare.send()")
-        if assignment.kept is None or assignment.silent:
-            if assignment.kept is None:
-                self._alone[name] = dict(params)
-            return
-        folder = Path(assignment.kept)
-        target = folder / f"{assignment.round:05d}" / f"{name}.safetensors"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside, then into place: the values received from the old file are a map of it.
-        partial = target.with_suffix(".partial")
-        with partial.open("wb") as file:
-            save_arrays(file, params)
+        assignment = self._in_round("keep", name)
+        try:
+            if (
+                assignment.kept is None or assignment.silent
+            ):  # standalone there is no round to come; rank 0 keeps for all
+                with Path(os.devnull).open("wb") as file:
+                    save_arrays(file, params)
+                return
+            target = Path(assignment.kept) / f"{assignment.round:05d}" / f"{name}.safetensors"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Beside, then into place: the values received from the old file are a map of it.
+            partial = target.with_suffix(".partial")
+            with partial.open("wb") as file:
+                save_arrays(file, params)
+        except (TypeError, AttributeError) as error:
+            raise ClientError(f"keep({name!r}) takes a dict of name -> array: {error}") from None
         partial.replace(target)
         # A round may be asked for again, and then starts from what came before it: the one before the last stays, too.
-        for old in self._kept_before(folder, name, assignment.round)[:-1]:
+        for old in self._kept_before(assignment, name)[:-1]:
             old.unlink()
             with suppress(OSError):  # others are kept there
                 old.parent.rmdir()
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """What this site has kept; see `fedpool.client.kept`."""
-        check_name("name", name)
-        assignment = self._assignment
-        if assignment is None:
-            raise ClientError("kept() belongs into a round: call it between flare.receive() and flare.send()")
-        if assignment.kept is None:
-            return self._alone.get(name)
-        before = self._kept_before(Path(assignment.kept), name, assignment.round)
+        before = self._kept_before(self._in_round("kept", name), name)
         return load_arrays(before[-1], self._params_format()) if before else None
 
+    def _in_round(self, function: str, name: str) -> Assignment:
+        try:
+            check_name("name", name)
+        except RecipeError as error:
+            raise ClientError(str(error)) from None
+        if self._assignment is None:
+            raise ClientError(f"{function}() belongs into a round: call it between flare.is_running() and flare.send()")
+        return self._assignment
+
     @staticmethod
-    def _kept_before(folder: Path, name: str, round: int) -> list[Path]:
+    def _kept_before(assignment: Assignment, name: str) -> list[Path]:
         """What was kept under a name in earlier rounds, oldest first."""
-        return [path for path in sorted(folder.glob(f"*/{name}.safetensors")) if int(path.parent.name) < round]
+        if assignment.kept is None:
+            return []
+        found = sorted(Path(assignment.kept).glob(f"*/{name}.safetensors"))
+        return [path for path in found if int(path.parent.name) < assignment.round]
 
     def _extras(self, assignment: Assignment) -> dict[str, dict[str, Any]]:
         extras: dict[str, dict[str, Any]] = {}
@@ -233,12 +239,7 @@ class Client:
                 base = load_arrays(assignment.model, self._params_format()) if assignment.model else {}
                 sent = {name: _difference(name, value, base.get(name)) for name, value in sent.items()}
                 params_type = ParamsType.DIFF
-            beside_them = {
-                beside(group, name): value
-                for group, values in model.extras.items()
-                for name, value in values.items()
-                if name not in excluded
-            }
+            beside_them = _beside(model.extras, excluded)
             # Without a host there is nowhere to write: the params are checked and counted all the same.
             with Path(assignment.update or "/dev/null").open("wb") as file:
                 save_arrays(file, sent | beside_them)
@@ -248,6 +249,18 @@ class Client:
         except TypeError as error:
             raise ClientError(str(error)) from None
         return {"params_type": params_type.value, "num_params": len(sent)}
+
+
+def _beside(extras: Mapping[str, Mapping[str, Any]], excluded: Collection[str]) -> dict[str, Any]:
+    """What goes into the update's file beside the params."""
+    if not all(isinstance(values, Mapping) for values in extras.values()):
+        raise ClientError("extras must be a dict of group -> dict of name -> array, such as Scaffold.extras() gives")
+    return {
+        beside(group, name): value
+        for group, values in extras.items()
+        for name, value in values.items()
+        if name not in excluded
+    }
 
 
 def seed_everything(seed: int) -> None:
