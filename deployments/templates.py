@@ -24,6 +24,7 @@ _DATA = "/data"
 _CONFIG_FOLDER = "/etc/fedpool"
 _CONFIG_FILE = "site.toml"
 _FOLDER = "/tmp/fedpool-site"
+_KEPT = f"{_FOLDER}/kept"
 _JOB_KEPT_S = 3600
 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -34,6 +35,7 @@ _MEMORY = {
 }
 _ONLY_IN = {
     "image": ("docker", "kubernetes"),
+    "keep": ("docker", "kubernetes"),
     "memory": ("docker", "kubernetes"),
     "cpus": ("docker", "kubernetes"),
     "env_secret": ("kubernetes",),
@@ -47,6 +49,7 @@ def base_job_template(
     name: str,
     image: str | None = None,
     data: str | None = None,
+    keep: str | None = None,
     config: str | None = None,
     env: Mapping[str, str] | None = None,
     env_secret: str | None = None,
@@ -62,6 +65,7 @@ def base_job_template(
         name: of the site; a run for another one is refused.
         image: with fedpool and what scripts import; one whose entrypoint, if any, runs its arguments.
         data: the site's data: an absolute path, for kubernetes the name of a claim. Mounted read-only at `/data`.
+        keep: where what scripts keep stays from round to round: an absolute path, for kubernetes the name of a claim.
         config: the site's TOML file, an absolute path; for kubernetes the name of a secret that has the key `site.toml`.
         env: variables of the command. They can be read on the server: secrets belong into `config` or `env_secret`.
         env_secret: name of a kubernetes secret whose keys are variables, e.g. the store's credentials.
@@ -74,11 +78,19 @@ def base_job_template(
         ConfigError: a value does not fit, or this type of pool has no such thing.
     """
     _check_kind(
-        kind, {"image": image, "memory": memory, "cpus": cpus, "env_secret": env_secret, "namespace": namespace}
+        kind,
+        {
+            "image": image,
+            "keep": keep,
+            "memory": memory,
+            "cpus": cpus,
+            "env_secret": env_secret,
+            "namespace": namespace,
+        },
     )
     variables = dict(env or {})
     _check_env(variables)
-    _check_texts({"image": image, "data": data, "config": config, "program": program})
+    _check_texts({"image": image, "data": data, "keep": keep, "config": config, "program": program})
     try:
         check_name("site", name)
     except ValueError as error:
@@ -89,10 +101,11 @@ def base_job_template(
         raise ConfigError(f"cpus is {cpus!r}: give a number of processors such as 2 or 0.5")
     run = [*shlex.split(program), "site", "run", "--name", name]
     if kind == "kubernetes":
-        for option, value in {"data": data, "config": config, "env_secret": env_secret, "namespace": namespace}.items():
+        names = {"data": data, "keep": keep, "config": config, "env_secret": env_secret, "namespace": namespace}
+        for option, value in names.items():
             _check_kubernetes_name(option, value)
     else:
-        for option, value in {"data": data, "config": config}.items():
+        for option, value in {"data": data, "keep": keep, "config": config}.items():
             _check_path(kind, option, value)
     if kind == "process":
         run += _options(data=data, config=config)
@@ -101,9 +114,9 @@ def base_job_template(
         run += _options(data=data and _DATA, config=config and f"{_CONFIG_FOLDER}/{_CONFIG_FILE}", folder=_FOLDER)
         if kind == "docker":
             run = [*_with_env(variables), *run]
-            configuration = _docker(run, image=image, data=data, config=config, memory=memory, cpus=cpus)
+            configuration = _docker(run, image=image, data=data, keep=keep, config=config, memory=memory, cpus=cpus)
         else:
-            configuration = _kubernetes(run, image=image, data=data, config=config, memory=memory, cpus=cpus)
+            configuration = _kubernetes(run, image=image, data=data, keep=keep, config=config, memory=memory, cpus=cpus)
             configuration["namespace"] = namespace or "default"
             container = configuration["job_manifest"]["spec"]["template"]["spec"]["containers"][0]
             container["env"] = [{"name": key, "value": value} for key, value in variables.items()]
@@ -135,6 +148,7 @@ def _docker(
     *,
     image: str | None,
     data: str | None,
+    keep: str | None,
     config: str | None,
     memory: str | None,
     cpus: float | None,
@@ -148,7 +162,10 @@ def _docker(
     configuration: dict[str, Any] = {
         "command": shlex.join(command),
         "image": image,
-        "volumes": [f"{source}:{target}:ro" for target, source in mounts.items() if source is not None],
+        "volumes": [
+            *(f"{source}:{target}:ro" for target, source in mounts.items() if source is not None),
+            *([f"{keep}:{_KEPT}:rw"] if keep is not None else []),
+        ],
         "auto_remove": True,
         "privileged": False,
         "stream_output": True,
@@ -164,6 +181,7 @@ def _kubernetes(
     *,
     image: str | None,
     data: str | None,
+    keep: str | None,
     config: str | None,
     memory: str | None,
     cpus: float | None,
@@ -174,6 +192,9 @@ def _kubernetes(
     if data is not None:
         mounts.append({"name": "data", "mountPath": _DATA, "readOnly": True})
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": data, "readOnly": True}})
+    if keep is not None:
+        mounts.append({"name": "keep", "mountPath": _KEPT})
+        volumes.append({"name": "keep", "persistentVolumeClaim": {"claimName": keep}})
     if config is not None:
         mounts.append({"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True})
         volumes.append({"name": "config", "secret": {"secretName": config}})
@@ -260,5 +281,9 @@ def _check_path(kind: str, option: str, path: str | None) -> None:
 
 def _check_kubernetes_name(option: str, name: str | None) -> None:
     if name is not None and not _KUBERNETES_NAME.fullmatch(name):
-        what = {"data": "a persistent volume claim", "namespace": "a namespace"}.get(option, "a secret")
+        what = {
+            "data": "a persistent volume claim",
+            "keep": "a persistent volume claim",
+            "namespace": "a namespace",
+        }.get(option, "a secret")
         raise ConfigError(f"{option} {name!r} cannot be the name of {what} of kubernetes")

@@ -134,6 +134,10 @@ def template(
         str | None,
         Parameter(help="the site's data, read-only: a folder, for kubernetes a claim; flare.get_config()['data']"),
     ] = None,
+    keep: Annotated[
+        str | None,
+        Parameter(help="where what scripts keep stays from round to round: a folder, for kubernetes a claim"),
+    ] = None,
     config: Annotated[
         str | None, Parameter(help="the site's TOML file; for kubernetes a secret with the key site.toml")
     ] = None,
@@ -154,6 +158,7 @@ def template(
         name=name,
         image=image,
         data=data,
+        keep=keep,
         config=config,
         env=parse_env(env or ()),
         env_secret=env_secret,

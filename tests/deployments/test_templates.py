@@ -181,6 +181,16 @@ def test_a_kubernetes_job_is_one_that_the_api_knows(prefect_api: str) -> None:
     assert not container["securityContext"]["privileged"]
 
 
+def test_what_scripts_keep_has_a_place_that_outlives_the_container() -> None:
+    docker = base_job_template("docker", name=SITE, image="i", keep="/srv/kept")["job_configuration"]
+    assert docker["volumes"] == ["/srv/kept:/tmp/fedpool-site/kept:rw"]
+    assert docker["command"].endswith("--folder /tmp/fedpool-site")
+    job = base_job_template("kubernetes", name=SITE, image="i", keep="kept-a")["job_configuration"]["job_manifest"]
+    pod = job["spec"]["template"]["spec"]
+    assert pod["volumes"] == [{"name": "keep", "persistentVolumeClaim": {"claimName": "kept-a"}}]
+    assert pod["containers"][0]["volumeMounts"] == [{"name": "keep", "mountPath": "/tmp/fedpool-site/kept"}]
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
@@ -190,6 +200,9 @@ def test_a_kubernetes_job_is_one_that_the_api_knows(prefect_api: str) -> None:
         ("docker", {"namespace": "here"}, "a docker pool has no namespace"),
         ("docker", {"name": "../site"}, "site"),
         ("docker", {"data": "data"}, "not an absolute path"),
+        ("docker", {"keep": "kept"}, "not an absolute path"),
+        ("process", {"keep": "/srv/kept"}, "a process pool has no keep"),
+        ("kubernetes", {"keep": "/srv/kept"}, "cannot be the name of a persistent volume claim"),
         ("docker", {"data": "/a:/b"}, "without a colon"),
         ("process", {"config": "site.toml"}, "not an absolute path"),
         ("kubernetes", {"data": "/srv/data"}, "cannot be the name of a persistent volume claim"),

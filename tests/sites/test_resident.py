@@ -139,6 +139,31 @@ def test_a_session_is_kept_warm_over_rounds(site: Callable[..., Site], job: Call
     assert work.pid(0) == work.pid(1)
 
 
+COUNTING = """
+    import numpy as np
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        counted = {"n": (flare.kept("count") or {"n": np.zeros(1)})["n"] + 1}
+        flare.keep("count", counted)
+        flare.send(flare.FLModel(params={"w": counted["n"].astype(np.float32)}))
+"""
+
+
+def test_what_a_script_keeps_outlives_the_worker(tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text(textwrap.dedent(COUNTING))
+    work = Job(Store(tmp_path / "store"), tmp_path / "client.py")
+    for round in (0, 1, 2):  # in each round another worker, in the same folder
+        here = Site(tmp_path / "site")
+        work.assign(round)
+        assert here.perform(work, round)
+        here.resident.close()
+        assert work.pid(round) == round + 1
+    assert (tmp_path / "site" / "kept" / work.paths.job_id / "00002" / "count.safetensors").exists()
+
+
 def test_an_assignment_is_waited_for(site: Callable[..., Site], job: Callable[..., Job]) -> None:
     here, work = site(), job()
     performing = here.perform_aside(work)
