@@ -30,6 +30,7 @@ examples: $(READY)  ## every example, from its README's command; then all their 
 	$(RUN)/python examples/hello-lightning/job.py
 	$(RUN)/python examples/cifar10/job.py --synthetic
 	$(RUN)/python examples/cross-site/job.py
+	$(RUN)/python examples/algorithms/job.py scaffold ditto
 	for job in fedpool-runs/*/; do $(RUN)/fedpool job verify $$(basename $$job) --store fedpool-runs || exit 1; done
 
 lint: $(READY)  ## ruff and mypy
