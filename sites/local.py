@@ -22,6 +22,7 @@ from fedpool.errors import SiteError
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.launcher import Zygote
+from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
 from fedpool.store import Store
@@ -94,6 +95,7 @@ class LocalSites:
         "_gpus",
         "_job",
         "_keep_alive",
+        "_scratch",
         "_sessions",
         "_slots",
         "_sockets",
@@ -130,8 +132,8 @@ class LocalSites:
         # A thread for every site that is asked: those that nobody waits for any more do not hold up the others.
         self._executor = ThreadPoolExecutor(len(self.names), thread_name_prefix="fedpool-site")
         self._under_way: dict[str, Future[Delivery]] = {}
-        workspace.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=".fedpool-sites-", dir=workspace.resolve()))
+        self._scratch = Scratch(workspace, ".fedpool-sites-")
+        self._folder = self._scratch.path
         self._sockets = Path(tempfile.mkdtemp(prefix="fedpool-"))
         self._zygote = Zygote(threads=threads)
         self._zygote.preload(imports)
@@ -194,7 +196,7 @@ class LocalSites:
         self._executor.shutdown()
         self._sessions.clear()
         self._zygote.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.remove()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _perform(self, assignment: SiteAssignment, deadline: float | None, log: LogLine, part: "_Part") -> Delivery:

@@ -19,6 +19,7 @@ from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.process import ProcessLauncher
+from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import SiteFolder, run_site_round
 from fedpool.store import Store
@@ -45,9 +46,7 @@ class Resident:
         self._jobs: dict[str, _JobHere] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        folder = config.folder.absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._scratch = Path(tempfile.mkdtemp(prefix=".fedpool-", dir=folder))
+        self._scratch = Scratch(config.folder.absolute(), ".fedpool-")
         self._keeper = threading.Thread(target=self._keep_house, name="fedpool-resident", daemon=True)
         self._keeper.start()
 
@@ -82,7 +81,7 @@ class Resident:
                 raise SiteError(self.config.name, round, "the site was stopped")
             job = self._jobs.get(job_id)
             if job is None:
-                job = self._jobs[job_id] = _JobHere(job_id, self._open(store), self.config, self._scratch)
+                job = self._jobs[job_id] = _JobHere(job_id, self._open(store), self.config, self._scratch.path)
             job.num_calls += 1
         try:
             return job.perform(round, attempt, stop=_Either(stop, self._closed), log=log)
@@ -102,7 +101,7 @@ class Resident:
         for job in jobs:
             job.end()
         self._keeper.join(_CLOSE_GRACE_S)  # it may be ending a script, or wait for a store that is away
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.remove()
 
     def _open(self, store: str) -> Store:
         return Store(self.config.store or store, **self.config.storage_options)
