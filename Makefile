@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo poc-demo test test-slow chaos examples lint format docs wheel bench bench-poc bench-peers oracle clean
+.PHONY: demo poc-demo test test-slow chaos examples lint format docs catalogue wheel bench bench-poc bench-peers oracle clean
 
 demo: $(READY)  ## hello-pt in simulation: three sites on scikit-learn's digits
 	$(RUN)/python examples/hello-pt/job.py
@@ -44,6 +44,9 @@ format: $(READY)  ## let ruff rewrite
 
 docs: $(READY)  ## run the commands and the code of README and docs/
 	$(RUN)/python .ci/run_docs.py
+
+catalogue: $(READY)  ## write docs/recipes/ from the docstrings and the fields of the recipes
+	$(RUN)/python -m fedpool.flows.catalogue docs
 
 wheel: $(READY)  ## build the wheel and run a job from it in a clean environment
 	.ci/check_wheel $(RUN)/python

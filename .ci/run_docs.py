@@ -1,4 +1,4 @@
-"""Runs what README.md and docs/*.md tell a reader to run: every `sh` block's commands, every `python` block.
+"""Runs what README.md and the pages of docs/ tell a reader to run: every `sh` block's commands, every `python` block.
 
 A `python` block that begins with a comment such as `# client.py` is a file: it is written to a folder of its own page, where
 the page's later blocks find it; `# job.py` is run. A page's commands share their variables, as in one shell. A command is
@@ -18,6 +18,7 @@ RAN_ELSEWHERE = {
     "make test": "a step of .ci/run",
     "make lint": "a step of .ci/run",
     "make docs": "this very script",
+    "make catalogue": "a test holds that it would change nothing",
     "make wheel": "a step of .ci/run",
     "make examples": "a step of .ci/run",
     "make bench": "minutes long; run by hand before figures are quoted",
@@ -73,5 +74,5 @@ def _run(command: str, environment: dict[str, str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     print(f"{sum(run_page(page) for page in pages)} commands and files of {len(pages)} pages ran")

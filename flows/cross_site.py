@@ -15,6 +15,14 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
 
     `min_clients` counts the answers about the server's model; of the sites' models, those that are missing leave a hole.
 
+    Client script, as in examples/cross-site/client.py:
+        It sends metrics of what it receives, and its best local model when it is asked for that.
+
+            if flare.is_evaluate():
+                flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_STEPS_CURRENT_ROUND": int((~rows).sum())}))
+            elif flare.is_submit_model():
+                flare.send(flare.FLModel(params=best_params))
+
     Raises:
         pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
     """

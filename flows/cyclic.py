@@ -19,7 +19,7 @@ from fedpool.tasks.strategy import Slice, State, Strategy, Update
 
 @dataclass(frozen=True)
 class Cyclic(Strategy):
-    """w <- w_k of the site whose turn it is."""
+    """w <- w_k of the site whose turn it is"""
 
     order: str | tuple[str, ...]
 
@@ -45,6 +45,9 @@ class CyclicRecipe(Recipe):
     """Weight transfer from site to site: no averaging, one model at a time, for few sites with little data each.
 
     A round is one site's turn: `num_rounds` of 30 takes the model through 10 sites three times.
+
+    Client script, as in examples/algorithms/plain.py:
+        That of federated averaging.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.cyclic"
@@ -75,6 +78,6 @@ class CyclicRecipe(Recipe):
         if isinstance(self.order, tuple) and (unknown := sorted(set(self.order) - set(sites))):
             raise RecipeError(f"order names {', '.join(unknown)}, but the sites are {', '.join(sorted(sites)[:8])}")
 
-    def strategy(self, num_sites: int) -> Strategy:
+    def strategy(self, num_sites: int) -> Cyclic:
         """See `Recipe.strategy`."""
         return Cyclic(self.order)

@@ -1,7 +1,9 @@
 """DiLoCo: many local steps, and a step of outer Nesterov momentum at the server.
 
 Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1
-(https://arxiv.org/abs/2311.08105). The outer gradient is the mean of the sites' differences.
+(https://arxiv.org/abs/2311.08105). The outer gradient is the mean of the sites' differences, and the outer optimizer:
+
+    m <- outer_momentum m + delta; w <- w + outer_lr (delta + outer_momentum m)
 """
 
 from typing import ClassVar
@@ -11,13 +13,16 @@ from pydantic import Field
 from fedpool.flows.averaging import AveragingRecipe
 from fedpool.flows.fedopt import FedOpt
 from fedpool.tasks.optimizers import Momentum, Schedule
-from fedpool.tasks.strategy import Strategy
 
 
 class DiLoCoRecipe(AveragingRecipe):
     """Distributed low-communication training: AdamW for hundreds of steps at the sites, outer Nesterov momentum at the server.
 
     For language models over slow links: a round costs one model's transfer, however many steps it takes.
+
+    Client script, as in examples/algorithms/plain.py:
+        That of federated averaging. The inner optimizer is the script's own, in the paper AdamW for 500 steps. Make it
+        once, before the loop, and its state goes on from round to round.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.diloco"
@@ -25,6 +30,6 @@ class DiLoCoRecipe(AveragingRecipe):
     outer_lr: float = Field(0.7, description="learning rate of the outer optimizer", gt=0, allow_inf_nan=False)
     outer_momentum: float = Field(0.9, description="Nesterov momentum of the outer optimizer", ge=0, lt=1)
 
-    def strategy(self, num_sites: int) -> Strategy:
+    def strategy(self, num_sites: int) -> FedOpt:
         """See `Recipe.strategy`."""
         return FedOpt(self.rule, Momentum(Schedule(self.outer_lr), self.outer_momentum, nesterov=True))

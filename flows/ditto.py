@@ -1,8 +1,9 @@
 """Ditto: a global model by federated averaging, and beside it at each site a personal one that never leaves.
 
 Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization", algorithm 1
-(https://arxiv.org/abs/2012.04221). A site minimises F_k(v) + lambda/2 ||v - w_global||^2 for its personal v, which the script
-keeps with `flare.keep("personal", params)` and finds again with `flare.kept("personal")`.
+(https://arxiv.org/abs/2012.04221). Beside its part in the global model, a site minimises this for its personal v:
+
+    F_k(v) + lambda/2 ||v - w_global||^2
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,16 @@ from fedpool.flows.fedavg import FedAvgRecipe
 
 
 class DittoRecipe(FedAvgRecipe):
-    """Personalisation: each site gets a model of its own, near the global one by as much as `ditto_lambda` says."""
+    """Personalisation: each site gets a model of its own, near the global one by as much as `ditto_lambda` says.
+
+    Client script, as in examples/algorithms/ditto.py:
+        It trains two models, and keeps the personal one at the site from round to round.
+
+            strength = flare.get_config()["ditto_lambda"]
+            personal.load_state_dict(flare.kept("personal") or received.params)
+            (loss + flare.prox_loss(network, anchor, pull)).backward()
+            flare.keep("personal", personal.state_dict())
+    """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.ditto"
 

@@ -6,7 +6,6 @@ from pydantic import Field
 
 from fedpool.flows.fedavg import FedAvg
 from fedpool.recipe import Recipe
-from fedpool.tasks.strategy import Strategy
 
 
 class EvaluationRecipe(Recipe):
@@ -28,6 +27,6 @@ class EvaluationRecipe(Recipe):
     clip_updates: Literal[False] = Field(False, exclude=True)
     max_rejections: None = Field(None, exclude=True)
 
-    def strategy(self, num_sites: int) -> Strategy:
+    def strategy(self, num_sites: int) -> FedAvg:
         """See `Recipe.strategy`: the plain mean, which is never taken, because nobody trains."""
         return FedAvg()

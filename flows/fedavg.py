@@ -1,8 +1,8 @@
-"""Federated averaging.
+"""Federated averaging: sites train from the global model, and the next one is the mean of theirs.
 
 McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
-(https://arxiv.org/abs/1602.05629). Each site trains from the global model; the next one is the mean of theirs, weighted by
-their local steps (`NUM_STEPS_CURRENT_ROUND`) and by `aggregation_weights`.
+(https://arxiv.org/abs/1602.05629). The n_k are the sites' local steps (`NUM_STEPS_CURRENT_ROUND`), times their
+`aggregation_weights`, and n is their sum.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,10 @@ from fedpool.tasks.strategy import Slice, State, Strategy, Update
 
 @dataclass(frozen=True)
 class FedAvg(Strategy):
-    """w <- sum_k (n_k / n) w_k. The state is the global model alone."""
+    """w <- sum_k (n_k / n) w_k
+
+    With another aggregator than the mean, w is what that makes of the w_k. The state is the global model alone.
+    """
 
     rule: Aggregator = field(default_factory=Mean)
 
@@ -39,12 +42,24 @@ class FedAvg(Strategy):
 class FedAvgRecipe(AveragingRecipe):
     """Federated averaging, the baseline: start here.
 
+    Sites train alone between rounds, so it needs little transfer. Where their data differ much, long local training pulls the
+    model apart: see FedProx, SCAFFOLD and FedOpt then.
+
+    Client script, as in examples/algorithms/plain.py:
+        Your training loop between `receive()` and `send()`.
+
+            received = flare.receive()
+            model.load_state_dict(received.params)
+            flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics))
+
+        With `meta={"NUM_STEPS_CURRENT_ROUND": steps}` the site's model counts by its steps; without, all count alike.
+
     Raises:
         pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedavg"
 
-    def strategy(self, num_sites: int) -> Strategy:
+    def strategy(self, num_sites: int) -> FedAvg:
         """See `Recipe.strategy`."""
         return FedAvg(self.rule)

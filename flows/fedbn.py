@@ -1,7 +1,8 @@
 """FedBN: federated averaging whose batch normalisation stays at the site.
 
 Li et al. 2021, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", algorithm 1
-(https://arxiv.org/abs/2102.07623).
+(https://arxiv.org/abs/2102.07623). The server is that of federated averaging; a site finds its own batch normalisation in the
+model that it receives.
 """
 
 import re
@@ -19,6 +20,9 @@ class FedBNRecipe(FedAvgRecipe):
     """Federated averaging for sites whose inputs look different (scanners, cameras): each keeps its own batch normalisation.
 
     Adds to `exclude_vars` every layer that has running statistics, with its scale and shift.
+
+    Client script, as in examples/algorithms/plain.py:
+        That of federated averaging.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedbn"

@@ -14,6 +14,12 @@ from fedpool.flows.evaluation import EvaluationRecipe
 class FedEvalRecipe(EvaluationRecipe):
     """Score a model, or a checkpoint, at every site.
 
+    Client script, as in examples/cross-site/client.py:
+        It sends metrics, and no params.
+
+            if flare.is_evaluate():
+                flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_STEPS_CURRENT_ROUND": int((~rows).sum())}))
+
     Raises:
         pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
     """

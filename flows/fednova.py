@@ -18,7 +18,7 @@ from fedpool.tasks.strategy import Slice, State, Strategy, Update
 
 @dataclass(frozen=True)
 class FedNova(Strategy):
-    """w <- w + tau_eff sum_k p_k (w_k - w) / tau_k, where tau_eff = sum_k p_k tau_k.
+    """w <- w + tau_eff sum_k p_k (w_k - w) / tau_k, where tau_eff = sum_k p_k tau_k
 
     p_k are the weights and tau_k = `meta["LOCAL_STEPS"]` the steps of the sites: of plain SGD their number, of any other local
     optimizer the L1 norm of how much each gradient counts in its update. With equal steps it is federated averaging.
@@ -54,8 +54,13 @@ def _scalar(value: float) -> torch.Tensor:
 class FedNovaRecipe(Recipe):
     """Federated averaging for sites that take unequal numbers of local steps (different data, epochs or speed).
 
-    The script sends its steps as `meta["LOCAL_STEPS"]`; `flare.LocalSteps(optimizer)` counts them, and a
-    patched Lightning or Hugging Face trainer by itself.
+    Client script, as in examples/algorithms/fednova.py:
+        It says how far it went. Let its weight be its rows, which do not depend on that. A patched Lightning or Hugging Face
+        trainer counts its steps by itself.
+
+            steps = flare.LocalSteps(optimizer)
+            meta = {"NUM_STEPS_CURRENT_ROUND": len(digits.labels), "LOCAL_STEPS": steps.count}
+            flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, meta=meta))
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fednova"
@@ -65,6 +70,6 @@ class FedNovaRecipe(Recipe):
         """See `Recipe.client_config`."""
         return {ALGORITHM: FEDNOVA}
 
-    def strategy(self, num_sites: int) -> Strategy:
+    def strategy(self, num_sites: int) -> FedNova:
         """See `Recipe.strategy`."""
         return FedNova()

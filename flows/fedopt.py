@@ -1,6 +1,13 @@
 """Adaptive federated optimization: the server takes a step of an optimizer towards the aggregate, not all the way to it.
 
-Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (https://arxiv.org/abs/2003.00295).
+Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (https://arxiv.org/abs/2003.00295). With delta, the
+aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correction, the optimizers are:
+
+    adam      m <- beta1 m + (1 - beta1) delta; v <- beta2 v + (1 - beta2) delta^2; w <- w + lr m / (sqrt(v) + tau)
+    yogi      the same with v <- v - (1 - beta2) delta^2 sign(v - delta^2)
+    adagrad   the same with v <- v + delta^2
+    momentum  m <- beta1 m + delta; w <- w + lr m
+    nesterov  m <- beta1 m + delta; w <- w + lr (delta + beta1 m)
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +26,10 @@ from fedpool.tasks.strategy import Slice, State, Strategy, Update
 
 @dataclass(frozen=True)
 class FedOpt(Strategy):
-    """delta <- aggregate - w; w <- optimizer(w, -delta). Parameters that are no floating point numbers are aggregated."""
+    """delta <- aggregate - w; w <- optimizer(w, -delta)
+
+    Parameters that are no floating point numbers, and what nobody trains, are aggregated.
+    """
 
     rule: Aggregator
     optimizer: ServerOptimizer
@@ -58,6 +68,9 @@ class FedOptRecipe(AveragingRecipe):
     """Federated averaging with an optimizer at the server: FedAdam, FedYogi, FedAdagrad, FedAvgM, or a class of `torch.optim`.
 
     Converges in fewer rounds than plain averaging where sites differ or gradients are sparse; its learning rate wants tuning.
+
+    Client script, as in examples/algorithms/plain.py:
+        That of federated averaging: the server alone differs.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedopt"
@@ -96,6 +109,6 @@ class FedOptRecipe(AveragingRecipe):
         )
         return self
 
-    def strategy(self, num_sites: int) -> Strategy:
+    def strategy(self, num_sites: int) -> FedOpt:
         """See `Recipe.strategy`."""
         return FedOpt(self.rule, self._optimizer)

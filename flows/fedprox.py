@@ -1,8 +1,9 @@
 """FedProx: federated averaging whose sites are held near the global model.
 
 Li et al. 2020, "Federated Optimization in Heterogeneous Networks", algorithm 2 (https://arxiv.org/abs/1812.06127). A site
-minimises F_k(w) + mu/2 ||w - w_global||^2. The server is that of federated averaging: the script learns mu from
-`flare.get_config()["fedprox_mu"]`, and adds `flare.prox_loss(model, global_params, mu)` to its loss.
+minimises its loss with a term beside it; the server is that of federated averaging.
+
+    F_k(w) + mu/2 ||w - w_global||^2
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,14 @@ from fedpool.flows.fedavg import FedAvgRecipe
 
 
 class FedProxRecipe(FedAvgRecipe):
-    """Federated averaging for sites that differ much, or do unequal amounts of work: each is pulled back to the global model."""
+    """Federated averaging for sites that differ much, or do unequal amounts of work: each is pulled back to the global model.
+
+    Client script, as in examples/algorithms/fedprox.py:
+        The term is one line of the loss. A patched Lightning or Hugging Face trainer adds its gradient by itself.
+
+            mu = flare.get_config()["fedprox_mu"]
+            loss = loss + flare.prox_loss(model, received.params, mu)
+    """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedprox"
 

@@ -2,8 +2,10 @@
 
 Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1, option II
 (https://arxiv.org/abs/1910.06378). The server's variate c travels with the global model; a site keeps its own c_i, adds c - c_i
-to each gradient, and sends what its c_i changed by. `flare.Scaffold(model, optimizer)` does this in a plain loop, and a patched
-Lightning or Hugging Face trainer by itself.
+to each gradient g of its S local steps, and sends what its c_i changed by.
+
+    y <- y - lr_k (g(y) + c - c_i), from y = x
+    c_i <- c_i - c + (x - y) / (S lr_k)
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +23,10 @@ from fedpool.tasks.strategy import Slice, State, Strategy, Update
 
 @dataclass(frozen=True)
 class Scaffold(Strategy):
-    """x <- x + lr (mean of the sites' x_i - x); c <- c + |S| / N (mean of the changes of their c_i).
+    """x <- x + lr (mean of the sites' y - x); c <- c + n / N (mean of the changes of their c_i)
 
-    The mean of the parameters is by the weights, which the paper has equal; that of the variates is not.
+    n of the job's N sites take part in the round. The mean of the parameters is by the weights, which the paper has equal; that
+    of the variates is not.
     """
 
     num_sites: int
@@ -57,6 +60,12 @@ class ScaffoldRecipe(Recipe):
     """Federated learning for sites that differ much and train long between rounds, at twice the transfer of averaging.
 
     Every site should take part often: a control variate that is many rounds old corrects little.
+
+    Client script, as in examples/algorithms/scaffold.py:
+        A helper corrects the steps of the optimizer, SGD; a patched Lightning or Hugging Face trainer has it built in.
+
+            control = flare.Scaffold(model, optimizer)  # corrects the optimizer's steps from here on
+            flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, extras=control.extras()))
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.scaffold"
@@ -68,6 +77,6 @@ class ScaffoldRecipe(Recipe):
         """See `Recipe.client_config`."""
         return {ALGORITHM: SCAFFOLD}
 
-    def strategy(self, num_sites: int) -> Strategy:
+    def strategy(self, num_sites: int) -> Scaffold:
         """See `Recipe.strategy`."""
         return Scaffold(num_sites, self.server_lr)

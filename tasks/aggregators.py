@@ -62,11 +62,16 @@ class Aggregator(ABC):
 
 @dataclass(frozen=True)
 class Mean(Aggregator):
-    """The mean by weights; of a site named in `scales`, the difference to the global model is scaled first."""
+    """The mean by the weights of the updates.
+
+    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
+    (https://arxiv.org/abs/1602.05629). Needs n >= 1.
+    """
 
     weights: Mapping[str, float] | None = None
     """site -> weight, where it is not the update's own."""
     scales: Mapping[str, float] | None = None
+    """site -> factor on its difference to the global model, where that is not 1."""
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
         """See `Aggregator.combine`."""
@@ -86,7 +91,11 @@ class Mean(Aggregator):
 
 @dataclass(frozen=True)
 class Median(Aggregator):
-    """The coordinate-wise median."""
+    """The coordinate-wise median; of an even number, the mean of the middle two.
+
+    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option I
+    (https://arxiv.org/abs/1803.01498). Needs n >= 1.
+    """
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
         """See `Aggregator.combine`."""
@@ -95,13 +104,17 @@ class Median(Aggregator):
 
 @dataclass(frozen=True)
 class TrimmedMean(Aggregator):
-    """The coordinate-wise mean without a share of the values at each end."""
+    """The coordinate-wise mean without the floor(trim_ratio n) lowest and the floor(trim_ratio n) highest values.
+
+    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option II
+    (https://arxiv.org/abs/1803.01498). Needs n >= 1 / trim_ratio: fewer would trim nothing.
+    """
 
     ratio: float
 
     @property
     def fewest(self) -> int:
-        """See `Aggregator.fewest`: fewer would trim nothing."""
+        """See `Aggregator.fewest`."""
         return next(n for n in range(1, 1 + int(2 / self.ratio) + 1) if num_trimmed(n, self.ratio) >= 1)
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
@@ -112,7 +125,12 @@ class TrimmedMean(Aggregator):
 
 @dataclass(frozen=True)
 class Krum(Aggregator):
-    """The mean of the updates that lie closest to most others; `num_selected` None takes n - f - 2 of them."""
+    """The mean of the m updates with the least sum of squared distances to their n - f - 2 nearest others.
+
+    Of krum m is 1, of multi_krum `num_selected`, or n - f - 2 without that. Blanchard et al. 2017, "Machine Learning with
+    Adversaries: Byzantine Tolerant Gradient Descent", section 4 (https://arxiv.org/abs/1703.02757). Needs
+    n >= max(2 f + 3, m + f + 2).
+    """
 
     num_byzantine: int
     num_selected: int | None = None
@@ -138,7 +156,11 @@ class Krum(Aggregator):
 
 @dataclass(frozen=True)
 class Bulyan(Aggregator):
-    """Krum's n - 2f choices, and of those in each coordinate the mean of the n - 4f nearest to the median."""
+    """Krum's choice, n - 2 f times over, and of those in each coordinate the mean of the n - 4 f nearest to the median.
+
+    El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section 4
+    (https://arxiv.org/abs/1802.07927). Needs n >= 4 f + 3.
+    """
 
     num_byzantine: int
     selected: tuple[str, ...] = ()
@@ -163,7 +185,11 @@ class Bulyan(Aggregator):
 
 @dataclass(frozen=True)
 class GeometricMedian(Aggregator):
-    """The point with the least sum of distances to the updates."""
+    """The point with the least sum of distances to the updates, by the smoothed Weiszfeld algorithm.
+
+    Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2 (https://arxiv.org/abs/1912.13445). Needs
+    n >= 1.
+    """
 
     surveys = True
 
@@ -180,7 +206,8 @@ class GeometricMedian(Aggregator):
 class NormClippedMean(Aggregator):
     """The mean of updates whose differences to the global model are scaled down to one L2 norm.
 
-    Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 3 (https://arxiv.org/abs/1911.07963).
+    Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 3 (https://arxiv.org/abs/1911.07963). Needs
+    n >= 1.
     """
 
     clip_norm: float
@@ -259,10 +286,10 @@ def make_aggregator(
         "num_selected": num_selected,
         "clip_norm": clip_norm,
     }
-    needed, allowed = _PARAMETERS.get(name, ((), ())) if ":" not in name else ((), ())
-    if ":" not in name and name not in _PARAMETERS:
+    needed, allowed = PARAMETERS.get(name, ((), ())) if ":" not in name else ((), ())
+    if ":" not in name and name not in PARAMETERS:
         raise RecipeError(
-            f"aggregator {name!r} is not known: use {', '.join(_PARAMETERS)}, or the path of a function, "
+            f"aggregator {name!r} is not known: use {', '.join(PARAMETERS)}, or the path of a function, "
             "'package.module:function'"
         )
     if strange := [what for what, value in given.items() if value is not None and what not in (*needed, *allowed)]:
@@ -278,7 +305,7 @@ def make_aggregator(
     return aggregator
 
 
-_PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mean": ((), ()),
     "median": ((), ()),
     "trimmed_mean": (("trim_ratio",), ()),

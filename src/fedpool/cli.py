@@ -1,4 +1,4 @@
-"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`."""
+"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`, `fedpool recipe`."""
 
 import asyncio
 import json
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedpool.deployments.job_command import job
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
+from fedpool.deployments.recipe_command import recipe
 from fedpool.errors import FedpoolError
 from fedpool.sites.config import SiteConfig
 
@@ -29,6 +30,7 @@ site = App(name="site", help="A site: the data owner's side.")
 app.command(poc)
 app.command(site)
 app.command(job)
+app.command(recipe)
 
 Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
 SiteName = Annotated[str | None, Parameter(help="name of the site, as recipes know it")]

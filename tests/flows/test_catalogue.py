@@ -1,0 +1,166 @@
+"""The catalogue says what is so: its pages are up to date, and what they say of scripts, rules and fields holds."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from math import ceil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fedpool import ConfigError, CyclicRecipe, FedEvalRecipe, FedProxRecipe, Recipe
+from fedpool.flows.averaging import AveragingRecipe
+from fedpool.flows.catalogue import FIGURES, aggregator, describe, figures, find, page_name, pages, script
+from fedpool.flows.recipes import RECIPES
+from fedpool.tasks.aggregators import PARAMETERS
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "recipes"
+KINDS = list(RECIPES.values())
+
+
+def code_of(markdown: str) -> list[str]:
+    """The lines of its blocks of Python, without indentation and comments."""
+    lines = "\n".join(re.findall(r"```python\n(.*?)```", markdown, re.DOTALL)).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
+
+
+def test_the_pages_in_docs_are_what_make_catalogue_would_write() -> None:
+    written = {path.stem: path.read_text() for path in FOLDER.glob("*.md")}
+    made = dict(pages(ROOT / "docs"))
+    assert written.keys() == made.keys()
+    stale = [name for name, text in made.items() if written[name] != text]
+    assert stale == [], "run make catalogue, and commit what it changes"
+
+
+def test_the_module_writes_them(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "fedpool.flows.catalogue", str(tmp_path)], check=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "recipes").iterdir()} == {
+        f"{name}.md": text for name, text in pages(tmp_path).items()
+    }
+    assert "## Measured" not in (tmp_path / "recipes/fedavg.md").read_text()  # for want of a fidelity.md
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_has_every_part(kind: type[Recipe]) -> None:
+    page = find(kind.__name__)
+    assert page.startswith(f"# {kind.__name__}\n")
+    trains = not kind.model_fields["num_rounds"].exclude
+    assert ("Paper: [" in page) == ("## Update rule" in page) == trains
+    assert "## Client script" in page and "```python" in page and "## Parameters" in page and "## Example" in page
+    assert "Raises:" not in page and "See `" not in page
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lines_of_the_client_script_are_those_of_the_example(kind: type[Recipe]) -> None:
+    found = script(kind)
+    example = [line.split("  #")[0].strip() for line in (ROOT / found.example).read_text().splitlines()]
+    assert [line for line in code_of(found.text) if line not in example] == []
+    assert (ROOT / found.example).with_name("job.py").is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_that_can_be_given_is_on_the_page_or_on_those_it_refers_to(kind: type[Recipe]) -> None:
+    page = find(page_name(kind))
+    shared = find("fields") + (find("aggregators") if issubclass(kind, AveragingRecipe) else "")
+    for name, field in kind.model_fields.items():
+        if field.exclude:
+            assert f"`{name}`" in page.split("Not to be given")[1]
+        else:
+            assert f"| `{name}` |" in page + shared
+    assert ("aggregators.md" in page) == issubclass(kind, AveragingRecipe)
+
+
+def test_a_field_has_its_type_bounds_default_and_meaning() -> None:
+    assert "| `fedprox_mu` | `float`, from 0, finite | required | weight of the proximal term" in find("fedprox")
+    assert "| `min_clients` | `int`, from 1 to 1 | `1` |" in find(
+        "cyclic"
+    )  # a field of every recipe, with bounds of its own
+    fields = find("fields")
+    assert "| `name` | `str`, up to 64 characters | required |" in fields
+    assert "| `num_rounds` | `int`, from 1 to 100,000 | required |" in fields
+    assert '| `params_transfer_type` | `"FULL" or "DIFF"` | `"FULL"` |' in fields
+    assert "| `seed` | `int`, from 0, below 2^63 | `0` |" in fields
+    assert "| `round_timeout` | `float or None`, above 0, finite | `None` |" in fields
+    assert "| `exclude_vars` | `tuple[str, ...]` | `()` |" in fields
+
+
+@pytest.mark.parametrize("name", ["FedProxRecipe", "fedproxrecipe", "FEDPROX", "fed-prox"])
+def test_a_page_is_found_by_any_spelling_of_its_name(name: str) -> None:
+    assert find(name) == pages()[page_name(FedProxRecipe)]
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no recipe 'fedavgg': there are FedAvgRecipe, .*, and the pages fields, aggr"
+    ):
+        find("fedavgg")
+
+
+def test_a_docstring_gives_up_its_paper_its_code_and_its_formal_sections() -> None:
+    found = describe(
+        """One sentence,
+        on two lines.
+
+        Doe et al. 2020, "A Title", section 3
+        (https://example.org/1). It does this:
+
+            w <- w_k
+
+        Raises:
+            ValueError: never.
+        """
+    )
+    assert found.summary == "One sentence, on two lines."
+    assert found.paper == '["A Title"](https://example.org/1), Doe et al. 2020, section 3'
+    assert found.rest == "It does this:\n\n```text\nw <- w_k\n```"
+
+
+@pytest.mark.parametrize("kind", [FedEvalRecipe, CyclicRecipe])
+def test_the_index_has_a_line_for_each_recipe(kind: type[Recipe]) -> None:
+    lines = [line for line in pages()["README"].splitlines() if line.startswith("| [`")]
+    assert len(lines) == len(RECIPES)
+    summary = describe(kind.__doc__ or "").summary
+    assert [line for line in lines if line.startswith(f"| [`{kind.__name__}`]({page_name(kind)}.md) | {summary} |")]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("f", [1, 2, 3])
+def test_an_aggregator_needs_as_many_updates_as_its_page_says(name: str, f: int) -> None:
+    (section,) = (part for part in find("aggregators").split("\n## ") if name in part.splitlines()[0].split(", "))
+    stated = re.search(r"^- Needs: n >= ([^\n(]+?(?:\([^\n]*?\))?)(?: \([a-z ]+\))?$", section, re.MULTILINE)
+    assert stated
+    for m in (1, 7) if name == "multi_krum" else (1,):
+        ratio = 0.1 * f
+        given = aggregator(name, num_byzantine=f, trim_ratio=ratio, num_selected=m)
+        formula = re.sub(r"(\d) f", r"\1 * f", stated[1])
+        assert given.fewest == ceil(eval(formula, {"f": f, "m": m, "trim_ratio": ratio}))
+    assert "- Paper: [" in section
+    assert all(f"`{parameter}`" in section for group in PARAMETERS[name] for parameter in group)
+
+
+def oracle() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("oracle_of_catalogue", ROOT / "benchmarks" / "oracle.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_case_of_the_oracle_would_be_on_the_page_of_its_recipe_and_on_no_other() -> None:
+    import fedpool.flows.catalogue as catalogue
+
+    for case in oracle().CASES.values():
+        found = [page for page in FIGURES if catalogue._measured(page, {case.name: ("0.1", "0.1")})]
+        assert found == ["aggregators" if case.num_hostile else case.recipe.__name__], case.name
+
+
+def test_a_figure_on_a_page_is_that_of_the_table_of_fidelity() -> None:
+    table = figures((ROOT / "docs" / "fidelity.md").read_text())
+    rows = {name for name in table if name.startswith("fedavg-")}
+    assert rows
+    for name in rows:
+        assert f"| {name} | {' | '.join(table[name])} |" in find("fedavg")
