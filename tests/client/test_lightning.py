@@ -733,7 +733,12 @@ class TestJobs:
         ("kind", "begin", "beside"),
         [
             (ScaffoldRecipe, "control = flare.Scaffold(net, optimizer)", "extras=control.extras()"),
-            (FedNovaRecipe, "steps = flare.LocalSteps(optimizer)", 'meta={"LOCAL_STEPS": steps.close(), **meta}'),
+            pytest.param(
+                FedNovaRecipe,
+                "steps = flare.LocalSteps(optimizer)",
+                'meta={"LOCAL_STEPS": steps.close(), **meta}',
+                marks=pytest.mark.slow,
+            ),
         ],
         ids=["scaffold", "fednova"],
     )

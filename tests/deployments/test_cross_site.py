@@ -349,7 +349,9 @@ POINTS = {
 SLOW = (
     "before the submission's model is there",
     "before the submissions are committed",
+    "while a site's model is scored",
     "before the scores are written",
+    "between the scores and the result",
 )
 
 

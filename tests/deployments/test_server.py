@@ -24,6 +24,7 @@ def answers(api_url: str) -> bool:
         return created.status_code == 201 and client.get(f"{api_url}/flows/name/f").status_code == 200
 
 
+@pytest.mark.slow
 def test_the_tables_are_kept_for_the_next_server_and_a_damaged_copy_is_made_anew(own_cache: Path) -> None:
     with private_server() as server:
         server.wait()
@@ -38,6 +39,7 @@ def test_the_tables_are_kept_for_the_next_server_and_a_damaged_copy_is_made_anew
         assert answers(server.api_url)
 
 
+@pytest.mark.slow
 def test_the_ui_is_served_and_calls_its_own_server() -> None:
     with private_server() as server:
         server.wait()
