@@ -49,7 +49,7 @@ def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = 
         return
     table = Table()
     for header in ("job", "recipe", "status", "rounds", "sites", "metrics"):
-        table.add_column(header, no_wrap=header == "job")
+        table.add_column(header, no_wrap=header in ("job", "status"))
     for entry in found:
         rounds = f"{entry.num_committed}/{entry.num_rounds}"
         table.add_row(
@@ -254,7 +254,7 @@ async def _with_client(use: Callable[["PrefectClient"], Awaitable[T]]) -> T:
 
 
 def _status(summary: jobs.JobSummary) -> str:
-    return summary.status or "not ended"
+    return "unreadable" if summary.unreadable else summary.status or "not ended"
 
 
 def _metrics(metrics: dict[str, float]) -> str:

@@ -30,6 +30,7 @@ class JobSummary:
         num_rounds: training rounds that the recipe asks for.
         sites: names.
         metrics: of the newest global model that was scored.
+        unreadable: why it cannot be read, if it cannot: it is damaged, or of another version.
     """
 
     job_id: str
@@ -39,6 +40,7 @@ class JobSummary:
     num_rounds: int
     sites: list[str]
     metrics: dict[str, float]
+    unreadable: str | None = None
 
 
 def list_jobs(store: Store) -> list[JobSummary]:
@@ -46,9 +48,12 @@ def list_jobs(store: Store) -> list[JobSummary]:
     found = []
     for name in store.names(""):
         if not name.startswith(".") and store.exists(f"{name}/job.json"):
-            record = store.read_json(f"{name}/job.json")
-            if not record.get("template"):
-                found.append(_summary(store, name, record))
+            try:
+                record = store.read_json(f"{name}/job.json")
+                if not record.get("template"):
+                    found.append(_summary(store, name, record))
+            except IntegrityError as error:  # one of many: the others are to be seen all the same
+                found.append(JobSummary(name, "?", None, 0, 0, [], {}, unreadable=str(error)))
     # The time is in the id, after the recipe's name.
     return sorted(found, key=lambda job: job.job_id.rsplit("-", 3)[1:], reverse=True)
 

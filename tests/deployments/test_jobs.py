@@ -48,6 +48,21 @@ def test_list_shows_the_jobs_newest_first(
     assert first.job_id in table and second.job_id in table
 
 
+def test_a_job_that_cannot_be_read_does_not_hide_the_others(
+    run_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run, runs = run_job(), tmp_path / "runs"
+    for name, text in (("damaged", "{"), ("older", '{"recipe": {}}')):
+        (runs / name).mkdir()
+        (runs / name / "job.json").write_text(text)
+    listed = json.loads(fedpool(capsys, "job", "list", "--json", "--store", str(runs)))
+    unreadable = {job["job_id"]: job["unreadable"] for job in listed}
+    assert unreadable[run.job_id] is None
+    assert "is not JSON" in unreadable["damaged"] and "does not describe a job: 'type'" in unreadable["older"]
+    table = fedpool(capsys, "job", "list", "--store", str(runs))
+    assert table.count("unreadable") == 2 and run.job_id in table
+
+
 def test_show_tells_rounds_and_models_and_why_it_failed(
     run_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
