@@ -10,7 +10,7 @@ import pytest
 from fedpool.model import NUM_STEPS, FLModel, ParamsType
 
 
-def test_the_fields_and_their_order_are_those_of_nvflare() -> None:
+def test_the_fields_and_their_order_are_those_of_nvflare_and_one_of_ours_after_them() -> None:
     names = [field.name for field in dataclasses.fields(FLModel)]
     assert names == [
         "params_type",
@@ -21,6 +21,7 @@ def test_the_fields_and_their_order_are_those_of_nvflare() -> None:
         "current_round",
         "total_rounds",
         "meta",
+        "extras",
     ]
 
 
