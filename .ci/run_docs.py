@@ -24,7 +24,7 @@ RAN_ELSEWHERE = {
     "make bench": "minutes long; run by hand before figures are quoted",
     "make bench-poc": "ten minutes; run by hand before figures are quoted",
     "make bench-peers": "minutes long, and installs other frameworks; run by hand before figures are quoted",
-    "make oracle": "ten minutes; its output is docs/fidelity.md",
+    "make oracle": "hours; its output is docs/fidelity.md",
     "make test-slow": "minutes long",
     "make poc-demo": "a step of .ci/run",
     ".ci/run": "what runs this script",

@@ -8,7 +8,7 @@ from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, IntegrityError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.record import Record, of_global_models
+from fedpool.tasks.record import Record, num_trained, of_global_models
 from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _summary(store: Store, job_id: str, record: dict[str, Any]) -> JobSummary:
             job_id=job_id,
             recipe=record["recipe"]["type"],
             status=JobStatus(result["status"]) if result else None,
-            num_committed=sum(entry["task"] == "train" for entry in records),
+            num_committed=num_trained(records),
             num_rounds=record["recipe"].get("num_rounds", 0),
             sites=record["sites"],
             metrics=next((entry["metrics"] for entry in reversed(of_global_models(records)) if entry["metrics"]), {}),

@@ -1,5 +1,6 @@
 """What the recipes share that average whole models: the choice of the aggregator."""
 
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -7,6 +8,24 @@ from pydantic import Field, field_validator, model_validator
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
 from fedpool.tasks.aggregators import Aggregator, imported, make_aggregator
+from fedpool.tasks.geometry import Geometry
+from fedpool.tasks.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Averaging(Strategy):
+    """A strategy that makes one update of all, by an aggregator."""
+
+    rule: Aggregator
+
+    @property
+    def surveys(self) -> bool:
+        """See `Strategy.surveys`."""
+        return self.rule.surveys
+
+    def survey(self, geometry: Geometry) -> Self:
+        """See `Strategy.survey`."""
+        return replace(self, rule=self.rule.survey(geometry))
 
 
 class AveragingRecipe(Recipe):

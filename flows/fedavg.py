@@ -9,29 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from fedpool.flows.averaging import AveragingRecipe
+from fedpool.flows.averaging import Averaging, AveragingRecipe
 from fedpool.tasks.aggregators import Aggregator, Mean
-from fedpool.tasks.geometry import Geometry
-from fedpool.tasks.strategy import Slice, State, Strategy, Update
+from fedpool.tasks.strategy import Slice, State, Update
 
 
 @dataclass(frozen=True)
-class FedAvg(Strategy):
+class FedAvg(Averaging):
     """w <- sum_k (n_k / n) w_k
 
     With another aggregator than the mean, w is what that makes of the w_k. The state is the global model alone.
     """
 
     rule: Aggregator = field(default_factory=Mean)
-
-    @property
-    def surveys(self) -> bool:
-        """See `Strategy.surveys`."""
-        return self.rule.surveys
-
-    def survey(self, geometry: Geometry) -> "FedAvg":
-        """See `Strategy.survey`."""
-        return replace(self, rule=self.rule.survey(geometry))
 
     def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
         """See `Strategy.apply`."""

@@ -17,36 +17,24 @@ from typing import ClassVar, Self
 import torch
 from pydantic import Field, JsonValue, model_validator
 
-from fedpool.flows.averaging import AveragingRecipe
-from fedpool.tasks.aggregators import Aggregator
-from fedpool.tasks.geometry import Geometry
+from fedpool.flows.averaging import Averaging, AveragingRecipe
 from fedpool.tasks.optimizers import Schedule, ServerOptimizer, make_optimizer
-from fedpool.tasks.strategy import Slice, State, Strategy, Update
+from fedpool.tasks.strategy import Slice, State, Update
 
 
 @dataclass(frozen=True)
-class FedOpt(Strategy):
+class FedOpt(Averaging):
     """delta <- aggregate - w; w <- optimizer(w, -delta)
 
     Parameters that are no floating point numbers, and what nobody trains, are aggregated.
     """
 
-    rule: Aggregator
     optimizer: ServerOptimizer
 
     @property
     def slots(self) -> Mapping[str, float]:
         """See `Strategy.slots`."""
         return self.optimizer.slots
-
-    @property
-    def surveys(self) -> bool:
-        """See `Strategy.surveys`."""
-        return self.rule.surveys
-
-    def survey(self, geometry: Geometry) -> "FedOpt":
-        """See `Strategy.survey`."""
-        return replace(self, rule=self.rule.survey(geometry))
 
     def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
         """See `Strategy.apply`."""

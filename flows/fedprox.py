@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from fedpool.flows.fedavg import FedAvgRecipe
+from fedpool.model import FEDPROX_MU
 
 
 class FedProxRecipe(FedAvgRecipe):
@@ -33,4 +34,4 @@ class FedProxRecipe(FedAvgRecipe):
     @property
     def client_config(self) -> Mapping[str, Any]:
         """See `Recipe.client_config`."""
-        return {"fedprox_mu": self.fedprox_mu}
+        return {FEDPROX_MU: self.fedprox_mu}

@@ -28,6 +28,7 @@ from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import Store, check_digest
 from fedpool.tasks.matrix import cross_site_matrix
+from fedpool.tasks.record import num_trained
 from fedpool.tensors import Digest
 
 
@@ -99,7 +100,8 @@ def take_up(
             job.head = Digest(**record["next_global"])
             job.state = Digest(**record["state"]) if record["state"] else None
     job.resumed_at = len(job.records)
-    named = {_num_trained(job): job.head}
+    trained = num_trained(job.records)
+    named = {trained: job.head}
     step, _ = next_step(recipe, job.records)
     if step is not None and step.model is not None:
         named[len(job.records)] = step.model
@@ -107,11 +109,11 @@ def take_up(
         with store.open(path := paths.global_model(number)) as file:
             check_digest(file, digest, where=store.full(path))
     if job.state is not None and not fresh:
-        with store.open(path := paths.state(_num_trained(job) - 1)) as file:
+        with store.open(path := paths.state(trained - 1)) as file:
             check_digest(file, job.state, where=store.full(path))
     if step is None or step.model is None:
         _remove_unnamed(job)
-    for path in (paths.result, paths.cross_site, paths.state(_num_trained(job))):
+    for path in (paths.result, paths.cross_site, paths.state(trained)):
         store.remove(path)
     return job
 
@@ -121,14 +123,9 @@ def _remove_unnamed(job: Job) -> None:
     number = len(job.records) + 1
     while job.store.exists(job.paths.global_model(number)):
         number += 1
-    for unnamed in reversed(
-        range(len(job.records) + 1, number)
-    ):  # the last first: no gap is left by one who is killed here
+    # The last first: no gap is left by one who is killed here.
+    for unnamed in reversed(range(len(job.records) + 1, number)):
         job.store.remove(job.paths.global_model(unnamed))
-
-
-def _num_trained(job: Job) -> int:
-    return sum(record["task"] == "train" for record in job.records)
 
 
 async def run_job(job: Job) -> State[Any]:
@@ -187,7 +184,7 @@ async def _run_rounds(job: Job) -> str | None:
         # The run of a committed round may still be reporting its end to Prefect.
         await asyncio.gather(*runs.values(), return_exceptions=True)
     job.reporter.progress(100)
-    if len(job.records) == _num_trained(job):
+    if len(job.records) == num_trained(job.records):
         get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
     return stopped_by
 
@@ -219,7 +216,7 @@ def _result(
 ) -> dict[str, Any]:
     """What `result.json` holds: how the job ended, its final and its best model with their scores."""
     recipe = job.recipe
-    final = _num_trained(job)
+    final = num_trained(job.records)
 
     def describe(round: int) -> dict[str, Any]:
         record = job.records[round] if round < len(job.records) else {}

@@ -15,7 +15,7 @@ from typing import Any
 from fedpool.manifest import Task
 from fedpool.recipe import SERVER, SERVER_BEST, Recipe
 from fedpool.tasks.metrics import best_round, has_stalled
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import Record, num_trained
 from fedpool.tensors import Digest
 
 
@@ -102,7 +102,7 @@ def unscored_best(recipe: Recipe, records: Sequence[Record], sites: Collection[s
 
 def _split(records: Sequence[Record]) -> tuple[Sequence[Record], Sequence[Record]]:
     """The rounds that trained, and those after them."""
-    trained = sum(record["task"] == "train" for record in records)
+    trained = num_trained(records)
     return records[:trained], records[trained:]
 
 

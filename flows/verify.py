@@ -26,7 +26,7 @@ from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
-from fedpool.tasks.record import Record, known_weights, round_record
+from fedpool.tasks.record import Record, known_weights, num_trained, round_record
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 
@@ -83,13 +83,9 @@ class _Audit:
         with tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:
             while self._store.exists(path := self._paths.record(len(self._records))):
                 self._verify_round(path, Path(folder))
-            self._verify_model(self._num_trained, self._head)
+            self._verify_model(num_trained(self._records), self._head)
         status = self._verify_result()
         return Verified(len(self._records), self._num_updates, self._num_pruned, status)
-
-    @property
-    def _num_trained(self) -> int:
-        return sum(record["task"] == "train" for record in self._records)
 
     def _verify_round(self, path: str, folder: Path) -> None:
         number = len(self._records)
@@ -250,7 +246,7 @@ class _Audit:
         follows = {
             "sha256": sha256_without(result),
             "job_id": self._paths.job_id,
-            "num_rounds": self._num_trained,
+            "num_rounds": num_trained(self._records),
             "num_records": len(self._records),
             "last_record_sha256": self._previous,
             "cross_site": self._verify_cross_site() if result.get("status") == "COMPLETED" else None,

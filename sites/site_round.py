@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedpool.arrays import inspect_tensors, range_reader
+from fedpool.arrays import inspect_tensors
 from fedpool.client.hosts import Assignment
 from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
+from fedpool.local_file import LocalFile
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.paths import JobPaths
@@ -166,9 +167,8 @@ def _perform(session: Session, work: Assignment, *, restarts: int, deadline: flo
 
 def _deliver(local: Path, store: Store, path: str) -> Inspection:
     """Hash what the script wrote, here and not in the script, which is the user's code; then move it into the store."""
-    with local.open("rb", buffering=0) as file:
-        reader = TensorReader(range_reader(file), local.stat().st_size, where=local.name)
-        inspection = inspect_tensors(reader, store.block_elements)
+    reader = TensorReader(LocalFile(local), local.stat().st_size, where=local.name)
+    inspection = inspect_tensors(reader, store.block_elements)
     store.adopt(local, path)
     return inspection
 

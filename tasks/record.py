@@ -137,6 +137,11 @@ def of_global_models(records: Sequence[Record]) -> list[Record]:
     ]
 
 
+def num_trained(records: Sequence[Record]) -> int:
+    """How many of a job's rounds trained: they come first."""
+    return sum(record["task"] == "train" for record in records)
+
+
 def causes(record: Record) -> str:
     """Why sites are missing from a round, one paragraph for each time that they were asked."""
     there = {entry["site"] for entry in record["accepted"]}

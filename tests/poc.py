@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from fedpool import FedAvgRecipe, JobStatus, Run
-from fedpool.recipe import Environment
+from fedpool.environment import Environment
 
 # Adds 1 to what it receives. In the round `hold` it says that it trains, and goes on when there is a file `go`.
 GATED = """

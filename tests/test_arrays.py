@@ -18,7 +18,6 @@ from fedpool.arrays import (
     is_torch,
     load_arrays,
     numpy_dtype,
-    range_reader,
     save_and_hash,
     torch_block,
     torch_dtype,
@@ -149,13 +148,6 @@ def test_asking_whether_a_value_is_torch_does_not_import_torch() -> None:
     code = "import sys; from fedpool.arrays import is_torch; print(is_torch(1), 'torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]
-
-
-def test_ranges_past_the_end_of_a_file_come_back_short() -> None:
-    read = range_reader(io.BytesIO(b"0123456789"))
-    assert read(2, 5) == b"234"
-    assert read(8, 20) == b"89"
-    assert read(30, 40) == b""
 
 
 def test_a_torch_block_shares_the_bytes_it_is_made_of() -> None:

@@ -9,13 +9,13 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from fedpool.local_file import LocalFile
 from fedpool.tensors import (
     ITEM_SIZES,
     Digest,
     Inspection,
-    ReadRange,
     TensorReader,
     TensorSpec,
     Writable,
@@ -136,31 +136,13 @@ def load_arrays(path: str | Path, params_format: ParamsFormat) -> dict[str, Any]
             return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
     import numpy as np
 
-    with Path(path).open("rb") as file:
-        reader = TensorReader(range_reader(file), file.seek(0, 2), where=str(path))
-        return {
-            name: np.frombuffer(
-                reader.read_block(name, 0, reader.spec[name].num_elements), numpy_dtype(reader.spec[name].dtype)
-            ).reshape(reader.spec[name].shape)
-            for name in sorted(reader.spec)
-        }
-
-
-def range_reader(file: IO[bytes]) -> ReadRange:
-    """Reads byte ranges of an open file; a range past its end comes back short."""
-
-    def read(start: int, stop: int) -> bytearray:
-        file.seek(start)
-        data = bytearray(stop - start)
-        view = memoryview(data)
-        while view:
-            count = file.readinto(view)  # type: ignore[attr-defined]  # every binary file has it; IO lacks it
-            if not count:
-                return data[: len(data) - len(view)]
-            view = view[count:]
-        return data
-
-    return read
+    reader = TensorReader(LocalFile(path), Path(path).stat().st_size, where=str(path))
+    return {
+        name: np.frombuffer(
+            reader.read_block(name, 0, reader.spec[name].num_elements), numpy_dtype(reader.spec[name].dtype)
+        ).reshape(reader.spec[name].shape)
+        for name in sorted(reader.spec)
+    }
 
 
 def torch_block(data: bytearray, code: str) -> "torch.Tensor":

@@ -21,6 +21,9 @@ ALGORITHM = "algorithm"
 SCAFFOLD = "scaffold"
 FEDNOVA = "fednova"
 
+FEDPROX_MU = "fedprox_mu"
+"""The key of `get_config()` that holds the weight of FedProx's term."""
+
 CONTROL = "control"
 """The group of `FLModel.extras` that holds SCAFFOLD's control variates."""
 

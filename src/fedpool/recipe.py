@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,7 @@ from pydantic import (
 
 from fedpool.bundle import Bundle, build_bundle
 from fedpool.conditions import StopCondition, parse_condition
+from fedpool.environment import DeployingEnvironment, Environment
 from fedpool.errors import RecipeError
 from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob
@@ -38,36 +39,6 @@ SERVER = "server"
 """Owner of a job's final model, where models have owners."""
 SERVER_BEST = "server-best"
 """Owner of its best one, where that is another."""
-
-
-class Environment(Protocol):
-    """Where a recipe runs; see `fedpool.deployments`."""
-
-    def execute(
-        self,
-        recipe: "Recipe",
-        *,
-        wait: bool = True,
-        resume: str | None = None,
-        fork: bool = False,
-        from_round: int | None = None,
-    ) -> Any:
-        """Run the recipe."""
-        ...
-
-
-class DeployingEnvironment(Environment, Protocol):
-    """An environment that can run a recipe later and again."""
-
-    def deploy(
-        self,
-        recipe: "Recipe",
-        *,
-        schedule: str | timedelta | Sequence[str | timedelta] | None = None,
-        warm_start: bool = False,
-    ) -> str:
-        """Register the recipe."""
-        ...
 
 
 def _positive_weights(weights: Mapping[str, float]) -> Mapping[str, float]:

@@ -23,6 +23,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from fedpool.errors import IntegrityError, StoreError
+from fedpool.local_file import LocalFile
 from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 
 WRITE_PATIENCE_S = 60.0
@@ -35,49 +36,6 @@ _OPEN_FILES = 64
 def to_json(value: Mapping[str, Any]) -> bytes:
     """The one form in which JSON lies in the store: sorted keys, two spaces, strict (no NaN), a newline at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-class _LocalFile:
-    """Reads byte ranges of a local file. Stays open while it is used, unless there are many: a round of a thousand updates must
-    not need a thousand file descriptors, and opening one costs as much as reading a block.
-    """
-
-    def __init__(self, path: str, may_stay_open: threading.Semaphore) -> None:
-        self._path = path
-        self._descriptor: int | None = None
-        self._may_stay_open = may_stay_open
-        if may_stay_open.acquire(blocking=False):
-            try:
-                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            finally:
-                if self._descriptor is None:
-                    may_stay_open.release()
-
-    def __call__(self, start: int, stop: int) -> bytearray:
-        if self._descriptor is not None:
-            return _read_range(self._descriptor, start, stop)
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return _read_range(descriptor, start, stop)
-        finally:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._may_stay_open.release()
-
-
-def _read_range(descriptor: int, start: int, stop: int) -> bytearray:
-    """Bytes of a file; a range past its end comes back short."""
-    data = bytearray(stop - start)
-    view = memoryview(data)
-    while view:
-        count = os.preadv(descriptor, [view], start)
-        if not count:
-            return data[: len(data) - len(view)]
-        view, start = view[count:], start + count
-    return data
 
 
 class Store:
@@ -210,7 +168,7 @@ class Store:
         """Block-wise access to a safetensors object of `size` bytes."""
         full = self.full(path)
         if self.is_local:
-            return TensorReader(_LocalFile(full, self._may_stay_open), size, where=full, max_header=max_header)
+            return TensorReader(LocalFile(full, self._may_stay_open), size, where=full, max_header=max_header)
 
         def read_remote(start: int, stop: int) -> bytearray:
             if stop == start:

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from fedpool.errors import ClientError
-
-CONFIG_KEY = "fedprox_mu"
-"""The key of the recipe's config that turns the term on."""
+from fedpool.model import FEDPROX_MU
 
 
 def add_proximal_gradient(parameter: torch.Tensor, anchor: torch.Tensor, mu: float | torch.Tensor) -> None:
@@ -70,7 +68,7 @@ def proximal_mu(config: Mapping[str, Any]) -> float:
     Raises:
         ClientError: it is not a finite number from 0.
     """
-    mu = config.get(CONFIG_KEY, 0.0)
+    mu = config.get(FEDPROX_MU, 0.0)
     if isinstance(mu, bool) or not isinstance(mu, int | float) or not math.isfinite(mu) or mu < 0:
-        raise ClientError(f"{CONFIG_KEY} in the config must be a finite number from 0, got {mu!r}")
+        raise ClientError(f"{FEDPROX_MU} in the config must be a finite number from 0, got {mu!r}")
     return float(mu)
