@@ -6,6 +6,7 @@ that did not complete), and the job must end with the bytes of an undisturbed on
 """
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -14,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -62,6 +64,8 @@ STAGES = {
     "after the commit": ("rounds/00001/round.json", "after"),
 }
 COMPONENTS = ("coordinator", "worker", "session", "API server", "database", "store")
+Trial = tuple[str, str, int]
+"""Component, stage and seed."""
 
 
 class Bench:
@@ -195,14 +199,18 @@ def _kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
-def table(outcomes: dict[tuple[str, str], list[str]], seeds: int) -> str:
+def table(outcomes: Mapping[Trial, str]) -> str:
     """The matrix: a row per stage, a column per component."""
-    lines = [f"| killed or cut, {'once' if seeds == 1 else f'{seeds} times'} each | " + " | ".join(COMPONENTS) + " |"]
+    lines = ["| killed or cut | " + " | ".join(COMPONENTS) + " |"]
     lines.append("|---|" + "---|" * len(COMPONENTS))
     for stage in STAGES:
         cells = []
         for component in COMPONENTS:
-            counted = Counter(outcome.partition(":")[0] for outcome in outcomes.get((component, stage), []))
+            counted = Counter(
+                outcome.partition(":")[0]
+                for (hit, held, _), outcome in outcomes.items()
+                if (hit, held) == (component, stage)
+            )
             cells.append(", ".join(f"{count} {what}" for what, count in sorted(counted.items())) or "not run")
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -214,25 +222,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--components", nargs="+", choices=COMPONENTS, default=COMPONENTS)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=tuple(STAGES))
+    parser.add_argument(
+        "--record", type=Path, help="file of outcomes: what is there is not tried again, what is tried is added"
+    )
     parser.add_argument("--write", action="store_true", help="write the matrix to docs/reliability.md")
     arguments = parser.parse_args()
-    outcomes: dict[tuple[str, str], list[str]] = {}
-    with tempfile.TemporaryDirectory(prefix="fedpool-chaos-") as folder, closing(PostgresServer()) as postgres:
-        bench = Bench(Path(folder), postgres)
-        try:
-            bench.env.up()
-            honest = bench.undisturbed()
-            for seed in range(arguments.seeds):
-                for component in arguments.components:
-                    for stage in arguments.stages:
-                        began = time.monotonic()
-                        outcome = bench.trial(component, stage, seed, honest)
-                        outcomes.setdefault((component, stage), []).append(outcome)
-                        print(f"{component}, {stage}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
-        finally:
-            bench.faults.plan()
-            bench.env.down()
-    made = table(outcomes, arguments.seeds)
+    if arguments.record and arguments.record.exists():
+        known = [json.loads(line) for line in arguments.record.read_text().splitlines()]
+    else:
+        known = []
+    outcomes = {(component, stage, seed): outcome for component, stage, seed, outcome in known}
+    trials = [
+        (component, stage, seed)
+        for seed in range(arguments.seeds)
+        for component in arguments.components
+        for stage in arguments.stages
+    ]
+    for component, stage, seed, outcome in _try([trial for trial in trials if trial not in outcomes]):
+        outcomes[component, stage, seed] = outcome
+        if arguments.record:
+            with arguments.record.open("a") as file:
+                file.write(json.dumps([component, stage, seed, outcome]) + "\n")
+    made = table(outcomes)
     print(made)
     if arguments.write:
         page = PAGE.read_text()
@@ -240,8 +251,26 @@ def main() -> None:
             r"(?s)(<!-- chaos -->\n).*(<!-- /chaos -->)", lambda match: match[1] + made + "\n" + match[2], page
         )
         PAGE.write_text(changed)
-    bad = [outcome for found in outcomes.values() for outcome in found if outcome in ("HANG", "OTHER BYTES")]
-    sys.exit(bool(bad))
+    sys.exit(any(outcome in ("HANG", "OTHER BYTES") for outcome in outcomes.values()))
+
+
+def _try(trials: Sequence[Trial]) -> Iterator[tuple[str, str, int, str]]:
+    """(component, stage, seed, outcome) of every trial."""
+    if not trials:
+        return
+    with tempfile.TemporaryDirectory(prefix="fedpool-chaos-") as folder, closing(PostgresServer()) as postgres:
+        bench = Bench(Path(folder), postgres)
+        try:
+            bench.env.up()
+            honest = bench.undisturbed()
+            for component, stage, seed in trials:
+                began = time.monotonic()
+                outcome = bench.trial(component, stage, seed, honest)
+                print(f"{component}, {stage}, seed {seed}: {outcome} ({time.monotonic() - began:.0f} s)", flush=True)
+                yield component, stage, seed, outcome
+        finally:
+            bench.faults.plan()
+            bench.env.down()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import shutil
+import signal
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,22 @@ ADD_ONE = """
         model = flare.receive()
         flare.send(flare.FLModel(params={name: value + 1 for name, value in model.params.items()}))
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make Ctrl-C work, and give each of several test processes a temporary folder of its own, for `leaves_nothing`."""
+    # A shell makes what it runs in the background deaf to SIGINT, and that is inherited: by a stock Prefect worker, too,
+    # which then takes no SIGTERM either.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(config, "workerinput"):
+        tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp()
+        Path(os.environ["TMPDIR"]).chmod(0o755)  # PostgreSQL, which does not run as root, must find its files
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove it."""
+    if hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from fedpool import ConfigError, FedAvgRecipe, FedpoolError, ProdEnv, ServerErro
 from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
 from fedpool.deployments.site_worker import register_site
 from fedpool.flows.site_round import site_round
+from fedpool.manifest import PROTOCOL
 from tests.conftest import ADD_ONE
 from tests.poc import Worker, processes_of, wait_until_gone
 from tests.services import S3Server
@@ -161,7 +162,7 @@ def test_everything_that_is_missing_is_said_at_once(
     assert refused(env(sites=sites, coordinator_pool="idle"), recipe, ConfigError).splitlines() == [
         "no worker of work pool 'idle' is online: prefect worker start --type process --pool idle",
         "no worker of work pool 'asleep' is online: fedpool site start --name asleep",
-        "site 'old' speaks protocol 0, this one 2: upgrade it",
+        f"site 'old' speaks protocol 0, this one {PROTOCOL}: upgrade it",
         "site 'unknown' is not registered: fedpool site start --name unknown",
     ]
     assert refused(env(coordinator_pool="nowhere"), recipe, ConfigError) == (

@@ -67,6 +67,8 @@ def test_a_late_update_is_kept_and_named_and_never_mixed_in(
             model.params = {name: value + 100 for name, value in model.params.items()}
         if site == 'site-1' and round == 1:
             wait_for(job / '00000/sites/site-2/update.json')
+        if site == 'site-1' and round == 2:
+            wait_for(job / '00002/sites/site-2/update.json')
     """
     with caplog.at_level(logging.WARNING):
         result = run_job(

@@ -265,7 +265,10 @@ class ProcessPool:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
 
 
 @pytest.fixture(scope="module")
