@@ -6,14 +6,16 @@ and of what the strategy computes.
 
 import math
 import os
+import threading
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, islice, starmap
+from typing import TypeVar
 
 import torch
 
@@ -27,7 +29,8 @@ from fedpool.tasks.strategy import Slice, State, Strategy, Update, relative
 from fedpool.tensors import Digest, TensorReader, beside, block_ranges, file_order, is_trained, write_and_hash
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
-_RUN_BLOCKS = 16
+_RUN_BLOCKS = 4
+_T = TypeVar("_T")
 
 
 class UpdateChanged(IntegrityError):
@@ -93,12 +96,14 @@ def aggregate(
     weights = relative({site: steps[site] * shares[site] for site in steps})
     counted = [(update, weight) for update in ordered if (weight := weights[update.manifest.site])]
     base = before.model
-    if counted and strategy.surveys:
-        strategy = strategy.survey(_geometry(base, counted, store.block_elements))
     with ExitStack() as stack:
+        executor = stack.enter_context(_threads())
+        if counted and strategy.surveys:
+            strategy = strategy.survey(_geometry(executor, base, counted, store.block_elements))
         slots = stack.enter_context(slot_file(beside_spec(strategy.slots, base.spec))) if strategy.slots else None
         with store.staged(target) as file:
-            blocks = _next_blocks(strategy, before, counted, store.block_elements, slots)
+            make = partial(_next_block, strategy, before, counted, slots)
+            blocks = _in_order(executor, make, _blocks(base, store.block_elements))
             model = write_and_hash(file, base.spec, blocks)
         return Aggregated(model, None if slots is None else slots.save(store, state_target))
 
@@ -109,47 +114,71 @@ def _blocks(base: TensorReader, block_elements: int) -> Iterator["_Block"]:
     return starmap(partial(_Block, base), chain.from_iterable(ranges))
 
 
-def _geometry(base: TensorReader, counted: Sequence[tuple[Accepted, float]], block_elements: int) -> Geometry:
-    """How the updates lie to each other: one pass over all of them."""
-    products = torch.zeros(len(counted), len(counted), dtype=torch.float64)
-    for block in _blocks(base, block_elements):
-        senders = [update for update, _ in counted if update.tensors and block.name in update.tensors.spec]
-        if block.spec.kind == "float" and senders:
-            products += block_products([_UpdateSlice(block, update)[block.name] - block.wide for update in senders])
-    return Geometry(tuple(update.site for update, _ in counted), tuple(weight for _, weight in counted), products)
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute on one processor each: torch would have each of them use all, and wait for each other."""
+    for_others = torch.get_num_threads()
+    begun = threading.Barrier(_NUM_THREADS + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        begun.wait()
+
+    executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="fedpool-aggregate", initializer=begin)
+    with executor:
+        for _ in range(_NUM_THREADS):  # starts a thread each, as none is idle before all have begun
+            executor.submit(int)
+        begun.wait()
+        torch.set_num_threads(for_others)  # what a thread sets holds for those begun later, too
+        yield executor
 
 
-def _next_blocks(
-    strategy: Strategy,
-    before: Before,
-    counted: Sequence[tuple[Accepted, float]],
-    block_elements: int,
-    slots: SlotFile | None,
-) -> Iterator[memoryview | bytearray]:
-    """The next global model, block by block in file order; several threads compute a run of blocks each.
+def _in_order(
+    executor: ThreadPoolExecutor, compute: Callable[["_Block"], _T], blocks: Iterator["_Block"]
+) -> Iterator[_T]:
+    """What is computed of every block, in their order; each thread computes a run of blocks.
 
     A run is long enough that handing it over costs little; one block at a time would cost more than it saves.
     """
 
-    def compute(run: Sequence[_Block]) -> list[memoryview | bytearray]:
-        return [_next_block(strategy, before, counted, block, slots) for block in run]
+    def compute_run(run: Sequence[_Block]) -> list[_T]:
+        return [compute(block) for block in run]
 
-    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="fedpool-aggregate") as executor:
-        runs = _in_runs(_blocks(before.model, block_elements))
-        under_way = deque(executor.submit(compute, run) for run in islice(runs, _NUM_THREADS + 1))
-        while under_way:
-            done = under_way.popleft().result()
-            under_way.extend(executor.submit(compute, run) for run in islice(runs, 1))
-            yield from done
+    runs = _in_runs(blocks)
+    under_way = deque(executor.submit(compute_run, run) for run in islice(runs, _NUM_THREADS + 1))
+    while under_way:
+        done = under_way.popleft().result()
+        under_way.extend(executor.submit(compute_run, run) for run in islice(runs, 1))
+        yield from done
+
+
+def _geometry(
+    executor: ThreadPoolExecutor, base: TensorReader, counted: Sequence[tuple[Accepted, float]], block_elements: int
+) -> Geometry:
+    """How the updates lie to each other: one pass over all of them."""
+    products = torch.zeros(len(counted), len(counted), dtype=torch.float64)
+    for parts in _in_order(executor, partial(_products, counted), _blocks(base, block_elements)):
+        for part in parts:
+            products += part
+    return Geometry(tuple(update.site for update, _ in counted), tuple(weight for _, weight in counted), products)
+
+
+def _products(counted: Sequence[tuple[Accepted, float]], block: "_Block") -> list[torch.Tensor]:
+    """One block's part of the inner products."""
+    senders = [update for update, _ in counted if update.tensors and block.name in update.tensors.spec]
+    if block.spec.kind != "float" or not senders:
+        return []
+    return block_products([_UpdateSlice(block, update)[block.name] - block.wide for update in senders])
 
 
 def _next_block(
     strategy: Strategy,
     before: Before,
     counted: Sequence[tuple[Accepted, float]],
-    block: "_Block",
     slots: SlotFile | None,
+    block: "_Block",
 ) -> memoryview | bytearray:
+    """One block of the next global model; that of the slots is put where they are collected."""
     name = block.name
     senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
     state = _state(strategy, before, block)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fedpool.arrays import chunks
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -39,7 +41,9 @@ class Geometry:
         return distances.nan_to_num(nan=torch.inf).fill_diagonal_(0)
 
 
-def block_products(differences: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(n, n) inner products of one block of n updates' differences to the global model, each a flat float64 tensor."""
-    stacked = torch.stack(list(differences))
-    return stacked @ stacked.T
+def block_products(differences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """(n, n) inner products of a block of n updates' differences to the global model, each a flat float64 tensor.
+
+    Returns: those of each chunk of it, to be added in their order.
+    """
+    return [chunk @ chunk.T for chunk in chunks(torch.stack(list(differences)))]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 ParamsFormat = Literal["torch", "numpy"]
+CHUNK_ELEMENTS = 1 << 14
 
 _TORCH = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
@@ -201,6 +202,17 @@ def dtype_limits(code: str) -> tuple[float, float]:
     return limits.min, limits.max
 
 
+def chunks(value: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+    """A block along its last dimension, in parts of which a sum is taken for itself.
+
+    Whoever adds up such sums in order has the same bits whatever the blocks are that a store is read in. `torch.sum` splits
+    nothing as small as this over its threads; products of matrices and vectors it does, and their bits change with it.
+    """
+    import torch
+
+    return torch.split(value, CHUNK_ELEMENTS, dim=-1)
+
+
 def difference_norm(update: TensorReader, base: TensorReader | None, block_elements: int) -> float:
     """L2 norm of an update's difference to a model over all floating point parameters, in float64.
 
@@ -216,5 +228,6 @@ def difference_norm(update: TensorReader, base: TensorReader | None, block_eleme
         value = torch_block(update.read_block(name, start, stop), update.spec[name].dtype).to(torch.float64)
         if base is not None:
             value -= torch_block(base.read_block(name, start, stop), base.spec[name].dtype).to(torch.float64)
-        total += torch.dot(value, value).item()
+        for chunk in chunks(value):
+            total += chunk.square().sum().item()
     return math.sqrt(total)

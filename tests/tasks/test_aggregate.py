@@ -1,7 +1,8 @@
 """Aggregation as a stream: block by block from the store's updates to the next global model in the store."""
 
 import tracemalloc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpool.arrays import inspect_tensors, load_arrays, numpy_dtype, save_and_hash
+from fedpool.arrays import CHUNK_ELEMENTS, difference_norm, inspect_tensors, load_arrays, numpy_dtype, save_and_hash
 from fedpool.errors import RoundError
 from fedpool.flows.fedavg import FedAvg
 from fedpool.manifest import UpdateManifest
@@ -18,11 +19,20 @@ from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
+from fedpool.tasks.aggregators import Aggregator, GeometricMedian, Mean, Median, NormClippedMean
 from fedpool.tasks.gate import Accepted, Expected, judge
 from fedpool.tasks.strategy import Slice, State, Strategy, Update
 from fedpool.tensors import ITEM_SIZES, Digest, TensorReader
 
 PATHS = JobPaths("job-1")
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 class Round:
@@ -63,10 +73,12 @@ class Round:
         assert isinstance(outcome, Accepted), outcome
         self.updates.append(outcome)
 
-    def aggregate(self, factors: Mapping[str, float] | None = None, number: int = 1) -> Digest:
+    def aggregate(
+        self, factors: Mapping[str, float] | None = None, number: int = 1, aggregator: Aggregator | None = None
+    ) -> Digest:
         """Write the next global model as that of round `number`."""
         return aggregate(
-            FedAvg(),
+            FedAvg(aggregator or Mean()),
             store=self.store,
             before=Before(self.base),
             updates=self.updates,
@@ -262,6 +274,40 @@ def test_the_size_of_the_blocks_changes_no_bit(size: int, tmp_path: Path) -> Non
     whole = round.aggregate(number=1)
     round.store.block_elements = size
     assert round.aggregate(number=2) == whole
+
+
+@pytest.mark.parametrize(
+    "aggregator", [Mean(), Median(), GeometricMedian(), NormClippedMean(30.0)], ids=lambda made: type(made).__name__
+)
+def test_neither_the_kind_of_store_nor_the_number_of_threads_changes_a_bit(
+    aggregator: Aggregator, tmp_path: Path, torch_threads: Callable[[int], None]
+) -> None:
+    """A store is read in blocks of its own size; torch splits what is large over its threads."""
+    generator = np.random.default_rng(0)
+    size = 5 * CHUNK_ELEMENTS + 3
+    round = Round(tmp_path, {"w": generator.normal(size=size).astype(np.float64)})
+    for number in range(4):
+        round.send(f"site-{number}", {"w": generator.normal(size=size).astype(np.float64)}, number + 0.5)
+    digests, norms = set(), set()
+    for number, (chunks, threads) in enumerate([(1, 1), (2, 2), (2, 1), (8, 3), (256, 4)], start=1):
+        torch_threads(threads)
+        round.store.block_elements = chunks * CHUNK_ELEMENTS
+        digests.add(round.aggregate(number=number, aggregator=aggregator).sha256)
+        assert torch.get_num_threads() == threads  # as before
+        assert round.updates[0].tensors is not None
+        norms.add(difference_norm(round.updates[0].tensors, round.base, round.store.block_elements))
+    assert len(digests) == len(norms) == 1
+
+
+def test_a_thread_begun_later_has_the_threads_of_torch_that_there_were_before(
+    tmp_path: Path, torch_threads: Callable[[int], None]
+) -> None:
+    torch_threads(3)
+    round = Round(tmp_path, {"w": f32(0)})
+    round.send("site-1", {"w": f32(1)})
+    round.aggregate()
+    with ThreadPoolExecutor() as executor:
+        assert executor.submit(torch.get_num_threads).result() == 3
 
 
 def test_a_model_of_more_blocks_than_are_computed_at_once_comes_out_in_order(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def combined(
     values = [torch.from_numpy(model.copy()) for model in models]
     sites = tuple(f"site-{k:02d}" for k in range(len(models)))
     if aggregator.surveys:
-        products = block_products([value - start for value in values])
+        products = torch.stack(block_products([value - start for value in values])).sum(0)
         aggregator = aggregator.survey(Geometry(sites, tuple(each), products))
     updates = [Update(site, weight, {"w": value}) for site, weight, value in zip(sites, each, values, strict=True)]
     found: Array = aggregator.combine("w", State({"w": start}), updates).numpy()
