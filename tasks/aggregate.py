@@ -26,7 +26,16 @@ from fedpool.tasks.gate import Accepted
 from fedpool.tasks.geometry import Geometry, block_products
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Slice, State, Strategy, Update, relative
-from fedpool.tensors import Digest, TensorReader, beside, block_ranges, file_order, is_trained, write_and_hash
+from fedpool.tensors import (
+    BlockBytes,
+    Digest,
+    TensorReader,
+    beside,
+    block_ranges,
+    file_order,
+    is_trained,
+    write_and_hash,
+)
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _RUN_BLOCKS = 4
@@ -177,12 +186,12 @@ def _next_block(
     counted: Sequence[tuple[Accepted, float]],
     slots: SlotFile | None,
     block: "_Block",
-) -> memoryview | bytearray:
+) -> BlockBytes:
     """One block of the next global model; that of the slots is put where they are collected."""
     name = block.name
     senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
     state = _state(strategy, before, block)
-    made: memoryview | bytearray = bytearray()
+    made: BlockBytes = bytearray()
     if not senders:  # nobody sent it: excluded from the exchange, or only empty sites took part
         made = block.data
     else:
@@ -233,7 +242,7 @@ class _Block:
         self.spec = base.spec[name]
 
     @cached_property
-    def data(self) -> bytearray:
+    def data(self) -> BlockBytes:
         """Its bytes."""
         return self._base.read_block(self.name, self.start, self.stop)
 

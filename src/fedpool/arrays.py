@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedpool.local_file import LocalFile
 from fedpool.tensors import (
     ITEM_SIZES,
+    BlockBytes,
     Digest,
     Inspection,
     TensorReader,
@@ -146,7 +147,7 @@ def load_arrays(path: str | Path, params_format: ParamsFormat) -> dict[str, Any]
     }
 
 
-def torch_block(data: bytearray, code: str) -> "torch.Tensor":
+def torch_block(data: BlockBytes, code: str) -> "torch.Tensor":
     """A flat torch tensor over the bytes of a block (shared, not copied)."""
     import torch
 
@@ -182,7 +183,7 @@ def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: b
     return Inspection(Digest(digest.hexdigest(), size), not_finite, extremes, blocks)
 
 
-def _extremes(data: bytearray, code: str) -> tuple[float, float]:
+def _extremes(data: BlockBytes, code: str) -> tuple[float, float]:
     """Lowest and highest value of a block of numbers; a NaN is both, if there is one."""
     if "F" in code:
         low, high = torch_block(data, code).aminmax()

@@ -95,7 +95,9 @@ def is_trained(name: str, spec: TensorSpec) -> bool:
 
 
 Spec = Mapping[str, TensorSpec]
-ReadRange = Callable[[int, int], bytearray]
+BlockBytes = bytearray | memoryview
+"""The bytes of a block, which may be written to: an array can stand on them."""
+ReadRange = Callable[[int, int], BlockBytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,7 @@ class TensorReader:
         for name in sorted(self.spec, key=lambda name: self._offsets[name]):
             yield from block_ranges(name, self.spec[name].num_elements, num_elements)
 
-    def read_block(self, name: str, start: int, stop: int) -> bytearray:
+    def read_block(self, name: str, start: int, stop: int) -> BlockBytes:
         """The bytes of elements `start` to `stop` of the flattened tensor `name`."""
         item = ITEM_SIZES[self.spec[name].dtype]
         offset = self._offsets[name]
