@@ -48,7 +48,7 @@ from fedpool import FedAvgRecipe, SimEnv
 here = Path(__file__).parent
 resume = sys.argv[1] if len(sys.argv) > 1 else None
 recipe = FedAvgRecipe(
-    name="killed", min_clients=3, num_rounds={rounds}, model={{"w": np.zeros(50, np.float32)}}, train_script=here / "client.py"
+    name="killed", min_clients=3, model={{"w": np.zeros(50, np.float32)}}, train_script=here / "client.py", {fields}
 )
 print(recipe.execute(SimEnv(num_clients=3, workspace=here / "runs", progress=False), resume=resume).get_result().best_round)
 """
@@ -57,11 +57,11 @@ print(recipe.execute(SimEnv(num_clients=3, workspace=here / "runs", progress=Fal
 class Killed:
     """A job that can be killed and resumed, in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fields: str = f"num_rounds={ROUNDS}") -> None:
         (folder / "client.py").write_text(textwrap.dedent(SCRIPT))
         self.folder = folder
         self.script = folder / "job.py"
-        self.script.write_text(JOB.format(rounds=ROUNDS))
+        self.script.write_text(JOB.format(fields=fields))
         self.store = Store(folder / "runs")
 
     @property
@@ -135,6 +135,20 @@ def test_killed_at_any_point_of_a_round_it_goes_on_to_the_same_bytes(
     wait_until_gone(processes_of, killed.folder)
     assert killed.job_id is not None
     assert verify_job(killed.store, killed.job_id).num_rounds == ROUNDS + 1
+
+
+def test_what_early_stopping_has_counted_survives(tmp_path: Path) -> None:
+    """The model of round 1 is the best, so that a job killed in round 2 has seen one of two rounds without progress."""
+    jobs = []
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+        jobs.append(Killed(tmp_path / name, "num_rounds=9, patience=2"))
+    undisturbed, killed = jobs
+    assert killed.start("--at", "rounds/00002/round\\.json", "--when", "after").wait() == -signal.SIGKILL
+    assert killed.start().wait() == 0
+    assert undisturbed.start().wait() == 0
+    assert killed.bytes() == undisturbed.bytes()
+    assert killed.bytes()["best"][0] == 1 and len(killed.bytes()["models"]) == 5  # four rounds of nine
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
