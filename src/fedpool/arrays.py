@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ParamsFormat = Literal["torch", "numpy"]
 CHUNK_ELEMENTS = 1 << 14
+"""Most elements that are summed at once; see `chunks`. Every store's blocks are multiples of it."""
 
 _TORCH = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
