@@ -158,7 +158,7 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> No
     with ExitStack() as stack:
         stack.callback(sites.close)
         with collector_off():
-            api_url = _find_api(stack, console)
+            api_url = _find_api(stack, console, sites)
 
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -179,17 +179,26 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> No
         asyncio.run(run_job())
 
 
-def _find_api(stack: ExitStack, console: Console) -> str:
-    """URL of the API that is configured, else of a private server that lives as long as the stack does."""
+def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> str:
+    """URL of the API that is configured, else of a private server that lives as long as the stack does.
+
+    Has the sites import what they need meanwhile.
+    """
     # A server takes seconds to start, importing Prefect one or two more: do both at once. Only Prefect can tell whether
     # a profile names an API; then the server goes again.
     server = None
     if "prefect" not in sys.modules and "PREFECT_API_URL" not in os.environ:
         server = stack.enter_context(private_server())
+    # The server has the most to import, and all wait for it: on two processors a third process would only delay it.
+    sites_wait = server is not None and (os.cpu_count() or 1) < 3
+    if not sites_wait:
+        sites.preload()
 
     from prefect.settings import PREFECT_API_URL
 
     import_module("fedpool.flows.job")
+    if sites_wait:
+        sites.preload()
     configured: str | None = PREFECT_API_URL.value()
     if configured is not None:
         if server is not None:

@@ -8,20 +8,19 @@ Persists no Prefect result: whatever lasts is in the store.
 import asyncio
 import hashlib
 import json
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.exceptions import CancelledRun
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed
 from fedpool.flows.plan import best_model, next_step, num_expected
-from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals, federated_round
+from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals
+from fedpool.flows.round_run import run_round
 from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, sha256_without, stage
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
@@ -193,11 +192,7 @@ def _begin(job: Job, number: int) -> asyncio.Task[None]:
     """Create the flow run of a round; it waits for its turn."""
     job.rounds[number] = RoundSignals()
 
-    async def run() -> None:
-        with suppress(CancelledRun):  # its turn never came
-            await federated_round(job, number)
-
-    return asyncio.create_task(run())
+    return asyncio.create_task(run_round(job, number))
 
 
 async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:

@@ -117,12 +117,7 @@ class Job:
         return Before(base, state, number)
 
 
-@flow(
-    name="federated-round",
-    flow_run_name="{job.name} round {number}",
-    validate_parameters=False,
-    persist_result=False,
-)
+@flow(name="federated-round", validate_parameters=False, persist_result=False)
 async def federated_round(job: Job, number: int) -> State[Any] | None:
     """Wait for the round's turn, run it and commit it; appends its record to the job.
 

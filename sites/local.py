@@ -82,7 +82,7 @@ class LocalSites:
         gpus: device numbers dealt to the slots in turn, as `CUDA_VISIBLE_DEVICES`.
         workspace: where the sites' folders lie, on the file system of the store so that updates move and are not copied.
         workdir: the current folder of every script.
-        imports: what to import once for all scripts; the import begins at once.
+        imports: what to import once for all scripts; see `preload`.
     """
 
     have_runs: ClassVar[bool] = False
@@ -93,6 +93,7 @@ class LocalSites:
         "_executor",
         "_folder",
         "_gpus",
+        "_imports",
         "_job",
         "_keep_alive",
         "_scratch",
@@ -136,9 +137,13 @@ class LocalSites:
         self._folder = self._scratch.path
         self._sockets = Path(tempfile.mkdtemp(prefix="fedpool-"))
         self._zygote = Zygote(threads=threads)
-        self._zygote.preload(imports)
+        self._imports = tuple(imports)
         self._job: ClientJob | None = None
         self._store: Store | None = None
+
+    def preload(self) -> None:
+        """Begin to import, in another process, what the scripts need; returns at once. To be called once."""
+        self._zygote.preload(self._imports)
 
     @property
     def cancelled(self) -> bool:

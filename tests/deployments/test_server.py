@@ -33,10 +33,11 @@ def test_the_tables_are_kept_for_the_next_server_and_a_damaged_copy_is_made_anew
     with private_server() as server:
         server.wait()
         assert answers(server.api_url)
-    kept.write_bytes(b"not a database" * 1000)
-    with private_server() as server:
-        server.wait()
-        assert answers(server.api_url)
+    for damage in (b"not a database" * 1000, b""):
+        kept.write_bytes(damage)
+        with private_server() as server:
+            server.wait()
+            assert answers(server.api_url)
 
 
 @pytest.mark.slow

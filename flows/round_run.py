@@ -1,0 +1,69 @@
+"""The flow run of a round, inside the process and the flow run of its job.
+
+Prefect's own engine would do the same at twice the price: for every run of a subflow it looks for one to go on with, names it and
+reads it back, each by a request of its own. A short round takes as long as its requests take the server.
+"""
+
+import asyncio
+
+from anyio import CancelScope
+from prefect import task
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext, TagsContext
+from prefect.exceptions import Abort
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import Completed, Crashed, Failed, Pending, Running
+from prefect.utilities.engine import propose_state
+
+from fedpool.errors import FedpoolError
+from fedpool.flows.round import Job, federated_round
+
+
+@task(name="federated-round")
+def _round_in_job() -> None:
+    """Stands for the round in the job's graph; never called."""
+
+
+async def run_round(job: Job, number: int) -> None:
+    """Create the flow run of a round, named "<job name> round 3", do the round in it, and report how it ended.
+
+    Raises: what the round raises; its run is reported as failed first, or as crashed if the process is being ended.
+    """
+    parent = FlowRunContext.get()
+    assert parent is not None and parent.flow_run is not None, "a round runs inside the run of its job"
+    client = parent.client
+    assert isinstance(client, PrefectClient), "the job's flow is asynchronous"
+    tracking = await client.create_task_run(
+        _round_in_job, parent.flow_run.id, str(number), name=f"federated-round {number}", state=Pending()
+    )
+    run = await client.create_flow_run(
+        federated_round,
+        name=f"{job.name} round {number}",
+        parameters={"number": number},
+        tags=TagsContext.get().current_tags,
+        parent_task_run_id=tracking.id,
+        state=Running(),
+    )
+    logger = flow_run_logger(run, federated_round)
+    own = {"flow": federated_round, "flow_run": run, "parameters": run.parameters}
+    fresh: dict[str, object] = {"task_run_dynamic_keys": {}, "observed_flow_pauses": {}, "run_results": {}}
+    with parent.model_copy(update=own | fresh):
+        try:
+            ended = await federated_round.fn(job, number) or Completed()
+        except asyncio.CancelledError:
+            await _report(client, run, Crashed(message="the coordinator was ended"))
+            raise
+        except Exception as error:
+            logger.error("%s", error, exc_info=not isinstance(error, FedpoolError))
+            await _report(client, run, Failed(message=str(error)))
+            raise
+    await _report(client, run, ended)
+
+
+async def _report(client: PrefectClient, run: FlowRun, state: State[None]) -> None:
+    try:
+        with CancelScope(shield=True):
+            await propose_state(client, state, flow_run_id=run.id)
+    except Abort:  # the run has ended already, by somebody else's word
+        return
