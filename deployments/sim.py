@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from rich.console import Console
@@ -29,12 +29,16 @@ from fedpool.sites.local import LocalSites, default_slots
 from fedpool.startup import collector_off
 from fedpool.store import Store
 
+if TYPE_CHECKING:
+    from prefect.settings.legacy import Setting
+
 _DRAIN_TIMEOUT_S = 30.0
 
 _FIRST_RUN_IMPORTS = (
     "prefect.flow_engine",
     "prefect.task_engine",
     "prefect.events.worker",
+    "prefect.utilities.visualization",
     "fastapi.encoders",
     "anyio._backends._asyncio",
 )
@@ -158,13 +162,13 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> No
     with ExitStack() as stack:
         stack.callback(sites.close)
         with collector_off():
-            api_url = _find_api(stack, console, sites)
+            api = _find_api(stack, console, sites)
 
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import temporary_settings
 
         from fedpool.flows.job import federated_job
 
-        stack.enter_context(temporary_settings({PREFECT_API_URL: api_url}))
+        stack.enter_context(temporary_settings(api))
         stack.enter_context(_quiet_console())
         # Before the server goes, its clients in this process must have sent what they hold.
         stack.callback(_drain)
@@ -179,8 +183,8 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> No
         asyncio.run(run_job())
 
 
-def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> str:
-    """URL of the API that is configured, else of a private server that lives as long as the stack does.
+def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> "dict[Setting, object]":
+    """Settings by which Prefect finds the API that is configured, else a private server that lives as long as the stack does.
 
     Has the sites import what they need meanwhile.
     """
@@ -194,7 +198,11 @@ def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> str:
     if not sites_wait:
         sites.preload()
 
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
+        PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
+    )
 
     import_module("fedpool.flows.job")
     if sites_wait:
@@ -203,13 +211,15 @@ def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> str:
     if configured is not None:
         if server is not None:
             server.close()
-        return configured
+        return {PREFECT_API_URL: configured}
     server = server or stack.enter_context(private_server())
     for name in _FIRST_RUN_IMPORTS:
         import_module(name)
     server.wait()
     console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
-    return server.api_url
+    # A server of ours is of our version, and asks for no token: there is nothing to ask it first.
+    ask_first = (PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED)
+    return {PREFECT_API_URL: server.api_url, **dict.fromkeys(ask_first, False)}
 
 
 def _drain() -> None:

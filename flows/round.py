@@ -44,11 +44,15 @@ LOOK_AHEAD = 2
 
 
 class RoundSignals:
-    """How a job's loop and the run of a round talk: `turn` tells the round what to do, `committed` tells the loop."""
+    """How a job's loop and the run of a round talk: `turn` tells the round what to do, `committed` tells the loop.
 
-    __slots__ = ("committed", "turn")
+    `created`, that its run is there or could not be created, tells the next round, which the server would serve no sooner.
+    """
+
+    __slots__ = ("committed", "created", "turn")
 
     def __init__(self) -> None:
+        self.created = asyncio.Event()
         self.turn: asyncio.Future[Step | None] = asyncio.get_running_loop().create_future()
         self.committed = asyncio.Event()
 

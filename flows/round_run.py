@@ -5,6 +5,7 @@ reads it back, each by a request of its own. A short round takes as long as its 
 """
 
 import asyncio
+from uuid import UUID
 
 from anyio import CancelScope
 from prefect import task
@@ -34,17 +35,12 @@ async def run_round(job: Job, number: int) -> None:
     assert parent is not None and parent.flow_run is not None, "a round runs inside the run of its job"
     client = parent.client
     assert isinstance(client, PrefectClient), "the job's flow is asynchronous"
-    tracking = await client.create_task_run(
-        _round_in_job, parent.flow_run.id, str(number), name=f"federated-round {number}", state=Pending()
-    )
-    run = await client.create_flow_run(
-        federated_round,
-        name=f"{job.name} round {number}",
-        parameters={"number": number},
-        tags=TagsContext.get().current_tags,
-        parent_task_run_id=tracking.id,
-        state=Running(),
-    )
+    if (before := job.rounds.get(number - 1)) is not None:
+        await before.created.wait()
+    try:
+        run = await _create(client, parent.flow_run.id, job, number)
+    finally:
+        job.rounds[number].created.set()
     logger = flow_run_logger(run, federated_round)
     own = {"flow": federated_round, "flow_run": run, "parameters": run.parameters}
     fresh: dict[str, object] = {"task_run_dynamic_keys": {}, "observed_flow_pauses": {}, "run_results": {}}
@@ -59,6 +55,21 @@ async def run_round(job: Job, number: int) -> None:
             await _report(client, run, Failed(message=str(error)))
             raise
     await _report(client, run, ended)
+
+
+async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -> FlowRun:
+    tracking = await client.create_task_run(
+        _round_in_job, job_run, str(number), name=f"federated-round {number}", state=Pending()
+    )
+    run: FlowRun = await client.create_flow_run(
+        federated_round,
+        name=f"{job.name} round {number}",
+        parameters={"number": number},
+        tags=TagsContext.get().current_tags,
+        parent_task_run_id=tracking.id,
+        state=Running(),
+    )
+    return run
 
 
 async def _report(client: PrefectClient, run: FlowRun, state: State[None]) -> None:

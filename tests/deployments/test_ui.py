@@ -37,8 +37,8 @@ SCRIPT = """
 """
 
 
-async def read(run: Run) -> dict[str, Any]:
-    """The flow runs, task runs, logs and artifacts of a job."""
+async def read(run: Run, *, num_tasks: int = 0) -> dict[str, Any]:
+    """The flow runs, task runs, logs and artifacts of a job; waits for its tasks, which the server records once a second."""
     async with get_client() as client:
         newest = await client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=200)  # the tests share one server
         job = next(r for r in newest if (r.parameters or {}).get("job_id") == run.job_id)
@@ -47,9 +47,12 @@ async def read(run: Run) -> dict[str, Any]:
         )
         rounds.sort(key=lambda r: r.name or "")
         ids = [job.id, *(r.id for r in rounds)]
-        tasks = await client.read_task_runs(
-            task_run_filter=TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[r.id for r in rounds]))
-        )
+        of_rounds = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[r.id for r in rounds]))
+        tasks = await client.read_task_runs(task_run_filter=of_rounds)
+        async with asyncio.timeout(60):
+            while sum(task.state is not None and task.state.is_final() for task in tasks) < num_tasks:
+                await asyncio.sleep(0.1)
+                tasks = await client.read_task_runs(task_run_filter=of_rounds)
         logs = await client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=ids)), limit=200)
         artifacts = await client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=ids))
@@ -59,7 +62,7 @@ async def read(run: Run) -> dict[str, Any]:
 
 def test_a_job_shows_as_flow_runs_with_logs_tables_and_a_report(run_job: Callable[..., Run]) -> None:
     run = run_job(SCRIPT.format(fails_in=-1), name="seen")
-    seen = asyncio.run(read(run))
+    seen = asyncio.run(read(run, num_tasks=6))
     assert seen["job"].name == "seen" and seen["job"].state_name == "Completed"
     assert seen["job"].parameters["recipe"]["num_rounds"] == 2 and seen["job"].parameters["sites"] == "<LocalSites>"
     assert [r.name for r in seen["rounds"]] == ["seen round 0", "seen round 1", "seen round 2"]
@@ -95,7 +98,7 @@ def test_a_failed_round_says_which_site_which_round_and_the_traceback(run_job: C
     run = run_job(SCRIPT.format(fails_in=1), name="unlucky")
     with pytest.raises(JobFailed):
         run.get_result()
-    seen = asyncio.run(read(run))
+    seen = asyncio.run(read(run, num_tasks=4))
     assert seen["job"].state_name == "Failed"
     failed = seen["rounds"][1]
     assert failed.name == "unlucky round 1" and failed.state_name == "Failed"
