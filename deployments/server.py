@@ -37,7 +37,7 @@ _BATCHES = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "64",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
 }
-"""What the UI shows of tasks may be a second old; every change of every site by itself is a quarter of what a round costs."""
+"""What the UI shows of tasks may be a second old; recorded one by one, their changes are much of what a round costs."""
 
 
 class PrivateServer:

@@ -191,7 +191,6 @@ async def _run_rounds(job: Job) -> str | None:
 def _begin(job: Job, number: int) -> asyncio.Task[None]:
     """Create the flow run of a round; it waits for its turn."""
     job.rounds[number] = RoundSignals()
-
     return asyncio.create_task(run_round(job, number))
 
 

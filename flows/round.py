@@ -1,6 +1,7 @@
 """`federated_round`: one global step, one flow run, named "<job name> round 3".
 
-Its run is created while an earlier round still trains, because that costs Prefect some 0.2 s, and waits for its turn.
+Its run is created (`fedpool.flows.round_run`) while an earlier round still trains, because a short round takes no longer than
+that does, and waits for its turn.
 Fans out one task per chosen site, passes every update through the gate as it arrives, and, once all have answered, failed
 or run into `round_timeout`, or the quorum's rule says so, aggregates, writes the next global model and then `round.json`, which
 commits the round. With fewer than `min_clients` accepted updates it asks the missing sites again, `round_retries` times, and then

@@ -12,7 +12,7 @@ from prefect import task
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext, TagsContext
-from prefect.exceptions import Abort
+from prefect.exceptions import Abort, TerminationSignal
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Completed, Crashed, Failed, Pending, Running
 from prefect.utilities.engine import propose_state
@@ -47,7 +47,7 @@ async def run_round(job: Job, number: int) -> None:
     with parent.model_copy(update=own | fresh):
         try:
             ended = await federated_round.fn(job, number) or Completed()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, TerminationSignal):
             await _report(client, run, Crashed(message="the coordinator was ended"))
             raise
         except Exception as error:
