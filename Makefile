@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Tests wait for servers and processes as much as they compute. Each process of them has a Prefect server, hence no more than 4.
 AT_ONCE := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo poc-demo test test-slow chaos examples lint format docs catalogue wheel bench bench-poc bench-peers oracle clean
+.PHONY: demo poc-demo test test-slow test-gpu chaos examples lint format docs catalogue wheel bench bench-poc bench-peers oracle clean
 
 demo: $(READY)  ## hello-pt in simulation: three sites on scikit-learn's digits
 	$(RUN)/python examples/hello-pt/job.py
@@ -16,12 +16,15 @@ poc-demo: $(READY)  ## hello-pt in a proof of concept: PostgreSQL, S3, a worker 
 
 test: $(READY)  ## the tests, with coverage of lines and branches
 	$(RUN)/coverage erase
-	$(RUN)/coverage run -m pytest -m "not slow" $(AT_ONCE)
+	$(RUN)/coverage run -m pytest -m "not slow and not gpu" $(AT_ONCE)
 	$(RUN)/coverage combine --quiet
 	$(RUN)/coverage report --skip-covered
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(RUN)/pytest -m slow --timeout 3600 $(AT_ONCE)
+	$(RUN)/pytest -m "slow and not gpu" --timeout 3600 $(AT_ONCE)
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(RUN)/pytest -m gpu
 
 chaos: $(READY)  ## kill or cut everything at every stage of a round; writes the matrix of docs/reliability.md (some two hours)
 	$(RUN)/python -m tests.chaos --write

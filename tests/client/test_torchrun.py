@@ -81,6 +81,8 @@ rounds = 0
 while flare.is_running():
     input_model = flare.receive()
     model.load_state_dict(input_model.params)
+    model(torch.ones(1, 2)).sum().backward()  # threads of gloo that were left behind used to abort processes that train
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
     flare.send(flare.FLModel(params=model.state_dict(), metrics={"accuracy": 0.5}))
     rounds += 1
 print(f"rank {dist.get_rank()} ran {rounds} round with {len(input_model.params)} params\\n", end="", flush=True)
@@ -116,12 +118,22 @@ class SessionThread(threading.Thread):
                     link.put("end")
 
 
-def torchrun(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    folder: Path, script: str, *arguments: str, num_ranks: int = 2, **variables: str
+) -> subprocess.CompletedProcess[str]:
     path = folder / "client.py"
     path.write_text(script)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDPOOL_")}
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path), *arguments],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={num_ranks}",
+            str(path),
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         cwd=folder,

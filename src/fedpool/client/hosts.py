@@ -246,6 +246,7 @@ class TorchrunHost:
             raise Waiting
         fields = outcome["assignment"]
         if fields is None:
+            self._leave()
             return None
         if fields["model"] is None and "torch" in sys.modules:  # rank 0 runs standalone
             _let_initial_params_load()
@@ -279,8 +280,19 @@ class TorchrunHost:
 
     def close(self) -> None:
         """See `Host.close`."""
+        self._leave()
         if self._host:
             self._host.close()
+
+    def _leave(self) -> None:
+        """Give the group up, and so join its threads: one that still wants the interpreter at its end aborts the process."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        import torch.distributed as dist
+
+        if dist.is_initialized():  # else the script has given up all groups
+            dist.destroy_process_group(group)
 
     def _broadcast(self, value: dict[str, Any] | None) -> dict[str, Any]:
         import torch
