@@ -26,6 +26,7 @@ RAN_ELSEWHERE = {
     "make bench-peers": "minutes long, and installs other frameworks; run by hand before figures are quoted",
     "make oracle": "hours; its output is docs/fidelity.md",
     "make test-slow": "minutes long",
+    "make test-gpu": "needs a CUDA device",
     "make chaos": "an hour or two; its output is in docs/reliability.md",
     "make poc-demo": "a step of .ci/run",
     ".ci/run": "what runs this script",
