@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,13 @@ from pathlib import Path
 import psutil
 
 _END_GRACE_S = 20.0
+
+_HEARING = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])",
+)
+"""Becomes the command that follows, with SIGINT as it is by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +61,12 @@ class Processes:
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         """Start a process in a session of its own."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        # A shell has what it runs in the background ignore SIGINT, and that is inherited. Prefect's worker then ignores SIGTERM,
+        # too, which it takes for a SIGINT.
+        deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with self.log(name).open("ab") as output:
             process = subprocess.Popen(
-                command,
+                [*_HEARING, *command] if deaf else command,
                 env=dict(environment),
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,

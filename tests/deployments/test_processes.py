@@ -1,5 +1,6 @@
 """Processes that a proof of concept leaves running: found again, ended with all they started, and while they end themselves."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def test_stop_ends_a_process_and_what_it_started(tmp_path: Path) -> None:
     assert len(gone) == 2 and not alive
     assert processes.find("parent") is None
     processes.stop(["parent"])  # harmless
+
+
+def test_from_a_shells_background_processes_still_hear_sigint(tmp_path: Path) -> None:
+    processes = Processes(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        parent, child = started(processes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert processes.find("parent") is not None
+    parent.send_signal(signal.SIGINT)
+    parent.wait(30)
+    assert "KeyboardInterrupt" in processes.log("parent").read_text()
+    child.kill()
 
 
 def test_a_process_that_ends_meanwhile_is_a_family_of_one(tmp_path: Path) -> None:
