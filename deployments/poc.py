@@ -23,6 +23,7 @@ from typing import Any, Self
 import httpx
 from pydantic import Field, field_validator, model_validator
 
+from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.processes import Processes
 from fedpool.deployments.remote import RemoteEnv
 from fedpool.deployments.server import (
@@ -34,7 +35,6 @@ from fedpool.deployments.server import (
     wait_until_up,
 )
 from fedpool.errors import ConfigError, RecipeError, ServerError
-from fedpool.paths import check_name
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 
@@ -61,7 +61,7 @@ class Service:
     log: Path
 
 
-class PocEnv(RemoteEnv):
+class PocEnv(RemoteEnv, NamedClients):
     """A proof of concept on this machine; brought up by `execute` when it is not, and left up.
 
     Raises:
@@ -71,7 +71,6 @@ class PocEnv(RemoteEnv):
     num_clients: int | None = Field(
         None, description="number of sites, named site-1, site-2, ...; default: 2", ge=1, le=256
     )
-    clients: tuple[str, ...] | None = Field(None, description="names of the sites; instead of num_clients")
     store: str | None = Field(None, description="URL of the store; default: a folder in home")
     s3: bool = Field(False, description="start an S3 server (rclone) and use it as the store")
     database: str | None = Field(
@@ -88,21 +87,8 @@ class PocEnv(RemoteEnv):
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
-    @field_validator("clients")
-    @classmethod
-    def _names_fit(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for name in value or ():
-            check_name("client", name)
-        if value is not None and (not value or len(set(value)) < len(value)):
-            raise RecipeError(f"clients={list(value)} must be one or more different names")
-        return value
-
     @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.clients is not None and self.num_clients not in (None, len(self.clients)):
-            raise RecipeError(
-                f"num_clients={self.num_clients}, but clients names {len(self.clients)}: give one of the two"
-            )
+    def _one_way_to_name_the_store(self) -> Self:
         if self.s3 and self.store is not None:
             raise RecipeError(f"s3=True starts a store of its own, but store={self.store!r}: give one of the two")
         return self
@@ -110,7 +96,7 @@ class PocEnv(RemoteEnv):
     @property
     def names(self) -> tuple[str, ...]:
         """The sites."""
-        return self.clients or tuple(f"site-{number + 1}" for number in range(self.num_clients or 2))
+        return self.names_or(2)
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
         """See `RemoteEnv.site_names`."""

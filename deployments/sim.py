@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 from rich.console import Console
 
+from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.errors import RecipeError
 from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
-from fedpool.paths import JobPaths, check_name
+from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import LocalSites, default_slots
 from fedpool.startup import collector_off
@@ -45,7 +46,7 @@ _FIRST_RUN_IMPORTS = (
 """What Prefect imports when the first flow runs: imported while the server is still starting."""
 
 
-class SimEnv(BaseModel):
+class SimEnv(NamedClients):
     """Simulation on this machine.
 
     With no Prefect API configured, a private server with an in-memory database is started for the run and stopped with it.
@@ -55,7 +56,6 @@ class SimEnv(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_clients: int | None = Field(None, description="number of sites, named site-1, site-2, ...", ge=1, le=100_000)
-    clients: tuple[str, ...] | None = Field(None, description="names of the sites; instead of num_clients")
     num_threads: int | None = Field(
         None,
         description="sites that train at once; default: one per device, or per processor without devices",
@@ -79,29 +79,9 @@ class SimEnv(BaseModel):
             raise RecipeError(f'gpus={value!r} is not a list of device numbers: write them as "0,1"')
         return value
 
-    @field_validator("clients")
-    @classmethod
-    def _names_fit(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for name in value or ():
-            check_name("client", name)
-        if value is not None and (not value or len(set(value)) < len(value)):
-            raise RecipeError(f"clients={list(value)} must be one or more different names")
-        return value
-
-    @model_validator(mode="after")
-    def _one_way_to_name_sites(self) -> Self:
-        if self.clients is not None and self.num_clients not in (None, len(self.clients)):
-            raise RecipeError(
-                f"num_clients={self.num_clients}, but clients names {len(self.clients)}: give one of the two"
-            )
-        return self
-
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
         """The sites that a recipe would run at: as many as it needs when the environment does not say."""
-        if self.clients is not None:
-            return self.clients
-        count = self.num_clients or recipe.sample_size or recipe.min_clients
-        return tuple(f"site-{number + 1}" for number in range(count))
+        return self.names_or(recipe.sample_size or recipe.min_clients)
 
     def execute(
         self,

@@ -19,7 +19,9 @@ from fedpool import FedAvgRecipe, FedNovaRecipe, FedProxRecipe, JobFailed, Recip
 from fedpool.arrays import load_arrays
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE
 from fedpool.errors import ClientError
+from tests.client.test_huggingface import JOB_SCRIPT as HUGGINGFACE_SCRIPT
 from tests.client.test_huggingface import new_model
+from tests.client.test_lightning import JOB_SCRIPT as LIGHTNING_SCRIPT
 from tests.client.test_torchrun import SessionThread, torchrun
 from tests.hosts import host_of
 
@@ -98,6 +100,12 @@ def script(device: str, dropout: float, kind: type[Recipe] = FedAvgRecipe) -> st
     return SCRIPT.format(**PLAIN | ALGORITHMS[kind], device=device, dropout=dropout)
 
 
+def on_gpu(script: str, cpu: str, gpu: str) -> str:
+    """A script of the tests on a CPU, with what it asks a trainer for replaced."""
+    assert cpu in script
+    return script.replace(cpu, gpu)
+
+
 def same_bits(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
@@ -138,66 +146,6 @@ class TestJobs:
             run.get_result(120)
 
 
-LIGHTNING_SCRIPT = """
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
-    import pytorch_lightning as pl
-    import fedpool.client.lightning as flare
-
-    class Net(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(3, 1)
-
-        def training_step(self, batch, batch_idx):
-            return (self.layer(batch[0]) - batch[1]).square().mean()
-
-        def validation_step(self, batch, batch_idx):
-            self.log("val_loss", self.training_step(batch, batch_idx))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-    trainer = pl.Trainer(max_epochs=2, accelerator="gpu", devices=1, precision="{precision}", logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    flare.patch(trainer)
-    site = int(flare.get_site_name().split("-")[1])
-    inputs = torch.randn(16, 3, generator=torch.Generator().manual_seed(site))
-    data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-    net = Net()
-    while flare.is_running():
-        trainer.validate(net, DataLoader(data, batch_size=4), verbose=False)
-        trainer.fit(net, DataLoader(data, batch_size=4, shuffle=True))
-        assert net.layer.weight.dtype == torch.float32
-"""
-
-HUGGINGFACE_SCRIPT = """
-    import torch
-    import transformers
-    import fedpool.client.huggingface as flare
-
-    class Examples(torch.utils.data.Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, index):
-            tokens = torch.randint(0, 16, (6,), generator=torch.Generator().manual_seed(index))
-            return {{"input_ids": tokens, "labels": int(tokens[0]) % 2}}
-
-    config = transformers.BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                     intermediate_size=8, max_position_embeddings=8)
-    arguments = transformers.TrainingArguments(output_dir=".", num_train_epochs=2, learning_rate=0.05, {precision}
-                                               report_to="none", save_strategy="no", disable_tqdm=True)
-    trainer = transformers.Trainer(model=transformers.BertForSequenceClassification(config), args=arguments,
-                                   train_dataset=Examples(), eval_dataset=Examples())
-    assert arguments.device.type == "cuda"
-    flare.patch(trainer)
-    while flare.is_running():
-        trainer.evaluate()
-        trainer.train()
-"""
-
-
 class TestTrainers:
     """Trainers that own their loop, at each precision that GPUs are used with."""
 
@@ -208,7 +156,12 @@ class TestTrainers:
         net = nn.Module()
         net.layer = nn.Linear(3, 1)
         job = {"env": DEVICE_FOR_ALL, "model": net, "num_rounds": 3, "key_metric": "val_loss", "key_metric_mode": "min"}
-        first, again = (run_job(LIGHTNING_SCRIPT.format(precision=precision), **job).get_result() for _ in range(2))
+        script = on_gpu(
+            LIGHTNING_SCRIPT.format(package="pytorch_lightning"),
+            'accelerator="cpu"',
+            f'accelerator="gpu", devices=1, precision="{precision}"',
+        )
+        first, again = (run_job(script, **job).get_result() for _ in range(2))
         assert same_bits(first.params, again.params)
         losses = [metrics["val_loss"] for metrics in first.metrics]
         assert losses[-1] < losses[0] / 2
@@ -216,7 +169,8 @@ class TestTrainers:
     @pytest.mark.parametrize("precision", ["", "fp16=True,", "bf16=True,"])
     def test_transformers_learn(self, run_job: Callable[..., Run], precision: str) -> None:
         job = {"model": new_model(), "num_rounds": 2, "key_metric": "eval_loss", "key_metric_mode": "min"}
-        result = run_job(HUGGINGFACE_SCRIPT.format(precision=precision), env=DEVICE_FOR_ALL, **job).get_result()
+        script = on_gpu(HUGGINGFACE_SCRIPT, "use_cpu=True,", precision)
+        result = run_job(script, env=DEVICE_FOR_ALL, **job).get_result()
         losses = [metrics["eval_loss"] for metrics in result.metrics]
         assert losses[-1] < losses[0]
 

@@ -1,0 +1,40 @@
+"""How the environments that make their sites themselves, `SimEnv` and `PocEnv`, are told which: a number, or names."""
+
+from typing import Self
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from fedpool.errors import RecipeError
+from fedpool.paths import check_name
+
+
+class NamedClients(BaseModel):
+    """`num_clients` or `clients`, of which one may be given."""
+
+    num_clients: int | None = Field(None, description="number of sites, named site-1, site-2, ...", ge=1)
+    clients: tuple[str, ...] | None = Field(None, description="names of the sites; instead of num_clients")
+
+    @field_validator("clients")
+    @classmethod
+    def _names_fit(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            check_name("client", name)
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise RecipeError(f"clients={list(value)} must be one or more different names")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_name_sites(self) -> Self:
+        if self.clients is not None and self.num_clients not in (None, len(self.clients)):
+            raise RecipeError(
+                f"num_clients={self.num_clients}, but clients names {len(self.clients)}: give one of the two"
+            )
+        return self
+
+    def names_or(self, default: int) -> tuple[str, ...]:
+        """The sites' names.
+
+        Args:
+            default: number of sites when neither field says.
+        """
+        return self.clients or tuple(f"site-{number + 1}" for number in range(self.num_clients or default))
