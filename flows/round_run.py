@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext, TagsContext
 from prefect.exceptions import Abort, TerminationSignal
 from prefect.logging.loggers import flow_run_logger
-from prefect.states import Completed, Crashed, Failed, Pending, Running
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 from prefect.utilities.engine import propose_state
 
 from fedpool.errors import FedpoolError
@@ -29,7 +29,8 @@ def _round_in_job() -> None:
 async def run_round(job: Job, number: int) -> None:
     """Create the flow run of a round, named "<job name> round 3", do the round in it, and report how it ended.
 
-    Raises: what the round raises; its run is reported as failed first, or as crashed if the process is being ended.
+    Raises: what the round raises; its run is reported first: as failed, cancelled with its job, or crashed if the process is
+        being ended.
     """
     parent = FlowRunContext.get()
     assert parent is not None and parent.flow_run is not None, "a round runs inside the run of its job"
@@ -51,6 +52,9 @@ async def run_round(job: Job, number: int) -> None:
             await _report(client, run, Crashed(message="the coordinator was ended"))
             raise
         except Exception as error:
+            if job.sites.cancelled:  # nobody's failure
+                await _report(client, run, Cancelled(message="the job was cancelled"))
+                raise
             logger.error("%s", error, exc_info=not isinstance(error, FedpoolError))
             await _report(client, run, Failed(message=str(error)))
             raise

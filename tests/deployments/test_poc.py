@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.settings import temporary_settings
 from prefect.states import AwaitingRetry
@@ -113,6 +114,20 @@ def flow_run_of(env: PocEnv, job_id: str) -> FlowRun:
 
     with temporary_settings(env.settings()):
         return asyncio.run(find())
+
+
+def states_of_rounds(env: PocEnv, job_id: str) -> list[str | None]:
+    """The states of the flow runs of a job's rounds, in the rounds' order."""
+
+    async def find() -> list[FlowRun]:
+        async with get_client() as client:
+            job = await find_run(client, job_id)
+            of_job = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[job.id]))
+            found: list[FlowRun] = await client.read_flow_runs(flow_run_filter=of_job)
+            return found
+
+    with temporary_settings(env.settings()):
+        return [run.state_name for run in sorted(asyncio.run(find()), key=lambda run: run.name)]
 
 
 def test_hello_pt_gives_the_same_bytes_as_in_simulation(
@@ -370,6 +385,8 @@ def test_a_cancelled_job_is_gone_in_seconds_and_the_sites_take_the_next_one(
             run.get_result()
         state = flow_run_of(env, run.job_id).state
         assert state is not None and state.name == "Cancelled"
+        first, *others = states_of_rounds(env, run.job_id)  # of the round that was held, and of those announced ahead
+        assert first == "Completed" and others and set(others) == {"Crashed"}
     assert {service.name: service.pid for service in env.status()} == workers
     following = GatedJob(tmp_path / "second", SITES, hold=-1, num_rounds=1)
     assert following.recipe.execute(env=env).get_result().num_rounds == 1

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,17 +109,22 @@ def test_a_failed_round_says_which_site_which_round_and_the_traceback(run_job: C
     assert any(a.key == "report" and "ValueError: no luck" in a.data for a in seen["artifacts"])
 
 
-def test_an_aborted_job_shows_as_cancelled(run_job: Callable[..., Run]) -> None:
-    script = """
+def test_an_aborted_job_shows_as_cancelled_and_so_do_its_rounds(run_job: Callable[..., Run], tmp_path: Path) -> None:
+    training = tmp_path / "training"
+    script = f"""
+        import pathlib
         import threading
         import fedpool.client as flare
         flare.init()
         flare.receive()
+        pathlib.Path({str(training)!r}).touch()
         threading.Event().wait()
     """
     run = run_job(script, wait=False, model={"w": np.zeros(1)})
-    while not (os.path.isdir(run.path) and os.listdir(run.path)):
+    while not training.exists():
         assert not run.wait(0.05)
     run.abort()
     assert run.wait(60)
-    assert asyncio.run(read(run))["job"].state_name == "Cancelled"
+    seen = asyncio.run(read(run))
+    assert seen["job"].state_name == "Cancelled"
+    assert [r.state_name for r in seen["rounds"]] == ["Cancelled", "Cancelled"]  # it trained; it was announced ahead
