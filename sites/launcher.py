@@ -64,12 +64,10 @@ class Zygote:
         self._control = ours
         self._lock = threading.Lock()
         limits = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
-        # Libraries ask for GPUs when they are imported. By default torch then initialises CUDA, which a fork cannot use any more.
-        asking = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fedpool.sites.zygote", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**asking, **os.environ, **limits},
+            env={**os.environ, **limits},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in the terminal must reach the host alone, which then ends the sessions in order
         )

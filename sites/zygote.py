@@ -23,13 +23,15 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from fedpool.sites.huge_pages import collapse
 from fedpool.sites.script import preload, run_script
 
 MAX_REQUEST_BYTES = 1 << 20
+
+_CUDA_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 _MANY_FORKS = 32
 """From here on each fork is made cheaper, once and for all, which costs as much as that many forks and more."""
@@ -88,7 +90,8 @@ def _answer(
     request: dict[str, Any], fds: list[int], children: dict[int, int], own_fds: tuple[int, ...]
 ) -> dict[str, Any]:
     if "preload" in request:
-        failed = preload(request["preload"])
+        with _asking_nvml():
+            failed = preload(request["preload"])
         _settle()
         return {"failed": failed}
     if "kill" in request:
@@ -103,6 +106,19 @@ def _answer(
     os.close(output)
     children[pid] = status
     return {"pid": pid}
+
+
+@contextlib.contextmanager
+def _asking_nvml() -> Iterator[None]:
+    """Libraries ask for GPUs as they are imported. By default torch then initialises CUDA, which a fork cannot use any more."""
+    if _CUDA_CHECK in os.environ:
+        yield
+        return
+    os.environ[_CUDA_CHECK] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_CUDA_CHECK]
 
 
 def _settle() -> None:

@@ -1,5 +1,6 @@
 """Whole jobs in simulation: what a user can rely on."""
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,26 @@ def test_devices_are_dealt_to_slots(run_job: Callable[..., Run]) -> None:
     """
     result = run_job(script, env={"gpus": "4, 6", "num_threads": 2}, num_rounds=1).get_result()
     assert float(result.params["w"][0]) == 5  # the mean of the two devices
+
+
+def test_libraries_that_look_for_gpus_as_they_are_imported_leave_cuda_to_the_scripts(
+    run_job: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library/asks.py").write_text('import os\nSEEN = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "library"), prepend=os.pathsep)
+    script = """
+        import os
+        import asks
+        import numpy as np
+        import fedpool.client as flare
+        flare.init()
+        while flare.is_running():
+            flare.receive()
+            fits = asks.SEEN == "1" and "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
+            flare.send(flare.FLModel(params={"w": np.full(3, fits, np.float32)}))
+    """
+    assert float(run_job(script, num_rounds=1).get_result().params["w"][0]) == 1
 
 
 def test_many_sites_share_slots_and_each_round_starts_fresh_scripts(run_job: Callable[..., Run]) -> None:
