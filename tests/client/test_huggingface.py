@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +26,8 @@ from fedpool.arrays import save_and_hash
 from fedpool.client.api import Client
 from fedpool.client.exchange import trainable_params
 from fedpool.client.hosts import Standalone
-from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE
 from fedpool.errors import ClientError
-from tests.client.test_torchrun import SessionThread, torchrun
+from tests.client.test_torchrun import run_session
 from tests.hosts import MemoryHost, OneSite
 
 pytestmark = [
@@ -485,13 +483,8 @@ torch.distributed.destroy_process_group()
 def test_under_torchrun_ranks_train_together_and_one_of_them_talks(tmp_path: Path) -> None:
     tasks = ["train", "train", "evaluate"]
     plan = [a for a in OneSite(tmp_path, new_model().state_dict(), tasks).plan if a is not None]
-    with tempfile.TemporaryDirectory(prefix="fp-") as short:  # the path of a Unix socket is limited to about 100 bytes
-        host = SessionThread(f"{short}/s", b"secret", plan)
-        host.start()
-        session = {ADDRESS_VARIABLE: f"{short}/s", KEY_VARIABLE: b"secret".hex()}
-        ran = torchrun(tmp_path, RANKS_SCRIPT, str(tmp_path), **session)
-        assert ran.returncode == 0, ran.stderr
-        host.join(10)
+    host, ran = run_session(tmp_path, RANKS_SCRIPT, plan)
+    assert ran.returncode == 0, ran.stderr
     zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert zero == one
     assert (zero["site"], zero["tasks"]) == ("site-7", tasks)

@@ -81,7 +81,7 @@ rounds = 0
 while flare.is_running():
     input_model = flare.receive()
     model.load_state_dict(input_model.params)
-    model(torch.ones(1, 2)).sum().backward()  # threads of gloo that were left behind used to abort processes that train
+    model(torch.ones(1, 2)).sum().backward()  # of processes that had trained some were aborted as they ended
     torch.optim.SGD(model.parameters(), lr=0.5).step()
     flare.send(flare.FLModel(params=model.state_dict(), metrics={"accuracy": 0.5}))
     rounds += 1
@@ -142,6 +142,19 @@ def torchrun(
     )
 
 
+def run_session(
+    folder: Path, script: str, assignments: list[Assignment], *, num_ranks: int = 2
+) -> tuple[SessionThread, subprocess.CompletedProcess[str]]:
+    """Run a script, given the folder as its argument, on ranks at a site with these assignments."""
+    with tempfile.TemporaryDirectory(prefix="fp-") as short:  # the path of a Unix socket is limited to about 100 bytes
+        host = SessionThread(f"{short}/s", b"secret", assignments)
+        host.start()
+        variables = {ADDRESS_VARIABLE: f"{short}/s", KEY_VARIABLE: b"secret".hex()}
+        ran = torchrun(folder, script, str(folder), num_ranks=num_ranks, **variables)
+        host.join(10)
+    return host, ran
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SessionThread, subprocess.CompletedProcess[str]]:
     """A job of two rounds at a site whose script runs on two ranks."""
@@ -149,13 +162,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SessionThre
     with (folder / "global").open("wb") as file:
         save_and_hash(file, PARAMS)
     assignments = [Assignment(n, 2, model=str(folder / "global"), update=str(folder / f"update-{n}")) for n in range(2)]
-    with tempfile.TemporaryDirectory(prefix="fp-") as short:  # the path of a Unix socket is limited to about 100 bytes
-        host = SessionThread(f"{short}/s", b"secret", assignments)
-        host.start()
-        variables = {ADDRESS_VARIABLE: f"{short}/s", KEY_VARIABLE: b"secret".hex()}
-        ran = torchrun(folder, SESSION_SCRIPT, str(folder), **variables)
-        host.join(10)
-    return folder, host, ran
+    return folder, *run_session(folder, SESSION_SCRIPT, assignments)
 
 
 @pytest.fixture

@@ -44,8 +44,8 @@ def test_from_a_shells_background_processes_still_hear_sigint(tmp_path: Path) ->
     assert processes.find("parent") is not None
     parent.send_signal(signal.SIGINT)
     parent.wait(30)
-    assert "KeyboardInterrupt" in processes.log("parent").read_text()
     child.kill()
+    assert "KeyboardInterrupt" in processes.log("parent").read_text()
 
 
 def test_a_process_that_ends_meanwhile_is_a_family_of_one(tmp_path: Path) -> None:
