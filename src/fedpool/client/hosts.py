@@ -285,7 +285,7 @@ class TorchrunHost:
             self._host.close()
 
     def _leave(self) -> None:
-        """Give the group up, and so join its threads: one that still wants the interpreter at its end aborts the process."""
+        """Give the group up. Of processes that kept one on gloo until their end, some were aborted there (torch 2.13)."""
         group, self._group = self._group, None
         if group is None:
             return
