@@ -2,13 +2,14 @@
 
 from typing import Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedpool.errors import RecipeError
+from fedpool.fields import Checked
 from fedpool.paths import check_name
 
 
-class NamedClients(BaseModel):
+class NamedClients(Checked):
     """`num_clients` or `clients`, of which one may be given."""
 
     num_clients: int | None = Field(None, description="number of sites, named site-1, site-2, ...", ge=1)

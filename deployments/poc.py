@@ -65,7 +65,7 @@ class PocEnv(RemoteEnv, NamedClients):
     """A proof of concept on this machine; brought up by `execute` when it is not, and left up.
 
     Raises:
-        pydantic.ValidationError (a ValueError): fields that do not fit.
+        RecipeError (also a pydantic.ValidationError): fields that do not fit.
     """
 
     num_clients: int | None = Field(

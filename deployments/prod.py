@@ -19,7 +19,7 @@ class ProdEnv(RemoteEnv):
     that uses it.
 
     Raises:
-        pydantic.ValidationError (a ValueError): fields that do not fit.
+        RecipeError (also a pydantic.ValidationError): fields that do not fit.
     """
 
     api_url: str | None = Field(None, description="URL of the Prefect API; default: the one of the Prefect profile")

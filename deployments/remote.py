@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from rich.console import Console
 
 from fedpool.deployments.jobs import check_has_ended
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.errors import ConfigError, ServerError, StoreError
+from fedpool.fields import Checked
 from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
 from fedpool.manifest import PROTOCOL
 from fedpool.paths import JobPaths, new_job_id
@@ -40,7 +41,7 @@ _AD_HOC = "execute"
 """Prefix of the deployments that `execute` uses, one per recipe class; a recipe's own deployment is left alone."""
 
 
-class RemoteEnv(BaseModel):
+class RemoteEnv(Checked):
     """What the proof of concept and production have in common: a Prefect server, a store, a coordinator's pool, sites' pools."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -24,7 +24,7 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
                 flare.send(flare.FLModel(params=best_params))
 
     Raises:
-        pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
+        RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.cross_site"

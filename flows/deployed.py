@@ -19,7 +19,7 @@ from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
 
 from fedpool.errors import RecipeError
 from fedpool.flows.job import run_job, take_up
@@ -156,8 +156,6 @@ def _remade(
         recipe = restore(kind, template, store).revise(**fields)
     except FileNotFoundError:
         raise RecipeError(f"there is no staged job {template!r} in {store.url}: deploy the recipe again") from None
-    except ValidationError as error:
-        raise RecipeError(str(error)) from None
     recipe.check_sites(sites)
     if warm_start and (model := _last_model(recipe, store)) is not None:
         recipe = recipe.revise(model=model)

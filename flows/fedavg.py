@@ -45,7 +45,7 @@ class FedAvgRecipe(AveragingRecipe):
         With `meta={"NUM_STEPS_CURRENT_ROUND": steps}` the site's model counts by its steps; without, all count alike.
 
     Raises:
-        pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
+        RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedavg"

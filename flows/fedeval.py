@@ -21,7 +21,7 @@ class FedEvalRecipe(EvaluationRecipe):
                 flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_STEPS_CURRENT_ROUND": int((~rows).sum())}))
 
     Raises:
-        pydantic.ValidationError (a ValueError): a field that cannot work, with its name, its value and the remedy.
+        RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
 
     entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedeval"

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.recipes import recipe_of
@@ -67,7 +65,7 @@ class _Audit:
         job = store.read_json(self._paths.job)
         try:
             self._recipe = recipe_of(job_id, store)
-        except (ValidationError, RecipeError) as error:
+        except RecipeError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
         except FileNotFoundError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None

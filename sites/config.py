@@ -16,6 +16,7 @@ from pydantic_settings import (
 )
 
 from fedpool.errors import ConfigError
+from fedpool.fields import describe_problems
 from fedpool.paths import check_name
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
@@ -43,7 +44,9 @@ class SiteConfig(BaseSettings):
         None, description="the one store that this site works with; empty: the store that the job names"
     )
     storage_options: dict[str, JsonValue] = Field(
-        default_factory=dict, description="options of the store for fsspec; secrets are better off in its own variables"
+        default_factory=dict,
+        description="options of the store for fsspec; secrets are better off in its own variables",
+        repr=False,
     )
     idle_timeout_s: float = Field(
         1800.0, description="seconds after which a job that asks for nothing is forgotten, and its script ended", gt=0
@@ -109,10 +112,7 @@ class SiteConfig(BaseSettings):
         try:
             settings: SiteConfig = FromFile(**{key: value for key, value in given.items() if value is not None})
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, entry['loc']))}: {entry['msg']} (got {entry['input']!r})"
-                for entry in error.errors()
-            )
+            problems = "; ".join(describe_problems(cls, error, given))
             raise ConfigError(f"the configuration of the site does not fit: {problems}") from None
         except (OSError, SettingsError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"the configuration of the site cannot be read: {error}") from None

@@ -13,7 +13,8 @@
         ├── JobFailed        because it failed
         └── JobCancelled     because someone cancelled it
 
-Inside a recipe's validators a `RecipeError` reaches the user as pydantic's `ValidationError`, a `ValueError` too.
+What a recipe or an environment is refused with when it is built is both a `RecipeError` and pydantic's `ValidationError`
+(`fedpool.fields.FieldsError`), so a `ValueError` too.
 """
 
 

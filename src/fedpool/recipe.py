@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     JsonValue,
@@ -31,6 +30,7 @@ from fedpool.bundle import Bundle, build_bundle
 from fedpool.conditions import StopCondition, parse_condition
 from fedpool.environment import DeployingEnvironment, Environment
 from fedpool.errors import RecipeError
+from fedpool.fields import Checked
 from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob
 from fedpool.paths import check_name
@@ -66,7 +66,7 @@ def _model_form(model: InitialModel) -> dict[str, Any]:
     return {"sha256": model.digest.sha256, "tensors": len(model.spec), "parameters": model.num_parameters}
 
 
-class Recipe(BaseModel):
+class Recipe(Checked):
     """What every recipe has. Frozen; unknown fields are refused.
 
     Subclasses add their algorithm's parameters and give its `strategy`.

@@ -486,7 +486,7 @@ def test_down_leaves_no_process_and_the_results_stay(tmp_path: Path) -> None:
         ({"clients": ["a", "a"]}, "different names"),
         ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
         ({"s3": True, "store": "/tmp/store"}, "give one of the two"),
-        ({"num_client": 2}, "Extra inputs are not permitted"),
+        ({"num_client": 2}, r"num_client: did you mean num_clients\?"),
     ],
 )
 def test_a_wrong_environment_is_refused_when_it_is_built(fields: dict[str, Any], message: str) -> None:

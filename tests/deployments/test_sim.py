@@ -350,7 +350,7 @@ def test_the_environment_refuses_a_recipe_that_does_not_fit(run_job: Callable[..
         ({"clients": ["../etc"]}, "cannot be part of a path"),
         ({"clients": ["a", "a"]}, "different names"),
         ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
-        ({"num_client": 2}, "Extra inputs are not permitted"),
+        ({"num_client": 2}, r"num_client: did you mean num_clients\?"),
     ],
 )
 def test_a_wrong_environment_is_refused_when_it_is_built(fields: dict[str, Any], message: str) -> None:

@@ -1,0 +1,167 @@
+"""What everything has in common that a user builds out of fields: a recipe, an environment, a site's settings.
+
+Fields that do not fit are refused in fedpool's words. pydantic's own text names a link and a type code, which help nobody who
+has mistyped a name.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from fedpool.errors import RecipeError
+
+_MAX_VALUE = 200
+
+
+class FieldsError(ValidationError, RecipeError):
+    """Fields that do not fit: all of them, each with its name, its value and the remedy."""
+
+    # pydantic's errors are made by `from_exception_data`, which has no place for a text of ours.
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"FieldsError({self.text!r})"
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str]]:
+        return RecipeError, (self.text,)
+
+
+class Checked(BaseModel):
+    """Base of the models that a user builds.
+
+    Raises:
+        FieldsError (a RecipeError, a ValueError and a pydantic.ValidationError): fields that do not fit.
+    """
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise fields_error(type(self), error, data) from None
+
+    # By this pydantic knows that the method is no more than its own, and validates nested and restored models without it.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    if not TYPE_CHECKING:  # type checkers must go on to refuse unknown and frozen attributes
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            try:
+                super().__setattr__(name, value)
+            except ValidationError as error:
+                kind = type(self).__name__
+                text = f"{kind}.{name} cannot be set, because a {kind} is frozen: build another with {name}={value!r}"
+                raise _fields_error(error, text) from None
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """See `BaseModel.model_validate`."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise fields_error(cls, error, obj if isinstance(obj, Mapping) else {}) from None
+
+
+def fields_error(kind: type[BaseModel], error: ValidationError, data: Mapping[str, Any]) -> FieldsError:
+    """What pydantic says of the fields of a model, in words of ours.
+
+    Args:
+        kind: the model.
+        data: what it was to be built from.
+    """
+    found = list(describe_problems(kind, error, data))
+    head = kind.__name__
+    text = f"{head}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{head} has {len(found)} problems:", *found])
+    return _fields_error(error, text)
+
+
+def _fields_error(error: ValidationError, text: str) -> FieldsError:
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError(entry["type"], "{text}", {**entry.get("ctx", {}), "text": entry["msg"]}),
+            loc=entry["loc"],
+            input=entry["input"],
+        )
+        for entry in error.errors(include_url=False)
+    ]
+    made = FieldsError.from_exception_data(error.title, details, hide_input=True)
+    assert isinstance(made, FieldsError)
+    made.text = text
+    return made
+
+
+def describe_problems(kind: type[BaseModel], error: ValidationError, data: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence for each place at which something does not fit: where, what, and the value.
+
+    Args:
+        kind: the model.
+        data: what it was to be built from.
+    """
+    at: dict[str, list[str]] = {}
+    values: dict[str, str] = {}
+    for entry in error.errors(include_url=False):
+        name = str(entry["loc"][0]) if entry["loc"] else ""
+        where = _where(entry["loc"], data)
+        if entry["type"] == "extra_forbidden":
+            at.setdefault(where, []).append(_unknown(name, kind.model_fields) if where == name else "is not known here")
+        elif entry["type"] == "missing":
+            at.setdefault(where, []).append("is required, and was not given")
+        elif entry["type"] == "value_error":
+            at.setdefault(where, []).append(str(entry["ctx"]["error"]))
+        else:
+            at.setdefault(where, []).append(_plain(entry["msg"]))
+            if not _is_secret(kind.model_fields.get(name)):
+                values[where] = _brief(entry["input"])
+    for where, said in at.items():
+        what = ", or ".join(dict.fromkeys(said)) + (f", got {values[where]}" if where in values else "")
+        begins = re.match(rf"(a |an |the )?{re.escape(where)}\b", what)
+        # A check of ours names its field by itself.
+        yield what if not where or begins else f"{where}: {what}"
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """What was probably meant by a name that is not known; None when nothing is like it."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
+
+
+def _unknown(name: str, fields: Mapping[str, FieldInfo]) -> str:
+    # A field that is excluded is fixed: who needs it took the wrong class.
+    known = [field for field, info in fields.items() if not info.exclude]
+    if (meant := nearest(name, known)) is not None:
+        return f"did you mean {meant}? There is no such field"
+    return f"there is no such field: there are {', '.join(known)}"
+
+
+def _where(loc: Sequence[int | str], data: Mapping[str, Any]) -> str:
+    """Place of a problem in what was given, without the names of the types that pydantic has tried there."""
+    where = str(loc[0]) if loc else ""
+    value: Any = data.get(where)
+    for part in loc[1:]:
+        holds = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if holds or (isinstance(value, Mapping) and part in value):
+            value = value[part]
+            where += f"[{part!r}]"
+    return where
+
+
+def _plain(message: str) -> str:
+    message = re.sub(r",? (unable to parse|got a number with a|after validation, not) .*", "", message)
+    return re.sub(r"^(Input|Value|String|List|Tuple|Set|Dictionary|Data) should ", "must ", message)
+
+
+def _is_secret(info: FieldInfo | None) -> bool:
+    return info is not None and (not info.repr or "SecretStr" in str(info.annotation) or info.annotation is SecretStr)
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]} ..."
