@@ -19,6 +19,7 @@ class MemoryHost:
         self.plan = list(plan)
         self.timeouts: list[float | None] = []
         self.sent: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         self.closed = False
 
     def next(self, timeout: float | None) -> Assignment | None:
@@ -35,6 +36,9 @@ class MemoryHost:
 
     def put(self, kind: str, **fields: Any) -> None:
         self.sent.append({"kind": kind, **fields})
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def close(self) -> None:
         self.closed = True

@@ -46,10 +46,12 @@ FACADE = [
 ]
 
 CLIENT = [
+    "AnalyticsDataType",
     "FLModel",
     "LocalSteps",
     "ParamsType",
     "Scaffold",
+    "evaluate",
     "get_config",
     "get_job_id",
     "get_site_name",
@@ -67,6 +69,7 @@ CLIENT = [
     "send",
     "shutdown",
     "system_info",
+    "train",
 ]
 
 

@@ -717,7 +717,7 @@ class TestFindingTheHost:
     def test_every_host_answers_to_the_same_methods(self, tmp_path: Path) -> None:
         hosts: list[Host] = [MemoryHost(tmp_path, []), Standalone(), TorchrunHost(0, Standalone()), session()[0]]
         for host in hosts:
-            assert all(callable(getattr(host, name)) for name in ("next", "params", "put", "close"))
+            assert all(callable(getattr(host, name)) for name in ("next", "params", "put", "note", "close"))
             assert isinstance(host.welcome, Welcome)
 
 
@@ -738,6 +738,8 @@ calls["send"] = lambda: flare.send(flare.FLModel(metrics={"a": 1}))
 calls["log"] = lambda: flare.log("a", 1)
 calls["keep"] = lambda: flare.keep("a", {})
 calls["kept"] = lambda: flare.kept("a")
+for decorator in ("train", "evaluate"):
+    calls[decorator] = calls[decorator](lambda model: model)
 errors = {}
 for name, call in calls.items():
     try:

@@ -1,7 +1,6 @@
 """What `import fedpool.client` costs: a script pays for nothing that it does not use."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -42,12 +41,6 @@ def test_initialising_and_running_standalone_loads_no_framework_either() -> None
 
 
 def test_importing_it_takes_less_than_a_fifth_of_a_second() -> None:
-    def cumulative_us() -> int:
-        lines = python("-X", "importtime", "-c", "import fedpool.client").stderr.splitlines()
-        (line,) = [line for line in lines if line.endswith("| fedpool.client")]
-        found = re.search(r"\|\s*(\d+) \|", line)
-        assert found is not None
-        return int(found[1])
-
-    best = min(cumulative_us() for _ in range(5))  # the best of five, because the machine may be busy with other things
-    assert best < 200_000
+    # Of processor time, and the best of five, because the machine may be busy with other things.
+    code = "import time; start = time.process_time(); import fedpool.client; print(time.process_time() - start)"
+    assert min(float(python("-c", code).stdout) for _ in range(5)) < 0.2

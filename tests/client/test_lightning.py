@@ -515,6 +515,104 @@ class TestFitting:
         assert host.updates[0]["metrics"]["bias"] == INITIAL["layer.bias"].item()
 
 
+class TestOptionsOfNvflare:
+    """`patch` takes the options of NVFlare's, by name and by place, and does what they say there."""
+
+    def test_load_state_dict_strict_false_loads_the_names_that_both_have(
+        self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        serve(model={"layer.weight": INITIAL["layer.weight"], "head": torch.ones(2)})
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer, True, False)
+        net = lightning_net(package)
+        trainer.validate(net, to_score(), verbose=False)
+        assert torch.equal(net.layer.weight, INITIAL["layer.weight"])
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (
+                {"layer.weight": torch.ones(2, 4), "layer.bias": INITIAL["layer.bias"]},
+                r"expected \(1, 3\), got \(2, 4\)",
+            ),
+            ({"head": torch.ones(2)}, "head is not in this model"),
+        ],
+    )
+    def test_it_still_refuses_another_shape_and_a_model_of_other_names(
+        self,
+        model: dict[str, torch.Tensor],
+        message: str,
+        package: ModuleType,
+        serve: Callable[..., MemoryHost],
+        tmp_path: Path,
+    ) -> None:
+        serve(model=model)
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer, load_state_dict_strict=False)
+        with pytest.raises(ClientError, match=message):
+            trainer.fit(lightning_net(package), loader())
+
+    def test_load_state_dict_strict_true_is_strict(
+        self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        serve(model={"layer.weight": INITIAL["layer.weight"]})
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer, load_state_dict_strict=True, strict=False)
+        with pytest.raises(ClientError, match=r"layer\.bias is missing"):
+            trainer.fit(lightning_net(package), loader())
+
+    def test_without_update_fit_loop_the_limits_are_the_scripts_own(
+        self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        host = serve(["train"] * 3)
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer, update_fit_loop=False)
+        for _ in range(2):
+            trainer.fit(lightning_net(package), loader())
+        trainer.fit_loop.max_epochs += 1
+        trainer.fit(lightning_net(package), loader())
+        steps = [update["meta"]["NUM_STEPS_CURRENT_ROUND"] for update in host.updates]
+        assert steps == [EPOCHS * BATCHES, 0, BATCHES]
+
+    def test_fl_meta_of_the_module_is_sent(
+        self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        host = serve(["train"] * 2)
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer)
+        net = lightning_net(package)
+        net.__fl_meta__ = {"note": "mine"}
+        trainer.fit(net, loader())
+        net.__fl_meta__ = {"NUM_STEPS_CURRENT_ROUND": 3}
+        trainer.fit(net, loader())
+        assert [update["meta"] for update in host.updates] == [
+            {"NUM_STEPS_CURRENT_ROUND": EPOCHS * BATCHES, "note": "mine"},
+            {"NUM_STEPS_CURRENT_ROUND": 3},
+        ]
+
+    def test_fl_meta_that_is_no_dict_is_an_error(
+        self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        serve()
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer)
+        net = lightning_net(package)
+        net.__fl_meta__ = ["NUM_STEPS_CURRENT_ROUND"]
+        with pytest.raises(ClientError, match="__fl_meta__ of LightningNet must be a dict, got list"):
+            trainer.fit(net, loader())
+
+    def test_its_logger_sends_what_the_module_logs(
+        self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        host = serve()
+        trainer = new_trainer(package, tmp_path, logger=flare.logger("mine"), log_every_n_steps=1)
+        flare.patch(trainer)
+        trainer.validate(lightning_net(package), to_score(), verbose=False)
+        logged = {message["key"]: message["value"] for message in host.sent if message["kind"] == "log"}
+        assert logged["mine-bias"] == INITIAL["layer.bias"].item()
+        assert "mine-val_loss" in logged
+
+
 class TestPatch:
     """What can be patched, and how often."""
 
@@ -525,14 +623,36 @@ class TestPatch:
         trainer = new_trainer(package, tmp_path)
         flare.patch(trainer)
         callbacks, fit = list(trainer.callbacks), trainer.fit
-        flare.patch(trainer, strict=False)
+        flare.patch(trainer)
         assert trainer.callbacks == callbacks
         assert trainer.fit == fit
         trainer.fit(lightning_net(package), loader())
         assert len(host.updates) == 1
 
-    def test_it_exports_the_client_api_and_patch(self) -> None:
-        assert set(flare.__all__) == {*fedpool.client.__all__, "patch"}
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"restore_state": False}, "restore_state=False after restore_state=True"),
+            ({"strict": False}, "strict=False after strict=True"),
+            ({"update_fit_loop": False}, "update_fit_loop=False after update_fit_loop=True"),
+        ],
+    )
+    def test_patching_again_with_other_options_is_an_error_that_names_them(
+        self,
+        option: dict[str, bool],
+        message: str,
+        package: ModuleType,
+        serve: Callable[..., MemoryHost],
+        tmp_path: Path,
+    ) -> None:
+        serve()
+        trainer = new_trainer(package, tmp_path)
+        flare.patch(trainer)
+        with pytest.raises(ClientError, match=f"patched already, with other options: {message}; call"):
+            flare.patch(trainer, **option)
+
+    def test_it_exports_the_client_api_patch_and_logger(self) -> None:
+        assert set(flare.__all__) == {*fedpool.client.__all__, "patch", "logger"}
         assert flare.is_running is fedpool.client.is_running
         assert flare.FLModel is fedpool.client.FLModel
 

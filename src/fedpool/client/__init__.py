@@ -23,15 +23,19 @@ from typing import Any
 from fedpool.arrays import ParamsFormat
 from fedpool.client.api import Client as _Client
 from fedpool.client.api import start as _start
+from fedpool.client.compat import AnalyticsDataType, evaluate, train
+from fedpool.client.compat import entries as _entries
 from fedpool.client.local import LocalSteps, Scaffold, prox_loss
 from fedpool.errors import ClientError
 from fedpool.model import FLModel, ParamsType
 
 __all__ = [
+    "AnalyticsDataType",
     "FLModel",
     "LocalSteps",
     "ParamsType",
     "Scaffold",
+    "evaluate",
     "get_config",
     "get_job_id",
     "get_site_name",
@@ -49,12 +53,17 @@ __all__ = [
     "send",
     "shutdown",
     "system_info",
+    "train",
 ]
 
 _client: _Client | None = None  # a process is one client; the functions below are its methods
 
 
-def _current() -> _Client:
+def _current(ctx: _Client | None = None) -> _Client:
+    if ctx is not None:
+        if not isinstance(ctx, _Client):
+            raise ClientError(f"ctx must be what flare.init() has returned, got {type(ctx).__name__}: leave it out")
+        return ctx
     if _client is None:
         raise ClientError("the client API is not initialised: call flare.init() first")
     return _client
@@ -68,28 +77,40 @@ def _ensure_started(rank: int | None = None) -> _Client:
     return _client
 
 
-def init(rank: int | str | None = None, *, params_format: ParamsFormat | None = None) -> None:
+def init(
+    rank: int | str | None = None, config_file: Any = None, *, params_format: ParamsFormat | None = None
+) -> _Client:
     """Connect this script to its host; call it once, before anything else.
 
     Args:
         rank: the global rank of this process under torchrun; only rank 0 talks. Read from `RANK` when None.
+        config_file: accepted for compatibility and not read, which a warning says: recipe and site configure the script.
         params_format: "torch" or "numpy": how params arrive. None: torch when the script has imported it, else numpy.
+
+    Returns: what the other functions take as `ctx`. They do without: a process is one client.
 
     A second call warns and changes nothing.
     """
     global _client
     if _client is not None:
         warnings.warn("flare.init() was called already: this call changes nothing", stacklevel=2)
-        return
+        return _client
+    if config_file is not None:
+        warnings.warn(
+            f"flare.init(config_file={str(config_file)!r}) is not read: the recipe and the site configure this script, "
+            "see flare.get_config()",
+            stacklevel=2,
+        )
     _client = _start(None if rank is None else int(rank), params_format)
+    return _client
 
 
-def is_running() -> bool:
+def is_running(ctx: _Client | None = None) -> bool:
     """Block until there is an assignment (True) or the job is over (False)."""
-    return _current().is_running()
+    return _current(ctx).is_running()
 
 
-def receive(timeout: float | None = None) -> FLModel | None:
+def receive(timeout: float | None = None, ctx: _Client | None = None) -> FLModel | None:
     """The global model of the round; the same one when called again in the round.
 
     Args:
@@ -97,10 +118,10 @@ def receive(timeout: float | None = None) -> FLModel | None:
 
     Returns: a model with `params`, `current_round` and `total_rounds`; None after `timeout` or when the job is over.
     """
-    return _current().receive(timeout)
+    return _current(ctx).receive(timeout)
 
 
-def send(model: FLModel, clear_cache: bool = True) -> None:
+def send(model: FLModel, clear_cache: bool = True, ctx: _Client | None = None) -> None:
     """Send the round's update, once a round, after `receive()`.
 
     Args:
@@ -111,7 +132,7 @@ def send(model: FLModel, clear_cache: bool = True) -> None:
     Raises:
         ClientError: out of order, not an `FLModel`, neither params nor metrics, or params that are not a dict of arrays.
     """
-    _current().send(model)
+    _current(ctx).send(model)
 
 
 def keep(name: str, params: Mapping[str, Any]) -> None:
@@ -138,58 +159,66 @@ def kept(name: str) -> dict[str, Any] | None:
     return _current().kept(name)
 
 
-def is_train() -> bool:
+def is_train(ctx: _Client | None = None) -> bool:
     """Whether the assignment is to train the received model."""
-    return _current().task_name == "train"
+    return _current(ctx).task_name == "train"
 
 
-def is_evaluate() -> bool:
+def is_evaluate(ctx: _Client | None = None) -> bool:
     """Whether the assignment is to score the received model and send metrics only."""
-    return _current().task_name == "evaluate"
+    return _current(ctx).task_name == "evaluate"
 
 
-def is_submit_model() -> bool:
+def is_submit_model(ctx: _Client | None = None) -> bool:
     """Whether the assignment is to send the site's own model."""
-    return _current().task_name == "submit_model"
+    return _current(ctx).task_name == "submit_model"
 
 
-def get_job_id() -> str:
+def get_job_id(ctx: _Client | None = None) -> str:
     """The id of the job that this script works for."""
-    return _current().job_id
+    return _current(ctx).job_id
 
 
-def get_site_name() -> str:
+def get_site_name(ctx: _Client | None = None) -> str:
     """The name of the site that this script runs at."""
-    return _current().site_name
+    return _current(ctx).site_name
 
 
-def get_task_name() -> str:
+def get_task_name(ctx: _Client | None = None) -> str:
     """`train`, `evaluate` or `submit_model`."""
-    return _current().task_name
+    return _current(ctx).task_name
 
 
-def get_config() -> dict[str, Any]:
+def get_config(ctx: _Client | None = None) -> dict[str, Any]:
     """What the recipe (`per_site_config`) and the site itself configured for this script."""
-    return _current().config
+    return _current(ctx).config
 
 
-def system_info() -> dict[str, str]:
+def system_info(ctx: _Client | None = None) -> dict[str, str]:
     """`job_id` and `site_name`."""
-    return {"job_id": _current().job_id, "site_name": _current().site_name}
+    return {"job_id": _current(ctx).job_id, "site_name": _current(ctx).site_name}
 
 
-def log(key: str, value: Any, data_type: Any = None, **where: Any) -> None:
+def log(key: str, value: Any, data_type: Any = None, ctx: _Client | None = None, **where: Any) -> None:
     """Send a scalar: it shows in the site's log and, with its last value, in the round's metrics.
 
     Args:
         key: its name.
         value: a number, numpy scalar or one-element tensor.
-        data_type: accepted for compatibility and ignored.
+        data_type: an `AnalyticsDataType`: `SCALARS` and `METRICS` take a dict of numbers; `TEXT`, `PARAMETER`, `TAG` and the
+            dicts of them go to the site's log only. Anything else is ignored.
+        ctx: what `init` has returned.
         where: what else to show in the log, for example `global_step=12`.
     """
-    _current().log(key, value, **where)
+    client = _current(ctx)
+    where = {name: each for name, each in where.items() if each is not None}
+    numbers, texts = _entries(str(key), value, data_type)
+    for name, number in numbers.items():
+        client.log(name, number, **where)
+    for name, text in texts.items():
+        client.note(name, text)
 
 
-def shutdown() -> None:
+def shutdown(ctx: _Client | None = None) -> None:
     """Leave the session; the script may go on, but takes part in nothing more."""
-    _current().shutdown()
+    _current(ctx).shutdown()

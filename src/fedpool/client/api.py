@@ -205,6 +205,10 @@ class Client:
             "log", key=str(key), value=_number(f"log({key!r})", value), where={k: str(v) for k, v in where.items()}
         )
 
+    def note(self, key: str, text: Any) -> None:
+        """Write a text to the site's log."""
+        self._host.note(f"{key} = {text}")
+
     def shutdown(self) -> None:
         """Say goodbye to the host; from here on the job is over for this script."""
         self._host.close()

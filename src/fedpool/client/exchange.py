@@ -29,18 +29,34 @@ def trainable_params(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def same_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """See that a trainer that is patched again is patched in the same way.
+
+    Raises:
+        ClientError: an option differs; the message names it and both values.
+    """
+    differing = [
+        f"{name}={second[name]!r} after {name}={first[name]!r}" for name in first if first[name] != second[name]
+    ]
+    if differing:
+        raise ClientError(
+            f"this trainer was patched already, with other options: {', '.join(differing)}; call flare.patch() once"
+        )
+
+
 class Exchange:
     """One trainer's part in the rounds.
 
     Args:
         client: what talks to the host.
         strict: whether names and shapes of the received params must be those of the module.
+        same_shapes: whether, if not strict, the shapes of those names that both have must be the same.
         scope: which of a module's tensors are exchanged.
     """
 
-    def __init__(self, client: Client, *, strict: bool, scope: Scope = all_params) -> None:
+    def __init__(self, client: Client, *, strict: bool, same_shapes: bool = False, scope: Scope = all_params) -> None:
         self.client = client
-        self._strict = strict
+        self._strict, self._same_shapes = strict, same_shapes
         self._scope = scope
         self._metrics: dict[str, Any] = {}
         self._answered = False
@@ -73,7 +89,9 @@ class Exchange:
             self._kept = {name: value.detach().to("cpu", copy=True) for name, value in self._scope(module).items()}
         self._trained = None
         if params := self._received():  # a standalone run has none: it goes on from the module's own weights
-            module.load_state_dict(fitting_params(self._scope(module), params, strict=self._strict), strict=False)
+            own = self._scope(module)
+            fitting = fitting_params(own, params, strict=self._strict, same_shapes=self._same_shapes)
+            module.load_state_dict(fitting, strict=False)
 
     def proximal_term(self, module: torch.nn.Module) -> ProximalTerm:
         """The round's FedProx term, as the config asks for it."""
@@ -100,13 +118,14 @@ class Exchange:
             self._answered = True
 
     def send_trained(self, module: torch.nn.Module, num_steps: int) -> None:
-        """Send what a module was trained to.
+        """Send what a module was trained to, with its `__fl_meta__`.
 
         Args:
             num_steps: optimizer steps of the round, the weight of the update.
         """
         self._trained, self._kept = module, None
         update = self._update(self._scope(module), num_steps=num_steps)
+        update.meta |= _meta_of(module)
         if self._control is not None:
             update.extras = self._control.extras()
         if self._steps is not None:
@@ -143,3 +162,11 @@ class Exchange:
     def _send(self, model: FLModel) -> None:
         self.client.send(model)
         self._metrics = {}
+
+
+def _meta_of(module: torch.nn.Module) -> dict[str, Any]:
+    """What the module itself wants sent as `meta`: its attribute `__fl_meta__`, a dict. A weight in it counts instead of ours."""
+    meta = getattr(module, "__fl_meta__", None) or {}
+    if not isinstance(meta, dict):
+        raise ClientError(f"__fl_meta__ of {type(module).__name__} must be a dict, got {type(meta).__name__}: {meta!r}")
+    return meta

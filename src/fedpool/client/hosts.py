@@ -78,6 +78,10 @@ class Host(Protocol):
         """Send an `update` or a `log` message."""
         ...
 
+    def note(self, text: str) -> None:
+        """Write a line to the site's log."""
+        ...
+
     def close(self) -> None:
         """Say goodbye."""
         ...
@@ -117,6 +121,10 @@ class SessionHost:
             self._link.put(kind, **fields)
         except OSError as error:
             raise self._lost() from error
+
+    def note(self, text: str) -> None:
+        """See `Host.note`: what a script prints goes there."""
+        print(text, flush=True)
 
     def close(self) -> None:
         """See `Host.close`."""
@@ -173,6 +181,10 @@ class Standalone:
             return
         metrics = ", ".join(f"{name} = {value}" for name, value in fields["metrics"].items()) or "no metrics"
         print(f"fedpool: sent {fields['num_params']} parameters, {metrics}, meta {fields['meta']}")
+
+    def note(self, text: str) -> None:
+        """See `Host.note`."""
+        print(f"fedpool: {text}")
 
     def close(self) -> None:
         """See `Host.close`: nothing to close."""
@@ -277,6 +289,11 @@ class TorchrunHost:
         """See `Host.put`; only rank 0 sends."""
         if self._host:
             self._host.put(kind, **fields)
+
+    def note(self, text: str) -> None:
+        """See `Host.note`; only rank 0 writes."""
+        if self._host:
+            self._host.note(text)
 
     def close(self) -> None:
         """See `Host.close`."""

@@ -10,8 +10,9 @@
         trainer.validate(model, datamodule=dm)  # optional: scores the received model
         trainer.fit(model, datamodule=dm)       # starts from the received model, and sends at its end
 
-Everything that `fedpool.client` exports is here too. Sharded strategies (FSDP, DeepSpeed) and those that start processes
-inside `fit` (`ddp_spawn`) are refused: the model is not whole in the process that talks.
+`Trainer(logger=flare.logger())` sends what the module logs. Everything that `fedpool.client` exports is here too.
+Sharded strategies (FSDP, DeepSpeed) and those that start processes inside `fit` (`ddp_spawn`) are refused: the model is not
+whole in the process that talks.
 """
 
 import importlib
@@ -29,18 +30,26 @@ import fedpool.client
 from fedpool.client import *  # noqa: F403  # one import line gives a script both
 from fedpool.client import _ensure_started
 from fedpool.client.api import Client
-from fedpool.client.exchange import Exchange
+from fedpool.client.exchange import Exchange, same_options
+from fedpool.client.lightning_logger import logger
 from fedpool.client.proximal import ProximalTerm
 from fedpool.errors import ClientError
 
-__all__ = ["patch"]
+__all__ = ["logger", "patch"]
 __all__ += fedpool.client.__all__
 
 _TRAINER_MODULE = ".trainer.trainer"
 _PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
 
-def patch(trainer: Any, *, restore_state: bool = True, strict: bool = True) -> None:
+def patch(
+    trainer: Any,
+    restore_state: bool = True,
+    load_state_dict_strict: bool | None = None,
+    update_fit_loop: bool = True,
+    *,
+    strict: bool = True,
+) -> None:
     """Have a trainer's `fit` and `validate` take part in the rounds; calls `flare.init()` if nobody has.
 
     `fit` loads the received model, trains and sends; `max_epochs`, `max_steps` and their minima count per round, while
@@ -55,23 +64,38 @@ def patch(trainer: Any, *, restore_state: bool = True, strict: bool = True) -> N
     A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, ahead of gradient clipping. What SCAFFOLD
     and FedNova want of the steps is done, too.
 
+    A dict `__fl_meta__` of the module is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in it is the weight.
+
     Under `strategy="ddp"` the other ranks are started here and not in the first `fit`: what is asked of the host must
-    reach them too. A second call for the same trainer changes nothing.
+    reach them too. A second call for the same trainer and with the same options changes nothing.
 
     Args:
         trainer: of either package, before its first `fit`.
         restore_state: whether optimizers, learning rate schedulers and the grad scaler go on where the last round left
             them; otherwise each round starts with fresh ones.
+        load_state_dict_strict: NVFlare's name for `strict`, which it overrides. Unlike `strict=False`, False still refuses
+            another shape for the same name, and params of which no name is the model's.
+        update_fit_loop: False leaves `max_epochs` and `max_steps` to the script: they then count over all rounds, and a round
+            that begins at the limit trains nothing.
         strict: whether names and shapes of the received params must be those of the model. Otherwise what fits is
             loaded, and what does not is sent back as it came.
 
     Raises:
-        ClientError: not a trainer, or a strategy that is refused. `fit` raises it for a model that does not fit and for
+        ClientError: not a trainer, a strategy that is refused, or a trainer that was patched with other options.
+            `fit` raises it for a model that does not fit and for
             a `ckpt_path`, which would replace the received model.
     """
     package = _package_of(trainer)
-    if any(isinstance(callback, _Hooks) for callback in trainer.callbacks):
-        return
+    options = {
+        "restore_state": bool(restore_state),
+        "load_state_dict_strict": load_state_dict_strict,
+        "update_fit_loop": bool(update_fit_loop),
+        "strict": bool(strict),
+    }
+    for callback in trainer.callbacks:
+        if isinstance(callback, _Hooks):
+            same_options(callback.options, options)
+            return
     strategies = importlib.import_module(f"{package.__name__}.strategies")
     launcher = trainer.strategy.launcher
     if not isinstance(trainer.strategy, (strategies.SingleDeviceStrategy, strategies.DDPStrategy)) or (
@@ -84,8 +108,11 @@ def patch(trainer: Any, *, restore_state: bool = True, strict: bool = True) -> N
     client = _ensure_started(rank=trainer.global_rank)
     if trainer.world_size > 1:
         _start_ranks(trainer, client)
-    rounds = _Rounds(trainer, package, Exchange(client, strict=strict), restore_state)
-    hooks = type("FedpoolCallback", (_Hooks, package.callbacks.Callback), {})(rounds)
+    if load_state_dict_strict is not None:
+        strict = load_state_dict_strict
+    exchange = Exchange(client, strict=strict, same_shapes=load_state_dict_strict is False)
+    rounds = _Rounds(trainer, package, exchange, restore_state, update_fit_loop)
+    hooks = type("FedpoolCallback", (_Hooks, package.callbacks.Callback), {})(rounds, options)
     trainer.callbacks.insert(0, hooks)  # first: other callbacks' hooks see the received model
     trainer.fit, trainer.validate = rounds.fit, rounds.validate
 
@@ -93,11 +120,14 @@ def patch(trainer: Any, *, restore_state: bool = True, strict: bool = True) -> N
 class _Rounds:
     """What a patched trainer does in place of its `fit` and `validate`."""
 
-    def __init__(self, trainer: Any, package: ModuleType, exchange: Exchange, restore_state: bool) -> None:
+    def __init__(
+        self, trainer: Any, package: ModuleType, exchange: Exchange, restore_state: bool, update_fit_loop: bool
+    ) -> None:
         self._trainer = trainer
         self._data_module = package.LightningDataModule
         self._exchange = exchange
         self._restore_state = restore_state
+        self._update_fit_loop = update_fit_loop
         self._fit = trainer.fit
         self._validate = trainer.validate
         self._fit_signature = inspect.signature(trainer.fit)
@@ -160,7 +190,8 @@ class _Rounds:
             self._state.restore(self._trainer)
         self._exchange.begin_steps(module, self._trainer.optimizers)
         self._first_step = self._trainer.global_step
-        _extend(self._trainer.fit_loop, epochs=self._trainer.current_epoch, steps=self._first_step)
+        if self._update_fit_loop:
+            _extend(self._trainer.fit_loop, epochs=self._trainer.current_epoch, steps=self._first_step)
 
     def rewind_generator(self) -> None:
         """Undo that Lightning starts to iterate the training data twice in a `fit` that is not its first.
@@ -184,7 +215,8 @@ class _Rounds:
         finally:
             self._fitting = False
             self._term = self._generator = None
-            limits.restore(self._trainer.fit_loop)
+            if self._update_fit_loop:
+                limits.restore(self._trainer.fit_loop)
         if self._restore_state:
             self._state = _TrainingState.of(self._trainer)
         num_steps = self._trainer.global_step - self._first_step
@@ -204,8 +236,9 @@ class _Rounds:
 class _Hooks:
     """Where Lightning calls back; mixed into the `Callback` of the trainer's own package."""
 
-    def __init__(self, rounds: _Rounds) -> None:
+    def __init__(self, rounds: _Rounds, options: Mapping[str, Any]) -> None:
         self._rounds = rounds
+        self.options = options
 
     def on_fit_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
         self._rounds.begin_training(pl_module)

@@ -8,20 +8,28 @@ from fedpool.errors import ClientError
 _SHOWN = 5
 
 
-def fitting_params(own: Mapping[str, Any], received: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
+def fitting_params(
+    own: Mapping[str, Any], received: Mapping[str, Any], *, strict: bool, same_shapes: bool = False, advice: str = ""
+) -> dict[str, Any]:
     """Those received params whose name and shape a module has.
 
     Args:
         own: name -> tensor of what the module exchanges, of any shape.
         received: name -> tensor.
         strict: whether everything has to fit; otherwise what does not is left out.
+        same_shapes: whether, if not strict, a name that both have must have one shape, and there must be such a name.
+        advice: what else the error says, from a caller who knows more about the module.
 
     Raises:
-        ClientError: strict, and a name or a shape differs; the message names them.
+        ClientError: something does not fit that has to; the message names it.
     """
     fitting = {name: value for name, value in received.items() if fits(name, own, value)}
-    if strict and (len(fitting) < len(received) or len(fitting) < len(own)):
-        raise ClientError(f"the received model does not fit this one: {_problems(own, received)}{_hint(own, received)}")
+    in_both = len(own.keys() & received.keys())
+    if (strict and not len(fitting) == len(received) == len(own)) or (
+        same_shapes and (not fitting or len(fitting) < in_both)
+    ):
+        hint = _hint(own, received) or advice
+        raise ClientError(f"the received model does not fit this one: {_problems(own, received)}{hint}")
     return fitting
 
 

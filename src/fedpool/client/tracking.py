@@ -1,18 +1,92 @@
-"""`SummaryWriter` with the methods of `nvflare.client.tracking.SummaryWriter`: each scalar goes through `fedpool.client.log`."""
+"""The writers of `nvflare.client.tracking`: what they are given goes through `fedpool.client.log`, whichever of them it is.
 
+Nothing is written to event files or sent to a tracking server. Numbers show in the site's log and, with their last value, in the
+round's record; text shows in the site's log.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 from fedpool.client import log
+from fedpool.client.compat import AnalyticsDataType
+
+__all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
 
 
 class SummaryWriter:
-    """Sends scalars to the round's metrics and the site's log instead of to event files."""
+    """Takes scalars as TensorBoard's writer does.
+
+    Args:
+        ctx: what `flare.init()` has returned; None for this process's client.
+    """
+
+    def __init__(self, ctx: Any = None) -> None:
+        self._ctx = ctx
 
     def add_scalar(self, tag: str, scalar: Any, global_step: int | None = None, **where: Any) -> None:
         """Log one scalar under `tag`."""
-        log(tag, scalar, **({} if global_step is None else {"global_step": global_step}), **where)
+        log(tag, scalar, ctx=self._ctx, global_step=global_step, **where)
 
-    def add_scalars(self, tag: str, scalars: dict[str, Any], global_step: int | None = None, **where: Any) -> None:
+    def add_scalars(self, tag: str, scalars: Mapping[str, Any], global_step: int | None = None, **where: Any) -> None:
         """Log several scalars, each under `tag/name`."""
-        for name, scalar in scalars.items():
-            self.add_scalar(f"{tag}/{name}", scalar, global_step, **where)
+        log(tag, scalars, AnalyticsDataType.SCALARS, ctx=self._ctx, global_step=global_step, **where)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class WandBWriter:
+    """Takes metrics as `wandb` does.
+
+    Args:
+        ctx: what `flare.init()` has returned; None for this process's client.
+    """
+
+    def __init__(self, ctx: Any = None) -> None:
+        self._ctx = ctx
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log several metrics."""
+        log("metrics", metrics, AnalyticsDataType.METRICS, ctx=self._ctx, global_step=step)
+
+
+class MLflowWriter:
+    """Takes metrics, parameters, tags and texts as `mlflow` does.
+
+    Args:
+        ctx: what `flare.init()` has returned; None for this process's client.
+    """
+
+    def __init__(self, ctx: Any = None) -> None:
+        self._ctx = ctx
+
+    def log_metric(self, key: str, value: Any, step: int | None = None) -> None:
+        """Log one metric."""
+        log(key, value, AnalyticsDataType.METRIC, ctx=self._ctx, global_step=step)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log several metrics."""
+        log("metrics", metrics, AnalyticsDataType.METRICS, ctx=self._ctx, global_step=step)
+
+    def log_param(self, key: str, value: Any) -> None:
+        """Write a parameter to the site's log."""
+        log(key, value, AnalyticsDataType.PARAMETER, ctx=self._ctx)
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Write parameters to the site's log."""
+        log("params", values, AnalyticsDataType.PARAMETERS, ctx=self._ctx)
+
+    def log_text(self, text: str, artifact_file_path: str) -> None:
+        """Write a text to the site's log, under the name of its file."""
+        log(artifact_file_path, text, AnalyticsDataType.TEXT, ctx=self._ctx)
+
+    def set_tag(self, key: str, tag: Any) -> None:
+        """Write a tag to the site's log."""
+        log(key, tag, AnalyticsDataType.TAG, ctx=self._ctx)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Write tags to the site's log."""
+        log("tags", tags, AnalyticsDataType.TAGS, ctx=self._ctx)
