@@ -89,6 +89,8 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
         console.print(cross_site_table(result.cross_site or {}, metric))
     if result.stopped_by:
         console.print(f"stopped early: {result.stopped_by}", highlight=False)
+    if result.evaluation_error:
+        console.print(result.evaluation_error, style="yellow", highlight=False, markup=False, soft_wrap=True)
     final = result.metrics[result.num_rounds] if len(result.metrics) > result.num_rounds else {}
     console.print(f"final model{_scores(final)}: {result.path}", highlight=False, soft_wrap=True)
     if result.best_round != result.num_rounds:

@@ -37,11 +37,12 @@ class Result:
         job_id: of the job.
         path: of the final model, safetensors; fetched to this machine where the store is remote.
         best_path: of the best model by the recipe's key metric; the final one when nothing was scored.
-        metrics: one dict per global model, from the initial one (index 0) to the last that was scored.
+        metrics: one dict per global model, from the initial one (index 0) to the last that was scored; empty when none was.
         rounds: the rounds' records, as in `round.json`, evaluations and submissions included.
         num_rounds: training rounds that were committed.
         best_round: the round that the best model is the start of: 0 is the initial model, `num_rounds` the final one.
         stopped_by: what stopped the job early, or None.
+        evaluation_error: why the final model has no score although sites were asked for one; else None.
         cross_site: data site -> owner of a model -> metrics and their weight; None without `cross_site_eval`.
     """
 
@@ -53,6 +54,7 @@ class Result:
     num_rounds: int
     best_round: int
     stopped_by: str | None
+    evaluation_error: str | None = None
     cross_site: dict[str, dict[str, dict[str, float | None]]] | None = None
 
     @cached_property
@@ -163,11 +165,12 @@ class Run:
             job_id=self.job_id,
             path=self._local(result["final"]["round"], records),
             best_path=self._local(result["best"]["round"], records),
-            metrics=[record["metrics"] for record in records[: result["num_rounds"] + 1]],
+            metrics=_scores(records[: result["num_rounds"] + 1]),
             rounds=records,
             num_rounds=result["num_rounds"],
             best_round=result["best"]["round"],
             stopped_by=result["stopped_by"],
+            evaluation_error=result.get("evaluation_error"),  # jobs of an earlier version say nothing of it
             cross_site=self._store.read_json(self._paths.cross_site) if result["cross_site"] else None,
         )
 
@@ -226,3 +229,11 @@ class Run:
 
     def _read_records(self, count: int) -> list[dict[str, Any]]:
         return [self._store.read_json(self._paths.record(number)) for number in range(count)]
+
+
+def _scores(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The metrics of the models that rounds are the starts of, up to the last that has any."""
+    scores = [dict(record["metrics"]) for record in records]
+    while scores and not scores[-1]:
+        scores.pop()
+    return scores

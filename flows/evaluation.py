@@ -21,6 +21,7 @@ class EvaluationRecipe(Recipe):
     params_transfer_type: Literal["FULL"] = Field("FULL", exclude=True)
     aggregation_weights: Annotated[dict[str, float], Field(max_length=0)] = Field(default_factory=dict, exclude=True)
     exclude_vars: tuple[()] = Field((), exclude=True)
+    final_evaluation: Literal[True] = Field(True, exclude=True)
     stop_cond: None = Field(None, exclude=True)
     patience: None = Field(None, exclude=True)
     max_update_norm: None = Field(None, exclude=True)

@@ -27,7 +27,7 @@ from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import Store, check_digest
 from fedpool.tasks.matrix import cross_site_matrix
-from fedpool.tasks.record import num_trained
+from fedpool.tasks.record import evaluation_error, num_trained
 from fedpool.tensors import Digest
 
 
@@ -183,8 +183,13 @@ async def _run_rounds(job: Job) -> str | None:
         # The run of a committed round may still be reporting its end to Prefect.
         await asyncio.gather(*runs.values(), return_exceptions=True)
     job.reporter.progress(100)
-    if len(job.records) == num_trained(job.records):
-        get_run_logger().info("no site reported metrics: the last model is not scored, and counts as the best")
+    if failed := evaluation_error(job.records):
+        get_run_logger().warning("%s", failed)
+    elif len(job.records) == num_trained(job.records):
+        why = "no site reported metrics" if recipe.final_evaluation else "final_evaluation is off"
+        get_run_logger().info(
+            "%s: the final model is not scored; the best one is round %d's", why, best_model(recipe, job.records)
+        )
     return stopped_by
 
 
@@ -223,6 +228,7 @@ def _result(
         "status": status,
         "error": error,
         "stopped_by": stopped_by,
+        "evaluation_error": evaluation_error(job.records),
         "num_rounds": final,
         "num_records": len(job.records),
         "key_metric": recipe.key_metric,

@@ -3,7 +3,8 @@
 So a job that is resumed goes on as it would have gone on, and whoever verifies a job knows what had to follow. In order:
 
 1. training, `num_rounds` rounds or until it is stopped early;
-2. one round in which sites score the last model, when any site reports metrics or the recipe asks for scores;
+2. one round in which sites score the last model, when any site reports metrics or the recipe asks for scores, and unless the
+   recipe says otherwise (`final_evaluation`);
 3. with `cross_site_eval`, one round in which sites submit their best local models, and one for each of the models that are not
    scored yet, in which all sites score it.
 """
@@ -82,7 +83,10 @@ def asks_everyone(recipe: Recipe, records: Sequence[Record], number: int) -> boo
 
 
 def best_model(recipe: Recipe, records: Sequence[Record]) -> int:
-    """The round that the best global model is the start of, by its own score; the final one when none is scored."""
+    """The round that the best global model is the start of, by its own score; the final one when none is scored.
+
+    A model that is not scored, such as the final one where nobody evaluates it, is not the best one as long as another is.
+    """
     trained = len(_split(records)[0])
     best = best_round(
         [record["metrics"].get(recipe.key_metric) for record in records[: trained + 1]], recipe.key_metric_mode
@@ -114,7 +118,9 @@ def _num_training(recipe: Recipe, records: Sequence[Record]) -> int:
 
 def _scores_the_last(recipe: Recipe, training: Sequence[Record]) -> bool:
     """Sites score the model that they receive: the last one needs a round of its own, when scores are to be had."""
-    return recipe.num_rounds == 0 or recipe.cross_site_eval or any(record["metrics"] for record in training)
+    if recipe.num_rounds == 0 or recipe.cross_site_eval:
+        return True
+    return recipe.final_evaluation and any(record["metrics"] for record in training)
 
 
 def _stops(recipe: Recipe, training: Sequence[Record]) -> str | None:

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from fedpool.bundle import Bundle
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.initial import initial_model
@@ -98,7 +100,12 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
     """
     paths = JobPaths(job_id)
     described = store.read_json(paths.job)
-    there = {"sites": sorted(described["sites"]), "script": described["bundle_sha256"], **described["recipe"]}
+    there = {
+        "sites": sorted(described["sites"]),
+        "script": described["bundle_sha256"],
+        **_defaults(recipe),  # of fields that there were none of when the job was begun
+        **described["recipe"],
+    }
     here = {"sites": sorted(sites), "script": recipe.bundle.sha256, **_described(recipe)}
     model = store.tensors(paths.global_model(0), described["model"]["size"])
     there["model"] = {name: str(entry) for name, entry in model.spec.items()}
@@ -116,6 +123,15 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
 def _described(recipe: Recipe) -> dict[str, Any]:
     """A recipe as `job.json` holds it."""
     return {"type": type(recipe).__name__, **recipe.model_dump(mode="json")}
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's fields mean where they are not given, as `job.json` holds them."""
+    return {
+        name: to_jsonable_python(field.get_default(call_default_factory=True))
+        for name, field in type(recipe).model_fields.items()
+        if not field.exclude and not field.is_required()
+    }
 
 
 def _brief(value: object) -> str:

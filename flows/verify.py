@@ -24,7 +24,7 @@ from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
-from fedpool.tasks.record import Record, known_weights, num_trained, round_record
+from fedpool.tasks.record import Record, evaluation_error, known_weights, num_trained, round_record
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 
@@ -249,6 +249,8 @@ class _Audit:
             "last_record_sha256": self._previous,
             "cross_site": self._verify_cross_site() if result.get("status") == "COMPLETED" else None,
         }
+        if "evaluation_error" in result:  # jobs of an earlier version have none
+            follows["evaluation_error"] = evaluation_error(self._records)
         for name, found in follows.items():
             if result.get(name) != found:
                 raise self._differs(

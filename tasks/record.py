@@ -156,3 +156,12 @@ def causes(record: Record) -> str:
     ]
     lines += [(entry["site"], f"{entry['site']} was late: the round did not wait for it") for entry in record["late"]]
     return "\n".join(line for site, line in lines if site not in there)
+
+
+def evaluation_error(records: Sequence[Record]) -> str | None:
+    """Why the final model has no score although sites were asked for one; None when it has, or nobody was asked."""
+    number = num_trained(records)
+    if number == len(records) or records[number]["metrics"]:
+        return None
+    why = causes(records[number])
+    return f"round {number} was to score the final model, and no site sent metrics" + (f"\n{why}" if why else "")

@@ -77,6 +77,8 @@ def final_report(
         lines.append(f"- **{which} model**: the start of round {model['round']}, {scores}: `{model['path']}`")
     if result["stopped_by"]:
         lines.append(f"- stopped early: {result['stopped_by']}")
+    if result.get("evaluation_error"):
+        lines += ["- **the final model is not scored**:", "", "```", result["evaluation_error"], "```", ""]
     if pictures:
         lines.append(f"- curves: the artifacts {', '.join(f'`{key}`' for key in pictures)}")
     header, rows = report_rows(records)

@@ -13,6 +13,8 @@ from fedpool import SimEnv
 from fedpool.arrays import save_and_hash
 from fedpool.errors import RecipeError
 from fedpool.flows.fedavg import FedAvg, FedAvgRecipe
+from fedpool.flows.fedprox import FedProxRecipe
+from fedpool.flows.scaffold import ScaffoldRecipe
 from fedpool.recipe import Recipe
 from fedpool.store import to_json
 
@@ -292,6 +294,30 @@ def test_per_site_config_that_cannot_work_is_refused(
     config: dict[str, Any], words: str, fields: dict[str, Any]
 ) -> None:
     assert words in refusal(fields, per_site_config=config)
+
+
+def test_config_is_for_all_sites_and_a_sites_own_values_win_over_it(fields: dict[str, Any]) -> None:
+    own = {"site-1": {"lr": 0.5}}
+    common = {**fields, "config": {"lr": 0.1, "data": {"path": "/data"}}, "per_site_config": own}
+    job = FedAvgRecipe(**common).client_job("j")
+    assert job.config == {"lr": 0.1, "data": {"path": "/data"}}
+    assert job.site_config == own
+    assert FedProxRecipe(**common, fedprox_mu=0.1).client_job("j").config == {**job.config, "fedprox_mu": 0.1}
+
+
+def test_config_that_cannot_work_is_refused(fields: dict[str, Any]) -> None:
+    assert "config holds NaN or infinity" in refusal(fields, config={"lr": float("inf")})
+    assert "config['train_args'] is no command line: give the recipe train_args=..." in refusal(
+        fields, config={"train_args": "--lr 1"}
+    )
+    assert "config" in refusal(fields, config={"data": Path("a")})
+    for kind, name, remedy in (
+        (FedProxRecipe, "fedprox_mu", "give the recipe fedprox_mu=..."),
+        (ScaffoldRecipe, "algorithm", "give it another name"),
+    ):
+        more = {"fedprox_mu": 0.1} if kind is FedProxRecipe else {}
+        with pytest.raises(ValueError, match=rf"config\['{name}'\] is what the recipe's algorithm .*: {remedy}"):
+            kind(**{**fields, **more, "config": {name: 1}})
 
 
 def test_per_site_config_that_json_cannot_hold_is_refused_when_the_recipe_is_built(fields: dict[str, Any]) -> None:

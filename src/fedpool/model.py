@@ -12,6 +12,9 @@ from typing import Any
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 """The key of `FLModel.meta` under which a script reports its local steps: the weight of its update."""
 
+NUM_EVAL_EXAMPLES = "NUM_EVAL_EXAMPLES"
+"""The key under which it reports on how many examples its metrics are: their weight. Without it they weigh as the update does."""
+
 LOCAL_STEPS = "LOCAL_STEPS"
 """The key of `FLModel.meta` under which a script reports how far its local steps went, for FedNova; see `LocalSteps`."""
 
@@ -26,6 +29,16 @@ FEDPROX_MU = "fedprox_mu"
 
 CONTROL = "control"
 """The group of `FLModel.extras` that holds SCAFFOLD's control variates."""
+
+SCAFFOLD_CONTROLS = "scaffold_c_global"
+SCAFFOLD_DIFFERENCE = "scaffold_c_diff"
+"""The keys of `FLModel.meta` by which NVFlare's scripts receive them and send what they have changed by."""
+
+SUBMIT_MODEL_NAME = "submit_model_name"
+"""The key of a received `FLModel.meta` that says which model a site is to submit."""
+
+VALIDATE_TYPE = "validate_type"
+"""The key that says what a model is scored for."""
 
 
 class ParamsType(StrEnum):

@@ -5,9 +5,7 @@ Prefect shows as a form. The two fields that are files or objects of the user's 
 values at once: tensors with their spec, and a content-addressed bundle.
 """
 
-import json
 import re
-import shlex
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -34,6 +32,7 @@ from fedpool.fields import Checked
 from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob
 from fedpool.paths import check_name
+from fedpool.script_values import check_values, site_arguments, split_arguments
 
 SERVER = "server"
 """Owner of a job's final model, where models have owners."""
@@ -49,17 +48,6 @@ def _positive_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
     if weights and not any(weights.values()):
         raise RecipeError("aggregation_weights are all 0: no update would count")
     return weights
-
-
-def _split(arguments: str | Sequence[str], where: str) -> tuple[str, ...]:
-    if not isinstance(arguments, str):
-        return tuple(str(argument) for argument in arguments)
-    try:
-        return tuple(shlex.split(arguments))
-    except ValueError as error:
-        raise RecipeError(
-            f"{where} {arguments!r} cannot be split into words ({error}): balance its quotes, or give a list"
-        ) from None
 
 
 def _model_form(model: InitialModel) -> dict[str, Any]:
@@ -114,6 +102,10 @@ class Recipe(Checked):
         None, description="stop early after this many rounds without a better key metric", ge=1
     )
     seed: int = Field(0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63)
+    config: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="values that flare.get_config() returns at every site; per_site_config and the site's own win over them",
+    )
     per_site_config: dict[str, dict[str, JsonValue]] = Field(
         default_factory=dict,
         description="site -> values that flare.get_config() returns there; the key train_args replaces the command line",
@@ -165,6 +157,10 @@ class Recipe(Checked):
         "all",
         description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
     )
+    final_evaluation: bool = Field(
+        True,
+        description="after the training, one more round in which sites score the final model, if any site reports metrics",
+    )
     cross_site_eval: bool = Field(
         False,
         description="after the training, score every site's best local model and the server's models at every site",
@@ -188,7 +184,7 @@ class Recipe(Checked):
     def _one_or_many(cls, value: Any) -> Any:
         return () if value is None else (value,) if isinstance(value, str) else value
 
-    @field_validator("aggregation_weights", "per_site_config", mode="before")
+    @field_validator("aggregation_weights", "config", "per_site_config", mode="before")
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
@@ -220,25 +216,13 @@ class Recipe(Checked):
             )
         if self.clip_updates and self.max_update_norm is None:
             raise RecipeError("clip_updates without max_update_norm: say to what norm updates are scaled down")
+        if self.cross_site_eval and not self.final_evaluation:
+            raise RecipeError("cross_site_eval scores the final model, too: leave out final_evaluation=False")
         restored = (info.context or {}).get("bundle")
         self._bundle = restored or build_bundle(self.train_script, self.include)
-        self._arguments = _split(self.train_args, "train_args")
-        self._site_arguments = {}
-        for site, config in self.per_site_config.items():
-            check_name("site", site)
-            try:
-                json.dumps(config, allow_nan=False)
-            except ValueError:
-                raise RecipeError(
-                    f"per_site_config[{site!r}] holds NaN or infinity, which JSON cannot: {config}"
-                ) from None
-            if "train_args" in config:
-                arguments = config["train_args"]
-                if not isinstance(arguments, str | list):
-                    raise RecipeError(
-                        f"per_site_config[{site!r}]['train_args'] must be a string or a list, got {arguments!r}"
-                    )
-                self._site_arguments[site] = _split(arguments, f"per_site_config[{site!r}]['train_args']")  # type: ignore[arg-type]
+        self._arguments = split_arguments(self.train_args, "train_args")
+        check_values("config", self.config, sets_itself=self.client_config, known=type(self).model_fields)
+        self._site_arguments = site_arguments(self.per_site_config)
         if not isinstance(self.model, InitialModel):
             object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt))
         self._check_excluded()
@@ -299,7 +283,7 @@ class Recipe(Checked):
             imports=self.bundle.imports,
             arguments=self._arguments,
             site_arguments=self._site_arguments,
-            config=dict(self.client_config),
+            config={**self.config, **self.client_config},
             site_config={
                 site: {key: value for key, value in config.items() if key != "train_args"}
                 for site, config in self.per_site_config.items()
@@ -381,7 +365,7 @@ class Recipe(Checked):
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """What `flare.get_config()` returns at every site, unless `per_site_config` or the site itself says otherwise."""
+        """What the algorithm adds to `config`; `per_site_config` and the site itself win over it."""
         return {}
 
     @abstractmethod

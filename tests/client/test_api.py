@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Mapping
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Listener
@@ -58,13 +57,6 @@ class TestTheLoop:
         assert client.is_running() is False
         assert client.receive() is None
 
-    def test_is_running_asks_for_nothing_new_while_there_is_an_assignment(self, tmp_path: Path) -> None:
-        host = host_of(tmp_path, MODEL, MODEL)
-        client = Client(host)
-        assert client.is_running()
-        assert client.is_running()
-        assert len(host.timeouts) == 1
-
     def test_it_is_between_rounds_from_a_send_to_the_next_assignment(self, tmp_path: Path) -> None:
         client = Client(host_of(tmp_path, MODEL, MODEL), "numpy")
         seen = [client.between_rounds]
@@ -98,20 +90,7 @@ class TestTheLoop:
             0,
             1,
         )
-        assert (model.metrics, model.meta) == (None, {})
-
-    def test_a_round_received_but_not_sent_goes_on_with_one_warning(self, tmp_path: Path) -> None:
-        client = Client(host_of(tmp_path, MODEL))
-        client.is_running()
-        model = received(client)
-        with pytest.warns(
-            UserWarning, match=r"round 0 was received but not sent: .*flare\.send\(\) once a round"
-        ) as caught:
-            assert client.is_running()
-        assert caught[0].filename != sys.modules[Client.__module__].__file__
-        with warnings.catch_warnings(action="error"):
-            assert client.is_running()
-        assert client.receive() is model
+        assert model.metrics is None
 
     def test_who_and_what_the_script_is(self, tmp_path: Path) -> None:
         client = Client(host_of(tmp_path, MODEL, task="evaluate"))

@@ -51,6 +51,7 @@ FAULTS: dict[str, tuple[str, str]] = {
         'flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": -1})); continue',
         "its weight is -1",
     ),
+    "forgets to send": ("continue", "ClientError: round 1 at site-2: send() was not called before the next"),
     "misuses the client API": ("flare.send(params)", "send() takes a flare.FLModel, got dict"),
 }
 

@@ -59,6 +59,17 @@ def test_with_metrics_the_last_model_is_scored(make: Callable[..., Recipe]) -> N
     assert steps_of(make(), records)[2:] == [("evaluate", "server"), None]
 
 
+def test_without_a_final_evaluation_the_last_training_round_is_the_end(make: Callable[..., Recipe]) -> None:
+    recipe = make(final_evaluation=False)
+    records = [a_round(0, accuracy=0.5), a_round(1, accuracy=0.4)]
+    assert steps_of(recipe, records)[2:] == [None]
+    assert [num_expected(recipe, records[:number], 2) for number in range(3)] == [2, 2, 2]
+    assert best_model(recipe, records) == 0  # of the models that are scored; the final one is not
+    assert best_model(recipe, [a_round(0), a_round(1)]) == 2
+    stopped = make(final_evaluation=False, num_rounds=9, stop_cond="accuracy >= 0.5")
+    assert next_step(stopped, records[:1]) == (None, "accuracy >= 0.5 (it was 0.5 at the start of round 0)")
+
+
 def test_across_sites_every_model_is_scored_that_is_not_scored_yet(make: Callable[..., Recipe]) -> None:
     records = [
         a_round(0),

@@ -119,6 +119,10 @@ def test_a_metrics_name_cannot_break_the_reports_table() -> None:
             {"status": "FAILED", "error": "round 1: site-2 failed"},
             "# hello: failed\n\n```\nround 1: site-2 failed\n```",
         ),
+        (
+            {"evaluation_error": "site-1 failed: why"},
+            "- **the final model is not scored**:\n\n```\nsite-1 failed: why\n```",
+        ),
         ({"final": {"round": 1, "path": "p", "metrics": {}}}, "the start of round 1, not scored: `p`"),
     ],
 )

@@ -106,7 +106,11 @@ def init(
 
 
 def is_running(ctx: _Client | None = None) -> bool:
-    """Block until there is an assignment (True) or the job is over (False)."""
+    """Block until there is an assignment (True) or the job is over (False).
+
+    Raises:
+        ClientError: the script has gone through a round without `send()`.
+    """
     return _current(ctx).is_running()
 
 
@@ -116,7 +120,7 @@ def receive(timeout: float | None = None, ctx: _Client | None = None) -> FLModel
     Args:
         timeout: seconds to wait for an assignment; None waits until there is one or the job is over.
 
-    Returns: a model with `params`, `current_round` and `total_rounds`; None after `timeout` or when the job is over.
+    Returns: a model with `params`, `current_round`, `total_rounds` and `meta`; None after `timeout` or when the job is over.
     """
     return _current(ctx).receive(timeout)
 
@@ -190,7 +194,7 @@ def get_task_name(ctx: _Client | None = None) -> str:
 
 
 def get_config(ctx: _Client | None = None) -> dict[str, Any]:
-    """What the recipe (`per_site_config`) and the site itself configured for this script."""
+    """What the recipe (`config`, over that `per_site_config`) and, over both, the site itself configured for this script."""
     return _current(ctx).config
 
 

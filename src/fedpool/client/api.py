@@ -1,11 +1,9 @@
 """The client API's state machine: what may be called when, and what a call does. One `Client` lives in a client script."""
 
-import math
 import os
 import random
 import re
 import sys
-import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +11,23 @@ from typing import Any
 
 from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_arrays
 from fedpool.client.hosts import Assignment, Host, TorchrunHost, Waiting, find_host
+from fedpool.client.meta import received_meta, sent_control, sent_meta
 from fedpool.errors import ClientError, RecipeError
-from fedpool.model import FLModel, ParamsType
+from fedpool.model import CONTROL, FLModel, ParamsType
 from fedpool.paths import check_name
 from fedpool.tensors import beside, split_beside
 
 _EXCLUDED = "excluded"
 """The name under which the parameters are kept that are not exchanged."""
+
+_ANSWERS = {
+    "train": "send the trained model, flare.send(flare.FLModel(params=...))",
+    "evaluate": "send the scores, flare.send(flare.FLModel(metrics=...)), or metrics={} where there is nothing to score",
+    "submit_model": "send this site's own model, flare.send(flare.FLModel(params=...)), or metrics={} where it has none",
+}
+"""What a script has to do in a round, by its task."""
+
+_PATCHED = "call fit() or train() of the patched trainer, which sends"
 
 
 class Client:
@@ -37,7 +45,11 @@ class Client:
         self._model: FLModel | None = None
         self._sent_round: int | None = None
         self._ended = False
-        self._warned_round: int | None = None
+        self._looked_again = False
+        self._asked_for_task = False
+        self._told_of_evaluations = False
+        self.patched = False
+        """Whether a trainer that was patched does the sending."""
 
     @property
     def site_name(self) -> str:
@@ -59,6 +71,7 @@ class Client:
         """`train`, `evaluate` or `submit_model`."""
         if self._assignment is None:
             raise ClientError("there is no task yet: call this between flare.is_running() and flare.send()")
+        self._asked_for_task = True
         return self._assignment.task
 
     @property
@@ -77,15 +90,27 @@ class Client:
         self._host.introduce()
 
     def is_running(self) -> bool:
-        """Block until there is an assignment (True) or the job is over (False)."""
-        if self._assignment and self._model and self._warned_round != self._assignment.round:
-            self._warned_round = self._assignment.round
-            warnings.warn(
-                f"round {self._assignment.round} was received but not sent: is_running() goes on with the same round; "
-                "call flare.send() once a round",
-                stacklevel=3,
+        """Block until there is an assignment (True) or the job is over (False).
+
+        Called again before the round was sent, it would only give the same assignment again, for ever. A script that has
+        neither received nor asked for the task may look twice, as in `if is_running(): while is_running(): ...`.
+
+        Raises:
+            ClientError: the script has gone through a round without sending.
+        """
+        assignment = self._assignment
+        if assignment is not None and assignment.silent and self._model is not None:
+            self._answered(assignment)  # rank 0 sends for all, and many a script calls send() there only
+            assignment = None
+        if assignment is None:
+            return self._next(None)
+        if self._model is not None or self._asked_for_task or self._looked_again:
+            raise ClientError(
+                f"round {assignment.round} at {self.site_name}: send() was not called before the next flare.is_running(). "
+                f"In a round of {assignment.task}, {_PATCHED if self.patched else _ANSWERS[assignment.task]}"
             )
-        return self._assignment is not None or self._next(None)
+        self._looked_again = True
+        return True
 
     def receive(self, timeout: float | None = None) -> FLModel | None:
         """The global model of the round; the same one again in the same round; None after timeout seconds or at the end."""
@@ -101,13 +126,20 @@ class Client:
             params = self._host.params(assignment, self._params_format())
             if assignment.exclude:
                 params.update(self.kept(_EXCLUDED) or {})
+            extras = self._extras(assignment)
+            # Scripts size schedules by the number of rounds: those after the training do not count beyond it.
+            total_rounds = max(1, assignment.total_rounds)
+            current_round = min(assignment.round, total_rounds - 1)
             self._model = FLModel(
                 params_type=ParamsType.FULL,
                 params=params,
                 start_round=0,
-                current_round=assignment.round,
-                total_rounds=assignment.total_rounds,
-                extras=self._extras(assignment),
+                current_round=current_round,
+                total_rounds=total_rounds,
+                meta=received_meta(
+                    assignment, self._host.welcome, rounds=(current_round, total_rounds), params=params, extras=extras
+                ),
+                extras=extras,
             )
         return self._model
 
@@ -125,8 +157,7 @@ class Client:
             raise ClientError("send() before receive(): call flare.receive() first, then train, then send")
         assignment = self._assignment
         if assignment.silent:  # rank 0 sends for all
-            self._sent_round = assignment.round
-            self._assignment = self._model = None
+            self._answered(assignment)
             return
         if model.params is None and model.metrics is None:
             raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
@@ -134,15 +165,22 @@ class Client:
         message: dict[str, Any] = {
             "round": assignment.round,
             "metrics": metrics,
-            "meta": _plain_meta(model.meta),
+            "meta": sent_meta(model.meta, self._model.meta),
             "params_type": None,
             "num_params": 0,
         }
         if model.params is not None and assignment.task != "evaluate":
             message |= self._write(assignment, model)
+        elif model.params is not None and not self._told_of_evaluations:
+            self._told_of_evaluations = True
+            # Not a warning: many a training script ignores those.
+            sys.stderr.write(
+                f"fedpool: round {assignment.round} at {self.site_name} is an evaluation, and the parameters that were sent "
+                "are ignored: ask flare.is_evaluate() before you train and send metrics only, "
+                "or give the recipe final_evaluation=False\n"
+            )
         self._host.put("update", **message)
-        self._sent_round = assignment.round
-        self._assignment = self._model = None
+        self._answered(assignment)
 
     def keep(self, name: str, params: Mapping[str, Any]) -> None:
         """Keep tensors at this site; see `fedpool.client.keep`."""
@@ -215,10 +253,15 @@ class Client:
         self._ended = True
         self._assignment = self._model = None
 
+    def _answered(self, assignment: Assignment) -> None:
+        self._sent_round = assignment.round
+        self._assignment = self._model = None
+
     def _next(self, timeout: float | None) -> bool:
         if self._ended:
             return False
         self._assignment = self._host.next(timeout)
+        self._looked_again = self._asked_for_task = False
         self._ended = self._assignment is None
         if self._assignment and self._assignment.seed is not None:
             seed_everything(self._assignment.seed)
@@ -243,7 +286,9 @@ class Client:
                 base = load_arrays(assignment.model, self._params_format()) if assignment.model else {}
                 sent = {name: _difference(name, value, base.get(name)) for name, value in sent.items()}
                 params_type = ParamsType.DIFF
-            beside_them = _beside(model.extras, excluded)
+            control = sent_control(model.meta, params, self.config) if assignment.task == "train" else None
+            extras = model.extras if control is None else {**model.extras, CONTROL: control}
+            beside_them = _beside(extras, excluded)
             # Without a host there is nowhere to write: the params are checked and counted all the same.
             with Path(assignment.update or "/dev/null").open("wb") as file:
                 save_arrays(file, sent | beside_them)
@@ -306,20 +351,6 @@ def _number(what: str, value: Any) -> float:
         return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError):
         raise ClientError(f"{what} must be one number, got {type(value).__name__}: {value!r}") from None
-
-
-def _plain_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
-    for key, value in meta.items():
-        if hasattr(value, "item"):  # a numpy or torch scalar; of an array item() raises
-            with suppress(ValueError, RuntimeError):
-                value = value.item()
-        if not isinstance(value, str | int | float | bool | None):
-            raise ClientError(
-                f"meta[{key!r}] must be a number or a string, got {type(value).__name__}: send arrays as params"
-            )
-        plain[str(key)] = value if not isinstance(value, float) or math.isfinite(value) else str(value)
-    return plain
 
 
 def start(rank: int | None, params_format: ParamsFormat | None) -> Client:

@@ -12,7 +12,16 @@ from enum import Enum, StrEnum
 from typing import Any
 
 from fedpool.errors import ClientError
-from fedpool.model import FEDPROX_MU, NUM_STEPS, FLModel, ParamsType
+from fedpool.model import (
+    FEDPROX_MU,
+    NUM_STEPS,
+    SCAFFOLD_CONTROLS,
+    SCAFFOLD_DIFFERENCE,
+    SUBMIT_MODEL_NAME,
+    VALIDATE_TYPE,
+    FLModel,
+    ParamsType,
+)
 
 __all__ = [
     "AlgorithmConstants",
@@ -36,7 +45,7 @@ __all__ = [
 
 
 class FLMetaKey:
-    """Keys of `FLModel.meta`. Of those that a script sends only `NUM_STEPS_CURRENT_ROUND` has a meaning here."""
+    """Keys of `FLModel.meta`. Of those that a script sends `NUM_STEPS_CURRENT_ROUND` has a meaning here."""
 
     NUM_STEPS_CURRENT_ROUND = NUM_STEPS
     PROCESSED_ALGORITHM = "PROCESSED_ALGORITHM"
@@ -44,13 +53,13 @@ class FLMetaKey:
     INITIAL_METRICS = "initial_metrics"
     FILTER_HISTORY = "filter_history"
     CONFIGS = "configs"
-    VALIDATE_TYPE = "validate_type"
+    VALIDATE_TYPE = VALIDATE_TYPE
     START_ROUND = "start_round"
     CURRENT_ROUND = "current_round"
     TOTAL_ROUNDS = "total_rounds"
     JOB_ID = "job_id"
     SITE_NAME = "site_name"
-    SUBMIT_MODEL_NAME = "submit_model_name"
+    SUBMIT_MODEL_NAME = SUBMIT_MODEL_NAME
 
 
 MetaKey = FLMetaKey
@@ -87,8 +96,8 @@ class AlgorithmConstants:
     """Keys by which an algorithm and a script find each other."""
 
     FEDPROX_MU = FEDPROX_MU
-    SCAFFOLD_CTRL_DIFF = "scaffold_c_diff"
-    SCAFFOLD_CTRL_GLOBAL = "scaffold_c_global"
+    SCAFFOLD_CTRL_DIFF = SCAFFOLD_DIFFERENCE
+    SCAFFOLD_CTRL_GLOBAL = SCAFFOLD_CONTROLS
 
 
 class NPConstants:

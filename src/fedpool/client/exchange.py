@@ -56,6 +56,7 @@ class Exchange:
 
     def __init__(self, client: Client, *, strict: bool, same_shapes: bool = False, scope: Scope = all_params) -> None:
         self.client = client
+        client.patched = True
         self._strict, self._same_shapes = strict, same_shapes
         self._scope = scope
         self._metrics: dict[str, Any] = {}
