@@ -26,6 +26,7 @@ from fedpool.errors import RecipeError
 from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
+from fedpool.sites.handles import allow_scripts
 from fedpool.sites.local import LocalSites, default_slots
 from fedpool.startup import collector_off
 from fedpool.store import Store
@@ -103,6 +104,7 @@ class SimEnv(NamedClients):
 
         Raises:
             RecipeError: recipe and environment do not fit.
+            ConfigError: this machine allows too few open files for so many live scripts.
             ServerError, StoreError: the job could not begin.
             KeyboardInterrupt: Ctrl-C; the sessions are ended first and the job says that it was cancelled.
         """
@@ -117,6 +119,12 @@ class SimEnv(NamedClients):
                 return Run(job_id, store, work=lambda: None, cancel=lambda: None)
         gpus = [part.strip() for part in self.gpus.split(",")] if self.gpus else []
         num_slots = min(self.num_threads or default_slots(len(names), gpus), len(names))
+        num_live = len(names) if self.keep_alive else num_slots
+        allow_scripts(
+            min(num_live, recipe.sample_size or num_live),
+            num_live,
+            remedy="say keep_alive=False and a smaller num_threads",
+        )
         console = Console(quiet=not self.progress)
         sites = LocalSites(
             names,

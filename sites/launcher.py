@@ -2,18 +2,17 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedpool.errors import FedpoolError
+from fedpool.sites.descendants import kill_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +38,15 @@ class Launcher(Protocol):
             environment: variables added to the host's.
             folder: where it runs.
             seed: for the random generators it starts with.
+
+        Raises:
+            OSError: this machine has no file handle, no memory or no process left for it.
+            FedpoolError: what starts scripts is gone.
         """
         ...
 
-    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
-        """Signal a script and all it started; nothing happens when it ended already."""
+    def kill(self, pid: int) -> None:
+        """Kill a script and all it started; nothing happens when it ended already."""
         ...
 
 
@@ -88,8 +91,6 @@ class Zygote:
         """See `Launcher.start`."""
         if self._preloading is not None:
             self._preloading.join()
-        output, output_end = os.pipe()
-        status, status_end = os.pipe()
         request = {
             "script": str(script),
             "arguments": list(arguments),
@@ -98,24 +99,28 @@ class Zygote:
             "threads": self._threads,
             "seed": seed,
         }
+        ends: list[int] = []
         try:
+            ends += os.pipe()
+            ends += os.pipe()
+            output, output_end, status, status_end = ends
             answer = self._ask({"fork": request}, [output_end, status_end])
-        except FedpoolError:
-            os.close(output)
-            os.close(status)
+            if "errno" in answer:
+                raise OSError(answer["errno"], os.strerror(answer["errno"]))
+        except (OSError, FedpoolError):
+            for end in ends:
+                os.close(end)
             raise
-        finally:
-            os.close(output_end)
-            os.close(status_end)
+        os.close(output_end)
+        os.close(status_end)
         return Script(answer["pid"], output, status)
 
-    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+    def kill(self, pid: int) -> None:
         """See `Launcher.kill`."""
         try:
-            self._ask({"kill": pid, "signal": number})
+            self._ask({"kill": pid})
         except FedpoolError:  # the zygote itself was killed, and could not take its scripts with it
-            with suppress(ProcessLookupError):
-                os.killpg(pid, number)
+            kill_group(pid)
 
     def close(self) -> None:
         """Kill what still runs, end the zygote and wait for it."""

@@ -9,7 +9,6 @@ import contextvars
 import os
 import queue
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from fedpool.sites.launcher import Zygote
 from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
+from fedpool.sites.sockets import make_socket_folder
 from fedpool.store import Store
 
 
@@ -133,9 +133,9 @@ class LocalSites:
         # A thread for every site that is asked: those that nobody waits for any more do not hold up the others.
         self._executor = ThreadPoolExecutor(len(self.names), thread_name_prefix="fedpool-site")
         self._under_way: dict[str, Future[Delivery]] = {}
+        self._sockets = make_socket_folder()
         self._scratch = Scratch(workspace, ".fedpool-sites-")
         self._folder = self._scratch.path
-        self._sockets = Path(tempfile.mkdtemp(prefix="fedpool-"))
         self._zygote = Zygote(threads=threads)
         self._imports = tuple(imports)
         self._job: ClientJob | None = None

@@ -1,8 +1,8 @@
 """Client scripts as processes of their own: how a site of a proof of concept or of production runs them.
 
-Between the host and the script stands a guard, the leader of their process group: it waits on a pipe whose other end the host
-holds, so that the whole group dies with the host, however the host dies. `python -m fedpool.sites.process COMMAND...` is
-the guard.
+Between the host and the script stands a guard: it waits on a pipe whose other end the host holds, so that the script and all it
+started die with the host, however the host dies. It adopts what leaves the script's session, so nothing gets away.
+`python -m fedpool.sites.process COMMAND...` is the guard.
 """
 
 import json
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fedpool.errors import FedpoolError
+from fedpool.sites.descendants import adopt_orphans, end_children, kill, kill_group, own_children
 from fedpool.sites.launcher import Script
 
 _GUARD = (sys.executable, "-m", "fedpool.sites.process")
@@ -40,6 +40,7 @@ class ProcessLauncher:
         self._command = [program or words[0], *words[1:]]
         self._threads = threads
         self._imports = list(imports)
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(
         self, script: Path, *, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, seed: int
@@ -54,9 +55,11 @@ class ProcessLauncher:
             "seed": seed,
         }
         limits = {f"{name}_NUM_THREADS": str(self._threads) for name in ("OMP", "MKL", "OPENBLAS")}
-        output, output_end = os.pipe()
-        status, status_end = os.pipe()
+        ends: list[int] = []
         try:
+            ends += os.pipe()
+            ends += os.pipe()
+            output, output_end, status, status_end = ends
             process = subprocess.Popen(
                 [*_GUARD, *self._command, "-m", "fedpool.sites.script", json.dumps(request)],
                 env={**os.environ, **limits, "PYTHONUNBUFFERED": "1", **environment},
@@ -65,47 +68,63 @@ class ProcessLauncher:
                 stderr=output_end,
                 start_new_session=True,
             )
-        except OSError as error:
-            for end in (output, status, status_end):
+        except OSError:
+            for end in ends:
                 os.close(end)
-            raise FedpoolError(f"the client script could not be started with {self._command[0]!r}: {error}") from error
-        finally:
-            os.close(output_end)
-        threading.Thread(target=_tell_end, args=(process, status_end), daemon=True).start()
+            raise
+        os.close(output_end)
+        self._running[process.pid] = process
+        threading.Thread(target=self._tell_end, args=(process, status_end), daemon=True).start()
         return Script(process.pid, output, status)
 
-    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+    def kill(self, pid: int) -> None:
         """See `Launcher.kill`."""
-        with suppress(ProcessLookupError):
-            os.killpg(pid, number)
+        if (process := self._running.get(pid)) is not None:
+            _let_go(process)
+            kill(pid, signal.SIGCONT)  # the script may have stopped its whole group, and the guard is one of it
+
+    def _tell_end(self, process: "subprocess.Popen[bytes]", status: int) -> None:
+        code = process.wait()
+        self._running.pop(process.pid, None)
+        kill_group(process.pid)  # should the guard itself have been killed
+        _let_go(process)
+        with suppress(BrokenPipeError):  # nobody listens any more
+            os.write(status, str(code).encode())
+        os.close(status)
 
 
-def _tell_end(process: "subprocess.Popen[bytes]", status: int) -> None:
-    code = process.wait()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what the script started and left behind
+def _let_go(process: "subprocess.Popen[bytes]") -> None:
+    """Close the pipe that keeps a guard and its script alive."""
     assert process.stdin is not None
     process.stdin.close()
-    with suppress(BrokenPipeError):  # nobody listens any more
-        os.write(status, str(code).encode())
-    os.close(status)
 
 
 def guard(command: Sequence[str]) -> None:
-    """Run a command and end as it ends; die with it, and all it started, when standard input ends."""
+    """Run a command and end as it ends, and all it started with it; kill all of it when standard input ends."""
+    adopt_orphans()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # A script may signal its whole group. Handlers, unlike SIG_IGN, are not inherited by what is run.
+        signal.signal(number, lambda *_: None)
+    let_go = threading.Event()
 
-    def die_with_host() -> None:
+    def kill_with_host() -> None:
         while os.read(0, 4096):
             pass
-        os.killpg(0, signal.SIGKILL)
+        let_go.set()
+        for pid in own_children():
+            kill(pid)
 
-    lifeline = threading.Thread(target=die_with_host, daemon=True)
+    lifeline = threading.Thread(target=kill_with_host, daemon=True)
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     except OSError as error:
         sys.exit(f"{command[0]} cannot be run: {error}")
     lifeline.start()
-    code = process.wait()
+    pid = 0
+    while pid != process.pid:  # others that end are orphans
+        pid, wait_status = os.waitpid(-1, 0)
+    end_children()
+    code = -signal.SIGKILL if let_go.is_set() else os.waitstatus_to_exitcode(wait_status)
     if code < 0:  # end by the same signal
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -5,7 +5,6 @@ asked for nothing for the idle time. The work of one job is done one assignment 
 """
 
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import SiteFolder, run_site_round
+from fedpool.sites.sockets import make_socket_folder
 from fedpool.store import Store
 
 _LOCAL_POLL_S = 0.05
@@ -140,8 +140,7 @@ class _JobHere:
         self._config = config
         self._folder = scratch / job_id
         self._folder.mkdir(parents=True, exist_ok=True)
-        # The path of a Unix socket is limited to about 100 bytes, and a site's folder may lie deep.
-        self._sockets = Path(tempfile.mkdtemp(prefix="fedpool-"))
+        self._sockets = make_socket_folder()
         self._working = threading.Lock()
         self.num_calls = 0
         """Calls of `perform` that are under way; belongs to the resident, and to its lock, as does the next."""

@@ -5,6 +5,7 @@ the script prints and logs, and returns what it sent. All of it is one blocking 
 a message, output, the script's end), so it belongs on a thread.
 """
 
+import errno
 import os
 import secrets
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 from fedpool.client.hosts import Assignment
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link
 from fedpool.errors import SiteError
+from fedpool.sites.handles import explain
 from fedpool.sites.launcher import Launcher, Script
 
 MAX_LINES_PER_ROUND = 1000
@@ -60,7 +62,7 @@ class Session:
     Args:
         work: what to run.
         launcher: what starts the script.
-        folder: the session's own, for the socket; short, because the path of a Unix socket is limited to about 100 bytes.
+        folder: the session's own, for the socket; see `fedpool.sites.sockets`.
         workdir: the script's current folder.
     """
 
@@ -96,7 +98,7 @@ class Session:
         warm = self._script is not None
         try:
             if not warm:
-                self._start(assignment)
+                self._start_or_say_why(assignment)
             if self._killed.is_set():  # kill() may have looked just before there was a script
                 raise _Ended("was killed before it began")
             while True:
@@ -121,6 +123,9 @@ class Session:
                 return self.perform(assignment, deadline=deadline, log=log)
             raise SiteError(self._work.site, assignment.round, cause) from None
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._clear()
+                raise SiteError(self._work.site, assignment.round, f"was killed: {explain(error)}") from error
             # The link broke under a put: the script is ending, and its exit code says more than the broken pipe.
             cause = f"{self._wait_for_end() or error}{self._output.traceback()}"
             self._clear()
@@ -149,7 +154,15 @@ class Session:
         """Kill the script and all it started, for good; a `perform` that waits for it raises. From any thread."""
         self._killed.set()
         if (script := self._script) is not None:
-            self._launcher.kill(script.pid, signal.SIGKILL)
+            self._launcher.kill(script.pid)
+
+    def _start_or_say_why(self, assignment: Assignment) -> None:
+        try:
+            self._start(assignment)
+        except OSError as error:
+            self._clear()
+            cause = f"the client script could not be started: {explain(error)}"
+            raise SiteError(self._work.site, assignment.round, cause) from error
 
     def _start(self, assignment: Assignment) -> None:
         self._key = secrets.token_bytes(32)

@@ -3,15 +3,19 @@
 `multiprocessing`'s own fork server runs the caller's `__main__` again in every child, which would run a user's `job.py`
 again; this one runs nothing but the script it is asked to. It is single-threaded, so that forking is safe, and it is the
 parent of every script it forks: when its control socket closes (the host ended, or was killed), it kills them all and ends.
+What a script has started is killed when the script ends, also what has left its session. While a script lives, it adopts its
+own orphans; when it ends, the zygote does. So a child of the zygote that is no script was left behind by one that has ended.
 
 Run as `python -m fedpool.sites.zygote FD`, where FD is a socket inherited from the host. Each request is one JSON line:
 `{"preload": [...]}` answers `{"failed": {name: why}}`; `{"fork": {...}}` comes with two file descriptors (the script's
-output, the status pipe) and answers `{"pid": n}`; `{"kill": pid, "signal": n}` answers `{"killed": bool}`. The status pipe
-gets the script's exit code as a decimal number (negative: a signal) when it ends, and is closed then.
+output, the status pipe) and answers `{"pid": n}`, or `{"errno": n}` when it could not; `{"kill": pid}` answers
+`{"killed": bool}`. The status pipe gets the script's exit code as a decimal number (negative: a signal) when it ends, and is
+closed then.
 """
 
 import atexit
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -23,9 +27,10 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
+from fedpool.sites.descendants import adopt_orphans, end_children, kill, kill_group, living_descendants, own_children
 from fedpool.sites.huge_pages import collapse
 from fedpool.sites.script import preload, run_script
 
@@ -48,6 +53,7 @@ def serve(control: socket.socket) -> None:
     """Answer requests until the control socket closes."""
     children: dict[int, int] = {}  # pid of a running script -> its status pipe
     num_forks = 0
+    adopt_orphans()
     wake_read, wake_write = os.pipe()
     for fd in (wake_read, wake_write):
         os.set_blocking(fd, False)
@@ -81,9 +87,8 @@ def serve(control: socket.socket) -> None:
                 )
     finally:
         for pid in children:
-            _kill_group(pid, signal.SIGKILL)
-        while children:
-            _reap(children, block=True)
+            kill_group(pid)
+        _report(children, end_children())
 
 
 def _answer(
@@ -95,9 +100,18 @@ def _answer(
         _settle()
         return {"failed": failed}
     if "kill" in request:
-        return {"killed": request["kill"] in children and _kill_group(request["kill"], request["signal"])}
+        return {"killed": request["kill"] in children and _kill_script(request["kill"])}
+    if len(fds) < 2:  # they came, but no handle was free for them
+        for fd in fds:
+            os.close(fd)
+        return {"errno": errno.EMFILE}
     output, status = fds
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        for fd in fds:
+            os.close(fd)
+        return {"errno": error.errno}
     if pid == 0:
         signal.set_wakeup_fd(-1)
         for fd in (*own_fds, status, *children.values()):
@@ -134,29 +148,40 @@ def _settle() -> None:
     gc.freeze()  # the collector in a child would write to every page of these objects
 
 
-def _reap(children: dict[int, int], *, block: bool = False) -> None:
-    while children:
-        try:
-            pid, wait_status = os.waitpid(-1, 0 if block else os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
+def _reap(children: dict[int, int]) -> None:
+    """Collect what has ended, and kill what ended scripts have left behind."""
+    ended: list[tuple[int, int]] = []
+    with contextlib.suppress(ChildProcessError):
+        while (waited := os.waitpid(-1, os.WNOHANG))[0]:
+            ended.append(waited)
+    scripts = [(pid, wait_status) for pid, wait_status in ended if pid in children]
+    for pid, _ in scripts:
+        kill_group(pid)
+    gone = {pid for pid, _ in ended}
+    if len(own := own_children()) > len(children) - len(scripts):
+        for pid in own:
+            if pid not in children and pid not in gone:
+                kill(pid)  # when it is collected, what it leaves behind is found in its turn
+    _report(children, scripts)
+
+
+def _report(children: dict[int, int], ended: Iterable[tuple[int, int]]) -> None:
+    """Tell how scripts have ended."""
+    for pid, wait_status in ended:
         status = children.pop(pid, None)
         if status is None:
             continue
-        _kill_group(pid, signal.SIGKILL)  # what the script started and left behind
         with contextlib.suppress(BrokenPipeError):  # nobody listens any more
             os.write(status, str(os.waitstatus_to_exitcode(wait_status)).encode())
         os.close(status)
 
 
-def _kill_group(pid: int, number: int) -> bool:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+def _kill_script(pid: int) -> bool:
+    # Where nobody adopts orphans, this is the last moment to find what has left the session.
+    if sys.platform != "linux":
+        for descendant in living_descendants(pid):
+            kill(descendant)
+    return kill_group(pid)
 
 
 def _run_script(
@@ -164,6 +189,7 @@ def _run_script(
 ) -> NoReturn:
     """Become the script: own process group, own output, `sys.argv` and `sys.path` as `python script.py` would set them."""
     os.setsid()
+    adopt_orphans()
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDONLY)
