@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedpool.errors import RecipeError
 from fedpool.fields import Checked
-from fedpool.paths import check_name
+from fedpool.paths import check_new_names
 
 
 class NamedClients(Checked):
@@ -18,8 +18,7 @@ class NamedClients(Checked):
     @field_validator("clients")
     @classmethod
     def _names_fit(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for name in value or ():
-            check_name("client", name)
+        check_new_names("client", value or ())
         if value is not None and (not value or len(set(value)) < len(value)):
             raise RecipeError(f"clients={list(value)} must be one or more different names")
         return value

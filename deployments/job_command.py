@@ -20,7 +20,7 @@ from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.progress import cross_site_table
 from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError
-from fedpool.paths import JobPaths, check_name, new_job_id
+from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.tasks.matrix import matrix_metrics
@@ -221,7 +221,7 @@ def stage_(
         sys.path.remove(folder)
     if not isinstance(found, Recipe):
         raise ConfigError(f"{path} has no recipe called {name or 'recipe'!r}: name it as FILE:NAME")
-    found.check_sites([check_name("site", name) for name in sites])
+    found.check_sites(sites)
     job_id = new_job_id(found.name)
     stage(found, job_id, _store(store, home), tuple(sites), template=True)
     print(job_id)

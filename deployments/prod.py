@@ -6,7 +6,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from fedpool.deployments.remote import RemoteEnv
 from fedpool.errors import RecipeError
-from fedpool.paths import check_name
+from fedpool.paths import check_new_names
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 
@@ -35,8 +35,7 @@ class ProdEnv(RemoteEnv):
     @field_validator("sites")
     @classmethod
     def _names_fit(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            check_name("site", name)
+        check_new_names("site", value)
         if len(set(value)) < len(value):
             raise RecipeError(f"sites={list(value)} names one twice")
         return value

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fedpool.errors import ConfigError
-from fedpool.paths import check_name
+from fedpool.paths import check_new_names
 
 Kind = Literal["process", "docker", "kubernetes"]
 
@@ -92,7 +92,7 @@ def base_job_template(
     _check_env(variables)
     _check_texts({"image": image, "data": data, "keep": keep, "config": config, "program": program})
     try:
-        check_name("site", name)
+        check_new_names("site", [name])
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if memory is not None:

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from fedpool.errors import RecipeError
+from fedpool.exclude import check_excluded
 from fedpool.flows.fedavg import FedAvgRecipe
 
 _STATISTIC = "running_mean"
@@ -39,5 +40,5 @@ class FedBNRecipe(FedAvgRecipe):
         missing = tuple(pattern for pattern in patterns if pattern not in self.exclude_vars)
         if missing:
             object.__setattr__(self, "exclude_vars", self.exclude_vars + missing)
-            self._check_excluded()
+            check_excluded(self.exclude_vars, self.model.spec)
         return self

@@ -9,7 +9,6 @@ fails, with every missing site's cause in its message. Caches and persists nothi
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Collection
 from typing import Any
@@ -20,6 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from fedpool.errors import RoundError
+from fedpool.exclude import excluded
 from fedpool.flows.plan import Step, asks_everyone, unscored_best
 from fedpool.manifest import Task
 from fedpool.paths import JobPaths
@@ -354,8 +354,8 @@ def expected(
         head: digest of the round's global model.
         base: that model.
     """
-    excluded = {name for name in base.spec for pattern in recipe.exclude_vars if re.search(pattern, name)}
-    spec = {name: entry for name, entry in base.spec.items() if name not in excluded}
+    left_out = excluded(recipe.exclude_vars, base.spec)
+    spec = {name: entry for name, entry in base.spec.items() if name not in left_out}
     trains = task == "train"
     return Expected(
         job_id=job_id,

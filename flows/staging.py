@@ -170,6 +170,7 @@ def stage(
             "simulated": simulated,
             "template": template,
             "recipe": _described(recipe),
+            "given": None if recipe.given is None else sorted(recipe.given),
             "client": recipe.client_job(job_id).model_dump(mode="json"),
             "seed": recipe.seed,
             "sites": list(sites),
@@ -212,7 +213,7 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
     with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
         model = initial_model(store.fetch(paths.global_model(0), Path(folder), digest))
     bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
-    return kind.restore({**fields, "model": model, "initial_ckpt": None}, bundle)
+    return kind.restore({**fields, "model": model, "initial_ckpt": None}, bundle, given=record.get("given"))
 
 
 def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:

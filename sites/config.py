@@ -17,7 +17,7 @@ from pydantic_settings import (
 
 from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems
-from fedpool.paths import check_name
+from fedpool.paths import check_new_names
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 """Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type fedpool-site`."""
@@ -60,7 +60,8 @@ class SiteConfig(BaseSettings):
     @field_validator("name")
     @classmethod
     def _name_fits(cls, value: str) -> str:
-        return check_name("site", value)
+        check_new_names("site", [value])
+        return value
 
     @field_validator("command")
     @classmethod

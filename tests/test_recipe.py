@@ -222,6 +222,59 @@ def test_a_stop_condition_that_does_not_parse_is_refused(fields: dict[str, Any])
     assert "metric >= number" in refusal(fields, stop_cond="accuracy is good")
 
 
+@pytest.mark.parametrize(
+    ("metric", "condition", "mode"),
+    [
+        ("loss", "loss <= 0.1", "min"),
+        ("loss", "loss < 0.1", "min"),
+        ("accuracy", "accuracy >= 0.8", "max"),
+        ("accuracy", "loss <= 0.1", "max"),  # of another metric: it says nothing
+        ("accuracy", "accuracy == 1", "max"),
+    ],
+)
+def test_the_mode_follows_the_condition(metric: str, condition: str, mode: str, fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**fields, key_metric=metric, stop_cond=condition)
+    assert recipe.key_metric_mode == mode
+    assert recipe.revise(num_rounds=9).key_metric_mode == mode
+
+
+def test_a_mode_that_contradicts_the_condition_is_refused(fields: dict[str, Any]) -> None:
+    contradiction = {"key_metric": "loss", "stop_cond": "loss <= 0.1", "key_metric_mode": "max"}
+    words = refusal(fields, **contradiction)
+    assert (
+        "key_metric_mode='max' contradicts stop_cond='loss <= 0.1': give key_metric_mode='min', or leave it out"
+        in words
+    )
+    assert FedAvgRecipe(**fields | contradiction | {"key_metric_mode": "min"}).key_metric_mode == "min"
+    agreed = FedAvgRecipe(**fields | contradiction | {"stop_cond": "loss >= 0.1"})
+    with pytest.raises(RecipeError, match="contradicts"):
+        agreed.revise(stop_cond="loss <= 0.1")
+
+
+def test_a_job_of_an_earlier_version_keeps_its_mode(fields: dict[str, Any]) -> None:
+    recipe = FedAvgRecipe(**fields)
+    stored = dict(recipe) | {"key_metric": "loss", "stop_cond": "loss <= 0.1", "key_metric_mode": "max"}
+    restored = FedAvgRecipe.restore(stored, recipe.bundle)
+    assert restored.given is None and restored.key_metric_mode == "max"
+    assert restored.revise(num_rounds=9).key_metric_mode == "max"
+
+
+@pytest.mark.parametrize("metric", ["loss", "val_loss", "RMSE", "eval/error", "perplexity"])
+def test_a_metric_that_sounds_as_if_less_is_better_asks_for_a_mode(metric: str, fields: dict[str, Any]) -> None:
+    with pytest.warns(
+        UserWarning, match=f'the highest {metric} counts as the best; give key_metric_mode="min"'
+    ) as seen:
+        recipe = FedAvgRecipe(**fields, key_metric=metric)
+    assert recipe.key_metric_mode == "max"  # never changed in silence
+    assert seen[0].filename == __file__
+    FedAvgRecipe(**fields, key_metric=metric, key_metric_mode="max")  # no warning
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "neg_log_loss", "-loss", "glossiness"])
+def test_other_metrics_ask_for_none(metric: str, fields: dict[str, Any]) -> None:
+    FedAvgRecipe(**fields, key_metric=metric)
+
+
 def test_without_a_stop_condition_there_is_none(fields: dict[str, Any]) -> None:
     assert FedAvgRecipe(**fields).stop_condition is None
 
@@ -393,6 +446,11 @@ def test_a_fork_needs_to_know_of_what(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"name": "nul"}, "name 'nul' is the name of a device under Windows"),
+        ({"name": "con.x"}, "is the name of a device under Windows"),
+        ({"name": "a."}, "name 'a.' ends with a dot"),
+        ({"per_site_config": {"a": {}, "A": {}}}, "site 'a' and site 'A' differ only in case"),
+        ({"aggregation_weights": {"a": 1}, "per_site_config": {"A": {}}}, "differ only in case"),
         ({"over_sample": 1}, "over_sample=1 without clients_per_round: say how many updates a round takes"),
         ({"over_sample": -1}, "over_sample"),
         ({"quorum_grace": -0.1}, "quorum_grace"),

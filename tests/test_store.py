@@ -15,7 +15,7 @@ import pytest
 
 from fedpool.arrays import save_and_hash
 from fedpool.errors import FedpoolError, IntegrityError, RecipeError, StoreError
-from fedpool.paths import JobPaths, check_name
+from fedpool.paths import JobPaths, check_name, check_new_names
 from fedpool.store import Store, check_digest, hash_file, to_json
 from fedpool.tensors import Digest, TensorSpec
 
@@ -339,3 +339,26 @@ def test_a_digest_is_taken_from_the_beginning_of_a_file_wherever_it_stands() -> 
 def test_every_error_of_the_store_is_of_fedpools_tree() -> None:
     assert issubclass(IntegrityError, StoreError)
     assert issubclass(StoreError, FedpoolError)
+
+
+@pytest.mark.parametrize("name", ["nul", "CON", "con.txt", "aux.", "Com1", "lpt9.log", "a.", "site-1."])
+def test_a_new_name_that_windows_would_change_is_refused_though_a_stored_one_is_read(name: str) -> None:
+    assert check_name("site", name) == name
+    with pytest.raises(RecipeError, match=f"site '{name}' .*give it another name"):
+        check_new_names("site", [name])
+
+
+@pytest.mark.parametrize("names", [["a", "A"], ["site-1", "b", "SITE-1"]])
+def test_new_names_that_differ_only_in_case_are_refused(names: list[str]) -> None:
+    with pytest.raises(RecipeError, match=f"'{names[0]}' and site '{names[-1]}' differ only in case"):
+        check_new_names("site", names)
+
+
+@pytest.mark.parametrize("name", ["\u00e9", "e\u0301", "\uff21", "\u212a"])
+def test_no_two_names_can_differ_only_in_their_unicode_form(name: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be part of a path"):
+        check_new_names("site", [name])
+
+
+def test_names_that_only_resemble_a_device_are_accepted() -> None:
+    check_new_names("site", ["console", "nul-1", "com", "com10", "a.b", "con-site.x"])

@@ -16,12 +16,15 @@ Layout (all safetensors and JSON, nothing pickled)::
 
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from fedpool.errors import RecipeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+"""What Windows takes for a device, whatever follows the first dot."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -37,6 +40,30 @@ def check_name(what: str, name: str) -> str:
             "and begin with a letter or a digit"
         )
     return name
+
+
+def check_new_names(what: str, names: Iterable[str]) -> None:
+    """Check names that are given anew: each must be a folder of its own on every file system, not only on this one.
+
+    Names in a job that is there already are checked by `check_name` alone: they have worked where they are.
+
+    Raises:
+        RecipeError: a name cannot be part of a path, is that of a device under Windows, ends with a dot, which Windows drops, or
+            differs from another only in case, which some file systems do not tell apart.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        check_name(what, name)
+        if _RESERVED.fullmatch(name):
+            raise RecipeError(f"{what} {name!r} is the name of a device under Windows: give it another name")
+        if name.endswith("."):
+            raise RecipeError(f"{what} {name!r} ends with a dot, which Windows drops: give it another name")
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
+            raise RecipeError(
+                f"{what} {other!r} and {what} {name!r} differ only in case, and would share a folder on some file systems: "
+                "give one of them another name"
+            )
 
 
 def new_job_id(name: str) -> str:

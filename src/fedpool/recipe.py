@@ -5,9 +5,8 @@ Prefect shows as a form. The two fields that are files or objects of the user's 
 values at once: tensors with their spec, and a content-addressed bundle.
 """
 
-import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -25,19 +24,21 @@ from pydantic import (
 )
 
 from fedpool.bundle import Bundle, build_bundle
-from fedpool.conditions import StopCondition, parse_condition
+from fedpool.conditions import StopCondition, choose_mode, parse_condition
 from fedpool.environment import DeployingEnvironment, Environment
 from fedpool.errors import RecipeError
+from fedpool.exclude import check_excluded
 from fedpool.fields import Checked
 from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob
-from fedpool.paths import check_name
+from fedpool.paths import check_name, check_new_names
 from fedpool.script_values import check_values, site_arguments, split_arguments
 
 SERVER = "server"
 """Owner of a job's final model, where models have owners."""
 SERVER_BEST = "server-best"
 """Owner of its best one, where that is another."""
+_DECIDE_MODE = {"key_metric", "key_metric_mode", "stop_cond"}
 
 
 def _positive_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
@@ -93,7 +94,8 @@ class Recipe(Checked):
     )
     key_metric: str = Field("accuracy", description="metric by which the best model is chosen", min_length=1)
     key_metric_mode: Literal["max", "min"] = Field(
-        "max", description="whether more or less of the key metric is better"
+        "max",
+        description="whether more or less of the key metric is better; left out, a stop_cond on that metric decides",
     )
     stop_cond: str | None = Field(
         None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"'
@@ -176,6 +178,7 @@ class Recipe(Checked):
     )
 
     _bundle: Bundle
+    _given: frozenset[str] | None
     _arguments: tuple[str, ...]
     _site_arguments: dict[str, tuple[str, ...]]
 
@@ -218,45 +221,48 @@ class Recipe(Checked):
             raise RecipeError("clip_updates without max_update_norm: say to what norm updates are scaled down")
         if self.cross_site_eval and not self.final_evaluation:
             raise RecipeError("cross_site_eval scores the final model, too: leave out final_evaluation=False")
-        restored = (info.context or {}).get("bundle")
+        context = info.context or {}
+        restored = context.get("bundle")
+        self._given = context["given"] if restored else frozenset(self.model_fields_set)
+        if restored is None:
+            check_new_names("name", [self.name])
+            check_new_names("site", dict.fromkeys([*self.aggregation_weights, *self.per_site_config]))
+        if restored is None or (self._given is not None and context["changed"] & _DECIDE_MODE):
+            mode = choose_mode(self.key_metric, self.key_metric_mode, self.stop_condition, self._given)
+            object.__setattr__(self, "key_metric_mode", mode)
         self._bundle = restored or build_bundle(self.train_script, self.include)
         self._arguments = split_arguments(self.train_args, "train_args")
         check_values("config", self.config, sets_itself=self.client_config, known=type(self).model_fields)
         self._site_arguments = site_arguments(self.per_site_config)
         if not isinstance(self.model, InitialModel):
             object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt))
-        self._check_excluded()
+        check_excluded(self.exclude_vars, self.model.spec)
         return self
 
     @classmethod
-    def restore(cls, fields: Mapping[str, Any], bundle: Bundle) -> Self:
+    def restore(cls, fields: Mapping[str, Any], bundle: Bundle, *, given: Collection[str] | None = None) -> Self:
         """A recipe whose script is bundled already, as a job in the store has it; checked as any other.
 
         Args:
             fields: of the recipe.
             bundle: takes the place of `train_script` and `include`, which need not be there any more.
+            given: names of the fields that the user chose; None when nobody knows, as of a job of an earlier version.
         """
-        return cls.model_validate(dict(fields), context={"bundle": bundle})
+        chosen = None if given is None else frozenset(given)
+        return cls.model_validate(dict(fields), context={"bundle": bundle, "given": chosen, "changed": set()})
 
     def revise(self, **fields: Any) -> Self:
         """The same recipe with some fields changed, checked anew; the client script and the modules that it imports stay."""
         kept = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self).restore({**kept, **fields}, self._bundle)
+        changed = {name for name, value in fields.items() if name not in kept or kept[name] != value}
+        given = None if self._given is None else self._given | changed
+        context = {"bundle": self._bundle, "given": given, "changed": changed}
+        return type(self).model_validate({**kept, **fields}, context=context)
 
-    def _check_excluded(self) -> None:
-        left = set(self.model.spec)
-        for pattern in self.exclude_vars:
-            try:
-                found = {name for name in self.model.spec if re.search(pattern, name)}
-            except re.error as error:
-                raise RecipeError(f"exclude_vars {pattern!r} is not a regular expression: {error}") from None
-            if not found:
-                raise RecipeError(
-                    f"exclude_vars {pattern!r} is found in no parameter: {', '.join(sorted(self.model.spec)[:8])}"
-                )
-            left -= found
-        if not left:
-            raise RecipeError(f"exclude_vars {list(self.exclude_vars)} leave no parameter to train together")
+    @property
+    def given(self) -> frozenset[str] | None:
+        """Names of the fields that the user chose; None when nobody knows."""
+        return self._given
 
     @property
     def bundle(self) -> Bundle:
@@ -301,6 +307,7 @@ class Recipe(Checked):
         Raises:
             RecipeError: too few sites, or a site named in the recipe that the environment lacks.
         """
+        check_new_names("site", sites)
         if self.min_clients > len(sites):
             raise RecipeError(
                 f"min_clients={self.min_clients}, but the environment has {len(sites)} sites: no round could succeed"

@@ -484,6 +484,8 @@ def test_down_leaves_no_process_and_the_results_stay(tmp_path: Path) -> None:
         ({"num_clients": 0}, "greater than or equal to 1"),
         ({"clients": ["../etc"]}, "cannot be part of a path"),
         ({"clients": ["a", "a"]}, "different names"),
+        ({"clients": ["a", "A"]}, "differ only in case"),
+        ({"clients": ["nul", "b"]}, "client 'nul' is the name of a device"),
         ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
         ({"s3": True, "store": "/tmp/store"}, "give one of the two"),
         ({"num_client": 2}, r"num_client: did you mean num_clients\?"),

@@ -188,6 +188,8 @@ def test_a_wrong_password_is_refused_and_not_repeated(env: Callable[..., ProdEnv
         ({"sites": ()}, "at least 1 item"),
         ({"sites": ("a", "a")}, "names one twice"),
         ({"sites": ("a/b",)}, "cannot be part of a path"),
+        ({"sites": ("a", "A")}, "differ only in case"),
+        ({"sites": ("con.x",)}, "is the name of a device"),
         ({"api_url": "example.org"}, "is not a URL: write it as https://host/api"),
     ],
 )

@@ -349,6 +349,8 @@ def test_the_environment_refuses_a_recipe_that_does_not_fit(run_job: Callable[..
         ({"gpus": "0;1"}, "not a list of device numbers"),
         ({"clients": ["../etc"]}, "cannot be part of a path"),
         ({"clients": ["a", "a"]}, "different names"),
+        ({"clients": ["a", "A"]}, "differ only in case"),
+        ({"clients": ["nul", "b"]}, "client 'nul' is the name of a device"),
         ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
         ({"num_client": 2}, r"num_client: did you mean num_clients\?"),
     ],
