@@ -4,8 +4,8 @@ Everything that production has, on one machine: `up` starts what does not run ye
 results stay. The processes outlive the command that started them; who they are is kept in the folder `home`.
 """
 
-import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -23,6 +23,7 @@ from typing import Any, Self
 import httpx
 from pydantic import Field, field_validator, model_validator
 
+from fedpool import exclusive
 from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.processes import Processes
 from fedpool.deployments.remote import RemoteEnv
@@ -36,12 +37,14 @@ from fedpool.deployments.server import (
 )
 from fedpool.errors import ConfigError, RecipeError, ServerError
 from fedpool.recipe import Recipe
+from fedpool.refusals import explained
 from fedpool.store import Store
 
 DEFAULT_HOME = Path("~/.fedpool/poc")
 _BUCKET = "fedpool"
 _SERVER, _S3, _COORDINATOR = "server", "s3", "coordinator"
 _SITE_PREFIX = "site."
+_LOG = logging.getLogger("fedpool.poc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +221,11 @@ class PocEnv(RemoteEnv, NamedClients):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.home.mkdir(parents=True, exist_ok=True)
-        with (self.home / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with explained(self.home):
+            self.home.mkdir(parents=True, exist_ok=True)
+            lock = (self.home / ".lock").open("w")
+        with lock:
+            exclusive.lock(lock.fileno(), str(self.home), _LOG.warning, wait=True)
             yield
 
     def _state(self) -> dict[str, Any]:
@@ -371,14 +376,11 @@ def _s3_access(port: int) -> dict[str, Any]:
             "key": key,
             "secret": secret,
             "endpoint_url": endpoint,
-            "config_kwargs": {"response_checksum_validation": "when_required"},
         },
         "environment": {
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_DEFAULT_REGION": "us-east-1",
-            # rclone sends the checksum of a whole object with each of its ranges.
-            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
         },
     }

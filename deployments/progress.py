@@ -8,7 +8,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from fedpool.deployments.run import JobStatus, Progress, Run
-from fedpool.errors import FedpoolError
+from fedpool.errors import FedpoolError, StoreError
 from fedpool.recipe import Recipe
 from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
 from fedpool.tasks.tables import report_rows
@@ -50,7 +50,10 @@ def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(f"{recipe.name} starting", total=asked, metric="")
         while not run.wait(_POLL_S):
-            progress = run.get_progress()
+            try:
+                progress = run.get_progress()
+            except StoreError:  # it does not answer, or not us: the job may go on all the same
+                continue
             number = min(progress.num_committed, recipe.num_rounds)
             step = (
                 "scoring" if progress.num_committed >= recipe.num_rounds else f"round {number + 1}/{recipe.num_rounds}"

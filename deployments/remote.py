@@ -4,11 +4,12 @@ Everything that can be known to be missing is said before anything is submitted.
 """
 
 import asyncio
+import re
 import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -20,7 +21,7 @@ from rich.console import Console
 from fedpool.deployments.jobs import check_has_ended
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
-from fedpool.errors import ConfigError, ServerError, StoreError
+from fedpool.errors import ConfigError, JobFailed, ServerError, StoreError, StoreRefused
 from fedpool.fields import Checked
 from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
 from fedpool.manifest import PROTOCOL
@@ -205,7 +206,7 @@ class RemoteEnv(Checked):
                     # The store tells when the job is over; the server is asked now and then whether the run was lost.
                     try:
                         over = await asyncio.to_thread(store.exists, result)
-                    except (OSError, StoreError):  # it is away
+                    except StoreError:  # it does not answer
                         over = False
                     if over or time.monotonic() - asked >= _API_POLL_S:
                         asked = time.monotonic()
@@ -221,8 +222,12 @@ class RemoteEnv(Checked):
 
         with self._applied():
             ended = asyncio.run(follow())
-        if not store.exists(result):
-            raise ServerError(f"the run of job {job_id} ended without a result ({ended}): its log in the UI says more")
+        with suppress(StoreError):  # then the run's own last words are all there is
+            if store.exists(result):
+                return
+        if said := re.search(rf"job {re.escape(job_id)} failed: .*", ended, re.DOTALL):  # what `run_job` raises
+            raise JobFailed(said[0])
+        raise ServerError(f"the run of job {job_id} ended without a result ({ended}): its log in the UI says more")
 
 
 def parse_schedule(entry: str | timedelta) -> "Schedule":
@@ -254,8 +259,10 @@ def probe(store: Store) -> None:
     path = f".fedpool-probe-{secrets.token_hex(6)}"
     try:
         store.write_bytes(path, b"probe")
-        store.fs.rm_file(store.full(path))
-    except (OSError, StoreError) as error:
+        store.remove(path)
+    except StoreRefused:
+        raise
+    except StoreError as error:
         raise StoreError(
             f"the store {store.url} cannot be written to ({type(error).__name__}: {error}): check its address, and that the "
             "credentials are in the environment"

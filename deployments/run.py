@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpool.arrays import load_arrays
-from fedpool.errors import JobCancelled, JobFailed
+from fedpool.errors import JobCancelled, JobError, JobFailed, StoreError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.matrix import site_scores
@@ -135,7 +135,7 @@ class Run:
         """Where the job stands now."""
         if not self._done.is_set():
             return JobStatus.RUNNING
-        result = self._read_result()
+        result = self._last_word()
         return JobStatus(result["status"]) if result else JobStatus.FAILED
 
     def get_result(self, timeout: float | None = None) -> Result:
@@ -152,9 +152,10 @@ class Run:
         """
         if not self.wait(timeout):
             raise TimeoutError(f"job {self.job_id} still runs after {timeout} s")
-        result = self._read_result()
+        result = self._last_word()
         if result is None:
-            self.raise_if_never_begun()
+            if self._error is not None:
+                raise self._error
             raise JobFailed(f"job {self.job_id} ended without a result")
         if result["status"] == JobStatus.FAILED:
             raise JobFailed(f"job {self.job_id} failed: {result['error']}")
@@ -188,7 +189,7 @@ class Run:
 
     def raise_if_never_begun(self) -> None:
         """Raise what kept an ended job from even beginning, if anything did."""
-        if self._error is not None and self._read_result() is None:
+        if self._error is not None and not isinstance(self._error, JobError) and self._last_word() is None:
             raise self._error
 
     def get_progress(self) -> Progress:
@@ -223,6 +224,15 @@ class Run:
                 shutil.copyfile(fetched, partial)
                 partial.replace(target)
         return target
+
+    def _last_word(self) -> dict[str, Any] | None:
+        """The result of an ended job; None when it left none, or when the store refuses us and we know the end."""
+        try:
+            return self._read_result()
+        except StoreError:
+            if self._error is None:
+                raise
+            return None
 
     def _read_result(self) -> dict[str, Any] | None:
         return self._store.read_json(self._paths.result) if self._store.exists(self._paths.result) else None

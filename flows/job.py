@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
-from fedpool.errors import FedpoolError, IntegrityError, JobFailed
+from fedpool.errors import FedpoolError, IntegrityError, JobFailed, StoreError
 from fedpool.flows.plan import best_model, next_step, num_expected
 from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals
 from fedpool.flows.round_run import run_round
@@ -88,7 +88,7 @@ def take_up(
     job = Job(recipe, job_id, store, sites, head, hashlib.sha256(described).hexdigest(), look_ahead)
     while store.exists(path := paths.record(len(job.records))):
         data = store.read_bytes(path)
-        record = json.loads(data)
+        record = store.json_of(path, data)
         step, _ = next_step(recipe, job.records)
         follows = step is not None and record["task"] == step.task and record["previous_sha256"] == job.head_sha256
         if step is None or not follows or Digest(**record["global"]) != (step.model or job.head):
@@ -136,7 +136,7 @@ async def run_job(job: Job) -> State[Any]:
         try:
             stopped_by = await _run_rounds(job)
         except FedpoolError as failure:
-            error = "cancelled" if sites.cancelled else str(failure)
+            error = "cancelled" if sites.cancelled else _failure(failure, job)
         except asyncio.CancelledError:
             # Someone cancels the run, or ends this process, and waits for nothing: the sites learn of it from the result.
             sites.cancel()
@@ -150,7 +150,10 @@ async def run_job(job: Job) -> State[Any]:
         matrix = cross_site_matrix(job.records, best_model(recipe, job.records))
         cross_site = await asyncio.to_thread(storage.write_json, job.paths.cross_site, matrix)
     result = _result(job, status, stopped_by, error, cross_site if matrix is not None else None)
-    await asyncio.to_thread(storage.write_json, job.paths.result, result)
+    try:
+        await asyncio.to_thread(storage.write_json, job.paths.result, result)
+    except StoreError as unwritten:  # what ended the job may keep its result from being written, too
+        raise JobFailed(f"job {job.job_id} failed: {error or _failure(unwritten, job)}") from unwritten
     job.reporter.report(recipe.name, result, job.records, storage, matrix)
     await job.reporter.finish()
     if status == "CANCELLED":
@@ -158,6 +161,13 @@ async def run_job(job: Job) -> State[Any]:
     if error:
         raise JobFailed(f"job {job.job_id} failed: {error}")
     return Completed(message=f"{recipe.name}: {len(job.records)} rounds")
+
+
+def _failure(failure: FedpoolError, job: Job) -> str:
+    """What a job says of its failure; one that the store is to blame for can go on."""
+    if not isinstance(failure, StoreError) or isinstance(failure, IntegrityError):
+        return str(failure)
+    return f"{failure}; then go on with the job: fedpool job resume {job.job_id} --store {job.store.url}"
 
 
 async def _run_rounds(job: Job) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fedpool.bundle import unpack_bundle
-from fedpool.errors import IntegrityError, SiteError, StoreError
+from fedpool.errors import IntegrityError, SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.config import SiteConfig
@@ -199,7 +199,9 @@ class _JobHere:
                 if self._store.exists(path):
                     return SiteAssignment.model_validate_json(self._store.read_bytes(path))
                 answered = now
-            except (OSError, StoreError):  # the store is away: give it as long as a write would
+            except StoreRefused:
+                raise
+            except (OSError, StoreError):  # the store does not answer: give it as long as a write would
                 if now - answered > self._store.patience_s:
                     raise
             except ValidationError as error:

@@ -1,13 +1,17 @@
 """Scratch folders, which go with the process that made them; those of processes that were killed go when the next one comes."""
 
-import errno
-import fcntl
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from fedpool import exclusive
+from fedpool.refusals import explained
+
+_LOG = logging.getLogger("fedpool.scratch")
 
 
 class Scratch:
@@ -16,15 +20,22 @@ class Scratch:
     Args:
         parent: where; its abandoned folders of the same prefix are removed.
         prefix: of its name.
+
+    Raises:
+        StoreRefused: nothing can be written there.
     """
 
     def __init__(self, parent: Path, prefix: str) -> None:
-        parent.mkdir(parents=True, exist_ok=True)
-        with _locked(parent):  # between its making and its locking, a folder would look abandoned to others
-            _remove_abandoned(parent, prefix)
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent.resolve()))
-            self._descriptor: int | None = os.open(self.path, os.O_RDONLY)
-            _try_lock(self._descriptor)
+        with explained(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            with _locked(
+                parent
+            ) as locks:  # between its making and its locking, a folder would look abandoned to others
+                if locks:  # without locks nobody can tell whose folder is abandoned
+                    _remove_abandoned(parent, prefix)
+                self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent.resolve()))
+                self._descriptor: int | None = os.open(self.path, os.O_RDONLY)
+                exclusive.lock(self._descriptor, str(self.path), _LOG.debug)
 
     def remove(self) -> None:
         """Remove it with all that is in it. Idempotent."""
@@ -41,32 +52,17 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
         except OSError:  # it is going at this moment, or is none
             continue
         try:
-            if _try_lock(descriptor):
+            if exclusive.lock(descriptor, str(folder), _LOG.debug):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Lock what is open; False when somebody else has, or the file system knows no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP):
-            raise
-        return False
-    return True
-
-
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder while others that do so wait; tells whether its file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems have no locks
-                raise
-        yield
+        yield bool(exclusive.lock(descriptor, str(folder), _LOG.warning, wait=True))
     finally:
         os.close(descriptor)

@@ -23,7 +23,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Pending
 
-from fedpool.errors import SiteError, StoreError
+from fedpool.errors import SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.session import LogLine
@@ -243,7 +243,8 @@ class PoolSites:
             async with asyncio.TaskGroup() as watches:  # apart from each other: a busy server takes seconds to answer
                 watches.create_task(self._watch_store())
                 watches.create_task(self._watch_runs())
-        except Exception as error:  # noqa: BLE001  # whoever waits would wait for ever
+        except* Exception as group:  # noqa: BLE001  # whoever waits would wait for ever
+            error = next((e for e in group.exceptions if isinstance(e, StoreRefused)), group.exceptions[0])
             for waiting in self._waiting.values():
                 if not waiting.done():
                     waiting.set_exception(error)
@@ -282,7 +283,12 @@ class PoolSites:
         for round, attempt in {(round, attempt) for _, round, attempt in self._waiting}:
             try:
                 found = await asyncio.to_thread(self._store.tree, paths.sites(round, attempt))
-            except (OSError, StoreError):  # the store is away; a site that cannot write to it either says so by its run
+            except StoreRefused:
+                raise
+            except (
+                OSError,
+                StoreError,
+            ):  # it does not answer; a site that cannot write to it either says so by its run
                 return
             for key in list(self._waiting):
                 if key[1:] == (round, attempt) and paths.site_manifest(key[0]) in found:

@@ -5,7 +5,8 @@
     ├── RecipeError          a recipe or an environment that cannot run as written; also a ValueError
     ├── ConfigError          a site's or an environment's configuration that does not fit what is there; also a ValueError
     ├── StoreError           the job's object storage refused, or an object is already there
-    │   └── IntegrityError   bytes that are not what their manifest or their format says
+    │   ├── IntegrityError   bytes that are not what their manifest or their format says
+    │   └── StoreRefused     the store refuses in a way that waiting does not heal: its message has the remedy
     ├── SiteError            a site's script failed: names the site, the round and the cause
     ├── RoundError           a round ended with fewer accepted updates than `min_clients`
     ├── ServerError          the private Prefect server did not start
@@ -40,6 +41,10 @@ class StoreError(FedpoolError):
 
 class IntegrityError(StoreError):
     """Bytes that are not what their manifest or their format says."""
+
+
+class StoreRefused(StoreError):
+    """The store refuses in a way that waiting does not heal: wrong keys, a full disk. The message has the remedy."""
 
 
 class SiteError(FedpoolError):

@@ -5,12 +5,10 @@ guards against two writers where the backend can (local files; S3 with condition
 objects lie is the matter of `fedpool.paths`.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
+import logging
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -22,8 +20,10 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fedpool.errors import IntegrityError, StoreError
+from fedpool import exclusive, s3
+from fedpool.errors import ConfigError, IntegrityError, StoreError, StoreRefused
 from fedpool.local_file import LocalFile
+from fedpool.refusals import Doing, explained, refusal
 from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 
 WRITE_PATIENCE_S = 60.0
@@ -31,6 +31,7 @@ _FETCHES = 3
 T = TypeVar("T")
 _LARGE_BYTES = 16 << 20
 _OPEN_FILES = 64
+_LOG = logging.getLogger("fedpool.store")
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
@@ -44,6 +45,12 @@ class Store:
     Args:
         url: a folder or an fsspec URL such as `s3://bucket/prefix`.
         storage_options: passed to fsspec; credentials belong here or in the environment, never in a recipe.
+
+    Raises:
+        ConfigError: there is no file system for such a URL, or its package is missing.
+
+    What its methods raise, beside the `FileNotFoundError` of an object that is not there, are `StoreError`s: `StoreRefused` at
+    once where waiting would not help, others once the store has failed for `patience_s`.
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
@@ -51,7 +58,13 @@ class Store:
         if protocol not in ("file", "local"):
             # Others write here too: what was not there a moment ago may be there now.
             storage_options = {"use_listings_cache": False, **storage_options}
-        self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
+        if protocol in s3.PROTOCOLS:
+            storage_options = s3.with_defaults(storage_options)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
+        except (ImportError, ValueError) as error:
+            hint = "pip install 'fedpool[s3]'" if protocol in s3.PROTOCOLS else "correct it, or install what it needs"
+            raise ConfigError(f"the store {str(url)!r} cannot be opened: {error}; {hint}") from error
         self.patience_s = WRITE_PATIENCE_S
         """How long a remote store may refuse before a write fails."""
         self.url: str = self.fs.unstrip_protocol(self.root)
@@ -60,6 +73,7 @@ class Store:
         # interpreter's lock. Remote: as much as makes a request worth its while. Both are multiples of `arrays.CHUNK_ELEMENTS`.
         self.block_elements = 1 << 17 if self.is_local else 1 << 22
         self._may_stay_open = threading.Semaphore(_OPEN_FILES)
+        self._said: set[str] = set()
 
     def full(self, path: str) -> str:
         """The path as the file system, or a person, knows it."""
@@ -84,48 +98,62 @@ class Store:
         if not self.is_local:  # there is nothing like it in object storage
             yield
             return
-        Path(self.full(path)).mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.full(path), os.O_RDONLY)
+        with self._errors(path, "written"):
+            Path(self.full(path)).mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.full(path), os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreError(f"{self.full(path)} is in use: another process runs this job") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems have no locks
-                    raise
+            with self._errors(path, "written"):
+                held = exclusive.lock(folder, self.full(path), self._say)
+            if held is False:
+                raise StoreError(f"{self.full(path)} is in use: another process runs this job")
             yield
         finally:
             os.close(folder)
 
+    def _say(self, text: str) -> None:
+        """Log what a user should know about the store's file system, once."""
+        if text not in self._said:
+            self._said.add(text)
+            _LOG.warning("%s", text)
+
     def remove(self, path: str) -> None:
         """Remove an object, if it is there: one that nothing names, or that its owner does not want any more."""
-        with self._errors(path), suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._errors(path, "removed"):
             self.fs.rm_file(self.full(path))
 
     @contextmanager
-    def _errors(self, path: str) -> Iterator[None]:
-        """Make what a backend raises, in classes of its own, an error of ours that names the object."""
+    def _errors(self, path: str, doing: Doing = "read") -> Iterator[None]:
+        """Make what a backend raises, in classes of its own, an error of ours that names the object and, if known, the remedy."""
+        full = self.full(path) if self.is_local else self.fs.unstrip_protocol(self.full(path))
         try:
             yield
-        except (OSError, StoreError):
+        except (StoreError, FileExistsError):
             raise
         except Exception as error:
-            raise StoreError(f"{self.full(path)} cannot be reached: {type(error).__name__}: {error}") from error
+            reason = error if self.is_local else s3.with_reason(error, self.fs, self.root)
+            if refused := refusal(reason, full, doing):
+                # fsspec would hand out this file system, and its credentials, for as long as the process lives.
+                type(self.fs).clear_instance_cache()
+                raise refused from error
+            if isinstance(error, FileNotFoundError) and doing != "written":
+                raise
+            raise StoreError(f"{full} cannot be {doing}: {type(error).__name__}: {error}") from error
 
-    def _patiently(self, path: str, read: Callable[[], T]) -> T:
-        """Read from a remote store again and again while it fails, as long as a write would; a local one tells at once."""
-        deadline = time.monotonic() + (0.0 if self.is_local else self.patience_s)
+    def _patiently(self, path: str, work: Callable[[], T], doing: Doing = "read") -> T:
+        """Have a remote store do something again and again while it fails; a local one, and one that refuses, tell at once."""
+        deadline = time.monotonic() + self.patience_s
         pause = 0.2
         while True:
             try:
-                with self._errors(path):
-                    return read()
-            except (FileNotFoundError, PermissionError):
+                with self._errors(path, doing):
+                    return work()
+            except (FileNotFoundError, FileExistsError, StoreRefused):
                 raise
-            except (OSError, StoreError):
-                if time.monotonic() > deadline:
+            except StoreError as error:
+                if self.is_local or time.monotonic() > deadline:
                     raise
+                if pause == 0.2:
+                    _LOG.warning("%s: it is tried again for %g s", error, self.patience_s)
                 time.sleep(pause)
                 pause = min(2 * pause, 5.0)
 
@@ -135,13 +163,12 @@ class Store:
 
     def names(self, path: str) -> list[str]:
         """Sorted names of what lies in a folder; empty when the folder does not exist."""
-        try:
+        with suppress(FileNotFoundError), self._errors(path):
             if self.is_local:  # cheaper than through fsspec, and asked often
                 with os.scandir(self.full(path)) as entries:
                     return sorted(entry.name for entry in entries)
             return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.full(path), detail=False))
-        except FileNotFoundError:
-            return []
+        return []
 
     def tree(self, path: str) -> set[str]:
         """Paths of all objects below a folder, relative to it; empty when the folder does not exist. One request, mostly.
@@ -157,8 +184,9 @@ class Store:
 
     def open(self, path: str) -> IO[bytes]:
         """A binary file to read, with seek. The caller checks its hash against a manifest before trusting it."""
-        file: IO[bytes] = self.fs.open(self.full(path), "rb")
-        return file
+        with self._errors(path):
+            file: IO[bytes] = self.fs.open(self.full(path), "rb")
+            return file
 
     def read_bytes(self, path: str) -> bytes:
         """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks them before trusting them."""
@@ -184,8 +212,20 @@ class Store:
             FileNotFoundError: there is none.
             IntegrityError: it is not a JSON object.
         """
+        return self.json_of(path, self.read_bytes(path))
+
+    def json_of(self, path: str, data: bytes) -> dict[str, Any]:
+        """The JSON object that an object's bytes are.
+
+        Raises:
+            IntegrityError: they are none.
+        """
+        if not data:
+            raise IntegrityError(
+                f"{self.full(path)} is empty: whoever wrote it was killed on a file system without hard links; remove it"
+            )
         try:
-            value = json.loads(self.read_bytes(path))
+            value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise IntegrityError(f"{self.full(path)} is not JSON: {error}") from None
         if not isinstance(value, dict):
@@ -216,7 +256,7 @@ class Store:
         """A local file to write; it becomes the object at path when the block ends, and vanishes when it raises."""
         with self._scratch() as folder:
             local = Path(folder) / "object"
-            with local.open("wb") as file:
+            with explained(self.full(path) if self.is_local else folder), local.open("wb") as file:
                 yield file
             self.adopt(local, path)
 
@@ -229,40 +269,34 @@ class Store:
         target = self.full(path)
         try:
             if self.is_local:
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-                _link(local, Path(target))
+                with self._errors(path, "written"):
+                    Path(target).parent.mkdir(parents=True, exist_ok=True)
+                    exclusive.move(local, Path(target), self._say)
             else:
-                self._put(local, target)
+                self._put(local, path)
+                local.unlink()
         except FileExistsError:
             raise StoreError(
                 f"{target} exists already, and nothing in the store is overwritten: use a new job_id"
             ) from None
-        local.unlink()
 
-    def _put(self, local: Path, target: str) -> None:
-        """Write a remote object, again and again while the store refuses; what our own try left there is no other's."""
-        deadline = time.monotonic() + self.patience_s
-        pause = 0.5
+    def _put(self, local: Path, path: str) -> None:
+        """Write a remote object, again and again while the store fails; what our own try left there is no other's."""
+        target = self.full(path)
         tried = False
-        while True:
-            try:
-                if self.fs.exists(target):
-                    if not tried:
-                        raise FileExistsError(target)
-                    if self.fs.info(target)["size"] == local.stat().st_size:
-                        return
-                    self.fs.rm_file(target)  # our own, and cut short
-                tried = True
-                self.fs.put_file(str(local), target)
-            except (FileExistsError, PermissionError):
-                raise
-            except Exception as error:  # each backend has errors of its own, and few are OSErrors
-                if time.monotonic() > deadline:
-                    raise StoreError(f"{target} cannot be written: {type(error).__name__}: {error}") from error
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
-            else:
-                return
+
+        def put() -> None:
+            nonlocal tried
+            if self.fs.exists(target):
+                if not tried:
+                    raise FileExistsError(target)
+                if self.fs.info(target)["size"] == local.stat().st_size:
+                    return
+                self.fs.rm_file(target)  # our own, and cut short
+            tried = True
+            self.fs.put_file(str(local), target)
+
+        self._patiently(path, put, "written")
 
     def settle(self, path: str) -> None:
         """Have a large local object on disk now, and let go of its cached pages.
@@ -273,17 +307,18 @@ class Store:
         """
         if not self.is_local or not hasattr(os, "posix_fadvise"):
             return
-        with suppress(FileNotFoundError), Path(self.full(path)).open("rb") as file:
+        with suppress(FileNotFoundError), self._errors(path), Path(self.full(path)).open("rb") as file:
             if os.fstat(file.fileno()).st_size >= _LARGE_BYTES:
-                os.fdatasync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                exclusive.sync(file.fileno(), self.url, self._say)
 
     @contextmanager
     def _scratch(self) -> Iterator[str]:
         # Beside the objects where the store is local, so that the move into place is a link and not a copy.
-        if self.is_local:
-            Path(self.root).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fedpool-", dir=self.root if self.is_local else None) as folder:
+        parent = self.root if self.is_local else tempfile.gettempdir()
+        with explained(parent):
+            Path(parent).mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix=".fedpool-", dir=parent)
+        with scratch as folder:
             yield folder
 
     def fetch(self, path: str, folder: Path, digest: Digest | None = None) -> Path:
@@ -301,7 +336,7 @@ class Store:
             local = folder / path.replace("/", "_")
         for left in reversed(range(1 if self.is_local else _FETCHES)):
             if not self.is_local:
-                self._patiently(path, lambda: self.fs.get_file(self.full(path), str(local)))
+                self._patiently(path, lambda: self._get(path, local))
             if digest is None:
                 break
             try:
@@ -312,6 +347,10 @@ class Store:
                 if left == 0:
                     raise
         return local
+
+    def _get(self, path: str, local: Path) -> None:
+        with explained(local):
+            self.fs.get_file(self.full(path), str(local))
 
 
 def hash_file(file: IO[bytes]) -> Digest:
@@ -333,27 +372,3 @@ def check_digest(file: IO[bytes], expected: Digest, *, where: str) -> None:
             f"{where} differs from its manifest: {found.size} bytes with sha256 {found.sha256}, "
             f"expected {expected.size} bytes with {expected.sha256}"
         )
-
-
-def _link(local: Path, target: Path) -> None:
-    """Move exclusively: a hard link fails where a rename would overwrite."""
-    try:
-        os.link(local, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
-            raise
-        # Another file system, or one without hard links: copy under a name of its own, then link or create.
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            shutil.copyfile(local, partial)
-            try:
-                os.link(partial, target)
-            except OSError as again:
-                if again.errno not in (errno.EPERM, errno.ENOTSUP):
-                    raise
-                with target.open("xb"):
-                    pass
-                partial.replace(target)
-        finally:
-            with suppress(FileNotFoundError):
-                partial.unlink()

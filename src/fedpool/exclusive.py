@@ -1,0 +1,132 @@
+"""Locks and exclusive moves on local file systems, also on those that lack some of the calls: FUSE, NFS, FAT.
+
+Where a call is not supported the next best one takes its place, and `told` gets a sentence on what that means. docs/store.md says
+what is left of each guarantee.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+Told = Callable[[str], None]
+
+NOT_SUPPORTED = frozenset(
+    {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.ENOLCK, errno.EXDEV, errno.EMLINK}
+)
+"""How file systems say that they lack a call, or that it does not work between these two files."""
+
+# A lock on a folder of NFS: it would have to be open for writing, which no folder can be.
+_NO_LOCK = NOT_SUPPORTED | {errno.EBADF, errno.EINVAL}
+_NO_RENAME = NOT_SUPPORTED | {errno.EINVAL}
+_NO_SYNC = NOT_SUPPORTED | {errno.EINVAL}
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+
+
+def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool | None:
+    """Lock an open file or folder until it is closed, or its process ends.
+
+    Args:
+        where: what to call it.
+        wait: until whoever has it lets go.
+
+    Returns: whether it is ours now; None where the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCK:
+            raise
+        told(
+            f"{where} cannot be locked: its file system has no locks ({error.strerror}); see to it that only one process uses it"
+        )
+        return None
+    return True
+
+
+def sync(descriptor: int, where: str, told: Told) -> None:
+    """Have the bytes of an open file on disk, and let go of its cached pages, as far as the file system can."""
+    try:
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        told(
+            f"{where} cannot be synced: its file system does not support it ({error.strerror}); it is on disk when it is"
+        )
+
+
+def move(local: Path, target: Path, told: Told) -> None:
+    """Move a file to where nothing is.
+
+    Raises:
+        FileExistsError: something is there.
+    """
+    try:
+        os.link(local, target)  # it fails where a rename would overwrite
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        if error.errno not in (errno.EXDEV, errno.EMLINK):
+            told(
+                f"{target.parent} has no hard links ({error.strerror}): "
+                "objects are moved into place by a rename that does not overwrite"
+            )
+            with suppress(_RenameMissing):
+                _rename_noreplace(local, target)
+                return
+        _copy(local, target, told)
+    local.unlink()
+
+
+def _copy(local: Path, target: Path, told: Told) -> None:
+    """Copy under a name of its own, because the file may come from another file system, then move that."""
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    try:
+        shutil.copyfile(local, partial)
+        try:
+            os.link(partial, target)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            _rename(partial, target, told)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _rename(partial: Path, target: Path, told: Told) -> None:
+    try:
+        _rename_noreplace(partial, target)
+    except _RenameMissing as error:
+        told(
+            f"{target.parent} has no rename that does not overwrite ({error.strerror}): objects are reserved by an empty file "
+            "first; one that a crash leaves empty has to be removed by hand"
+        )
+        with target.open("xb"):
+            pass
+        partial.replace(target)
+
+
+class _RenameMissing(OSError):
+    """The file system has no rename that fails where something is."""
+
+
+def _rename_noreplace(local: Path, target: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform != "linux" or not hasattr(libc, "renameat2"):
+        raise _RenameMissing(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if libc.renameat2(_AT_FDCWD, os.fsencode(local), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        kind = _RenameMissing if number in _NO_RENAME else OSError
+        raise kind(number, os.strerror(number), str(local), None, str(target))
