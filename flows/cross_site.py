@@ -19,7 +19,7 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
         It sends metrics of what it receives, and its best local model when it is asked for that.
 
             if flare.is_evaluate():
-                flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_STEPS_CURRENT_ROUND": int((~rows).sum())}))
+                flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_EVAL_EXAMPLES": int((~rows).sum())}))
             elif flare.is_submit_model():
                 flare.send(flare.FLModel(params=best_params))
 

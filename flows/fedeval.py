@@ -1,7 +1,7 @@
 """Federated evaluation: every site scores one model on its own data, in one round. Nothing is trained.
 
-The result has each site's metrics with its weight, and the pooled ones: means weighted by `NUM_STEPS_CURRENT_ROUND`, which in an
-evaluation is best the number of rows that a site has scored; the denominators stand beside them.
+The result has each site's metrics with its weight, and the pooled ones: means weighted by `NUM_EVAL_EXAMPLES`, the
+number of rows that a site has scored, or without it by `NUM_STEPS_CURRENT_ROUND`; the denominators stand beside them.
 """
 
 from typing import ClassVar, Literal
@@ -18,7 +18,7 @@ class FedEvalRecipe(EvaluationRecipe):
         It sends metrics, and no params.
 
             if flare.is_evaluate():
-                flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_STEPS_CURRENT_ROUND": int((~rows).sum())}))
+                flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_EVAL_EXAMPLES": int((~rows).sum())}))
 
     Raises:
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.

@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
 from fedpool.manifest import ClientJob, SiteAssignment
-from fedpool.paths import JobPaths
+from fedpool.paths import JobPaths, in_natural_order
 from fedpool.sites.launcher import Zygote
 from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import LogLine, Session, Work
@@ -94,6 +94,7 @@ class LocalSites:
         "_folder",
         "_gpus",
         "_imports",
+        "_index",
         "_job",
         "_keep_alive",
         "_scratch",
@@ -121,6 +122,7 @@ class LocalSites:
         imports: Sequence[str],
     ) -> None:
         self.names = tuple(names)
+        self._index = {name: index for index, name in enumerate(in_natural_order(names))}
         self.num_slots = num_slots
         self._keep_alive = keep_alive
         self._gpus = tuple(gpus)
@@ -254,6 +256,8 @@ class LocalSites:
             arguments=self._job.site_arguments.get(site, self._job.arguments),
             config={**self._job.config, **self._job.site_config.get(site, {})},
             environment=environment,
+            site_index=self._index[site],
+            num_sites=len(self.names),
         )
         session = Session(work, self._zygote, folder=sockets, workdir=self._workdir)
         self._sessions[site] = session

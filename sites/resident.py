@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import IntegrityError, SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
-from fedpool.paths import JobPaths
+from fedpool.paths import JobPaths, in_natural_order
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
@@ -146,6 +146,7 @@ class _JobHere:
         """Calls of `perform` that are under way; belongs to the resident, and to its lock, as does the next."""
         self.last_call = time.monotonic()
         self._client: ClientJob | None = None
+        self._sites: list[str] = []
         self._session: Session | None = None
 
     def perform(self, round: int, attempt: int, *, stop: _Either, log: LogLine) -> bool:
@@ -251,7 +252,10 @@ class _JobHere:
             IntegrityError: something there is not what it says.
         """
         try:
-            client = ClientJob.model_validate(self._store.read_json(self._paths.job)["client"], strict=False)
+            described = self._store.read_json(self._paths.job)
+            client = ClientJob.model_validate(described["client"], strict=False)
+            self._sites = in_natural_order(described["sites"])
+            self._sites.index(self._config.name)
         except (KeyError, ValueError) as error:
             raise IntegrityError(f"{self._store.full(self._paths.job)} does not describe a job: {error}") from None
         data = self._store.read_bytes(self._paths.bundle(client.bundle_sha256))
@@ -267,6 +271,8 @@ class _JobHere:
             arguments=client.site_arguments.get(config.name, client.arguments),
             config={**client.config, **client.site_config.get(config.name, {}), **config.config},
             environment={"CUDA_VISIBLE_DEVICES": config.gpus} if config.gpus is not None else {},
+            site_index=self._sites.index(config.name),
+            num_sites=len(self._sites),
         )
         launcher = ProcessLauncher(config.command, threads=client.threads, imports=client.imports)
         return Session(work, launcher, folder=self._sockets, workdir=config.folder.absolute())

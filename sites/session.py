@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from pathlib import Path
 from typing import Any
 
-from fedpool.client.hosts import Assignment
+from fedpool.client.hosts import Assignment, Welcome
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link
 from fedpool.errors import SiteError
 from fedpool.sites.handles import explain
@@ -46,6 +46,8 @@ class Work:
     arguments: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    site_index: int = 0
+    num_sites: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,8 @@ class Session:
                         f"speaks protocol {message['protocol']} of the client API, this site speaks {PROTOCOL}"
                     )
                 work = self._work
-                self._link.put("welcome", job_id=work.job_id, site=work.site, config=dict(work.config))
+                who = Welcome(work.job_id, work.site, dict(work.config), work.site_index, work.num_sites)
+                self._link.put("welcome", **asdict(who))
             case "next":
                 self._asked = True
             case "bye":

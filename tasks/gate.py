@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fedpool.arrays import difference_norm, dtype_limits, inspect_tensors
 from fedpool.errors import IntegrityError
 from fedpool.manifest import UpdateManifest
+from fedpool.model import NUM_EVAL_EXAMPLES, is_count
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
@@ -132,6 +133,7 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
     try:
         _check_claims(site, attempt, manifest, expected)
         weight = _check_weight(manifest.weight)
+        _check_examples(manifest)
         if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
             return Accepted(manifest, delivery.manifest_sha256, weight, None)
         _check_meta(manifest, expected)
@@ -178,10 +180,16 @@ def _check_weight(weight: float | str) -> float:
     return weight
 
 
+def _check_examples(manifest: UpdateManifest) -> None:
+    value = manifest.meta.get(NUM_EVAL_EXAMPLES, 0)
+    if not is_count(value):
+        raise _Refused("weight", f"its meta says {NUM_EVAL_EXAMPLES} {value}: it must be a finite number from 0")
+
+
 def _check_meta(manifest: UpdateManifest, expected: Expected) -> None:
     for name in expected.positive_meta:
         value = manifest.meta.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not is_count(value) or value == 0:
             raise _Refused("meta", f"its meta says {name} {value}: the recipe needs a finite number above 0")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from fedpool.model import NUM_STEPS
 from fedpool.recipe import SERVER, SERVER_BEST
 from fedpool.tasks.metrics import mean_metrics
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import Record, metrics_weight
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 """data site -> owner of the model -> metrics, and under `NUM_STEPS_CURRENT_ROUND` the weight that they count with."""
@@ -35,7 +35,7 @@ def cross_site_matrix(records: Sequence[Record], best: int) -> dict[str, dict[st
 
 def site_scores(entry: Mapping[str, Any]) -> dict[str, float | None]:
     """What a site reported of a model, and the weight that it counts with, out of an accepted update's entry in a record."""
-    return {**entry["metrics"], NUM_STEPS: entry["weight"]}
+    return {**entry["metrics"], NUM_STEPS: metrics_weight(entry)}
 
 
 def owners(matrix: Matrix) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedpool.manifest import PROTOCOL
-from fedpool.model import NUM_STEPS
+from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
 from fedpool.recipe import SERVER
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
 from fedpool.tasks.metrics import denominators, mean_metrics
@@ -82,8 +82,8 @@ def round_record(
         "late": [
             {"site": outcome.site, "attempt": outcome.attempt} for outcome in ordered if isinstance(outcome, Late)
         ],
-        "metrics": mean_metrics((entry["weight"], entry["metrics"]) for entry in accepted),
-        "denominators": denominators((entry["weight"], entry["metrics"]) for entry in accepted),
+        "metrics": mean_metrics((metrics_weight(entry), entry["metrics"]) for entry in accepted),
+        "denominators": denominators((metrics_weight(entry), entry["metrics"]) for entry in accepted),
         "logged": mean_metrics((entry["weight"], entry["logged"]) for entry in accepted),
         "timings": {name: round_ms(value) for name, value in timings.items()},
         "model": {"owner": owner, "round": round if origin is None else origin},
@@ -98,6 +98,7 @@ def round_record(
 def _accepted(outcome: Accepted, known_weights: Mapping[str, float]) -> dict[str, Any]:
     manifest = outcome.manifest
     weight = outcome.weight
+    num_examples = manifest.meta.get(NUM_EVAL_EXAMPLES)
     if manifest.task == "evaluate" and NUM_STEPS not in manifest.meta:
         weight = known_weights.get(outcome.site, weight)
     return {
@@ -108,11 +109,18 @@ def _accepted(outcome: Accepted, known_weights: Mapping[str, float]) -> dict[str
         "size": manifest.size,
         "params_type": manifest.params_type,
         "weight": weight,
+        **({} if num_examples is None else {"num_eval_examples": float(num_examples)}),
         "metrics": manifest.metrics,
         "logged": manifest.logged,
         "seconds": round_ms(manifest.seconds),
         **({} if outcome.norm is None else {"norm": outcome.norm, "scale": outcome.scale}),
     }
+
+
+def metrics_weight(entry: Mapping[str, Any]) -> float:
+    """What an accepted update's metrics count with: the examples that they are of, where the site says so, else its weight."""
+    weight: float = entry.get("num_eval_examples", entry["weight"])
+    return weight
 
 
 def round_ms(seconds: float) -> float:

@@ -39,7 +39,7 @@ while flare.is_running():
     model.load_state_dict(flare.receive().params)
     score = accuracy()
     if flare.is_evaluate():  # whoever's model it is
-        flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_STEPS_CURRENT_ROUND": int((~rows).sum())}))
+        flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_EVAL_EXAMPLES": int((~rows).sum())}))
     elif flare.is_submit_model():  # with no training before, there is no model of its own yet
         if best_params is None:
             train()
@@ -54,6 +54,6 @@ while flare.is_running():
             flare.FLModel(
                 params=model.state_dict(),
                 metrics={"accuracy": score},
-                meta={"NUM_STEPS_CURRENT_ROUND": int(rows.sum())},
+                meta={"NUM_STEPS_CURRENT_ROUND": int(rows.sum()), "NUM_EVAL_EXAMPLES": int((~rows).sum())},
             )
         )

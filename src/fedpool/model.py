@@ -4,6 +4,7 @@ Names and argument order are those of `nvflare.client`, so that a script written
 changed. This module imports nothing but the standard library.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -39,6 +40,11 @@ SUBMIT_MODEL_NAME = "submit_model_name"
 
 VALIDATE_TYPE = "validate_type"
 """The key that says what a model is scored for."""
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value can weigh something: a finite number from 0, and no whole number beyond what a float can hold."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= sys.float_info.max
 
 
 class ParamsType(StrEnum):

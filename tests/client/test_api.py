@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Listener
 from pathlib import Path
@@ -536,7 +537,7 @@ def session() -> tuple[SessionHost, Link]:
     """A session host that was welcomed, and the other end of its wire."""
     ours, theirs = Pipe()
     other = Link(theirs)
-    other.put("welcome", job_id="job-1", site="site-1", config={"lr": 0.1})
+    other.put("welcome", **asdict(Welcome("job-1", "site-1", {"lr": 0.1}, 4, 5)))
     host = SessionHost(Link(ours))
     hello = other.get()
     assert (hello["kind"], hello["protocol"]) == ("hello", PROTOCOL)
@@ -548,7 +549,7 @@ class TestSessionHost:
 
     def test_it_learns_who_it_is_from_the_welcome(self) -> None:
         host, _ = session()
-        assert host.welcome == Welcome("job-1", "site-1", {"lr": 0.1})
+        assert host.welcome == Welcome("job-1", "site-1", {"lr": 0.1}, 4, 5)
 
     def test_it_gets_assignments_until_the_end(self) -> None:
         host, other = session()
@@ -785,7 +786,7 @@ flare.shutdown()
         "site-1",
         "train",
         {},
-        {"job_id": "standalone", "site_name": "site-1"},
+        {"job_id": "standalone", "site_name": "site-1", "site_index": 0, "num_sites": 1},
         [True, False, False],
     ]
 

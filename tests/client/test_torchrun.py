@@ -51,6 +51,7 @@ while "send" not in seen and flare.is_running():
     model = flare.receive()
     again = flare.receive() is model
     params = {name: [str(value.dtype), value.tolist()] for name, value in model.params.items()}
+    seen["system"] = flare.system_info()
     seen["rounds"].append([flare.get_site_name(), flare.get_job_id(), flare.get_config(), flare.get_task_name(),
                            model.current_round, model.total_rounds, again, params])
     flare.log("loss", 0.5 + rank)
@@ -111,7 +112,7 @@ class SessionThread(threading.Thread):
                     return
                 self.messages.append(message)
                 if message["kind"] == "hello":
-                    link.put("welcome", job_id="job-1", site="site-7", config={"lr": 0.1})
+                    link.put("welcome", **asdict(Welcome("job-1", "site-7", {"lr": 0.1}, 6, 9)))
                 elif message["kind"] == "next" and self._assignments:
                     link.put("assignment", assignment=asdict(self._assignments.pop(0)))
                 elif message["kind"] == "next":
@@ -179,6 +180,11 @@ def test_every_rank_sees_the_same_site_assignment_and_params(seen: list[dict[str
     assert params == {name: [str(value.dtype), value.tolist()] for name, value in PARAMS.items()}
 
 
+def test_every_rank_knows_which_of_how_many_sites_it_is(seen: list[dict[str, Any]]) -> None:
+    who = {"job_id": "job-1", "site_name": "site-7", "site_index": 6, "num_sites": 9}
+    assert [rank["system"] for rank in seen] == [who, who]
+
+
 def test_a_rank_above_0_learns_who_it_is_in_the_first_is_running(seen: list[dict[str, Any]]) -> None:
     assert "early" not in seen[0]
     assert "ranks above 0 learn site, job and config in the first flare.is_running()" in seen[1]["early"]
@@ -207,6 +213,34 @@ def test_a_send_above_rank_0_does_nothing_whatever_the_model_holds(
     assert [rank.get("send") for rank in seen] == [None, None]
     assert [len(rank["rounds"]) for rank in seen] == [2, 2]
     assert ran.returncode == 0, ran.stderr
+
+
+def test_it_is_enough_when_rank_0_sends(tmp_path: Path) -> None:
+    with (tmp_path / "global").open("wb") as file:
+        save_and_hash(file, PARAMS)
+    assignments = [
+        Assignment(n, 2, model=str(tmp_path / "global"), update=str(tmp_path / f"update-{n}")) for n in range(2)
+    ]
+    script = """
+import torch
+import torch.distributed as dist
+import fedpool.client as flare
+
+dist.init_process_group("gloo")
+flare.init()
+rounds = 0
+while flare.is_running():
+    model = flare.receive()
+    rounds += 1
+    if dist.get_rank() == 0:
+        flare.send(flare.FLModel(params=model.params))
+print(f"rank {dist.get_rank()} ran {rounds} rounds\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+    host, ran = run_session(tmp_path, script, assignments)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.splitlines()) == ["rank 0 ran 2 rounds", "rank 1 ran 2 rounds"]
+    assert [message["kind"] for message in host.messages] == ["hello", *["next", "update"] * 2, "next"]
 
 
 @pytest.fixture(scope="module")

@@ -240,6 +240,25 @@ def test_a_model_is_scored_everywhere_with_its_denominators(run_recipe: Callable
     assert verify_job(store, run.job_id).num_rounds == 1
 
 
+def test_scores_count_with_the_examples_that_they_are_of(run_job: Callable[..., Run], tmp_path: Path) -> None:
+    """In the final evaluation, in those across sites and in the training rounds; the updates weigh as ever."""
+    script = SCRIPT.replace('meta={"NUM_STEPS_CURRENT_ROUND": 10 * site}', 'meta={"NUM_EVAL_EXAMPLES": 10 * site}')
+    script = script.replace(
+        '{"NUM_STEPS_CURRENT_ROUND": site}', '{"NUM_STEPS_CURRENT_ROUND": 4 - site, "NUM_EVAL_EXAMPLES": site}'
+    )
+    run = run_job(script, env=THREE, **FIELDS)
+    result = run.get_result()
+    assert result.denominators == {"accuracy": 60}
+    assert [result.rounds[0]["metrics"]["accuracy"]] == pytest.approx([sum(s * score(0, s) for s in (1, 2, 3)) / 6])
+    assert [entry["weight"] for entry in result.rounds[0]["accepted"]] == [3, 2, 1]
+    final = float(result.params["w"][0])
+    assert final == pytest.approx(2 * 10 / 6, rel=1e-6)
+    assert result.metrics[-1]["accuracy"] == pytest.approx(sum(10 * s * score(final, s) for s in (1, 2, 3)) / 60)
+    assert result.cross_site is not None
+    assert {row["site-1"]["NUM_STEPS_CURRENT_ROUND"] for row in result.cross_site.values()} == {10, 20, 30}
+    verify_job(Store(tmp_path / "runs"), run.job_id)
+
+
 DEAF = """
     import fedpool.client as flare
     flare.init()

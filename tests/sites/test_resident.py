@@ -39,7 +39,7 @@ SCRIPT = """
 class Job:
     """A staged job, whose coordinator is the test."""
 
-    def __init__(self, store: Store, script: Path, **fields: Any) -> None:
+    def __init__(self, store: Store, script: Path, sites: tuple[str, ...] = ("a",), **fields: Any) -> None:
         self.store = store
         self.paths = JobPaths(new_job_id("job"))
         model = {"w": np.zeros(1, np.float32)}
@@ -51,7 +51,7 @@ class Job:
             train_script=script,
             **fields,
         )
-        stage(self.recipe, self.paths.job_id, store, ("a",))
+        stage(self.recipe, self.paths.job_id, store, sites)
 
     def assign(self, round: int = 0, timeout_s: float | None = None) -> None:
         if round > 0:
@@ -137,6 +137,25 @@ def test_a_session_is_kept_warm_over_rounds(site: Callable[..., Site], job: Call
         work.assign(round)
         assert here.perform(work, round)
     assert work.pid(0) == work.pid(1)
+
+
+def test_a_script_learns_which_of_the_jobs_sites_it_is(
+    site: Callable[..., Site], job: Callable[..., Job], tmp_path: Path
+) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(script.read_text().replace("flare.get_config()", "flare.system_info()"))
+    here, work = site(), job(sites=("a10", "a2", "a"))
+    work.assign()
+    assert here.perform(work)
+    who = {"job_id": work.paths.job_id, "site_name": "a", "site_index": 0, "num_sites": 3}
+    assert here.printed == [str(who)]
+
+
+def test_a_job_that_the_site_is_no_part_of_is_refused(site: Callable[..., Site], job: Callable[..., Job]) -> None:
+    here, work = site(), job(sites=("b",))
+    work.assign()
+    with pytest.raises(SiteError, match="does not describe a job"):
+        here.perform(work)
 
 
 COUNTING = """

@@ -130,6 +130,20 @@ def test_a_weight_that_is_no_finite_number_from_0_is_rejected(weight: float | st
     assert f"its weight is {weight}: NUM_STEPS_CURRENT_ROUND must be a finite number from 0" == reason
 
 
+@pytest.mark.parametrize("count", [-1, 10**400, "nan", True, None])
+@pytest.mark.parametrize("task", ["train", "evaluate"])
+def test_a_number_of_examples_that_is_no_finite_number_from_0_is_rejected(task: Any, count: Any, store: Store) -> None:
+    manifest = sent(store, task=task, meta={"NUM_EVAL_EXAMPLES": count})
+    code, reason = rejected(store, manifest, task=task)
+    assert code == "weight"
+    assert reason.startswith(f"its meta says NUM_EVAL_EXAMPLES {count}"[:999])
+
+
+@pytest.mark.parametrize("count", [0, 12, 2.5])
+def test_a_number_of_examples_is_no_weight_of_the_update(count: float, store: Store) -> None:
+    assert accepted(store, sent(store, meta={"NUM_EVAL_EXAMPLES": count})).weight == 5.0
+
+
 def test_metrics_without_parameters_are_rejected_in_a_training_round(store: Store) -> None:
     code, reason = rejected(store, sent(store, None, metrics={"acc": 0.5}))
     assert code == "no_params"

@@ -132,6 +132,26 @@ def test_a_score_without_a_weight_counts_as_much_as_the_sites_last_training() ->
     assert made["metrics"] == pytest.approx({"acc": 0.6})
 
 
+def test_scores_count_with_the_examples_that_they_are_of_where_a_site_says_so() -> None:
+    outcomes = [
+        accepted("site-1", 7.0, metrics={"acc": 0.5}, logged={"lr": 0.1}, meta={"NUM_EVAL_EXAMPLES": 30}),
+        accepted("site-2", 10.0, metrics={"acc": 0.9}, logged={"lr": 0.3}),
+        accepted("site-3", 5.0, metrics={"acc": 0.1}, meta={"NUM_EVAL_EXAMPLES": 0}),
+    ]
+    made = record(outcomes)
+    assert [entry["weight"] for entry in made["accepted"]] == [7.0, 10.0, 5.0]  # of the updates, as ever
+    assert [entry.get("num_eval_examples") for entry in made["accepted"]] == [30.0, None, 0.0]
+    assert made["metrics"] == pytest.approx({"acc": 0.6})
+    assert made["denominators"] == {"acc": 40.0}
+    assert made["logged"] == pytest.approx({"lr": (7 * 0.1 + 10 * 0.3) / 17})
+    made = record(
+        [accepted("site-1", task="evaluate", metrics={"acc": 0.5}, meta={"NUM_EVAL_EXAMPLES": 30})],
+        task="evaluate",
+        known_weights={"site-1": 3.0},
+    )
+    assert made["denominators"] == {"acc": 30.0}
+
+
 def test_known_weights_are_those_of_the_last_accepted_training_update() -> None:
     first = record([accepted("site-1", 2.0), accepted("site-2", 5.0)])
     second = record([accepted("site-1", 3.0), Rejected("site-2", 0, manifest("site-2"), None, "shape", "w")])

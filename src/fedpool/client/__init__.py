@@ -198,9 +198,9 @@ def get_config(ctx: _Client | None = None) -> dict[str, Any]:
     return _current(ctx).config
 
 
-def system_info(ctx: _Client | None = None) -> dict[str, str]:
-    """`job_id` and `site_name`."""
-    return {"job_id": _current(ctx).job_id, "site_name": _current(ctx).site_name}
+def system_info(ctx: _Client | None = None) -> dict[str, str | int]:
+    """`job_id`, `site_name`, and `site_index` of `num_sites`: sites count from 0 in the natural order of their names."""
+    return _current(ctx).system_info
 
 
 def log(key: str, value: Any, data_type: Any = None, ctx: _Client | None = None, **where: Any) -> None:

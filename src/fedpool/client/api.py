@@ -62,6 +62,17 @@ class Client:
         return self._host.welcome.job_id
 
     @property
+    def system_info(self) -> dict[str, str | int]:
+        """Job and site, and which of how many sites it is."""
+        welcome = self._host.welcome
+        return {
+            "job_id": welcome.job_id,
+            "site_name": welcome.site,
+            "site_index": welcome.site_index,
+            "num_sites": welcome.num_sites,
+        }
+
+    @property
     def config(self) -> dict[str, Any]:
         """What the recipe and the site configured for this site (a copy)."""
         return dict(self._host.welcome.config)

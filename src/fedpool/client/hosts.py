@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,11 +29,13 @@ class Waiting(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Who the script is."""
+    """Who the script is: its site is the one of `site_index`, from 0, of the job's `num_sites`."""
 
     job_id: str
     site: str
     config: dict[str, Any] = field(default_factory=dict)
+    site_index: int = 0
+    num_sites: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class SessionHost:
         self._asked = False
         link.put("hello", protocol=PROTOCOL, pid=os.getpid())
         message = self._get()
-        self.welcome = Welcome(message["job_id"], message["site"], message["config"])
+        self.welcome = Welcome(**{each.name: message[each.name] for each in fields(Welcome)})
 
     def next(self, timeout: float | None) -> Assignment | None:
         """See `Host.next`."""

@@ -22,6 +22,7 @@ from fedpool.model import (
     SCAFFOLD_DIFFERENCE,
     SUBMIT_MODEL_NAME,
     VALIDATE_TYPE,
+    is_count,
 )
 from fedpool.tensors import is_trained
 
@@ -86,7 +87,7 @@ def sent_meta(meta: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str,
             raise ClientError(
                 f"meta[{key!r}] must be a number or a string, got {type(value).__name__}: send arrays as params"
             )
-        if key == NUM_EVAL_EXAMPLES and not _counts(value):
+        if key == NUM_EVAL_EXAMPLES and not is_count(value):
             raise ClientError(
                 f"meta[{key!r}] must be a finite number from 0, the examples that the metrics are of, got {value!r}"
             )
@@ -126,10 +127,6 @@ def sent_control(
         for name, value in params.items()
         if is_trained(name, describe(name, value))
     }
-
-
-def _counts(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def _zeros(value: Any) -> Any:
