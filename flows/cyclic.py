@@ -5,7 +5,7 @@ Chang et al. 2018, "Distributed deep learning networks among institutions for me
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
+from fedpool.site_order import in_order
 from fedpool.tasks.mean import weighted_mean
 from fedpool.tasks.strategy import Slice, State, Strategy, Update
 
@@ -23,14 +24,13 @@ class Cyclic(Strategy):
 
     order: str | tuple[str, ...]
 
-    def choose(self, *, seed: int, round: int, sites: Collection[str], count: int | None) -> tuple[str, ...]:
+    def choose(self, *, seed: int, round: int, sites: Sequence[str], count: int | None) -> tuple[str, ...]:
         """See `Strategy.choose`: one site, by the order. A site that is not there (any more) is passed over."""
-        there = sorted(sites)
-        turns = [site for site in self.order if site in sites] if isinstance(self.order, tuple) else there
+        turns = [site for site in self.order if site in sites] if isinstance(self.order, tuple) else list(sites)
         cycle, position = divmod(round, len(turns) or 1)
         if self.order == "random":
             # A string seeds the generator through sha512, so the draw is the same on every machine and for every hash seed.
-            turns = random.Random(f"cyclic/{seed}/{cycle}").sample(there, len(there))
+            turns = random.Random(f"cyclic/{seed}/{cycle}").sample(sorted(sites), len(sites))
         return (turns[position],) if turns else ()
 
     def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
@@ -57,7 +57,7 @@ class CyclicRecipe(Recipe):
     )
     order: str | tuple[str, ...] = Field(
         "fixed",
-        description="fixed: by name; random: drawn anew for each cycle from the seed; or the sites' names in order",
+        description="fixed: by name, site-2 before site-10; random: drawn from the seed for each cycle; or the sites' names",
     )
 
     @model_validator(mode="after")
@@ -75,8 +75,8 @@ class CyclicRecipe(Recipe):
     def check_sites(self, sites: Sequence[str]) -> None:
         """See `Recipe.check_sites`."""
         super().check_sites(sites)
-        if isinstance(self.order, tuple) and (unknown := sorted(set(self.order) - set(sites))):
-            raise RecipeError(f"order names {', '.join(unknown)}, but the sites are {', '.join(sorted(sites)[:8])}")
+        if isinstance(self.order, tuple) and (unknown := in_order(set(self.order) - set(sites))):
+            raise RecipeError(f"order names {', '.join(unknown)}, but the sites are {', '.join(in_order(sites)[:8])}")
 
     def strategy(self, num_sites: int) -> Cyclic:
         """See `Recipe.strategy`."""

@@ -26,6 +26,7 @@ from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import Store, check_digest
+from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.record import evaluation_error, num_trained
 from fedpool.tensors import Digest
@@ -84,8 +85,9 @@ def take_up(
     paths = JobPaths(job_id)
     described = store.read_bytes(paths.job)
     check_unchanged(recipe, job_id, store, sites.names)
-    head = Digest(**json.loads(described)["model"])
-    job = Job(recipe, job_id, store, sites, head, hashlib.sha256(described).hexdigest(), look_ahead)
+    known = json.loads(described)
+    head, arithmetic = Digest(**known["model"]), arithmetic_of(known)
+    job = Job(recipe, job_id, store, sites, head, hashlib.sha256(described).hexdigest(), look_ahead, arithmetic)
     while store.exists(path := paths.record(len(job.records))):
         data = store.read_bytes(path)
         record = store.json_of(path, data)

@@ -14,10 +14,12 @@ from fedpool.flows.recipes import recipe_of
 from fedpool.flows.round import expected
 from fedpool.flows.staging import num_trained
 from fedpool.paths import JobPaths
+from fedpool.site_order import in_order
 from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Median
+from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
@@ -83,10 +85,11 @@ def replay_round(
     if record["task"] != "train":
         raise RoundError(f"round {round} of job {job_id} is no training: it made no model")
     there = [entry["site"] for entry in record["accepted"]]
-    if unknown := sorted(set(leave_out) - set(there)):
+    if unknown := in_order(set(leave_out) - set(there)):
         raise RecipeError(f"{', '.join(unknown)} sent nothing that round {round} used: these did: {', '.join(there)}")
     base = store.tensors(paths.global_model(round), record["global"]["size"])
-    own: Strategy = recipe.strategy(len(store.read_json(paths.job)["sites"]))
+    described = store.read_json(paths.job)
+    own: Strategy = recipe.strategy(len(described["sites"]))
     wanted = expected(recipe, own, job_id, round, "train", Digest(**record["global"]), base)
     updates = []
     for entry in record["accepted"]:
@@ -112,6 +115,7 @@ def replay_round(
             factors=recipe.aggregation_weights,
             target=target.name,
             state_target=state_target,
+            arithmetic=arithmetic_of(described),
         ).model
     finally:
         scratch.remove(state_target)

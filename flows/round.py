@@ -24,9 +24,11 @@ from fedpool.flows.plan import Step, asks_everyone, unscored_best
 from fedpool.manifest import Task
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
+from fedpool.site_order import in_order
 from fedpool.sites.local import Sites
 from fedpool.store import Store, check_digest
 from fedpool.tasks.aggregate import Before, UpdateChanged, aggregate
+from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
 from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Rejected
 from fedpool.tasks.publish import copy_model, publish_submitted
@@ -63,6 +65,7 @@ class Job:
 
     # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is nothing for it to walk.
     __slots__ = (
+        "arithmetic",
         "head",
         "head_sha256",
         "job_id",
@@ -89,6 +92,7 @@ class Job:
         head: Digest,
         described_sha256: str,
         look_ahead: int = LOOK_AHEAD,
+        arithmetic: Arithmetic = CURRENT,
     ) -> None:
         self.recipe = recipe
         self.job_id = job_id
@@ -96,6 +100,7 @@ class Job:
         self.store = store
         self.sites = sites
         self.look_ahead = look_ahead
+        self.arithmetic = arithmetic
         self.strategy: Strategy = recipe.strategy(len(sites.names))
         self.head = head
         """The newest global model."""
@@ -149,7 +154,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
             wanted = expected(recipe, job.strategy, job.job_id, number, step.task, head, base)
             ahead, (chosen, probes) = chosen, _choose(job, number, step.everyone, step.task)
             round.begin(_turn(job, step, head, wanted, chosen, probes))
-            await collect(round, sorted(set(chosen) - set(ahead)))
+            await collect(round, in_order(set(chosen) - set(ahead)))
     finally:
         if not round.turn.done():
             round.begin(None)
@@ -175,6 +180,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
                 factors=recipe.aggregation_weights,
                 target=paths.global_model(number + 1),
                 state_target=paths.state(number),
+                arithmetic=job.arithmetic,
             )
         except UpdateChanged as changed:
             outcomes = [_unless_changed(outcome, changed) for outcome in outcomes]
@@ -202,6 +208,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         models=models,
         previous_sha256=job.head_sha256,
         timings={"train_s": trained - started, "aggregate_s": ended - trained, "round_s": ended - started},
+        arithmetic=job.arithmetic,
     )
     missing = causes(record)
     if len(accepted) < step.min_answers:
@@ -265,7 +272,9 @@ def _publish(
     if best is not None:
         digest = Digest(best["sha256"], best["size"])
         copy_model(job.store, job.paths.global_model(best["round"]), digest, job.paths.global_model(number + 1))
-    of_sites, lost = publish_submitted(job.store, job.paths, base, tuple(submitted), number + 1 + len(models))
+    of_sites, lost = publish_submitted(
+        job.store, job.paths, base, tuple(submitted), number + 1 + len(models), job.arithmetic
+    )
     return models + of_sites, lost
 
 
@@ -275,8 +284,9 @@ def _choose(job: Job, number: int, everyone: bool, task: Task = "train") -> tupl
     probes = quarantined(job.records, recipe.max_rejections)
     choose = job.strategy.choose if task == "train" and not everyone else choose_sites
     size = None if everyone else recipe.sample_size
-    chosen = choose(seed=recipe.seed, round=number, sites=set(job.sites.names) - probes, count=size)
-    return tuple(sorted((*chosen, *probes))), probes
+    there = job.arithmetic.ordered(set(job.sites.names) - probes)
+    chosen = choose(seed=recipe.seed, round=number, sites=there, count=size)
+    return tuple(in_order((*chosen, *probes))), probes
 
 
 def _turn(
@@ -333,7 +343,7 @@ async def _ask_again(
     recipe = job.recipe
     there = {outcome.site for outcome in _accepted(before)}
     attempts = {outcome.site: outcome.attempt for outcome in before}  # the last of a site wins
-    missing = sorted(set(counted) - there)
+    missing = in_order(set(counted) - there)
     get_run_logger().warning("round %d is tried again with %s: too few updates", number, ", ".join(missing[:8]))
     asked = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
     round = Round(number, job.sites, job.store, retries=recipe.site_retries, asked=asked)

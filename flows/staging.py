@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import to_jsonable_python
-
 from fedpool.bundle import Bundle
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.initial import initial_model
@@ -21,6 +19,7 @@ from fedpool.manifest import ClientJob
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store, to_json
+from fedpool.tasks.arithmetic import CURRENT
 from fedpool.tensors import Digest
 
 JOB_FORMAT = 1
@@ -100,12 +99,8 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
     """
     paths = JobPaths(job_id)
     described = store.read_json(paths.job)
-    there = {
-        "sites": sorted(described["sites"]),
-        "script": described["bundle_sha256"],
-        **_defaults(recipe),  # of fields that there were none of when the job was begun
-        **described["recipe"],
-    }
+    recorded = type(recipe).recorded(described["recipe"])
+    there = {"sites": sorted(described["sites"]), "script": described["bundle_sha256"], **recorded}
     here = {"sites": sorted(sites), "script": recipe.bundle.sha256, **_described(recipe)}
     model = store.tensors(paths.global_model(0), described["model"]["size"])
     there["model"] = {name: str(entry) for name, entry in model.spec.items()}
@@ -123,15 +118,6 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
 def _described(recipe: Recipe) -> dict[str, Any]:
     """A recipe as `job.json` holds it."""
     return {"type": type(recipe).__name__, **recipe.model_dump(mode="json")}
-
-
-def _defaults(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe's fields mean where they are not given, as `job.json` holds them."""
-    return {
-        name: to_jsonable_python(field.get_default(call_default_factory=True))
-        for name, field in type(recipe).model_fields.items()
-        if not field.exclude and not field.is_required()
-    }
 
 
 def _brief(value: object) -> str:
@@ -173,6 +159,7 @@ def stage(
             "given": None if recipe.given is None else sorted(recipe.given),
             "client": recipe.client_job(job_id).model_dump(mode="json"),
             "seed": recipe.seed,
+            "arithmetic": CURRENT.number,
             "sites": list(sites),
             "bundle_sha256": recipe.bundle.sha256,
             "model": {"sha256": digest.sha256, "size": digest.size},
@@ -213,7 +200,8 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
     with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
         model = initial_model(store.fetch(paths.global_model(0), Path(folder), digest))
     bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
-    return kind.restore({**fields, "model": model, "initial_ckpt": None}, bundle, given=record.get("given"))
+    known = {**kind.recorded(fields), "model": model, "initial_ckpt": None}
+    return kind.restore(known, bundle, given=record.get("given"))
 
 
 def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:

@@ -21,6 +21,7 @@ from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
+from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
@@ -70,6 +71,7 @@ class _Audit:
         except FileNotFoundError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
         self._sites = job["sites"]
+        self._arithmetic = arithmetic_of(job)
         self._strategy: Strategy = self._recipe.strategy(len(self._sites))
         self._state: Digest | None = None
         """What the strategy carries into the next round, by the word of the newest record."""
@@ -143,6 +145,7 @@ class _Audit:
             models=models,
             previous_sha256=self._previous,
             timings=record["timings"],
+            arithmetic=self._arithmetic,
         )
 
     def _judged(self, number: int, entry: Record, wanted: Expected) -> Accepted | Rejected:
@@ -196,6 +199,7 @@ class _Audit:
                 factors=self._recipe.aggregation_weights,
                 target=target,
                 state_target=state_target,
+                arithmetic=self._arithmetic,
             )
         except RoundError as error:
             raise self._differs(self._paths.record(number), f"cannot be: {error}") from None
@@ -215,7 +219,7 @@ class _Audit:
         best = unscored_best(self._recipe, self._records, self._sites)
         said = {entry["owner"]: Digest(entry["sha256"], entry["size"]) for entry in record["models"]}
         models = [] if best is None else [best]
-        for update in sorted(accepted, key=lambda update: update.site):
+        for update in self._arithmetic.by_site(accepted, lambda update: update.site):
             if update.manifest.params_type is None:  # the site has no model of its own
                 continue
             if update.tensors is None:  # it was not kept

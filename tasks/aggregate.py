@@ -22,8 +22,9 @@ import torch
 from fedpool.arrays import as_bytes, torch_block, torch_dtype
 from fedpool.errors import IntegrityError, RoundError
 from fedpool.store import Store
+from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted
-from fedpool.tasks.geometry import Geometry, block_products
+from fedpool.tasks.geometry import Geometry, blas_products, block_products
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Slice, State, Strategy, Update, relative
 from fedpool.tensors import (
@@ -82,16 +83,18 @@ def aggregate(
     factors: Mapping[str, float],
     target: str,
     state_target: str,
+    arithmetic: Arithmetic = CURRENT,
 ) -> Aggregated:
     """Write the next global model, and the strategy's slots.
 
     Args:
         strategy: how.
         before: what the round starts from.
-        updates: accepted ones; read in sorted site order, whatever order they come in.
+        updates: accepted ones; read in the order of their sites, whatever order they come in.
         factors: site -> factor on its weight; 1 for a site that is not named.
         target: path of the next global model in the store.
         state_target: path of the slots, which are written when the strategy has any.
+        arithmetic: of the job.
 
     Returns: digests of what was written. When every weight is 0 model and slots stay as they are.
 
@@ -99,7 +102,7 @@ def aggregate(
         RoundError: the aggregate is not finite, or the updates are not what the strategy needs.
         UpdateChanged: an update is not what the gate has seen.
     """
-    ordered = sorted(updates, key=lambda update: update.manifest.site)
+    ordered = arithmetic.by_site(updates, lambda update: update.site)
     steps = relative({update.manifest.site: update.weight for update in ordered})
     shares = relative({update.manifest.site: factors.get(update.manifest.site, 1.0) for update in ordered})
     weights = relative({site: steps[site] * shares[site] for site in steps})
@@ -108,10 +111,10 @@ def aggregate(
     with ExitStack() as stack:
         executor = stack.enter_context(_threads())
         if counted and strategy.surveys:
-            strategy = strategy.survey(_geometry(executor, base, counted, store.block_elements))
+            strategy = strategy.survey(_geometry(executor, base, counted, store.block_elements, arithmetic))
         slots = stack.enter_context(slot_file(beside_spec(strategy.slots, base.spec))) if strategy.slots else None
         with store.staged(target) as file:
-            make = partial(_next_block, strategy, before, counted, slots)
+            make = partial(_next_block, strategy, before, counted, slots, arithmetic)
             blocks = _in_order(executor, make, _blocks(base, store.block_elements))
             model = write_and_hash(file, base.spec, blocks)
         return Aggregated(model, None if slots is None else slots.save(store, state_target))
@@ -162,22 +165,27 @@ def _in_order(
 
 
 def _geometry(
-    executor: ThreadPoolExecutor, base: TensorReader, counted: Sequence[tuple[Accepted, float]], block_elements: int
+    executor: ThreadPoolExecutor,
+    base: TensorReader,
+    counted: Sequence[tuple[Accepted, float]],
+    block_elements: int,
+    arithmetic: Arithmetic,
 ) -> Geometry:
     """How the updates lie to each other: one pass over all of them."""
     products = torch.zeros(len(counted), len(counted), dtype=torch.float64)
-    for parts in _in_order(executor, partial(_products, counted), _blocks(base, block_elements)):
+    for parts in _in_order(executor, partial(_products, counted, arithmetic), _blocks(base, block_elements)):
         for part in parts:
             products += part
     return Geometry(tuple(update.site for update, _ in counted), tuple(weight for _, weight in counted), products)
 
 
-def _products(counted: Sequence[tuple[Accepted, float]], block: "_Block") -> list[torch.Tensor]:
+def _products(counted: Sequence[tuple[Accepted, float]], arithmetic: Arithmetic, block: "_Block") -> list[torch.Tensor]:
     """One block's part of the inner products."""
     senders = [update for update, _ in counted if update.tensors and block.name in update.tensors.spec]
     if block.spec.kind != "float" or not senders:
         return []
-    return block_products([_UpdateSlice(block, update)[block.name] - block.wide for update in senders])
+    products = block_products if arithmetic.exact_products else blas_products
+    return products([_UpdateSlice(block, update)[block.name] - block.wide for update in senders])
 
 
 def _next_block(
@@ -185,6 +193,7 @@ def _next_block(
     before: Before,
     counted: Sequence[tuple[Accepted, float]],
     slots: SlotFile | None,
+    arithmetic: Arithmetic,
     block: "_Block",
 ) -> BlockBytes:
     """One block of the next global model; that of the slots is put where they are collected."""
@@ -195,7 +204,7 @@ def _next_block(
     if not senders:  # nobody sent it: excluded from the exchange, or only empty sites took part
         made = block.data
     else:
-        updates = [_update(strategy, block, update, weight) for update, weight in senders]
+        updates = [_update(strategy, block, update, weight, arithmetic) for update, weight in senders]
         after, state = strategy.apply(state, updates)
         made = as_bytes(_narrow(after[name], block))
     if slots is not None:
@@ -222,13 +231,14 @@ def _state(strategy: Strategy, before: Before, block: "_Block") -> State:
     return State(params, slots, before.round, averaged)
 
 
-def _update(strategy: Strategy, block: "_Block", update: Accepted, weight: float) -> Update:
+def _update(strategy: Strategy, block: "_Block", update: Accepted, weight: float, arithmetic: Arithmetic) -> Update:
     """A block of an update."""
     assert update.tensors is not None
     extras: dict[str, Slice] = {}
     if strategy.extras and is_trained(block.name, block.spec):
         extras = {group: _BesideSlice(block, update.tensors, group, update.site) for group in strategy.extras}
-    return Update(update.site, weight, _UpdateSlice(block, update), extras, update.manifest.meta)
+    scale = update.scale if arithmetic.scaled_extras else 1.0
+    return Update(update.site, weight, _UpdateSlice(block, update), extras, update.manifest.meta, scale)
 
 
 class _Block:

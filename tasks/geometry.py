@@ -11,6 +11,8 @@ import torch
 
 from fedpool.arrays import chunks
 
+_TOGETHER = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -44,6 +46,35 @@ class Geometry:
 def block_products(differences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """(n, n) inner products of a block of n updates' differences to the global model, each a flat float64 tensor.
 
+    Symmetric to the bit, so that updates which lie alike are tied, and the same on every processor: products and sums of
+    pairs, in an order that is written here. That of a product of matrices is the library's.
+
     Returns: those of each chunk of it, to be added in their order.
     """
+    return [_products(chunk) for chunk in chunks(torch.stack(list(differences)))]
+
+
+def blas_products(differences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same as earlier versions had it: as a product of matrices."""
     return [chunk @ chunk.T for chunk in chunks(torch.stack(list(differences)))]
+
+
+def _products(chunk: torch.Tensor) -> torch.Tensor:
+    """(n, n) inner products of the rows of a chunk, (n, elements)."""
+    n, num_elements = chunk.shape
+    wide = torch.zeros(n, 1 << max(0, num_elements - 1).bit_length(), dtype=chunk.dtype)
+    wide[:, :num_elements] = chunk
+    # Each pair once. Halves are added to each other down to a width that is handled for all pairs at once.
+    parts = torch.cat([_halved(wide[row:] * wide[row], _TOGETHER) for row in range(n)])
+    found = torch.empty(n, n, dtype=chunk.dtype)
+    row, column = torch.triu_indices(n, n).unbind()
+    found[row, column] = found[column, row] = _halved(parts, 1).squeeze(1)
+    return found
+
+
+def _halved(values: torch.Tensor, width: int) -> torch.Tensor:
+    """(rows, at most `width`) sums of (rows, a power of two) values: the right half is added to the left one, again and again."""
+    while values.shape[1] > width:
+        half = values.shape[1] // 2
+        values = values[:, :half] + values[:, half:]
+    return values

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 from xml.sax.saxutils import escape
 
+from fedpool.site_order import in_order
 from fedpool.tasks.curves import Curve
 from fedpool.tasks.matrix import Matrix, owners
 
@@ -27,7 +28,7 @@ def heat_map(matrix: Matrix, metric: str, mode: Literal["max", "min"]) -> Curve 
     Args:
         mode: whether more or less of it is better.
     """
-    rows, columns = sorted(matrix)[:MAX_CELLS], owners(matrix)[:MAX_CELLS]
+    rows, columns = in_order(matrix)[:MAX_CELLS], owners(matrix)[:MAX_CELLS]
     scores = {
         (site, owner): value
         for site in rows

@@ -1,10 +1,12 @@
 """The cross-site matrix: what every site's data says of every model, as a pure function of the rounds' records."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from fedpool.model import NUM_STEPS
 from fedpool.recipe import SERVER, SERVER_BEST
+from fedpool.site_order import by_site, in_order, natural_key
 from fedpool.tasks.metrics import mean_metrics
 from fedpool.tasks.record import Record, metrics_weight
 
@@ -20,9 +22,7 @@ def cross_site_matrix(records: Sequence[Record], best: int) -> dict[str, dict[st
             sites sent in it, unless it was scored anew.
     """
     scored = [record for record in records if record["task"] == "evaluate"]
-    found: dict[str, dict[str, dict[str, float | None]]] = {
-        site: {} for record in scored for site in sorted(record["sites"])
-    }
+    found: dict[str, dict[str, dict[str, float | None]]] = {site: {} for record in scored for site in record["sites"]}
     if records[best]["task"] == "train" and not any(record["model"]["owner"] == SERVER_BEST for record in scored):
         scored.append({**records[best], "model": {"owner": SERVER_BEST}})
     for record in scored:
@@ -30,7 +30,7 @@ def cross_site_matrix(records: Sequence[Record], best: int) -> dict[str, dict[st
             if entry["metrics"]:
                 row = found.setdefault(entry["site"], {})
                 row[record["model"]["owner"]] = site_scores(entry)
-    return {site: found[site] for site in sorted(found)}
+    return {site: found[site] for site in in_order(found)}
 
 
 def site_scores(entry: Mapping[str, Any]) -> dict[str, float | None]:
@@ -41,7 +41,7 @@ def site_scores(entry: Mapping[str, Any]) -> dict[str, float | None]:
 def owners(matrix: Matrix) -> list[str]:
     """Whose models are in a matrix: the server's first, then the sites' by name."""
     found = {owner for row in matrix.values() for owner in row}
-    return sorted(found, key=lambda owner: (owner != SERVER, owner != SERVER_BEST, owner))
+    return sorted(found, key=lambda owner: (owner != SERVER, owner != SERVER_BEST, natural_key(owner)))
 
 
 def matrix_metrics(matrix: Matrix, *, first: str) -> list[str]:
@@ -64,7 +64,8 @@ def matrix_rows(matrix: Matrix, metric: str) -> tuple[list[str], list[list[str]]
     """Header and one row per data site, then the pooled scores: a column per model, empty where there is no score."""
     columns = owners(matrix)
     rows = [
-        [site, *(_shown(row.get(owner, {}).get(metric)) for owner in columns)] for site, row in sorted(matrix.items())
+        [site, *(_shown(row.get(owner, {}).get(metric)) for owner in columns)]
+        for site, row in by_site(matrix.items(), itemgetter(0))
     ]
     means = pooled(matrix, metric)
     return [metric, *columns], [*rows, ["all", *(_shown(means.get(owner)) for owner in columns)]]

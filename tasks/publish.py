@@ -11,6 +11,7 @@ from fedpool.errors import IntegrityError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.aggregate import UpdateChanged
+from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted
 from fedpool.tensors import Digest, TensorReader, Writable, block_ranges, file_order, write_and_hash
 
@@ -36,15 +37,20 @@ def copy_model(store: Store, source: str, digest: Digest, target: str) -> None:
 
 
 def publish_submitted(
-    store: Store, paths: JobPaths, base: TensorReader, updates: Sequence[Accepted], first: int
+    store: Store,
+    paths: JobPaths,
+    base: TensorReader,
+    updates: Sequence[Accepted],
+    first: int,
+    arithmetic: Arithmetic = CURRENT,
 ) -> tuple[list[dict[str, Any]], list[UpdateChanged]]:
-    """Write each submitted model as the global model of a round, from round `first` on, in sorted order of the sites.
+    """Write each submitted model as the global model of a round, from round `first` on, in the order of the sites.
 
     Returns: an entry of the record's `models` for each; and what was to be written, but is not what the gate has seen.
     """
     models: list[dict[str, Any]] = []
     changed: list[UpdateChanged] = []
-    for update in sorted(updates, key=lambda update: update.site):
+    for update in arithmetic.by_site(updates, lambda update: update.site):
         if update.tensors is None:  # it has no model of its own
             continue
         try:

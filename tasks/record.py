@@ -6,6 +6,7 @@ from typing import Any
 from fedpool.manifest import PROTOCOL
 from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
 from fedpool.recipe import SERVER
+from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
 from fedpool.tasks.metrics import denominators, mean_metrics
 from fedpool.tensors import Digest
@@ -28,6 +29,7 @@ def round_record(
     models: Sequence[Mapping[str, Any]] | None = None,
     previous_sha256: str,
     timings: Mapping[str, float],
+    arithmetic: Arithmetic = CURRENT,
 ) -> dict[str, Any]:
     """The record of a round.
 
@@ -42,15 +44,16 @@ def round_record(
         models: where sites submitted models: whose are scored in the rounds that follow, in their order.
         previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
         timings: name -> seconds.
+        arithmetic: of the job.
     """
-    ordered = sorted(outcomes, key=lambda outcome: (outcome.site, outcome.attempt))
+    ordered = arithmetic.by_site(sorted(outcomes, key=lambda outcome: outcome.attempt), lambda outcome: outcome.site)
     accepted = [_accepted(outcome, known_weights) for outcome in ordered if isinstance(outcome, Accepted)]
     return {
         "protocol": PROTOCOL,
         "job_id": job_id,
         "round": round,
         "task": task,
-        "sites": sorted({outcome.site for outcome in ordered}),
+        "sites": arithmetic.ordered({outcome.site for outcome in ordered}),
         "accepted": accepted,
         "rejected": [
             {

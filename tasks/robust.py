@@ -46,11 +46,13 @@ def krum_scores(squared_distances: torch.Tensor, num_byzantine: int) -> torch.Te
     """
     n = len(squared_distances)
     num_near = max(1, n - num_byzantine - 2)
-    return squared_distances.sort(dim=1).values[:, 1 : 1 + num_near].sum(dim=1)  # the nearest of all is itself
+    nearest = squared_distances.sort(dim=1).values[:, 1 : 1 + num_near]  # the nearest of all is itself
+    # One after the other: torch's own sum has an order for each processor.
+    return nearest.cumsum(dim=1)[:, -1]
 
 
 def multi_krum(squared_distances: torch.Tensor, num_byzantine: int, num_selected: int) -> list[int]:
-    """Indices of the `num_selected` updates with the lowest scores, ascending; the first wins a tie. One is Krum itself."""
+    """Indices of the `num_selected` updates with the lowest scores, ascending; the first of equals wins. One is Krum itself."""
     order = krum_scores(squared_distances, num_byzantine).argsort(stable=True)
     return sorted(order[:num_selected].tolist())
 

@@ -8,7 +8,7 @@ A strategy is given slice after slice of the model, never the whole, so memory d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -48,6 +48,8 @@ class Update:
         params: the site's parameters (a DIFF has been added to the global model); read when asked for.
         extras: group -> what the site sent beside its parameters, as a slice like those of the state's slots.
         meta: what the script said of the update.
+        scale: what its difference to the global model was multiplied by, to be within a limit; `params` is so already, and
+            `extras` are not.
     """
 
     site: str
@@ -55,6 +57,7 @@ class Update:
     params: Slice
     extras: Mapping[str, Slice] = field(default_factory=dict)
     meta: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    scale: float = 1.0
 
 
 class Strategy(ABC):
@@ -96,8 +99,12 @@ class Strategy(ABC):
         }
         return State(params, slots, averaged=averaged)
 
-    def choose(self, *, seed: int, round: int, sites: Collection[str], count: int | None) -> tuple[str, ...]:
-        """The sites that train in a round, sorted; see `choose_sites`."""
+    def choose(self, *, seed: int, round: int, sites: Sequence[str], count: int | None) -> tuple[str, ...]:
+        """The sites that train in a round; see `choose_sites`.
+
+        Args:
+            sites: that there are, in the job's order.
+        """
         return choose_sites(seed, round, sites, count)
 
     def survey(self, geometry: Geometry) -> "Strategy":
@@ -114,7 +121,7 @@ class Strategy(ABC):
 
         Args:
             state: of the round before.
-            updates: in sorted site order, at least one with a weight above 0.
+            updates: in the order of their sites, at least one with a weight above 0.
 
         Raises:
             RoundError: the updates are not what it needs.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpool.recipe import SERVER
+from fedpool.site_order import by_site
 from fedpool.tasks.record import Record
 
 
@@ -32,7 +33,7 @@ def round_table(record: Record) -> list[dict[str, Any]]:
         rows += [{"site": entry["site"], "state": f"{state}: {entry[why].splitlines()[0]}"} for entry in record[state]]
     for state in ("late", "probed"):
         rows += [{"site": entry["site"], "state": state} for entry in record[state]]
-    return sorted(rows, key=lambda row: str(row["site"]))
+    return by_site(rows, lambda row: str(row["site"]))
 
 
 def task_and_owner(record: Record) -> str:

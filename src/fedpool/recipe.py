@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from fedpool.bundle import Bundle, build_bundle
 from fedpool.conditions import StopCondition, choose_mode, parse_condition
@@ -65,6 +66,10 @@ class Recipe(Checked):
 
     entrypoint: ClassVar[str]
     """Module path of the flow that a deployment of the recipe runs."""
+
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """Fields of this very class that a job may lack, because an earlier version wrote it, and what they meant then: where that is
+    not their default."""
 
     name: str = Field(description="name of the job: letters, digits, '.', '_' and '-'", max_length=64)
     model: Annotated[SkipValidation[Any], PlainSerializer(_model_form)] = Field(
@@ -250,6 +255,18 @@ class Recipe(Checked):
         """
         chosen = None if given is None else frozenset(given)
         return cls.model_validate(dict(fields), context={"bundle": bundle, "given": chosen, "changed": set()})
+
+    @classmethod
+    def recorded(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a recipe as `job.json` has them, and those that it lacks, with what they meant when it was written."""
+        found = {
+            name: to_jsonable_python(field.get_default(call_default_factory=True))
+            for name, field in cls.model_fields.items()
+            if not field.exclude and not field.is_required()
+        }
+        for kind in reversed(cls.__mro__):
+            found |= kind.__dict__.get("earlier", {})
+        return found | dict(fields)
 
     def revise(self, **fields: Any) -> Self:
         """The same recipe with some fields changed, checked anew; the client script and the modules that it imports stay."""

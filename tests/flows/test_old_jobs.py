@@ -49,5 +49,5 @@ def test_a_record_that_was_changed_is_still_found_out(store: Store, tmp_path: Pa
     record["accepted"][0]["weight"] += 1
     path.chmod(0o644)
     path.write_text(json.dumps(record, indent=2, sort_keys=True))
-    with pytest.raises(IntegrityError, match="round.json"):
+    with pytest.raises(IntegrityError, match=r"round\.json"):
         verify_job(Store(tmp_path), job_id)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedpool.errors import RecipeError, RoundError
 from fedpool.tasks.aggregators import Aggregator, Custom, imported, make_aggregator
 from fedpool.tasks.geometry import Geometry, block_products
+from fedpool.tasks.robust import bulyan_selection
 from fedpool.tasks.strategy import State, Update
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -220,3 +221,58 @@ def test_the_median_is_within_what_is_there_however_large(values: list[float]) -
     found = combined(made("median"), np.array(values)[:, None]).item()
     assert min(values) <= found <= max(values)
     np.testing.assert_allclose(found, np.median(np.array(values) / 2) * 2, rtol=1e-12, atol=1e-300)
+
+
+def updates_of_integers(seed: int, n: int, elements: int) -> Array:
+    """Updates whose distances are whole numbers, so that ties are exact, and there are many."""
+    return np.random.default_rng(seed).integers(-2, 3, (n, elements)).astype(np.float64)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(("n", "f"), [(7, 1), (11, 2)])
+def test_bulyans_ties_are_the_first_sites_and_not_the_roundings(seed: int, n: int, f: int) -> None:
+    """Of the last updates that Krum picks from, two that are nearest to each other always tie."""
+    models = np.random.default_rng(seed).normal(size=(n, 650))
+    # Exactly: in whole numbers, which Python does not round.
+    whole = [[int(value * 2**60) for value in row] for row in models.tolist()]
+    squared = [[sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) for other in whole] for one in whole]
+    left, chosen = list(range(n)), []
+    while len(chosen) < n - 2 * f:
+        near = max(1, len(left) - f - 2)
+        scores = [sum(sorted(squared[i][j] for j in left if j != i)[:near]) for i in left]
+        chosen.append(left.pop(scores.index(min(scores))))
+    values = [torch.from_numpy(model.copy()) for model in models]
+    products = torch.stack(block_products(values)).sum(0)
+    geometry = Geometry(tuple(f"s{k}" for k in range(n)), (1.0,) * n, products)
+    assert bulyan_selection(geometry.squared_distances, f) == sorted(chosen)
+
+
+def test_inner_products_are_symmetric_to_the_bit_and_right() -> None:
+    for elements in (1, 3, 64, 650, 16_384, 40_000):
+        values = list(torch.randn(9, elements, dtype=torch.float64, generator=torch.Generator().manual_seed(elements)))
+        for chunk in block_products(values):
+            assert torch.equal(chunk, chunk.T)
+        found = torch.stack(block_products(values)).sum(0)
+        stacked = torch.stack(values)
+        torch.testing.assert_close(found, stacked @ stacked.T, rtol=1e-12, atol=1e-9)
+
+
+def test_inner_products_are_pairs_added_in_an_order_that_is_written_down() -> None:
+    """A reference in plain Python, which knows neither a library nor a processor."""
+    values = torch.randn(3, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def product(one: list[float], other: list[float]) -> float:
+        terms = [a * b for a, b in zip(one, other, strict=True)] + [0.0] * 28
+        while len(terms) > 1:
+            half = len(terms) // 2
+            terms = [terms[k] + terms[half + k] for k in range(half)]
+        return terms[0]
+
+    (found,) = block_products(list(values))
+    assert found.tolist() == [[product(a, b) for b in values.tolist()] for a in values.tolist()]
+
+
+def test_equal_updates_tie_and_the_first_site_wins() -> None:
+    models = updates_of_integers(0, 7, 5)
+    models[4] = models[2] = models.mean(axis=0).round()
+    assert np.array_equal(combined(made("krum", num_byzantine=1, min_clients=7), models), models[2])

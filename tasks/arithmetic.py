@@ -1,0 +1,60 @@
+"""How a job's numbers come about, where more than one way is right but only one gives the record's bits.
+
+`job.json` says which by the number `arithmetic`; one without it was begun before there was a choice, and goes on as it began.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fedpool.site_order import by_site, in_order
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """A version of the arithmetic.
+
+    Attributes:
+        number: as `job.json` has it.
+        natural_order: sites count in natural order, `site-2` before `site-10`; before, by the characters of their names.
+        exact_products: inner products of updates are symmetric, and the same on every processor; before, they were BLAS's.
+        scaled_extras: what limits an update's difference limits what a strategy makes of its extras, too.
+    """
+
+    number: int
+
+    @property
+    def natural_order(self) -> bool:
+        """See the class."""
+        return self.number >= 2
+
+    exact_products = scaled_extras = natural_order
+
+    def ordered(self, sites: Collection[str]) -> list[str]:
+        """Names of sites in their order."""
+        return in_order(sites) if self.natural_order else sorted(sites)
+
+    def by_site(self, items: Collection[T], site: Callable[[T], str]) -> list[T]:
+        """Whatever belongs to sites in their order."""
+        return by_site(items, site) if self.natural_order else sorted(items, key=site)
+
+
+BEFORE = Arithmetic(1)
+CURRENT = Arithmetic(2)
+
+
+def arithmetic_of(job: Mapping[str, Any]) -> Arithmetic:
+    """That of a job.
+
+    Args:
+        job: its `job.json`.
+
+    Raises:
+        ValueError: it is of a later version than this one knows.
+    """
+    number = job.get("arithmetic", BEFORE.number)
+    if number not in (BEFORE.number, CURRENT.number):
+        raise ValueError(f"arithmetic {number!r} is not known here: a later version of fedpool wrote this job")
+    return Arithmetic(number)
