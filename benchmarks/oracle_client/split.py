@@ -11,13 +11,14 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 NUM_CLASSES = 10
+NUM_FEATURES = 65
 NUM_TRAIN_ROWS = 1437  # rows 0-1436 train, 1437-1796 test, in the order of the data set
 MAX_DRAWS = 1_000
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Features (rows, 65) as float32, the last column the constant 1 for the bias, and labels (rows,)."""
+    """Features (rows, 65) as float64, the last column the constant 1 for the bias, and labels (rows,)."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -30,7 +31,7 @@ class Digits:
 def load_train_and_test() -> tuple[Digits, Digits]:
     """Return the train and the test rows, pixels scaled from 0-16 to 0-1."""
     pixels, labels = load_digits(return_X_y=True)
-    features = np.hstack([pixels / 16, np.ones((len(pixels), 1))]).astype(np.float32)
+    features = np.hstack([pixels / 16, np.ones((len(pixels), 1))])
     digits = Digits(features, labels)
     return digits.rows(slice(NUM_TRAIN_ROWS)), digits.rows(slice(NUM_TRAIN_ROWS, None))
 

@@ -48,8 +48,7 @@ def test_every_site_has_its_turn() -> None:
 
 
 def test_the_draw_is_the_same_in_another_process_with_another_hash_seed() -> None:
-    code = f"from fedpool.site_order import in_order
-from fedpool.tasks.sampling import choose_sites; print(choose_sites(7, 3, set({SITES!r}), 4))"
+    code = f"from fedpool.tasks.sampling import choose_sites; print(choose_sites(7, 3, set({SITES!r}), 4))"
     found = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
