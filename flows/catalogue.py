@@ -334,8 +334,8 @@ _YOURS = '''
 ## A rule of your own
 
 An aggregator may be a function of yours: `aggregator=my_rule`, or its path, `aggregator="my_rules:my_rule"`. It is given a piece
-of a parameter as all updates have it, (n, elements), and their weights, (n,), both float64 and in the order of the sites, `site-2` before `site-10`,
-and returns the aggregate, (elements,):
+of a parameter as all updates have it, (n, elements), and their weights, (n,), both float64 and in the order of the sites
+(`site-2` before `site-10`), and returns the aggregate, (elements,):
 
 ```python
 # my_rules.py
