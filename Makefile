@@ -1,14 +1,19 @@
-# Every target does its own set-up: Python 3.11 and make are all a machine needs.
+# Every target does its own set-up: Python 3.11 or newer and make are all a machine needs.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
 # Tests wait for servers and processes as much as they compute. Each process of them has a Prefect server, hence no more than 4.
 AT_ONCE := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo poc-demo test test-slow test-gpu chaos examples lint format docs catalogue wheel bench bench-poc bench-peers oracle clean
+.DEFAULT_GOAL := help
+.PHONY: help demo poc-demo test test-slow test-gpu chaos examples lint format docs catalogue wheel pythons lock bench bench-setup bench-poc bench-peers oracle clean
 
-demo: $(READY)  ## hello-pt in simulation: three sites on scikit-learn's digits
+help:  ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' Makefile
+
+demo: $(DEMO)  ## hello-pt in simulation: three sites on scikit-learn's digits
 	$(RUN)/python examples/hello-pt/job.py
 
 poc-demo: $(READY)  ## hello-pt in a proof of concept: PostgreSQL, S3, a worker process per site
@@ -54,10 +59,20 @@ catalogue: $(READY)  ## write docs/recipes/ from the docstrings and the fields o
 	$(RUN)/python -m fedpool.flows.catalogue docs
 
 wheel: $(READY)  ## build the wheel and run a job from it in a clean environment
-	.ci/check_wheel $(RUN)/python
+	.ci/check_wheel $(RUN)
+
+pythons: $(READY)  ## the same with each other Python that is supported and found here
+	.ci/check_wheel $(RUN) 3.12 3.13
+
+lock: $(READY)  ## pin what pyproject.toml asks for in constraints.txt; UPGRADE=--upgrade takes the newest set
+	$(RUN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-header --quiet \
+		--output-file constraints.txt $(UPGRADE)
 
 bench: $(READY)  ## the README's figures: a bare loop and fedpool side by side
 	$(RUN)/python benchmarks/simulation.py
+
+bench-setup: $(READY)  ## what `make demo` costs on a fresh machine, before its first round
+	$(RUN)/python benchmarks/setup.py
 
 bench-poc: $(READY)  ## overhead of a round in a proof of concept, with look-ahead and without (some 10 minutes)
 	$(RUN)/python benchmarks/poc.py
@@ -70,9 +85,12 @@ oracle: $(READY)  ## every row of the oracle, through SimEnv (some two hours)
 clean:  ## remove what the targets above have made
 	rm -rf $(VENV) .venvs build dist fedpool-runs .coverage* src/*.egg-info
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+$(DEMO): pyproject.toml constraints.txt .ci/install
+	.ci/install $(PYTHON) $(VENV) demo
+	touch $@
+
+$(READY): $(DEMO)
+	.ci/install $(PYTHON) $(VENV) dev
 	touch $@
 
 .venvs/%/.ready: benchmarks/peers/%-requirements.txt
