@@ -10,7 +10,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -24,7 +24,6 @@ from fedpool.deployments.run import Run
 from fedpool.errors import ConfigError, JobFailed, ServerError, StoreError, StoreRefused
 from fedpool.fields import Checked
 from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
-from fedpool.manifest import PROTOCOL
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
@@ -104,6 +103,10 @@ class RemoteEnv(Checked):
                 return Run(job_id, store, work=lambda: None, cancel=lambda: None)
 
         async def submit() -> UUID:
+            from prefect.states import Scheduled
+
+            from fedpool.tasks.reach import clock_ahead
+
             async with self._client() as client:
                 await check(client, names, self.coordinator_pool)
                 if start.resumes:
@@ -115,7 +118,11 @@ class RemoteEnv(Checked):
                     client, recipe, f"{_AD_HOC}-{type(recipe).__name__}", pool=self.coordinator_pool, parameters={}
                 )
                 run = await client.create_flow_run_from_deployment(
-                    deployment, name=job_id, parameters=self._parameters(recipe, store, names) | {"job_id": job_id}
+                    deployment,
+                    name=job_id,
+                    parameters=self._parameters(recipe, store, names) | {"job_id": job_id},
+                    # Due now by the server's clock: by one that is ahead it would be due later, and wait without a word.
+                    state=Scheduled(scheduled_time=datetime.now(UTC) - await clock_ahead(client)),
                 )
                 return run.id
 
@@ -270,46 +277,31 @@ def probe(store: Store) -> None:
 
 
 async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool: str) -> None:
-    """Check that server, pools, workers and sites are there.
+    """Check that server, pools, workers and sites are there, and that no pool is paused.
 
     Raises:
         ServerError: the server does not answer.
-        ConfigError: a pool, an online worker, or a site is missing, or a site's protocol is too old; all of it in one message.
+        ConfigError: a pool, an online worker, or a site is missing, a pool is paused, or a site's protocol is too old; all of
+            it in one message.
     """
-    from prefect.client.schemas.objects import WorkerStatus
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.exceptions import PrefectHTTPStatusError
 
-    async def pool_problem(pool: str, start: str) -> str | None:
-        try:
-            await client.read_work_pool(pool)
-        except ObjectNotFound:
-            return f"there is no work pool {pool!r}: {start}"
-        workers = await client.read_workers_for_work_pool(pool)
-        if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
-            return f"no worker of work pool {pool!r} is online: {start}"
-        return None
+    from fedpool.tasks.reach import pool_problem, read_pools, site_problems
 
-    problems = []
     try:
         await client.hello()
         start = f"prefect worker start --type process --pool {coordinator_pool}"
-        problems.append(await pool_problem(coordinator_pool, start))
-        for site in sites:
-            start = f"fedpool site start --name {site}"
-            try:
-                deployment = await client.read_deployment_by_name(f"site-round/{site}")
-            except ObjectNotFound:
-                problems.append(f"site {site!r} is not registered: {start}")
-                continue
-            if deployment.version != str(PROTOCOL):
-                problems.append(f"site {site!r} speaks protocol {deployment.version}, this one {PROTOCOL}: upgrade it")
-            problems.append(await pool_problem(deployment.work_pool_name or site, start))
+        pools = await read_pools(client, [coordinator_pool])
+        problem = pool_problem(pools.get(coordinator_pool), coordinator_pool, start)
+        problems = [problem] if problem else []
+        for found in (await site_problems(client, sites)).values():
+            problems += found
     except PrefectHTTPStatusError as error:
         raise ServerError(f"the Prefect server at {client.api_url} refused: {error}") from error
     except (httpx.HTTPError, RuntimeError) as error:
         raise ServerError(f"the Prefect server at {client.api_url} does not answer: {error}") from error
-    if found := [problem for problem in problems if problem]:
-        raise ConfigError("\n".join(found))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 async def _deploy(

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 import httpx
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
@@ -29,21 +30,29 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import PrefectException, PrefectSignal
+from prefect.client.schemas.responses import WorkerFlowRunResponse
+from prefect.exceptions import ObjectNotFound, PrefectException, PrefectSignal
 from prefect.states import Crashed, Pending
 from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
+from fedpool.deployments.site_claim import SiteClaim
 from fedpool.deployments.site_run import check_run, do_run
+from fedpool.errors import ConfigError
 from fedpool.flows.site_round import ENTRYPOINT, site_round
 from fedpool.manifest import PROTOCOL
 from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
 from fedpool.sites.resident import Resident
+from fedpool.tasks.reach import clock_ahead
 
 _T = TypeVar("_T")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CANCEL_POLL = timedelta(seconds=8)
+_FAREWELL_S = 5.0
+"""How long the server may take to forget a worker that stops."""
+_SKEW_S = 5.0
+"""From how many seconds on a clock that is off is worth a warning."""
 _LOOK_PAUSE_S = 8.0
 """How long a worker that has further runs in hand leaves the server alone before it looks for more."""
 
@@ -84,13 +93,21 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         self._looked = 0.0
         self._resident: Resident | None = None
         self._away = False
+        self._claim = SiteClaim(config.name, self.name, work_pool_name)
+        self._registered = False
         self._watching: anyio.CancelScope | None = None
+        self._stop: Callable[[], None] | None = None
+        """Ends the worker in order."""
+        self._superseded: ConfigError | None = None
 
     async def start(self, *args: Any, **kwargs: Any) -> None:
         """See `BaseWorker.start`. SIGTERM and SIGINT end it in order; a second one ends it at once.
 
         Prefect makes them a KeyboardInterrupt wherever the main thread happens to be, and some of what it calls there
         takes that for an error of its own and goes on.
+
+        Raises:
+            ConfigError: another process serves the site.
         """
         if threading.current_thread() is not threading.main_thread():
             return await super().start(*args, **kwargs)
@@ -107,34 +124,59 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
 
         for number in _SIGNALS:
             loop.add_signal_handler(number, stop)
+        self._stop = stop
         try:
             await super().start(*args, **kwargs)
         except asyncio.CancelledError:
             if not stopped:
                 raise
             task.uncancel()
+            if self._superseded is not None:
+                raise self._superseded from None
             self._logger.info("site %s has stopped", self.site.name)
         finally:
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
 
     async def setup(self) -> None:
-        """Open the site, and reach the server if it is there."""
+        """Open the site, and reach the server if it is there.
+
+        Raises:
+            ConfigError: another process serves the site.
+        """
         self._resident = Resident(self.site)
-        await super().setup()
+        try:
+            await super().setup()
+        except BaseException:
+            await self.teardown(None, None, None)
+            raise
 
     async def teardown(self, *exc_info: Any) -> None:
-        """End every script first: the runs that wait for them end as crashed, and are handed back."""
+        """End every script first: the runs that wait for them end as crashed, and are handed back. Then the worker's record
+        goes, so that the site is offline at once.
+        """
         with anyio.CancelScope(shield=True):
             if self._resident is not None:
                 await anyio.to_thread.run_sync(self._resident.close)
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
-        await super().teardown(*exc_info)
+        try:
+            await super().teardown(*exc_info)
+        finally:
+            await self._give_up_claim()
+
+    async def _give_up_claim(self) -> None:
+        # After all that sends heartbeats has ended, which would bring the record back; so with a client of its own.
+        with anyio.move_on_after(_FAREWELL_S, shield=True):
+            try:
+                async with get_client() as client:
+                    await self._claim.release(client)
+            except (httpx.HTTPError, PrefectException) as error:
+                self._logger.warning("the worker's record stays on the Prefect server for a while: %s", error)
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        """See `BaseWorker.get_and_submit_flow_runs`; a server that is away is waited for.
+        """See `BaseWorker.get_and_submit_flow_runs`; a server that is unreachable is waited for.
 
         With runs in hand that wait for their rounds there is no hurry to find the ones after them, and a server that has many
         sites would do little else than answer them all.
@@ -145,13 +187,39 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         self._looked = now
         return await self._patiently(super().get_and_submit_flow_runs()) or []
 
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        """See `BaseWorker._get_scheduled_flow_runs`, which asks for what is due by this machine's clock: a site's run is due as
+        soon as it is there, whatever time the site, or the coordinator, takes it to be.
+        """
+        try:
+            found: list[WorkerFlowRunResponse] = await self.client.get_scheduled_flow_runs_for_work_pool(
+                work_pool_name=self._work_pool_name, work_queue_names=list(self._work_queues)
+            )
+        except ObjectNotFound:  # the pool is made by the next heartbeat
+            return []
+        return found
+
     async def _sync_and_initialize(self) -> None:
-        await self._patiently(super()._sync_and_initialize())
+        await self._patiently(self._claim_and_sync())
+
+    async def _claim_and_sync(self) -> None:
+        try:
+            if await self._claim.hold(self.client):
+                self._registered = False  # nor does a server that knew nothing of the claim know the site
+        except ConfigError as error:
+            if not self.is_setup or self._stop is None:
+                raise
+            self._superseded = error  # Prefect's loops would make a group of it, and of what it ends
+            self._stop()
+            return
+        await super()._sync_and_initialize()
 
     async def _patiently(self, request: Awaitable[_T]) -> _T | None:
-        """Await a request; None when the server is away: Prefect's loops would give up after a while, and end the scripts."""
+        """Await a request; None when the server is unreachable: Prefect's loops would give up after a while and end scripts."""
         try:
             answer = await request
+            if self._away:
+                await self.client.hello()  # Prefect may have asked for nothing just now
         except httpx.TransportError as error:
             self._note_away(error)
             return None
@@ -167,17 +235,31 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
 
     def _note_away(self, error: httpx.HTTPError) -> None:
         if not self._away:
-            self._logger.warning("the Prefect server is away, and waited for: %s", error)
+            self._logger.warning("the Prefect server is unreachable, trying again until it answers: %s", error)
             self._away = True
 
     async def _initialize_after_sync(self) -> None:
-        if self._watching is None and self._work_pool is not None:
+        if not self._registered and self._work_pool is not None:
             await register_site(self.client, self.site.name, self._work_pool_name)
             await self._hand_back_orphans()
+            await self._compare_clocks()
+            self._registered = True
+        if self._watching is None and self._registered:
             assert self._runs_task_group is not None
             self._watching = anyio.CancelScope()
             self._runs_task_group.start_soon(self._watch_for_cancellation, self._watching)
         await super()._initialize_after_sync()
+
+    async def _compare_clocks(self) -> None:
+        """Say how far this machine's clock is off: nothing here goes by it, but others do, such as an object store."""
+        ahead_s = (await clock_ahead(self.client)).total_seconds()
+        if abs(ahead_s) >= _SKEW_S:
+            self._logger.warning(
+                "this machine's clock is %.0f s %s the Prefect server's. Rounds do not depend on it; object stores refuse "
+                "requests that are 15 minutes off: set the clock",
+                abs(ahead_s),
+                "ahead of" if ahead_s > 0 else "behind",
+            )
 
     async def _hand_back_orphans(self) -> None:
         """Mark what this worker was doing when it was killed as crashed: nobody else knows that it is lost."""
@@ -208,7 +290,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             runs = await self.client.read_flow_runs(
                 flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(self._stops)))
             )
-        except (httpx.HTTPError, PrefectException) as error:  # the server is away: the next look may find it
+        except (httpx.HTTPError, PrefectException) as error:  # it is unreachable: the next look may find it
             self._logger.debug("could not look for cancelled runs: %s", error)
             return
         for run in runs:

@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from pydantic import AfterValidator, Field
 
-from fedpool.errors import RecipeError
+from fedpool.errors import ConfigError, RecipeError
 from fedpool.flows.job import run_job, take_up
 from fedpool.flows.round import LOOK_AHEAD
 from fedpool.flows.staging import has_completed, restore, stage
@@ -30,7 +31,11 @@ from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.tasks.dispatch import PoolSites
+from fedpool.tasks.reach import site_problems
 from fedpool.tensors import Digest
+
+_SITES_POLL_S = 2.0
+"""How often to look whether enough sites can take part."""
 
 _REQUIRED = inspect.Parameter.empty
 
@@ -113,6 +118,8 @@ async def _run(
     **fields: Any,
 ) -> State[Any]:
     storage = Store(store)
+    if job_id is None or _is_run_again():  # else whoever has submitted the job has looked
+        await _wait_for_sites(sites, int(fields["min_clients"]), float(fields["site_patience_s"]))
     staged = job_id or await asyncio.to_thread(_begun_before, storage)
     if staged is None:
         recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
@@ -127,6 +134,37 @@ async def _run(
             return Completed(message=f"job {staged} had come to its end")
         job = await asyncio.to_thread(take_up, recipe, staged, storage, PoolSites(sites), look_ahead)
         return await run_job(job)
+
+
+def _is_run_again() -> bool:
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and context.flow_run.run_count > 1
+
+
+async def _wait_for_sites(sites: list[str], needed: int, patience_s: float) -> None:
+    """Wait until as many sites as every round needs can take part; the rounds themselves wait for the others.
+
+    Raises:
+        ConfigError: they cannot, after that long; the message says why, and what to do.
+    """
+    began, logger = time.monotonic(), get_run_logger()
+    told = None
+    async with get_client() as client:
+        while True:
+            problems = await site_problems(client, sites)
+            told_now = "\n".join(problem for of_site in problems.values() for problem in of_site)
+            enough = len(sites) - len(problems) >= needed
+            if told_now and told_now != told:
+                logger.warning("%s\n%s", "going ahead without" if enough else "waiting for too many", told_now)
+                told = told_now
+            if enough:
+                return
+            if time.monotonic() - began >= patience_s:
+                raise ConfigError(
+                    f"{len(sites) - len(problems)} of {len(sites)} sites can take part, min_clients is {needed}; that did not "
+                    f"change in {patience_s:g} s (site_patience_s)\n{told_now}"
+                )
+            await asyncio.sleep(_SITES_POLL_S)
 
 
 def _begun_before(store: Store) -> str | None:

@@ -27,6 +27,7 @@ from fedpool.recipe import Recipe
 from fedpool.site_order import in_order
 from fedpool.sites.local import Sites
 from fedpool.store import Store, check_digest
+from fedpool.tasks.absence import how_to_resume, unasked
 from fedpool.tasks.aggregate import Before, UpdateChanged, aggregate
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
@@ -142,7 +143,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     if number == job.resumed_at:
         found = await asyncio.to_thread(store.tree, paths.round(number))
         asked = asked_before(found, lives_on=job.sites.have_runs)
-    round = Round(number, job.sites, store, retries=recipe.site_retries, asked=asked)
+    round = Round(number, job.sites, store, retries=recipe.site_retries, patience_s=recipe.site_patience_s, asked=asked)
+    not_asked: dict[str, str] = {}
     collecting = asyncio.create_task(collect(round, chosen))
     try:
         step = await job.rounds[number].turn
@@ -153,8 +155,10 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
             base = await asyncio.to_thread(store.tensors, paths.global_model(number), head.size)
             wanted = expected(recipe, job.strategy, job.job_id, number, step.task, head, base)
             ahead, (chosen, probes) = chosen, _choose(job, number, step.everyone, step.task)
-            round.begin(_turn(job, step, head, wanted, chosen, probes))
-            await collect(round, in_order(set(chosen) - set(ahead)))
+            not_asked = await unasked(job.records, job.sites, chosen, probes=probes, needed=step.min_answers)
+            asked_now = [site for site in chosen if site not in not_asked]
+            round.begin(_turn(job, step, head, wanted, asked_now, probes))
+            await collect(round, in_order(set(asked_now) - set(ahead)))
     finally:
         if not round.turn.done():
             round.begin(None)
@@ -166,6 +170,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     task, retries = step.task, recipe.round_retries
     while len(_accepted(outcomes)) < step.min_answers and retries and not job.sites.cancelled:
         retries -= 1
+        not_asked = {site: reason for site, reason in not_asked.items() if site in probes}  # the others are asked now
         outcomes += await _ask_again(job, number, step, set(chosen) - probes, wanted, outcomes)
     trained = time.monotonic()
     following = None
@@ -199,6 +204,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         round=number,
         task=task,
         outcomes=outcomes,
+        not_asked=not_asked,
         known_weights=known_weights(job.records),
         owner=step.owner,
         origin=step.origin,
@@ -214,7 +220,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     if len(accepted) < step.min_answers:
         raise RoundError(
             f"round {number}: {len(accepted)} of {len(chosen)} sites sent an update that was accepted, "
-            f"min_clients is {recipe.min_clients}\n{missing}"
+            f"min_clients is {recipe.min_clients}\n{missing}{how_to_resume(record)}"
         )
     if missing:
         get_run_logger().warning("round %d goes on without some sites\n%s", number, missing)
@@ -346,7 +352,9 @@ async def _ask_again(
     missing = in_order(set(counted) - there)
     get_run_logger().warning("round %d is tried again with %s: too few updates", number, ", ".join(missing[:8]))
     asked = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
-    round = Round(number, job.sites, job.store, retries=recipe.site_retries, asked=asked)
+    round = Round(
+        number, job.sites, job.store, retries=recipe.site_retries, patience_s=recipe.site_patience_s, asked=asked
+    )
     round.begin(_turn(job, step, step.model or job.head, wanted, missing, (), len(there)))
     try:
         return await collect(round, missing)

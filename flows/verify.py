@@ -136,6 +136,7 @@ class _Audit:
             round=number,
             task=step.task,
             outcomes=outcomes,
+            not_asked={entry["site"]: entry["reason"] for entry in record.get("not_asked", ())},
             known_weights=known_weights(self._records),
             owner=step.owner,
             origin=step.origin,

@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -53,8 +53,17 @@ class Sites(Protocol):
         """
         ...
 
-    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
+    async def unreachable(self, sites: Collection[str]) -> Mapping[str, str]:
+        """Those of some sites that cannot be reached now, each with the reason in a few words."""
+        ...
+
+    async def perform(
+        self, assignment: SiteAssignment, *, deadline: float | None, patience_s: float, log: LogLine
+    ) -> Delivery:
         """Have a site do an assignment. Given up when cancelled: then the site goes on by itself, and nobody waits for it.
+
+        Args:
+            patience_s: how long a site that cannot be reached is waited for.
 
         Raises:
             SiteError: it failed, or missed the deadline (`time.monotonic()`).
@@ -169,7 +178,13 @@ class LocalSites:
         """See `Sites.announce`: a local site is always ready."""
         return True
 
-    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
+    async def unreachable(self, sites: Collection[str]) -> Mapping[str, str]:
+        """See `Sites.unreachable`: a local site is always there."""
+        return {}
+
+    async def perform(
+        self, assignment: SiteAssignment, *, deadline: float | None, patience_s: float, log: LogLine
+    ) -> Delivery:
         """See `Sites.perform`."""
         site = assignment.site
         if (earlier := self._under_way.get(site)) is not None:  # it was late, and nobody waits for it

@@ -146,20 +146,29 @@ class Round:
     """What the tasks of one round share. They begin before its turn: reaching a site takes longer than a short round does.
 
     Args:
-        retries: how often a site that is lost is asked again.
+        retries: how often a site that is lost is asked again at once.
+        patience_s: how long a site that is lost or cannot be reached is waited for.
         asked: what came before: an earlier coordinator's attempts, or this one's before the round is tried again.
     """
 
     # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is nothing for it to walk.
-    __slots__ = ("answers", "asked", "number", "retries", "sites", "store", "turn")
+    __slots__ = ("answers", "asked", "number", "patience_s", "retries", "sites", "store", "turn")
 
     def __init__(
-        self, number: int, sites: Sites, store: Store, *, retries: int, asked: Mapping[str, Asked] | None = None
+        self,
+        number: int,
+        sites: Sites,
+        store: Store,
+        *,
+        retries: int,
+        patience_s: float,
+        asked: Mapping[str, Asked] | None = None,
     ) -> None:
         self.number = number
         self.sites = sites
         self.store = store
         self.retries = retries
+        self.patience_s = patience_s
         self.asked = asked or {}
         self.turn: asyncio.Future[Turn | None] = asyncio.get_running_loop().create_future()
         """None when the job ends before the round's turn."""
@@ -255,15 +264,17 @@ async def _ask(round: Round, turn: Turn, site: str, attempt: int) -> None:
     logger = get_run_logger()
     answers = round.answers
     assert answers is not None, "begin() comes first"
-    last = attempt + round.retries
+    again = _Again(round.retries, round.patience_s if round.sites.have_runs else 0.0)
     while True:
         try:
             outcome = await _unless(answers.closed, _answer(round, turn, site, attempt)) or Late(site, attempt)
         except SiteError as error:
-            answers.add(Failed(site, attempt, error.cause))
-            if not error.lost or attempt == last or (turn.deadline is not None and time.monotonic() >= turn.deadline):
+            answers.add(Failed(site, attempt, error.cause, away=error.away))
+            pause_s = again.after_loss(time.monotonic()) if error.lost else None
+            if pause_s is None or (turn.deadline is not None and time.monotonic() + pause_s >= turn.deadline):
                 raise
-            logger.warning("%s is asked again: %s", site, error.cause)
+            logger.warning("%s is asked again%s: %s", site, f" in {pause_s:g} s" if pause_s else "", error.cause)
+            await _unless(answers.closed, asyncio.sleep(pause_s))
             attempt += 1
         else:
             answers.add(outcome)
@@ -271,6 +282,31 @@ async def _ask(round: Round, turn: Turn, site: str, attempt: int) -> None:
                 logger.warning("%s: update rejected (%s): %s", site, outcome.code, outcome.reason)
                 emit_rejected(turn.expected, outcome)
             return
+
+
+class _Again:
+    """When a site that was lost is asked again: at once, so often as `retries` says; then, within `patience_s` of its first loss,
+    after pauses that grow, because a worker that is being restarted may lose its work more than once.
+    """
+
+    def __init__(self, retries: int, patience_s: float) -> None:
+        self._retries = retries
+        self._patience_s = patience_s
+        self._first_loss: float | None = None
+        self._pause_s = 1.0
+
+    def after_loss(self, now: float) -> float | None:
+        """Seconds to wait before the site is asked again; None when it is not.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        first = self._first_loss = now if self._first_loss is None else self._first_loss
+        if self._retries > 0:
+            self._retries -= 1
+            return 0.0
+        pause_s, self._pause_s = self._pause_s, 2 * self._pause_s
+        return pause_s if now + pause_s - first < self._patience_s else None
 
 
 async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted | Rejected:
@@ -294,7 +330,10 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
                 timeout_s=None if turn.deadline is None else max(0.0, turn.deadline - time.monotonic()),
             )
             delivery = await round.sites.perform(
-                assignment, deadline=turn.deadline, log=lambda line: logger.info("%s: %s", site, line)
+                assignment,
+                deadline=turn.deadline,
+                patience_s=round.patience_s,
+                log=lambda line: logger.info("%s: %s", site, line),
             )
     except IntegrityError as error:
         return Rejected(site, attempt, None, None, "manifest", str(error))

@@ -9,8 +9,9 @@ ended, and is asked, in one query for all runs, only after those that ended with
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -18,10 +19,10 @@ import httpx
 from prefect import task
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun, State, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelled, Pending
+from prefect.states import Cancelled, Pending, Scheduled
 
 from fedpool.errors import SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
@@ -29,6 +30,7 @@ from fedpool.paths import JobPaths
 from fedpool.sites.session import LogLine
 from fedpool.sites.site_round import Delivery, read_delivery
 from fedpool.store import Store
+from fedpool.tasks.reach import GONE, NO_WORKER, Place, clock_ahead, find_place, read_pools, unreachable
 
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25
@@ -36,15 +38,12 @@ _REMOTE_POLL_S = 0.25
 _API_POLL_S = 2.0
 _WORKERS_POLL_S = 5.0
 """How often to look whether the sites' workers are online, at the least: a query for each, so no more than one a second."""
-_WORKERS_PATIENCE_S = 10.0
-"""How long a site's workers must have been offline, which they are after three heartbeats that did not come, to count as lost."""
 _API_PATIENCE_S = 600.0
-"""How long the Prefect API may be away before the sites count as lost."""
+"""How long the Prefect API may be unreachable before the sites count as lost."""
 _PAGE = 200
 
-SITE_POOL = "fedpool-site"
-
-_LOST = "Lost"
+_AWAY = "Away"
+"""Name of the state of a run whose site could not be reached for too long; no run on the server is ever in it."""
 
 _Key = tuple[str, int, int]
 """Site, round and attempt."""
@@ -53,6 +52,48 @@ _Key = tuple[str, int, int]
 @task(name="site-round")
 def _site_round() -> None:
     """Stands for the run at the site in the round's graph; never called."""
+
+
+class _Waiting:
+    """Someone who waits for a site's part of a round.
+
+    Attributes:
+        ended: the state that the run ended in; None when its manifest was there first.
+        patience_s: how long the site may be unreachable.
+        log: told when it becomes unreachable, and when it can be reached again.
+        begun: whether a worker has taken the run, as far as is known.
+        away_since: since when it has been unreachable, as far as is known (`time.monotonic()`).
+    """
+
+    __slots__ = ("away_since", "begun", "ended", "log", "patience_s")
+
+    def __init__(self, patience_s: float, log: LogLine) -> None:
+        self.ended: asyncio.Future[State[Any] | None] = asyncio.get_running_loop().create_future()
+        self.patience_s = patience_s
+        self.log = log
+        self.begun = False
+        self.away_since: float | None = None
+
+    def resolve(self, state: State[Any] | None) -> None:
+        """The wait is over, unless it was before."""
+        if not self.ended.done():
+            self.ended.set_result(state)
+
+    def note(self, hindrance: str | None, pool: str) -> None:
+        """Note whether the site can be reached; once it could not for too long, the wait is over."""
+        if hindrance is None:
+            if self.away_since is not None:
+                self.log("it can be reached again")
+            self.away_since = None
+            return
+        what = f"no worker of work pool {pool} is online" if hindrance == NO_WORKER else f"work pool {pool} is paused"
+        now = time.monotonic()
+        if self.away_since is None:
+            self.away_since = now
+            self.log(f"{what}: waiting for it for up to {self.patience_s:g} s (site_patience_s)")
+        if now - self.away_since >= self.patience_s:
+            message = f"{what}, and did not change that in {self.patience_s:g} s (site_patience_s)"
+            self.resolve(Cancelled(name=_AWAY, message=message))
 
 
 class PoolSites:
@@ -66,13 +107,13 @@ class PoolSites:
 
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (
+        "_ahead",
         "_answered",
         "_cancelled",
         "_client",
-        "_deployments",
         "_job",
         "_job_run",
-        "_offline_since",
+        "_places",
         "_runs",
         "_stack",
         "_store",
@@ -88,11 +129,10 @@ class PoolSites:
         self._cancelled = False
         self._stack = AsyncExitStack()
         self._client: asyncio.Future[PrefectClient] | None = None
-        self._deployments: dict[str, tuple[UUID, str, bool]] = {}
-        self._offline_since: dict[str, float] = {}
+        self._places: dict[str, Place] = {}
+        self._ahead: timedelta | None = None
         self._runs: dict[_Key, UUID] = {}
-        self._waiting: dict[_Key, asyncio.Future[State[Any] | None]] = {}
-        """What someone waits for: the state that the run ended in; None when its manifest was there first."""
+        self._waiting: dict[_Key, _Waiting] = {}
         self._answered: set[_Key] = set()
         self._watch: asyncio.Task[None] | None = None
         self._job: ClientJob | None = None
@@ -115,13 +155,15 @@ class PoolSites:
         assert self._job is not None and self._store is not None, "open() comes first"
         client = await self._connect()
         try:
-            deployment, _, _ = await self._deployment(site)
+            place = await self._place(site)
         except ObjectNotFound:
             raise SiteError(
                 site, round, f"it has no deployment site-round/{site}: start its worker, or register it"
             ) from None
         run = await client.create_flow_run_from_deployment(
-            deployment,
+            place.deployment,
+            # Else a run is due by this machine's clock, and workers take it when it is due by the server's or their own.
+            state=Scheduled(scheduled_time=datetime.now(UTC) - await self._clock_ahead(client)),
             parameters={
                 "job_id": self._job.job_id,
                 "site": site,
@@ -133,11 +175,24 @@ class PoolSites:
             idempotency_key=f"{self._job.job_id}/{round}/{site}/{attempt}",
             parent_task_run_id=await self._tracking(client, f"{site}-{attempt}" if attempt else site),
         )
-        self._offline_since.pop(site, None)
         self._runs[site, round, attempt] = run.id
         return run.state is None or not run.state.is_final()  # an earlier coordinator's may have ended with it
 
-    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
+    async def unreachable(self, sites: Collection[str]) -> dict[str, str]:
+        """See `Sites.unreachable`."""
+        places = {}
+        try:
+            for site in sites:
+                with contextlib.suppress(ObjectNotFound):  # whoever asks it is told
+                    places[site] = await self._place(site)
+            pools = await read_pools(await self._connect(), {place.pool for place in places.values()})
+        except (httpx.HTTPError, PrefectException):  # nobody knows: whoever waits for them will see
+            return {}
+        return unreachable(places, pools)
+
+    async def perform(
+        self, assignment: SiteAssignment, *, deadline: float | None, patience_s: float, log: LogLine
+    ) -> Delivery:
         """See `Sites.perform`."""
         assert self._job is not None and self._store is not None, "open() comes first"
         site, round, attempt = assignment.site, assignment.round, assignment.attempt
@@ -146,12 +201,13 @@ class PoolSites:
             await self.announce(*key)
         try:
             await asyncio.to_thread(self._assign, assignment)
-            state = await self._answer(key, deadline)
+            state = await self._answer(key, deadline, _Waiting(patience_s, log))
             if self._cancelled:
                 raise SiteError(site, round, "the job was cancelled")
             if state is not None and not state.is_completed():
-                lost = state.is_crashed() or state.name == _LOST
-                raise SiteError(site, round, f"{state.name}: {_cause(state, site, round)}", lost=lost)
+                if state.name == _AWAY:
+                    raise SiteError(site, round, state.message or _AWAY, away=True)
+                raise SiteError(site, round, f"{state.name}: {_cause(state, site, round)}", lost=state.is_crashed())
             delivery = await asyncio.to_thread(read_delivery, self._store, self._job.job_id, round, site, attempt)
             self._answered.add(key)
             return delivery
@@ -187,8 +243,7 @@ class PoolSites:
         """Give up what is under way: whoever waits for a site gets a `SiteError`."""
         self._cancelled = True
         for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_result(Cancelled(message="the job was cancelled"))
+            waiting.resolve(Cancelled(message="the job was cancelled"))
 
     async def _connect(self) -> PrefectClient:
         if self._client is None:
@@ -196,15 +251,15 @@ class PoolSites:
             self._client.set_result(await self._stack.enter_async_context(get_client()))
         return await asyncio.shield(self._client)
 
-    async def _deployment(self, site: str) -> tuple[UUID, str, bool]:
-        """Id of a site's deployment, its work pool, and whether the pool is one of site workers."""
-        if site not in self._deployments:
-            client = await self._connect()
-            deployment = await client.read_deployment_by_name(f"site-round/{site}")
-            pool = deployment.work_pool_name or ""
-            resident = (await client.read_work_pool(pool)).type == SITE_POOL
-            self._deployments[site] = deployment.id, pool, resident
-        return self._deployments[site]
+    async def _place(self, site: str) -> Place:
+        if site not in self._places:
+            self._places[site] = await find_place(await self._connect(), site)
+        return self._places[site]
+
+    async def _clock_ahead(self, client: PrefectClient) -> timedelta:
+        if self._ahead is None:
+            self._ahead = await clock_ahead(client)
+        return self._ahead
 
     async def _tracking(self, client: PrefectClient, site: str) -> UUID | None:
         """The task run by which the UI links the site's run to the round's, as Prefect does for subflows."""
@@ -220,14 +275,14 @@ class PoolSites:
         )
         return run.id
 
-    async def _answer(self, key: _Key, deadline: float | None) -> State[Any] | None:
-        """Wait for a site's part of a round; see `_waiting`."""
-        waiting = self._waiting[key] = asyncio.get_running_loop().create_future()
+    async def _answer(self, key: _Key, deadline: float | None, waiting: _Waiting) -> State[Any] | None:
+        """Wait for a site's part of a round; see `_Waiting.ended`."""
+        self._waiting[key] = waiting
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_sites())
         try:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            return await asyncio.wait_for(asyncio.shield(waiting), remaining)
+            return await asyncio.wait_for(asyncio.shield(waiting.ended), remaining)
         except TimeoutError:
             client = await self._connect()
             late: State[Any] = Cancelled(message="the round's deadline has passed (round_timeout)")
@@ -246,8 +301,8 @@ class PoolSites:
         except* Exception as group:  # noqa: BLE001  # whoever waits would wait for ever
             error = next((e for e in group.exceptions if isinstance(e, StoreRefused)), group.exceptions[0])
             for waiting in self._waiting.values():
-                if not waiting.done():
-                    waiting.set_exception(error)
+                if not waiting.ended.done():
+                    waiting.ended.set_exception(error)
 
     async def _watch_store(self) -> None:
         assert self._store is not None
@@ -264,18 +319,19 @@ class PoolSites:
                 await self._look_at_runs()
                 now = time.monotonic()
                 if (away_s := now - answered) > _WORKERS_POLL_S:
-                    # For the workers it was away too, and they try again at intervals that grow.
-                    self._offline_since.clear()
+                    # The workers could not reach it either, and they try again at intervals that grow.
+                    for waiting in self._waiting.values():
+                        waiting.away_since = None
                     looked_at_workers = now + away_s
                 answered = now
                 if now - looked_at_workers > max(_WORKERS_POLL_S, len(self._waiting)):
                     looked_at_workers = now
-                    await self._give_up_on_lost_workers()
+                    await self._look_at_workers()
             except (httpx.HTTPError, PrefectException) as error:
                 if time.monotonic() - answered > _API_PATIENCE_S:
-                    message = f"the Prefect API was away for {_API_PATIENCE_S:g} s: {error}"
-                    for key in list(self._waiting):
-                        self._resolve(key, Cancelled(message=message))
+                    message = f"the Prefect API could not be reached for {_API_PATIENCE_S:g} s: {error}"
+                    for waiting in self._waiting.values():
+                        waiting.resolve(Cancelled(message=message))
 
     async def _look_for_manifests(self) -> None:
         assert self._job is not None and self._store is not None
@@ -292,10 +348,10 @@ class PoolSites:
                 return
             for key in list(self._waiting):
                 if key[1:] == (round, attempt) and paths.site_manifest(key[0]) in found:
-                    self._resolve(key, None)
+                    self._waiting[key].resolve(None)
 
     async def _look_at_runs(self) -> None:
-        waited = {self._runs[key]: key for key in self._waiting}
+        waited = {self._runs[key]: waiting for key, waiting in self._waiting.items()}
         for run in await self._read([*waited, *([self._job_run] if self._job_run else [])]):
             if run.state is None:
                 continue
@@ -303,12 +359,9 @@ class PoolSites:
                 if run.state.is_cancelling() or run.state.is_cancelled():
                     self.cancel()
             elif run.state.is_final():
-                self._resolve(waited[run.id], run.state)
-
-    def _resolve(self, key: _Key, state: State[Any] | None) -> None:
-        waiting = self._waiting.get(key)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(state)
+                waited[run.id].resolve(run.state)
+            else:
+                waited[run.id].begun = not run.state.is_scheduled()
 
     async def _read(self, ids: Sequence[UUID]) -> list[FlowRun]:
         client = await self._connect()
@@ -318,20 +371,15 @@ class PoolSites:
             found += await client.read_flow_runs(flow_run_filter=page, limit=_PAGE)
         return found
 
-    async def _give_up_on_lost_workers(self) -> None:
-        """A site whose only workers stay offline will not answer: its worker was killed, or never started."""
-        client = await self._connect()
-        for key in list(self._waiting):
-            site = key[0]
-            _, pool, resident = await self._deployment(site)
-            if not resident:
-                continue  # elsewhere a run lives on without the worker that started it
-            workers = await client.read_workers_for_work_pool(pool)
-            if any(worker.status == WorkerStatus.ONLINE for worker in workers):
-                self._offline_since.pop(site, None)
-            elif time.monotonic() - self._offline_since.setdefault(site, time.monotonic()) >= _WORKERS_PATIENCE_S:
-                message = f"no worker of work pool {pool} is online: it was lost, or stopped"
-                self._resolve(key, Cancelled(name=_LOST, message=message))
+    async def _look_at_workers(self) -> None:
+        """Give up on sites that stay unreachable: their workers were killed, or stopped, or get no work."""
+        waited = dict(self._waiting)
+        places = {site: await self._place(site) for site, _, _ in waited}
+        pools = await read_pools(await self._connect(), {place.pool for place in places.values()})
+        for (site, _, _), waiting in waited.items():
+            place = places[site]
+            hindrance = pools.get(place.pool, GONE).hinders(resident=place.resident, begun=waiting.begun)
+            waiting.note(hindrance, place.pool)
 
 
 def _cause(state: State[Any], site: str, round: int) -> str:

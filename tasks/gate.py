@@ -79,11 +79,12 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A site that was asked and sent nothing, with the cause."""
+    """A site that was asked and sent nothing, with the cause; `away` when it could not be reached."""
 
     site: str
     attempt: int
     cause: str
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ def round_record(
     round: int,
     task: str,
     outcomes: Collection[Outcome],
+    not_asked: Mapping[str, str] | None = None,
     known_weights: Mapping[str, float],
     owner: str = SERVER,
     origin: int | None = None,
@@ -35,6 +36,7 @@ def round_record(
 
     Args:
         outcomes: one for each time that a site was asked.
+        not_asked: site -> why the round went ahead without asking it.
         known_weights: site -> weight of its last training update, for scores that come without one.
         owner: whose model the round's global one is.
         origin: the round that it is the start of; of a site's, the one that it was submitted in; None for this very round.
@@ -53,7 +55,7 @@ def round_record(
         "job_id": job_id,
         "round": round,
         "task": task,
-        "sites": arithmetic.ordered({outcome.site for outcome in ordered}),
+        "sites": arithmetic.ordered({outcome.site for outcome in ordered} | set(not_asked or ())),
         "accepted": accepted,
         "rejected": [
             {
@@ -68,7 +70,12 @@ def round_record(
             if isinstance(outcome, Rejected)
         ],
         "failed": [
-            {"site": outcome.site, "attempt": outcome.attempt, "cause": outcome.cause}
+            {
+                "site": outcome.site,
+                "attempt": outcome.attempt,
+                "cause": outcome.cause,
+                **({"away": True} if outcome.away else {}),
+            }
             for outcome in ordered
             if isinstance(outcome, Failed)
         ],
@@ -85,6 +92,11 @@ def round_record(
         "late": [
             {"site": outcome.site, "attempt": outcome.attempt} for outcome in ordered if isinstance(outcome, Late)
         ],
+        **(
+            {"not_asked": [{"site": site, "reason": not_asked[site]} for site in arithmetic.ordered(not_asked)]}
+            if not_asked
+            else {}
+        ),
         "metrics": mean_metrics((metrics_weight(entry), entry["metrics"]) for entry in accepted),
         "denominators": denominators((metrics_weight(entry), entry["metrics"]) for entry in accepted),
         "logged": mean_metrics((entry["weight"], entry["logged"]) for entry in accepted),
@@ -166,6 +178,9 @@ def causes(record: Record) -> str:
         for entry in record["probed"]
     ]
     lines += [(entry["site"], f"{entry['site']} was late: the round did not wait for it") for entry in record["late"]]
+    lines += [
+        (entry["site"], f"{entry['site']} was not asked: {entry['reason']}") for entry in record.get("not_asked", ())
+    ]
     return "\n".join(line for site, line in lines if site not in there)
 
 

@@ -31,6 +31,7 @@ def round_table(record: Record) -> list[dict[str, Any]]:
         )
     for state, why in (("rejected", "reason"), ("failed", "cause")):
         rows += [{"site": entry["site"], "state": f"{state}: {entry[why].splitlines()[0]}"} for entry in record[state]]
+    rows += [{"site": entry["site"], "state": f"not asked: {entry['reason']}"} for entry in record.get("not_asked", ())]
     for state in ("late", "probed"):
         rows += [{"site": entry["site"], "state": state} for entry in record[state]]
     return by_site(rows, lambda row: str(row["site"]))

@@ -6,7 +6,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import psutil
 from fedpool import FedAvgRecipe, JobStatus, Run
 from fedpool.environment import Environment
 
-# Adds 1 to what it receives. In the round `hold` it says that it trains, and goes on when there is a file `go`.
+# Adds 1 to what it receives. In the rounds `hold` it says that it trains, and goes on when there is a file `go`, or `go-ROUND`.
 GATED = """
     import pathlib, threading
     import fedpool.client as flare
@@ -27,10 +27,11 @@ GATED = """
     folder, hold = pathlib.Path(config["folder"]), config["hold"]
     while flare.is_running():
         model = flare.receive()
-        if model.current_round == hold:
-            print("training in round", hold)
+        if model.current_round in hold:
+            print("training in round", model.current_round)
             (folder / f"training-{flare.get_site_name()}").touch()
-            while not (folder / "go").exists():
+            (folder / f"training-{flare.get_site_name()}-{model.current_round}").touch()
+            while not ((folder / "go").exists() or (folder / f"go-{model.current_round}").exists()):
                 threading.Event().wait(0.05)
         flare.send(flare.FLModel(params={name: value + 1 for name, value in model.params.items()}))
 """
@@ -42,17 +43,17 @@ class GatedJob:
     Args:
         folder: the test's own.
         sites: names of the sites.
-        hold: the round.
+        hold: the round, or the rounds.
         fields: of the recipe.
     """
 
-    def __init__(self, folder: Path, sites: tuple[str, ...], *, hold: int = 1, **fields: Any) -> None:
+    def __init__(self, folder: Path, sites: tuple[str, ...], *, hold: int | tuple[int, ...] = 1, **fields: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "client.py"
         script.write_text(textwrap.dedent(GATED))
         self._folder = folder
         self._sites = sites
-        config: dict[str, Any] = {"folder": str(folder), "hold": hold}
+        config: dict[str, Any] = {"folder": str(folder), "hold": [hold] if isinstance(hold, int) else list(hold)}
         defaults: dict[str, Any] = {"name": "gated", "min_clients": len(sites), "num_rounds": 3}
         self.recipe = FedAvgRecipe(
             **defaults
@@ -74,14 +75,15 @@ class GatedJob:
             run.abort()
             assert run.wait(120)
 
-    def wait_until_held(self, run: Run) -> None:
-        """Block until every site holds."""
-        held = [self._folder / f"training-{site}" for site in self._sites]
+    def wait_until_held(self, run: Run, *, round: int | None = None, sites: Sequence[str] | None = None) -> None:
+        """Block until every site holds, or some; in a certain round, if it is given."""
+        suffix = "" if round is None else f"-{round}"
+        held = [self._folder / f"training-{site}{suffix}" for site in sites or self._sites]
         wait_until(lambda: all(path.exists() for path in held), over=lambda: run.get_status() is not JobStatus.RUNNING)
 
-    def release(self) -> None:
-        """Let the sites go on."""
-        (self._folder / "go").touch()
+    def release(self, round: int | None = None) -> None:
+        """Let the sites go on, to the end or out of one round."""
+        (self._folder / ("go" if round is None else f"go-{round}")).touch()
 
 
 class Worker:

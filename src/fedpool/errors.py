@@ -51,18 +51,20 @@ class SiteError(FedpoolError):
     """A site did not deliver in a round.
 
     Attributes: `site`, `round` (from 0) and `cause`, one paragraph that ends with the script's traceback if it has one; `lost`,
-    whether the site went away with its part undone, so that asking again may help.
+    whether the site went away with its part undone, so that asking again may help; `away`, whether it could not be reached for
+    as long as a round waits for that.
     """
 
-    def __init__(self, site: str, round: int, cause: str, *, lost: bool = False) -> None:
+    def __init__(self, site: str, round: int, cause: str, *, lost: bool = False, away: bool = False) -> None:
         super().__init__(f"{site}, round {round}: {cause}")
         self.site = site
         self.round = round
         self.cause = cause
         self.lost = lost
+        self.away = away
 
     def __reduce__(self) -> tuple[type["SiteError"], tuple[str, int, str], dict[str, bool]]:
-        return SiteError, (self.site, self.round, self.cause), {"lost": self.lost}
+        return SiteError, (self.site, self.round, self.cause), {"lost": self.lost, "away": self.away}
 
 
 class RoundError(FedpoolError):

@@ -160,6 +160,12 @@ class Recipe(Checked):
         ge=0,
         le=1000,
     )
+    site_patience_s: float = Field(
+        120.0,
+        description="seconds that a round waits for a site whose worker is lost or offline, or whose work pool is paused",
+        ge=0,
+        allow_inf_nan=False,
+    )
     keep_updates: Literal["all", "last", "none"] = Field(
         "all",
         description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",

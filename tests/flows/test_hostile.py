@@ -11,7 +11,7 @@ import io
 import json
 import pickle
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,12 @@ class HostileSites:
     async def announce(self, site: str, round: int, attempt: int) -> bool:
         return True
 
-    async def perform(self, assignment: SiteAssignment, *, deadline: float | None, log: LogLine) -> Delivery:
+    async def unreachable(self, sites: Collection[str]) -> dict[str, str]:
+        return {}
+
+    async def perform(
+        self, assignment: SiteAssignment, *, deadline: float | None, patience_s: float, log: LogLine
+    ) -> Delivery:
         sent = Sent(assignment, self._job)
         if assignment.site == "site-2" and assignment.task == "train":
             self._cases[assignment.round](sent)

@@ -1,0 +1,152 @@
+"""Whether sites behind work pools can be reached: what Prefect knows of their deployments, their pools and their workers.
+
+Workers are online or offline by the server's word, which judges heartbeats by its own clock: no other clock matters here.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowFilter,
+    FlowFilterName,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import WorkerStatus
+
+from fedpool.manifest import PROTOCOL
+
+SITE_POOL = "fedpool-site"
+"""Type of the pools whose workers do the sites' rounds themselves, so that a round is lost with its worker."""
+
+NO_WORKER = "no worker online"
+PAUSED = "its work pool is paused"
+
+_PAGE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How a site is reached: its deployment, the work pool that runs it, whether that is one of site workers."""
+
+    deployment: UUID
+    pool: str
+    resident: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A work pool as it is now: whether an operator has paused it, and whether it has no worker online."""
+
+    paused: bool
+    offline: bool
+
+    def hinders(self, *, resident: bool, begun: bool) -> str | None:
+        """Why a site's run gets nowhere, if it does not.
+
+        Args:
+            resident: whether the run is lost with its worker.
+            begun: whether a worker has taken the run. A pool that is paused hands out no more runs, and leaves those alone that
+                have begun; other pools' runs live on without the worker that started them.
+        """
+        if self.offline and (resident or not begun):
+            return NO_WORKER
+        return PAUSED if self.paused and not begun else None
+
+
+GONE = Pool(paused=False, offline=True)
+"""A work pool that is not there any more."""
+
+
+async def find_place(client: PrefectClient, site: str) -> Place:
+    """How a site is reached.
+
+    Raises:
+        ObjectNotFound: it is not registered.
+    """
+    deployment = await client.read_deployment_by_name(f"site-round/{site}")
+    pool = deployment.work_pool_name or ""
+    return Place(deployment.id, pool, (await client.read_work_pool(pool)).type == SITE_POOL)
+
+
+async def read_pools(client: PrefectClient, names: Collection[str]) -> dict[str, Pool]:
+    """name -> state of a work pool; only pools that are there."""
+    wanted, found = sorted(names), {}
+    for start in range(0, len(wanted), _PAGE):
+        page = WorkPoolFilter(name=WorkPoolFilterName(any_=wanted[start : start + _PAGE]))
+        for pool in await client.read_work_pools(work_pool_filter=page, limit=_PAGE):
+            workers = await client.read_workers_for_work_pool(pool.name)
+            online = any(worker.status == WorkerStatus.ONLINE for worker in workers)
+            # Pools that start containers elsewhere have no workers at all.
+            offline = not online and not (pool.is_push_pool or pool.is_managed_pool)
+            found[pool.name] = Pool(paused=pool.is_paused, offline=offline)
+    return found
+
+
+def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
+    """Why a work pool starts no run now, with the remedy; None when it does.
+
+    Args:
+        pool: its state; None: it is not there.
+        start: the command that starts a worker of it.
+    """
+    if pool is None:
+        return f"there is no work pool {name!r}: {start}"
+    if pool.paused:
+        return f"work pool {name!r} is paused: prefect work-pool resume {name}"
+    return f"no worker of work pool {name!r} is online: {start}" if pool.offline else None
+
+
+async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str, list[str]]:
+    """site -> why it cannot take part now, with the remedies; only sites that cannot, in the order given."""
+    deployments = {}
+    for start in range(0, len(sites), _PAGE):
+        for deployment in await client.read_deployments(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["site-round"])),
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=list(sites[start : start + _PAGE]))),
+            limit=_PAGE,
+        ):
+            deployments[deployment.name] = deployment
+    names = {site: deployment.work_pool_name or site for site, deployment in deployments.items()}
+    pools = await read_pools(client, set(names.values()))
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        command = f"fedpool site start --name {site}"
+        if site not in deployments:
+            found[site] = [f"site {site!r} is not registered: {command}"]
+            continue
+        problems, version = [], deployments[site].version
+        if version != str(PROTOCOL):
+            problems.append(f"site {site!r} speaks protocol {version}, this one {PROTOCOL}: upgrade it")
+        if problem := pool_problem(pools.get(names[site]), names[site], command):
+            problems.append(problem)
+        if problems:
+            found[site] = problems
+    return found
+
+
+def unreachable(places: Mapping[str, Place], pools: Mapping[str, Pool]) -> dict[str, str]:
+    """site -> why a run for it would get nowhere now; only sites for which it would.
+
+    Args:
+        places: site -> how it is reached.
+        pools: name -> the work pool as it is now.
+    """
+    found = {}
+    for site, place in places.items():
+        pool = pools.get(place.pool, GONE)
+        if reason := pool.hinders(resident=place.resident, begun=False):
+            found[site] = reason
+    return found
+
+
+async def clock_ahead(client: PrefectClient) -> timedelta:
+    """How far this machine's clock is ahead of the server's, to the second; negative when it is behind."""
+    answered = (await client.hello()).headers.get("Date")
+    return datetime.now(UTC) - parsedate_to_datetime(answered) if answered else timedelta(0)
