@@ -48,6 +48,11 @@ class SiteConfig(BaseSettings):
         description="options of the store for fsspec; secrets are better off in its own variables",
         repr=False,
     )
+    max_jobs: int | None = Field(
+        None,
+        description="how many jobs may train here at once, the others wait for their turn; empty: all of them",
+        ge=1,
+    )
     idle_timeout_s: float = Field(
         1800.0, description="seconds after which a job that asks for nothing is forgotten, and its script ended", gt=0
     )

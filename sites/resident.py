@@ -22,6 +22,7 @@ from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import SiteFolder, run_site_round
 from fedpool.sites.sockets import make_socket_folder
+from fedpool.sites.turns import Turns
 from fedpool.store import Store
 
 _LOCAL_POLL_S = 0.05
@@ -45,6 +46,7 @@ class Resident:
         self.config = config
         self._jobs: dict[str, _JobHere] = {}
         self._lock = threading.Lock()
+        self._turns = Turns(config.max_jobs)
         self._closed = threading.Event()
         self._scratch = Scratch(config.folder.absolute(), ".fedpool-")
         self._keeper = threading.Thread(target=self._keep_house, name="fedpool-resident", daemon=True)
@@ -81,7 +83,9 @@ class Resident:
                 raise SiteError(self.config.name, round, "the site was stopped")
             job = self._jobs.get(job_id)
             if job is None:
-                job = self._jobs[job_id] = _JobHere(job_id, self._open(store), self.config, self._scratch.path)
+                job = self._jobs[job_id] = _JobHere(
+                    job_id, self._open(store), self.config, self._scratch.path, self._turns
+                )
             job.num_calls += 1
         try:
             return job.perform(round, attempt, stop=_Either(stop, self._closed), log=log)
@@ -133,11 +137,12 @@ class _Either:
 class _JobHere:
     """One job at this site."""
 
-    def __init__(self, job_id: str, store: Store, config: SiteConfig, scratch: Path) -> None:
+    def __init__(self, job_id: str, store: Store, config: SiteConfig, scratch: Path, turns: Turns) -> None:
         self.job_id = job_id
         self._store = store
         self._paths = JobPaths(job_id)
         self._config = config
+        self._turns = turns
         self._folder = scratch / job_id
         self._folder.mkdir(parents=True, exist_ok=True)
         self._sockets = make_socket_folder()
@@ -154,11 +159,22 @@ class _JobHere:
             assignment = self._wait_for(round, attempt, stop)
             if assignment is None:
                 return False
+            deadline = None if assignment.timeout_s is None else time.monotonic() + assignment.timeout_s
             with self._working:
                 if self._is_over(round):  # while the script was still at work for the round before
                     return False
-                self._do(assignment, stop, log)
-            return True
+                is_over = _NowAndThen(lambda: self._is_over(round))
+
+                def give_up() -> bool:
+                    late = deadline is not None and time.monotonic() >= deadline
+                    return late or stop.is_set() or is_over()
+
+                with self._turns.turn(self.job_id, over=give_up, tell=log) as came:
+                    if came:
+                        self._do(assignment, deadline, stop, log)
+                    elif stop.is_set():
+                        raise SiteError(self._config.name, round, "it was cancelled before its turn")
+            return came
         except (OSError, StoreError) as error:
             raise SiteError(self._config.name, round, f"its part of the store failed: {error}") from error
 
@@ -221,9 +237,8 @@ class _JobHere:
                 )
             pause.wait(_LOCAL_POLL_S if self._store.is_local else _REMOTE_POLL_S)
 
-    def _do(self, assignment: SiteAssignment, stop: _Either, log: LogLine) -> None:
+    def _do(self, assignment: SiteAssignment, deadline: float | None, stop: _Either, log: LogLine) -> None:
         client = self._client = self._client or self._read_job()
-        deadline = None if assignment.timeout_s is None else time.monotonic() + assignment.timeout_s
         session = self._session = self._session or self._new_session(client)
         with _Watch(lambda: stop.is_set() or self.has_ended(), session.kill) as watch:
             try:
@@ -276,6 +291,20 @@ class _JobHere:
         )
         launcher = ProcessLauncher(config.command, threads=client.threads, imports=client.imports)
         return Session(work, launcher, folder=self._sockets, workdir=config.folder.absolute())
+
+
+class _NowAndThen:
+    """A question to the store that is asked once in a while; in between the answer is no."""
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        self._ask = ask
+        self._asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._asked < _JOB_POLL_S:
+            return False
+        self._asked = time.monotonic()
+        return self._ask()
 
 
 class _Watch:

@@ -205,6 +205,44 @@ def test_jobs_have_sessions_of_their_own_that_run_at_the_same_time(
     assert isinstance(hanging.wait(), SiteError)
 
 
+def test_a_site_that_takes_one_job_at_a_time_has_the_other_wait_for_its_turn_and_say_why(
+    site: Callable[..., Site], job: Callable[..., Job]
+) -> None:
+    here, first, second = site(max_jobs=1), job(), job()
+    (here.folder / "hang").touch()
+    first.assign()
+    hanging = here.perform_aside(first)
+    wait_until((here.folder / "hangs").exists)
+    (here.folder / "hang").unlink()
+    second.assign()
+    waiting = here.perform_aside(second)
+    why = f"(max_jobs), and {first.paths.job_id} asked before"
+    wait_until(lambda: any(why in line for line in here.printed))
+    assert not second.store.exists(second.paths.update(0, "a"))
+    first.end()  # its script is killed, and the turn is the other's
+    assert isinstance(hanging.wait(), SiteError)
+    assert waiting.wait() is True
+    assert second.store.exists(second.paths.update(0, "a"))
+
+
+def test_a_turn_that_is_not_wanted_any_more_is_not_waited_for(
+    site: Callable[..., Site], job: Callable[..., Job]
+) -> None:
+    here, first, over, late = site(max_jobs=1), job(), job(), job()
+    (here.folder / "hang").touch()
+    first.assign()
+    hanging = here.perform_aside(first)
+    wait_until((here.folder / "hangs").exists)
+    over.assign()
+    late.assign(timeout_s=3)
+    ends, misses = here.perform_aside(over), here.perform_aside(late)
+    wait_until(lambda: sum("(max_jobs)" in line for line in here.printed) == 2)
+    over.end()
+    assert ends.wait() is False and misses.wait() is False
+    here.resident.close()
+    assert isinstance(hanging.wait(), SiteError)
+
+
 def test_the_end_of_a_job_is_seen_from_its_result(site: Callable[..., Site], job: Callable[..., Job]) -> None:
     here, work = site(), job()
     work.assign()
