@@ -1,4 +1,4 @@
-"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`, `fedpool recipe`."""
+"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`, `fedpool recipe`, `fedpool migrate`."""
 
 import asyncio
 import json
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpool.deployments.job_command import job
+from fedpool.deployments.migrate_command import migrate
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.recipe_command import recipe
 from fedpool.errors import FedpoolError
@@ -31,6 +32,7 @@ app.command(poc)
 app.command(site)
 app.command(job)
 app.command(recipe)
+app.command(migrate)
 
 Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
 SiteName = Annotated[str | None, Parameter(help="name of the site, as recipes know it")]

@@ -4,6 +4,7 @@
     ├── ClientError          the client API was called out of order or with a wrong value (in a client script)
     ├── RecipeError          a recipe or an environment that cannot run as written; also a ValueError
     ├── ConfigError          a site's or an environment's configuration that does not fit what is there; also a ValueError
+    ├── MigrationError       a script that `fedpool migrate` cannot read; also a ValueError
     ├── StoreError           the job's object storage refused, or an object is already there
     │   ├── IntegrityError   bytes that are not what their manifest or their format says
     │   └── StoreRefused     the store refuses in a way that waiting does not heal: its message has the remedy
@@ -33,6 +34,10 @@ class RecipeError(FedpoolError, ValueError):
 
 class ConfigError(FedpoolError, ValueError):
     """A site or an environment is not set up as it says; the message names the setting, its value and the remedy."""
+
+
+class MigrationError(FedpoolError, ValueError):
+    """A script cannot be migrated; the message names the file and the line, and the file is left as it was."""
 
 
 class StoreError(FedpoolError):

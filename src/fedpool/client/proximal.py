@@ -72,3 +72,27 @@ def proximal_mu(config: Mapping[str, Any]) -> float:
     if isinstance(mu, bool) or not isinstance(mu, int | float) or not math.isfinite(mu) or mu < 0:
         raise ClientError(f"{FEDPROX_MU} in the config must be a finite number from 0, got {mu!r}")
     return float(mu)
+
+
+class PTFedProxLoss(torch.nn.Module):
+    """FedProx's term as a module that is called with two models, as scripts written for NVFlare do.
+
+    Args:
+        mu: the strength, from 0.
+    """
+
+    def __init__(self, mu: float = 0.01) -> None:
+        super().__init__()
+        if mu < 0:
+            raise ClientError(f"mu must be a number from 0, got {mu!r}")
+        self.mu = mu
+
+    def forward(self, model: torch.nn.Module, received: torch.nn.Module) -> torch.Tensor:
+        """mu/2 * ||w - w_global||^2, to be added to the loss.
+
+        Args:
+            model: that is trained.
+            received: a copy of it at the received values, with the same parameters.
+        """
+        pairs = zip(model.parameters(), received.parameters(), strict=True)
+        return self.mu / 2 * torch.stack([(own - anchor).square().sum() for own, anchor in pairs]).sum()

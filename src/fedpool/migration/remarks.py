@@ -1,0 +1,100 @@
+"""What is left to do by hand in a script that was written for NVFlare, line by line."""
+
+import ast
+import re
+from dataclasses import dataclass
+
+from fedpool.migration.names import EXPORTS, MODULES, NAMES, advice
+from fedpool.migration.rewrite import chains
+from fedpool.migration.source import Source
+
+_DOTTED = re.compile(r"nvflare(\.\w+)+")
+_SCAFFOLD = ("SCAFFOLD_CTRL_DIFF", "SCAFFOLD_CTRL_GLOBAL", "scaffold_c_diff", "scaffold_c_global")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Remark:
+    """Something that a person has to look at.
+
+    Attributes:
+        line: its number, from 1.
+        subject: what it is about.
+        advice: what to do.
+    """
+
+    line: int
+    subject: str
+    advice: str
+
+
+def remarks(source: Source) -> list[Remark]:
+    """What is left in a source whose imports have been changed, in the order of its lines."""
+    found: set[Remark] = set()
+    aliases: dict[str, str] = {}
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Import(names=names):
+                for alias in names:
+                    found |= _of_import(node.lineno, alias)
+                    if alias.asname:
+                        aliases[alias.asname] = alias.name
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                found |= {remark for alias in names for remark in _of_import_from(alias, module, node.lineno)}
+                aliases |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in names}
+            case ast.Constant(value=str(text)) if _DOTTED.fullmatch(text):
+                found.add(Remark(node.lineno, repr(text), f"a string that names a module of NVFlare's: {advice(text)}"))
+            case ast.Call(func=ast.Name(id="init") | ast.Attribute(attr="init"), keywords=keywords):
+                for keyword in keywords:
+                    if keyword.arg == "config_file":
+                        text = "is not read, which a warning says: leave it out, and configure by recipe and site"
+                        found.add(Remark(keyword.value.lineno, "init(config_file=)", text))
+            case ast.Attribute(attr=name) | ast.Constant(value=str(name)) if name in _SCAFFOLD:
+                found.add(Remark(node.lineno, name, advice("nvflare.app_opt.pt.scaffold")))
+    for bound, module in aliases.items():
+        found |= _of_uses(source.tree, bound, module)
+    if any(isinstance(node, ast.Import) and _binds_nvflare(node) for node in ast.walk(source.tree)):
+        for chain in chains(source.tree, "nvflare"):
+            text = ast.unparse(chain[-1])
+            found.add(Remark(chain[0].lineno, text, advice(text)))
+    return sorted(found)
+
+
+def _binds_nvflare(node: ast.Import) -> bool:
+    return any(alias.asname is None and alias.name.split(".")[0] == "nvflare" for alias in node.names)
+
+
+def _of_import(line: int, alias: ast.alias) -> set[Remark]:
+    if alias.name.split(".")[0] != "nvflare":
+        return set()
+    known = alias.name in MODULES
+    text = "its uses are in doubt, so it stays: import it with `as`" if known else advice(alias.name)
+    return {Remark(line, f"import {alias.name}", text)}
+
+
+def _of_import_from(alias: ast.alias, module: str, line: int) -> set[Remark]:
+    if module.split(".")[0] == "nvflare":
+        name = f"{module}.{alias.name}"
+        known = alias.name in NAMES.get(module, {})
+        text = "stays, because of the comments within the statement: import it by itself" if known else advice(name)
+        return {Remark(alias.lineno or line, name, text)}
+    if module in EXPORTS and alias.name == "*":
+        return {Remark(line, f"from {module} import *", "names what you use: nothing says whether all of it is there")}
+    return set()
+
+
+def _of_uses(tree: ast.Module, bound: str, module: str) -> set[Remark]:
+    """Uses of a module's attributes that it does not have here."""
+    if module not in EXPORTS:
+        return set()
+    found = set()
+    inside = {name.removeprefix(f"{module}.") for name in EXPORTS if name.startswith(f"{module}.")}
+    for chain in chains(tree, bound):
+        if len(chain) > 1:
+            attribute = chain[1]
+            assert isinstance(attribute, ast.Attribute)
+            if attribute.attr not in EXPORTS[module] | inside and not attribute.attr.startswith("__"):
+                text = advice(f"nvflare.client.{attribute.attr}")
+                found.add(
+                    Remark(attribute.lineno, f"{bound}.{attribute.attr}", f"{module} has no {attribute.attr}: {text}")
+                )
+    return found
