@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fedpool.client as flare
-from fedpool import FedProxRecipe, Run
+from fedpool import FedProxRecipe, Run, ScaffoldRecipe
 from fedpool.client import compat
 from fedpool.client.api import Client
+from fedpool.client.proximal import PTFedProxLoss
 from fedpool.client.tracking import MLflowWriter, SummaryWriter, WandBWriter
 from fedpool.errors import ClientError
 from tests.hosts import MemoryHost, OneSite
@@ -212,3 +214,83 @@ class TestConstants:
         assert model is not None
         with pytest.raises(ClientError, match="fedprox_mu must be a positive number, got None: use a FedProxRecipe"):
             compat.get_fedprox_mu(model)
+
+
+SCAFFOLD_LOOP = """
+import copy
+
+import torch
+
+import fedpool.client as flare
+from fedpool.client.compat import AlgorithmConstants
+from fedpool.client.scaffold_helper import PTScaffoldHelper, get_lr_values
+
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+flare.init()
+shift = float(flare.get_site_name()[-1])
+inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(int(shift)))
+helper = PTScaffoldHelper()
+helper.init(model)
+while flare.is_running():
+    received = flare.receive()
+    model.load_state_dict(received.params)
+    if flare.is_evaluate():
+        flare.send(flare.FLModel(metrics={}))
+        continue
+    before = copy.deepcopy(model)
+    helper.load_global_controls(received.meta[AlgorithmConstants.SCAFFOLD_CTRL_GLOBAL])
+    c_global, c_local = helper.get_params()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(inputs) - shift).square().mean().backward()
+        optimizer.step()
+        lr = get_lr_values(optimizer)[0]
+        helper.model_update(model, lr, c_global, c_local)
+    helper.terms_update(model, lr, c_global, c_local, before)
+    change = helper.get_delta_controls()
+    flare.send(flare.FLModel(params=model.state_dict(), meta={AlgorithmConstants.SCAFFOLD_CTRL_DIFF: change}))
+"""
+
+OUR_LOOP = """
+import torch
+
+import fedpool.client as flare
+
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+flare.init()
+shift = float(flare.get_site_name()[-1])
+inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(int(shift)))
+while flare.is_running():
+    received = flare.receive()
+    model.load_state_dict(received.params)
+    if flare.is_evaluate():
+        flare.send(flare.FLModel(metrics={}))
+        continue
+    scaffold = flare.Scaffold(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(inputs) - shift).square().mean().backward()
+        optimizer.step()
+    flare.send(flare.FLModel(params=model.state_dict(), extras=scaffold.extras()))
+"""
+
+
+def test_nvflares_scaffold_helper_comes_to_what_ours_does(run_job: Callable[..., Run]) -> None:
+    model = torch.nn.Linear(3, 1)
+    theirs = run_job(SCAFFOLD_LOOP, kind=ScaffoldRecipe, model=model, num_rounds=3).get_result()
+    ours = run_job(OUR_LOOP, kind=ScaffoldRecipe, model=model, num_rounds=3).get_result()
+    assert not torch.equal(torch.as_tensor(ours.params["weight"]), model.weight)
+    for name, value in ours.params.items():
+        assert torch.allclose(torch.as_tensor(theirs.params[name]), torch.as_tensor(value), atol=1e-5)
+
+
+def test_nvflares_fedprox_loss_is_the_term_of_the_paper() -> None:
+    model, received = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    expected = 0.15 * sum(
+        (a - b).square().sum() for a, b in zip(model.parameters(), received.parameters(), strict=True)
+    )
+    assert torch.allclose(PTFedProxLoss(mu=0.3)(model, received), torch.as_tensor(expected))
+    with pytest.raises(ClientError, match=r"mu must be a number from 0, got -1"):
+        PTFedProxLoss(mu=-1)

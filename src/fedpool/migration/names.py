@@ -43,6 +43,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "nvflare.app_opt.lightning.api": _in(_LIGHTNING, "patch"),
     "nvflare.app_opt.lightning.loggers.client_logger": _in(_LIGHTNING, ClientLogger="logger"),
     "nvflare.app_opt.pt.fedproxloss": _in(f"{_HERE}.proximal", "PTFedProxLoss"),
+    "nvflare.app_opt.pt.scaffold": _in(f"{_HERE}.scaffold_helper", "PTScaffoldHelper", "get_lr_values"),
 }
 """Module of NVFlare's -> name -> (module here, name here)."""
 
@@ -90,10 +91,6 @@ _ADVICE = (
         ("nvflare.fuel.utils.fobs", "nvflare.app_opt.pt.decomposers", "nvflare.app_common.decomposers",
          "nvflare.app_opt.monai", "nvflare.apis.utils.decomposers"),
         "not needed, because tensors and arrays travel as they are: remove the import and the calls that register it",
-    ),
-    (
-        ("nvflare.app_opt.pt.scaffold", "nvflare.app_common.app_constant.AlgorithmConstants.SCAFFOLD"),
-        "use flare.Scaffold, with a ScaffoldRecipe, see docs/recipes/scaffold.md",
     ),
     (("nvflare.fuel.utils.log_utils",), "use the standard library's logging: what it prints goes to the site's log"),
     (

@@ -9,7 +9,6 @@ from fedpool.migration.rewrite import chains
 from fedpool.migration.source import Source
 
 _DOTTED = re.compile(r"nvflare(\.\w+)+")
-_SCAFFOLD = ("SCAFFOLD_CTRL_DIFF", "SCAFFOLD_CTRL_GLOBAL", "scaffold_c_diff", "scaffold_c_global")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,8 +47,6 @@ def remarks(source: Source) -> list[Remark]:
                     if keyword.arg == "config_file":
                         text = "is not read, which a warning says: leave it out, and configure by recipe and site"
                         found.add(Remark(keyword.value.lineno, "init(config_file=)", text))
-            case ast.Attribute(attr=name) | ast.Constant(value=str(name)) if name in _SCAFFOLD:
-                found.add(Remark(node.lineno, name, advice("nvflare.app_opt.pt.scaffold")))
     for bound, module in aliases.items():
         found |= _of_uses(source.tree, bound, module)
     if any(isinstance(node, ast.Import) and _binds_nvflare(node) for node in ast.walk(source.tree)):
