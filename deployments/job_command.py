@@ -1,6 +1,5 @@
 """The command `fedpool job`: what ran and what runs; how a job is verified, replayed, pruned, resumed and cancelled."""
 
-import asyncio
 import json
 import runpy
 import sys
@@ -16,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpool.deployments import jobs
+from fedpool.deployments.api import open_client
+from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.progress import cross_site_table
 from fedpool.deployments.run import JobStatus
@@ -115,7 +116,7 @@ def job_logs(
 ) -> None:
     """What a job's runs have logged, from the Prefect server."""
     with _server(home):
-        for name, line in asyncio.run(_with_client(lambda client: jobs.read_logs(client, job_id, at))):
+        for name, line in run_blocking(_with_client(lambda client: jobs.read_logs(client, job_id, at))):
             print(f"{name}: {line}")
 
 
@@ -123,7 +124,7 @@ def job_logs(
 def cancel(job_id: str, *, home: Home = DEFAULT_HOME) -> None:
     """Stop a job: its sites stop training, and it says that it was cancelled."""
     with _server(home):
-        asyncio.run(_with_client(lambda client: jobs.cancel(client, job_id)))
+        run_blocking(_with_client(lambda client: jobs.cancel(client, job_id)))
 
 
 @job.command
@@ -247,9 +248,7 @@ def _server(home: Path) -> Iterator[None]:
 
 
 async def _with_client(use: Callable[["PrefectClient"], Awaitable[T]]) -> T:
-    from prefect.client.orchestration import get_client
-
-    async with get_client() as client:
+    async with open_client() as client:
         return await use(client)
 
 

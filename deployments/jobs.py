@@ -115,7 +115,10 @@ async def find_run(client: "PrefectClient", job_id: str) -> "FlowRun":
         limit=1,
     )
     if not runs:
-        raise ConfigError(f"the Prefect server at {client.api_url} knows no run of job {job_id!r}")
+        raise ConfigError(
+            f"the Prefect server at {client.api_url} knows no run of job {job_id!r}. `fedpool job show {job_id}` says what "
+            f"became of it, `fedpool job resume {job_id}` goes on with it"
+        )
     return runs[0]
 
 
@@ -185,9 +188,9 @@ async def cancel(client: "PrefectClient", job_id: str) -> None:
     Raises:
         ConfigError: the server knows no such job, or it has ended.
     """
-    from prefect.client.schemas.objects import State, StateType
+    from fedpool.deployments.following import cancel_run
 
     run = await find_run(client, job_id)
     if run.state is not None and run.state.is_final():
         raise ConfigError(f"job {job_id!r} has ended already: {run.state.name}")
-    await client.set_flow_run_state(run.id, State(type=StateType.CANCELLING))
+    await cancel_run(client, run.id)

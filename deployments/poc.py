@@ -36,6 +36,7 @@ from fedpool.deployments.server import (
     wait_until_up,
 )
 from fedpool.errors import ConfigError, RecipeError, ServerError
+from fedpool.loopback import bypass_proxies
 from fedpool.recipe import Recipe
 from fedpool.refusals import explained
 from fedpool.store import Store
@@ -114,6 +115,11 @@ class PocEnv(RemoteEnv, NamedClients):
         state = self._state()
         return Store(state["store"], **state["storage_options"])
 
+    @property
+    def server_remedy(self) -> str | None:
+        """See `RemoteEnv.server_remedy`."""
+        return f"run `fedpool poc up --home {self.home}`"
+
     def settings(self) -> dict[Any, Any]:
         """See `RemoteEnv.settings`."""
         from prefect.settings import PREFECT_API_URL
@@ -154,6 +160,7 @@ class PocEnv(RemoteEnv, NamedClients):
             ServerError: something did not start; the message ends with what it printed.
             ConfigError: a proof of concept with other settings is up, or a program is missing.
         """
+        bypass_proxies()  # the processes inherit it
         with self._locked():
             state = self._reconcile()
             if state["s3"] and self._processes.find(_S3) is None:

@@ -4,12 +4,10 @@ Everything that can be known to be missing is said before anything is submitted.
 """
 
 import asyncio
-import re
 import secrets
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -18,12 +16,15 @@ import httpx
 from pydantic import ConfigDict, Field
 from rich.console import Console
 
+from fedpool.deployments.api import open_client
+from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.jobs import check_has_ended
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
-from fedpool.errors import ConfigError, JobFailed, ServerError, StoreError, StoreRefused
+from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
 from fedpool.fields import Checked
 from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
+from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
 COORDINATOR_POOL = "fedpool-coordinator"
-_POLL_S = 0.3
-_API_POLL_S = 2.0
-_API_PATIENCE_S = 600.0
-"""How long the Prefect API may be away while a job is followed."""
 _AD_HOC = "execute"
 """Prefix of the deployments that `execute` uses, one per recipe class; a recipe's own deployment is left alone."""
 
@@ -67,6 +64,11 @@ class RemoteEnv(Checked):
     def prepare(self, recipe: Recipe) -> None:
         """Get ready to run a recipe; the base has nothing to do."""
 
+    @property
+    def server_remedy(self) -> str | None:
+        """What to do when the server does not answer; None: what there is to do with any server."""
+        return None
+
     def execute(
         self,
         recipe: Recipe,
@@ -90,6 +92,7 @@ class RemoteEnv(Checked):
             ConfigError, ServerError, StoreError: something that the job needs is missing; nothing was submitted.
             KeyboardInterrupt: Ctrl-C; the job is cancelled first.
         """
+        bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
         self.prepare(recipe)
@@ -107,7 +110,7 @@ class RemoteEnv(Checked):
 
             from fedpool.tasks.reach import clock_ahead
 
-            async with self._client() as client:
+            async with open_client(self.server_remedy) as client:
                 await check(client, names, self.coordinator_pool)
                 if start.resumes:
                     await check_has_ended(client, job_id)
@@ -127,7 +130,7 @@ class RemoteEnv(Checked):
                 return run.id
 
         with self._applied():
-            run_id = asyncio.run(submit())
+            run_id = run_blocking(submit())
         run = Run(job_id, store, work=lambda: self._follow(run_id, store, job_id), cancel=lambda: self._cancel(run_id))
         if wait:
             show(run, recipe, len(names), Console(quiet=not self.progress))
@@ -152,6 +155,7 @@ class RemoteEnv(Checked):
         Raises:
             RecipeError, ConfigError, ServerError, StoreError: as `execute`.
         """
+        bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
         schedules = [parse_schedule(entry) for entry in ([] if schedule is None else _listed(schedule))]
@@ -161,7 +165,7 @@ class RemoteEnv(Checked):
         template = new_job_id(recipe.name)
 
         async def register() -> None:
-            async with self._client() as client:
+            async with open_client(self.server_remedy) as client:
                 await check(client, names, self.coordinator_pool)
                 await asyncio.to_thread(stage, recipe, template, store, names, template=True)
                 parameters = self._parameters(recipe, store, names) | {"template": template, "warm_start": warm_start}
@@ -170,7 +174,7 @@ class RemoteEnv(Checked):
                 )
 
         with self._applied():
-            asyncio.run(register())
+            run_blocking(register())
         return f"federated-job/{recipe.name}"
 
     @contextmanager
@@ -186,55 +190,28 @@ class RemoteEnv(Checked):
         fields = recipe.model_dump(mode="json", include=set(form_fields(type(recipe))))
         return {"store": store.url, "sites": list(names), "look_ahead": self.look_ahead, **fields}
 
-    def _client(self) -> "PrefectClient":
-        from prefect.client.orchestration import get_client
-
-        return get_client()
-
     def _cancel(self, run_id: UUID) -> None:
-        from prefect.client.schemas.objects import State, StateType
+        from fedpool.deployments.following import cancel_run
 
         async def cancel() -> None:
-            async with self._client() as client:
-                await client.set_flow_run_state(run_id, State(type=StateType.CANCELLING))
+            async with open_client(self.server_remedy) as client:
+                await cancel_run(client, run_id)
 
         with self._applied():
-            asyncio.run(cancel())
+            run_blocking(cancel())
 
     def _follow(self, run_id: UUID, store: Store, job_id: str) -> None:
         """Wait for the end of the job's flow run; raises when it ended without leaving a result."""
+        from prefect.client.orchestration import get_client
 
-        result = JobPaths(job_id).result
+        from fedpool.deployments.following import follow
 
-        async def follow() -> str:
-            async with self._client() as client:
-                asked = answered = time.monotonic()
-                while True:
-                    # The store tells when the job is over; the server is asked now and then whether the run was lost.
-                    try:
-                        over = await asyncio.to_thread(store.exists, result)
-                    except StoreError:  # it does not answer
-                        over = False
-                    if over or time.monotonic() - asked >= _API_POLL_S:
-                        asked = time.monotonic()
-                        try:
-                            state = (await client.read_flow_run(run_id)).state
-                            answered = time.monotonic()
-                            if state is not None and state.is_final():
-                                return f"{state.name}: {state.message}"
-                        except httpx.HTTPError as error:
-                            if time.monotonic() - answered > _API_PATIENCE_S:
-                                raise ServerError(f"the Prefect server is away: {error}") from error
-                    await asyncio.sleep(_POLL_S)
+        async def wait() -> None:
+            async with get_client() as client:
+                await follow(client, run_id, store, job_id)
 
         with self._applied():
-            ended = asyncio.run(follow())
-        with suppress(StoreError):  # then the run's own last words are all there is
-            if store.exists(result):
-                return
-        if said := re.search(rf"job {re.escape(job_id)} failed: .*", ended, re.DOTALL):  # what `run_job` raises
-            raise JobFailed(said[0])
-        raise ServerError(f"the run of job {job_id} ended without a result ({ended}): its log in the UI says more")
+            run_blocking(wait())
 
 
 def parse_schedule(entry: str | timedelta) -> "Schedule":
@@ -289,7 +266,6 @@ async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool:
     from fedpool.tasks.reach import pool_problem, read_pools, site_problems
 
     try:
-        await client.hello()
         start = f"prefect worker start --type process --pool {coordinator_pool}"
         pools = await read_pools(client, [coordinator_pool])
         problem = pool_problem(pools.get(coordinator_pool), coordinator_pool, start)

@@ -136,7 +136,9 @@ class Run:
         if not self._done.is_set():
             return JobStatus.RUNNING
         result = self._last_word()
-        return JobStatus(result["status"]) if result else JobStatus.FAILED
+        if result:
+            return JobStatus(result["status"])
+        return JobStatus.CANCELLED if isinstance(self._error, JobCancelled) else JobStatus.FAILED
 
     def get_result(self, timeout: float | None = None) -> Result:
         """Wait for the job and return what it came to.
@@ -146,7 +148,8 @@ class Run:
 
         Raises:
             TimeoutError: the job still runs.
-            JobFailed: it failed; the message names site, round and cause.
+            JobFailed: it failed, and the message names site, round and cause; or it was lost, and the message says after how many
+                rounds, why, and how to go on.
             JobCancelled: it was cancelled.
             ServerError, StoreError: it could not even begin.
         """

@@ -24,6 +24,7 @@ from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.errors import RecipeError
 from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
+from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.handles import allow_scripts
@@ -108,6 +109,7 @@ class SimEnv(NamedClients):
             ServerError, StoreError: the job could not begin.
             KeyboardInterrupt: Ctrl-C; the sessions are ended first and the job says that it was cancelled.
         """
+        bypass_proxies()
         store = Store(self.workspace.absolute())
         start = begin(recipe, store, resume=resume, fork=fork, from_round=from_round)
         recipe, job_id = start.recipe, start.job_id
@@ -199,6 +201,9 @@ def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> "dict[Se
     if configured is not None:
         if server is not None:
             server.close()
+        from fedpool.deployments.api import check_server
+
+        check_server("start it, or unset PREFECT_API_URL to have a private server")
         return {PREFECT_API_URL: configured}
     server = server or stack.enter_context(private_server())
     for name in _FIRST_RUN_IMPORTS:

@@ -40,6 +40,7 @@ from fedpool.deployments.site_claim import SiteClaim
 from fedpool.deployments.site_run import check_run, do_run
 from fedpool.errors import ConfigError
 from fedpool.flows.site_round import ENTRYPOINT, site_round
+from fedpool.loopback import bypass_proxies
 from fedpool.manifest import PROTOCOL
 from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
 from fedpool.sites.resident import Resident
@@ -80,6 +81,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         return {}
 
     def __init__(self, work_pool_name: str, *args: Any, config: SiteConfig | None = None, **kwargs: Any) -> None:
+        bypass_proxies()  # before there is a client
         if config is None:
             file = os.environ.get(CONFIG_VARIABLE)
             name = {} if file or "FEDPOOL_SITE_NAME" in os.environ else {"name": work_pool_name}

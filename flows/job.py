@@ -137,7 +137,7 @@ async def run_job(job: Job) -> State[Any]:
         await asyncio.to_thread(sites.open, recipe.client_job(job.job_id), storage)
         try:
             stopped_by = await _run_rounds(job)
-        except FedpoolError as failure:
+        except Exception as failure:  # noqa: BLE001  # the store says how the job ended, whatever ended it
             error = "cancelled" if sites.cancelled else _failure(failure, job)
         except asyncio.CancelledError:
             # Someone cancels the run, or ends this process, and waits for nothing: the sites learn of it from the result.
@@ -165,8 +165,11 @@ async def run_job(job: Job) -> State[Any]:
     return Completed(message=f"{recipe.name}: {len(job.records)} rounds")
 
 
-def _failure(failure: FedpoolError, job: Job) -> str:
+def _failure(failure: Exception, job: Job) -> str:
     """What a job says of its failure; one that the store is to blame for can go on."""
+    if not isinstance(failure, FedpoolError):  # nobody expected it: its traceback is needed
+        get_run_logger().error("a round ended with an unexpected error", exc_info=failure)
+        return f"{type(failure).__name__}: {failure}"
     if not isinstance(failure, StoreError) or isinstance(failure, IntegrityError):
         return str(failure)
     return f"{failure}; then go on with the job: fedpool job resume {job.job_id} --store {job.store.url}"

@@ -7,18 +7,20 @@ reads it back, each by a request of its own. A short round takes as long as its 
 import asyncio
 from uuid import UUID
 
+import httpx
 from anyio import CancelScope
 from prefect import task
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext, TagsContext
-from prefect.exceptions import Abort, TerminationSignal
+from prefect.exceptions import Abort, ObjectNotFound, PrefectException, TerminationSignal
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 from prefect.utilities.engine import propose_state
 
-from fedpool.errors import FedpoolError
+from fedpool.errors import FedpoolError, ServerError
 from fedpool.flows.round import Job, federated_round
+from fedpool.tasks.dispatch import gone
 
 
 @task(name="federated-round")
@@ -40,6 +42,8 @@ async def run_round(job: Job, number: int) -> None:
         await before.created.wait()
     try:
         run = await _create(client, parent.flow_run.id, job, number)
+    except (httpx.HTTPError, PrefectException) as error:
+        raise await why_refused(client, parent.flow_run.id, number, error) from error
     finally:
         job.rounds[number].created.set()
     logger = flow_run_logger(run, federated_round)
@@ -74,6 +78,19 @@ async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -
         state=Running(),
     )
     return run
+
+
+async def why_refused(client: PrefectClient, job_run: UUID, number: int, error: Exception) -> ServerError:
+    """What is to be said of a round whose run the server did not take."""
+    try:
+        await client.read_flow_run(job_run)
+    except ObjectNotFound:
+        return ServerError(gone(client, job_run))
+    except (httpx.HTTPError, PrefectException):  # it does not answer, as the error says
+        pass
+    return ServerError(
+        f"round {number} could not be begun, because the Prefect server at {client.api_url} failed: {error}"
+    )
 
 
 async def _report(client: PrefectClient, run: FlowRun, state: State[None]) -> None:

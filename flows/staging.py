@@ -82,6 +82,14 @@ def num_trained(store: Store, job_id: str) -> int:
     return number
 
 
+def num_committed(store: Store, job_id: str) -> int:
+    """How many rounds a job has committed, those that only score or submit models included."""
+    number, paths = 0, JobPaths(job_id)
+    while store.exists(paths.record(number)):
+        number += 1
+    return number
+
+
 def has_completed(store: Store, job_id: str) -> bool:
     """Whether a job has come to its end, so that there is nothing to go on with."""
     path = JobPaths(job_id).result

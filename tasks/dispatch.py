@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Pending, Scheduled
 
-from fedpool.errors import SiteError, StoreError, StoreRefused
+from fedpool.errors import ServerError, SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.session import LogLine
@@ -352,7 +352,13 @@ class PoolSites:
 
     async def _look_at_runs(self) -> None:
         waited = {self._runs[key]: waiting for key, waiting in self._waiting.items()}
-        for run in await self._read([*waited, *([self._job_run] if self._job_run else [])]):
+        found = await self._read([*waited, *([self._job_run] if self._job_run else [])])
+        if self._job_run is not None and self._job_run not in {run.id for run in found}:
+            for waiting in waited.values():
+                if not waiting.ended.done():
+                    waiting.ended.set_exception(ServerError(gone(await self._connect(), self._job_run)))
+            return
+        for run in found:
             if run.state is None:
                 continue
             if run.id == self._job_run:
@@ -380,6 +386,14 @@ class PoolSites:
             place = places[site]
             hindrance = pools.get(place.pool, GONE).hinders(resident=place.resident, begun=waiting.begun)
             waiting.note(hindrance, place.pool)
+
+
+def gone(client: PrefectClient, job_run: UUID) -> str:
+    """What is to be said of a job whose run the server does not know any more."""
+    return (
+        f"its run {job_run} is gone from the Prefect server at {client.api_url}: someone has deleted it, or the server has "
+        "lost its database"
+    )
 
 
 def _cause(state: State[Any], site: str, round: int) -> str:

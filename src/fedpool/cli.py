@@ -1,6 +1,5 @@
 """The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`, `fedpool recipe`, `fedpool migrate`."""
 
-import asyncio
 import json
 import os
 import shlex
@@ -13,11 +12,13 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
+from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.job_command import job
 from fedpool.deployments.migrate_command import migrate
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.recipe_command import recipe
 from fedpool.errors import FedpoolError
+from fedpool.loopback import bypass_proxies
 from fedpool.sites.config import SiteConfig
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def start(
     setup_signal_handlers_worker(os.getpid(), "the site", Console().print)
     worker = SiteWorker(settings.pool_name, config=settings)
     try:
-        asyncio.run(worker.start(printer=Console().print))
+        run_blocking(worker.start(printer=Console().print))
     except KeyboardInterrupt:  # what the first SIGTERM becomes
         Console().print(f"site {settings.name} has stopped")
 
@@ -183,14 +184,13 @@ def register(
     """Tell the server of a site that has no worker of its own type, but a process, docker or kubernetes pool."""
 
     async def register() -> None:
-        from prefect.client.orchestration import get_client
-
+        from fedpool.deployments.api import open_client
         from fedpool.deployments.site_worker import register_site
 
-        async with get_client() as client:
+        async with open_client() as client:
             await register_site(client, name, pool)
 
-    asyncio.run(register())
+    run_blocking(register())
 
 
 def _site_settings(file: Path | None, data: Path | None, **given: Any) -> SiteConfig:
@@ -218,6 +218,7 @@ def _show(proof: PocEnv) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an error of ours is one line on standard error, and exit code 1."""
+    bypass_proxies()
     try:
         app(arguments)
     except (FedpoolError, ValueError) as error:

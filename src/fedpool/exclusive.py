@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ NOT_SUPPORTED = frozenset(
 _NO_LOCK = NOT_SUPPORTED | {errno.EBADF, errno.EINVAL}
 _NO_RENAME = NOT_SUPPORTED | {errno.EINVAL}
 _NO_SYNC = NOT_SUPPORTED | {errno.EINVAL}
+_LOOKS, _LOOK_PAUSE_S = 10, 0.02
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
@@ -40,7 +42,7 @@ def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool
     Returns: whether it is ours now; None where the file system has no locks.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(descriptor, wait)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -51,6 +53,38 @@ def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool
         )
         return None
     return True
+
+
+def _lock(descriptor: int, wait: bool) -> None:
+    for left in reversed(range(_LOOKS)):  # whoever looks whether it is locked has it for an instant
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if left == 0:
+                raise
+            time.sleep(_LOOK_PAUSE_S)
+        else:
+            return
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether somebody has locked a folder; None where nobody can tell: it is not there, or its file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCK:
+            raise
+        return None
+    else:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def sync(descriptor: int, where: str, told: Told) -> None:

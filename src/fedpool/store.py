@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fedpool import exclusive, s3
 from fedpool.errors import ConfigError, IntegrityError, StoreError, StoreRefused
 from fedpool.local_file import LocalFile
+from fedpool.loopback import bypass_proxies
 from fedpool.refusals import Doing, explained, refusal
 from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 
@@ -58,6 +59,7 @@ class Store:
         if protocol not in ("file", "local"):
             # Others write here too: what was not there a moment ago may be there now.
             storage_options = {"use_listings_cache": False, **storage_options}
+            bypass_proxies()
         if protocol in s3.PROTOCOLS:
             storage_options = s3.with_defaults(storage_options)
         try:
@@ -115,6 +117,10 @@ class Store:
         if text not in self._said:
             self._said.add(text)
             _LOG.warning("%s", text)
+
+    def is_held(self, path: str) -> bool | None:
+        """Whether somebody holds a folder (see `held`); None where nobody can tell."""
+        return exclusive.is_locked(Path(self.full(path))) if self.is_local else None
 
     def remove(self, path: str) -> None:
         """Remove an object, if it is there: one that nothing names, or that its owner does not want any more."""
