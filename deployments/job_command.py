@@ -18,14 +18,16 @@ from fedpool.deployments import jobs
 from fedpool.deployments.api import open_client
 from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
-from fedpool.deployments.progress import cross_site_table
+from fedpool.deployments.progress import cross_site_table, print_findings
 from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
+from fedpool.tasks.findings import findings
+from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.matrix import matrix_metrics
-from fedpool.tasks.tables import report_rows
+from fedpool.tasks.tables import report_rows, untold
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -62,7 +64,9 @@ def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = 
 @job.command
 def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """A job's rounds and models."""
-    summary, records, result = jobs.read_job(_store(store, home), job_id)
+    place = _store(store, home)
+    summary, records, result = jobs.read_job(place, job_id)
+    described = place.read_json(JobPaths(job_id).job)
     if as_json:
         print(json.dumps({**_plain(summary), "rounds": list(records), "result": result}, indent=2))
         return
@@ -75,9 +79,11 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if result is not None and result["error"]:
+        console.print(result["error"], style="red", markup=False, highlight=False, soft_wrap=True)
+    told = findings(MetricRules.stored(described), described["recipe"].get("aggregation_weights", {}), records)
+    print_findings(untold(told, result["error"] if result else None), console)
     if result is not None:
-        if result["error"]:
-            console.print(result["error"], style="red", markup=False, highlight=False, soft_wrap=True)
         for which in ("final", "best"):
             console.print(f"{which} model: {result[which]['path']}", highlight=False, soft_wrap=True)
         if result["cross_site"]:

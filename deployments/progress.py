@@ -1,6 +1,6 @@
 """What a terminal shows of a job: a line that moves while it runs, a table of its rounds at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -10,6 +10,8 @@ from rich.table import Table
 from fedpool.deployments.run import JobStatus, Progress, Run
 from fedpool.errors import FedpoolError, StoreError
 from fedpool.recipe import Recipe
+from fedpool.tasks.findings import findings
+from fedpool.tasks.key_metric import MetricRules, metric_gap
 from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
 from fedpool.tasks.tables import report_rows
 
@@ -46,7 +48,7 @@ def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
         TextColumn("sites {task.fields[metric]}"),
         TimeElapsedColumn(),
     )
-    shown = 0
+    shown, warned = 0, False
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(f"{recipe.name} starting", total=asked, metric="")
         while not run.wait(_POLL_S):
@@ -64,6 +66,11 @@ def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
                 completed=progress.num_answered,
                 metric=_metric(progress, recipe),
             )
+            if progress.last_record is not None and not warned:
+                gap = metric_gap(MetricRules.of(recipe), [progress.last_record])
+                if gap is not None and not gap.is_fatal:
+                    warned = True
+                    print_findings([gap.text], console)
             if not console.is_terminal and progress.num_committed > shown:
                 shown = progress.num_committed
                 console.print(f"{recipe.name}: {shown} rounds done {_metric(progress, recipe)}", highlight=False)
@@ -93,12 +100,19 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
     if result.stopped_by:
         console.print(f"stopped early: {result.stopped_by}", highlight=False)
     if result.evaluation_error:
-        console.print(result.evaluation_error, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        print_findings(result.evaluation_error.splitlines()[:1], console)
+    print_findings(findings(MetricRules.of(recipe), recipe.aggregation_weights, result.rounds), console)
     final = result.metrics[result.num_rounds] if len(result.metrics) > result.num_rounds else {}
     console.print(f"final model{_scores(final)}: {result.path}", highlight=False, soft_wrap=True)
     if result.best_round != result.num_rounds:
         best = result.metrics[result.best_round]
         console.print(f"best model{_scores(best)}: {result.best_path}", highlight=False, soft_wrap=True)
+
+
+def print_findings(told: Sequence[str], console: Console) -> None:
+    """What a person should know of a job that its table does not show."""
+    for finding in told:
+        console.print(finding, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def cross_site_table(matrix: Matrix, metric: str) -> Table:

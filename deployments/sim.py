@@ -137,11 +137,17 @@ class SimEnv(NamedClients):
             workspace=self.workspace.absolute(),
             workdir=Path.cwd(),
             imports=recipe.bundle.imports,
+            origin=_origin(Path(recipe.train_script)),
         )
         run = Run(job_id, store, work=lambda: _work(start, store, sites, console), cancel=sites.cancel)
         if wait:
             show(run, recipe, len(names), console)
         return run
+
+
+def _origin(script: Path) -> str:
+    """Folder of a script; empty when it is not there any more, as where a stored job goes on."""
+    return str(script.resolve().parent) if script.is_file() else ""
 
 
 def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> None:

@@ -8,6 +8,7 @@ Persists no Prefect result: whatever lasts is in the store.
 import asyncio
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
-from fedpool.errors import FedpoolError, IntegrityError, JobFailed, StoreError
+from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError, StoreError
 from fedpool.flows.plan import best_model, next_step, num_expected
 from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals
 from fedpool.flows.round_run import run_round
@@ -27,8 +28,11 @@ from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.store import Store, check_digest
 from fedpool.tasks.arithmetic import arithmetic_of
+from fedpool.tasks.causes import evaluation_error
+from fedpool.tasks.findings import findings
+from fedpool.tasks.key_metric import MetricRules, metric_gap
 from fedpool.tasks.matrix import cross_site_matrix
-from fedpool.tasks.record import evaluation_error, num_trained
+from fedpool.tasks.record import Record, num_trained
 from fedpool.tensors import Digest
 
 
@@ -156,7 +160,8 @@ async def run_job(job: Job) -> State[Any]:
         await asyncio.to_thread(storage.write_json, job.paths.result, result)
     except StoreError as unwritten:  # what ended the job may keep its result from being written, too
         raise JobFailed(f"job {job.job_id} failed: {error or _failure(unwritten, job)}") from unwritten
-    job.reporter.report(recipe.name, result, job.records, storage, matrix)
+    told = findings(MetricRules.of(recipe), recipe.aggregation_weights, job.records)
+    job.reporter.report(recipe.name, result, job.records, storage, matrix, findings=told)
     await job.reporter.finish()
     if status == "CANCELLED":
         return Cancelled(message=f"cancelled after {len(job.records)} rounds")
@@ -179,6 +184,7 @@ async def _run_rounds(job: Job) -> str | None:
     """Run the rounds that are left; returns what stopped the training early, if anything did."""
     recipe, num_sites = job.recipe, len(job.sites.names)
     step, stopped_by = next_step(recipe, job.records)
+    has_gap = _check_metrics(job, job.records)
     runs: dict[int, asyncio.Task[None]] = {}
     try:
         while step is not None:
@@ -189,6 +195,7 @@ async def _run_rounds(job: Job) -> str | None:
                     runs[ahead] = _begin(job, ahead)
             job.rounds[number].turn.set_result(step)
             await _committed(job, number, runs[number])
+            has_gap = has_gap or _check_metrics(job, job.records[-1:])
             step, stopped_by = next_step(recipe, job.records)
             job.reporter.progress(100 * len(job.records) / max(1, num_expected(recipe, job.records, num_sites)))
     finally:
@@ -206,6 +213,21 @@ async def _run_rounds(job: Job) -> str | None:
             "%s: the final model is not scored; the best one is round %d's", why, best_model(recipe, job.records)
         )
     return stopped_by
+
+
+def _check_metrics(job: Job, records: Sequence[Record]) -> bool:
+    """Whether the metrics that the recipe goes by are missing from some rounds, which the log then says.
+
+    Raises:
+        RecipeError: what the user asked for depends on them.
+    """
+    gap = metric_gap(MetricRules.of(job.recipe), records)
+    if gap is None:
+        return False
+    if gap.is_fatal:
+        raise RecipeError(gap.text)
+    get_run_logger().warning("%s", gap.text)
+    return True
 
 
 def _begin(job: Job, number: int) -> asyncio.Task[None]:

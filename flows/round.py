@@ -30,12 +30,13 @@ from fedpool.store import Store, check_digest
 from fedpool.tasks.absence import how_to_resume, unasked
 from fedpool.tasks.aggregate import Before, UpdateChanged, aggregate
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
+from fedpool.tasks.causes import causes, uncounted
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
 from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Rejected
 from fedpool.tasks.publish import copy_model, publish_submitted
 from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.quorum import Quorum
-from fedpool.tasks.record import Record, causes, known_weights, round_record
+from fedpool.tasks.record import Record, known_weights, round_record
 from fedpool.tasks.report import Reporter
 from fedpool.tasks.retention import drop_updates, outdated
 from fedpool.tasks.sampling import choose_sites
@@ -224,6 +225,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
         )
     if missing:
         get_run_logger().warning("round %d goes on without some sites\n%s", number, missing)
+    if (why := uncounted(record, recipe.aggregation_weights)) is not None:
+        get_run_logger().warning("round %d: %s", number, why)
     digest = await asyncio.to_thread(store.write_json, paths.record(number), record)
     job.records.append(record)
     job.head_sha256 = digest.sha256

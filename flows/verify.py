@@ -22,10 +22,11 @@ from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.arithmetic import arithmetic_of
+from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
-from fedpool.tasks.record import Record, evaluation_error, known_weights, num_trained, round_record
+from fedpool.tasks.record import Record, known_weights, num_trained, round_record
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 

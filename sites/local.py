@@ -92,6 +92,7 @@ class LocalSites:
         workspace: where the sites' folders lie, on the file system of the store so that updates move and are not copied.
         workdir: the current folder of every script.
         imports: what to import once for all scripts; see `preload`.
+        origin: folder of the script that the bundle was made of, where it is still there.
     """
 
     have_runs: ClassVar[bool] = False
@@ -106,6 +107,7 @@ class LocalSites:
         "_index",
         "_job",
         "_keep_alive",
+        "_origin",
         "_scratch",
         "_sessions",
         "_slots",
@@ -129,6 +131,7 @@ class LocalSites:
         workspace: Path,
         workdir: Path,
         imports: Sequence[str],
+        origin: str = "",
     ) -> None:
         self.names = tuple(names)
         self._index = {name: index for index, name in enumerate(in_natural_order(names))}
@@ -149,6 +152,7 @@ class LocalSites:
         self._folder = self._scratch.path
         self._zygote = Zygote(threads=threads)
         self._imports = tuple(imports)
+        self._origin = origin
         self._job: ClientJob | None = None
         self._store: Store | None = None
 
@@ -273,6 +277,7 @@ class LocalSites:
             environment=environment,
             site_index=self._index[site],
             num_sites=len(self.names),
+            origin=self._origin,
         )
         session = Session(work, self._zygote, folder=sockets, workdir=self._workdir)
         self._sessions[site] = session

@@ -48,6 +48,8 @@ class Work:
     environment: Mapping[str, str] = field(default_factory=dict)
     site_index: int = 0
     num_sites: int = 1
+    origin: str = ""
+    """Folder that tracebacks show the script in, where it was bundled from; empty: none, as on another machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Session:
         self._key = b""
         self._asked = False  # the script waits in is_running() for its next assignment
         self._exit_code: int | None = None
-        self._output = _Output()
+        self._output = self._new_output()
         self._killed = threading.Event()
 
     def perform(self, assignment: Assignment, *, deadline: float | None, log: LogLine) -> Reply:
@@ -279,8 +281,11 @@ class Session:
         with suppress(FileNotFoundError):
             (self._folder / "s").unlink()
         self._script = self._link = self._listener = self._exit_code = None
-        self._output = _Output()
+        self._output = self._new_output()
         self._asked = False
+
+    def _new_output(self) -> "_Output":
+        return _Output(self._work.script.parent, self._work.origin)
 
 
 class _Ended(Exception):
@@ -288,9 +293,16 @@ class _Ended(Exception):
 
 
 class _Output:
-    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept for error messages."""
+    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept for error messages.
 
-    def __init__(self) -> None:
+    Args:
+        folder: that the bundle was unpacked to: a scratch folder, in which nobody would look for a line of a traceback.
+        origin: folder to show in its place; empty: paths inside the bundle.
+    """
+
+    def __init__(self, folder: Path, origin: str) -> None:
+        self._scratch = f'File "{folder}{os.sep}'
+        self._shown = f'File "{Path(origin)}{os.sep}' if origin else 'File "'
         self.fd: int | None = None
         self._log: LogLine = lambda line: None
         self._partial = b""
@@ -349,6 +361,7 @@ class _Output:
 
     def _pass(self, line: bytes) -> None:
         text = line[:_MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
+        text = text.replace(self._scratch, self._shown)  # in tracebacks; what the script says of paths is left as it is
         self._tail.append(text)
         if self._passed < MAX_LINES_PER_ROUND:
             self._passed += 1

@@ -163,31 +163,3 @@ def of_global_models(records: Sequence[Record]) -> list[Record]:
 def num_trained(records: Sequence[Record]) -> int:
     """How many of a job's rounds trained: they come first."""
     return sum(record["task"] == "train" for record in records)
-
-
-def causes(record: Record) -> str:
-    """Why sites are missing from a round, one paragraph for each time that they were asked."""
-    there = {entry["site"] for entry in record["accepted"]}
-    lines = [(entry["site"], f"{entry['site']} failed: {entry['cause']}") for entry in record["failed"]]
-    lines += [
-        (entry["site"], f"{entry['site']}'s update was rejected ({entry['code']}): {entry['reason']}")
-        for entry in record["rejected"]
-    ]
-    lines += [
-        (entry["site"], f"{entry['site']} is in quarantine: its update was good, and it is let in again")
-        for entry in record["probed"]
-    ]
-    lines += [(entry["site"], f"{entry['site']} was late: the round did not wait for it") for entry in record["late"]]
-    lines += [
-        (entry["site"], f"{entry['site']} was not asked: {entry['reason']}") for entry in record.get("not_asked", ())
-    ]
-    return "\n".join(line for site, line in lines if site not in there)
-
-
-def evaluation_error(records: Sequence[Record]) -> str | None:
-    """Why the final model has no score although sites were asked for one; None when it has, or nobody was asked."""
-    number = num_trained(records)
-    if number == len(records) or records[number]["metrics"]:
-        return None
-    why = causes(records[number])
-    return f"round {number} was to score the final model, and no site sent metrics" + (f"\n{why}" if why else "")

@@ -67,6 +67,8 @@ class Reporter:
         records: Sequence[Record],
         store: Store,
         matrix: Matrix | None = None,
+        *,
+        findings: Sequence[str] = (),
     ) -> None:
         """The report at the end, the metrics' curves, the scores across sites, and links to the models.
 
@@ -75,11 +77,14 @@ class Reporter:
             result: as in `result.json`.
             store: that the models lie in.
             matrix: the scores across sites, where there are any.
+            findings: what the tables do not show; see `fedpool.tasks.findings`.
         """
         pictures = curves(of_global_models(records), first=result["key_metric"])
         if matrix is not None:
             self._across_sites(name, matrix, first=result["key_metric"], mode=result["key_metric_mode"])
-        markdown = final_report(name, result, records, pictures=[picture.key for picture in pictures])
+        markdown = final_report(
+            name, result, records, pictures=[picture.key for picture in pictures], findings=findings
+        )
         self._later(
             acreate_markdown_artifact(markdown, key="report", description=f"report of {name}"),
             *(

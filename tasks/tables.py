@@ -25,8 +25,9 @@ def round_table(record: Record) -> list[dict[str, Any]]:
     for entry in record["accepted"]:
         own = values(entry)
         shown = {name: "" if own.get(name) is None else f"{own[name]:.4f}" for name in names}
+        state = "accepted" if entry["weight"] or record["task"] != "train" else "accepted, but its weight is 0"
         rows.append(
-            {"site": entry["site"], "state": "accepted", "examples": f"{entry['weight']:g}", **shown}
+            {"site": entry["site"], "state": state, "examples": f"{entry['weight']:g}", **shown}
             | {"seconds": f"{entry['seconds']:.2f}", "bytes": str(entry["size"])}
         )
     for state, why in (("rejected", "reason"), ("failed", "cause")):
@@ -63,12 +64,18 @@ def report_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def final_report(
-    name: str, result: Mapping[str, Any], records: Sequence[Record], *, pictures: Sequence[str] = ()
+    name: str,
+    result: Mapping[str, Any],
+    records: Sequence[Record],
+    *,
+    pictures: Sequence[str] = (),
+    findings: Sequence[str] = (),
 ) -> str:
     """The job in markdown: outcome, final and best model, the per-round table.
 
     Args:
         pictures: keys of the artifacts that show the metrics over the rounds.
+        findings: what the table does not show; see `fedpool.tasks.findings`.
     """
     lines = [f"# {name}: {result['status'].lower()}", ""]
     if result["error"]:
@@ -80,7 +87,14 @@ def final_report(
     if result["stopped_by"]:
         lines.append(f"- stopped early: {result['stopped_by']}")
     if result.get("evaluation_error"):
-        lines += ["- **the final model is not scored**:", "", "```", result["evaluation_error"], "```", ""]
+        lines += [
+            "- **the final model is not scored**:",
+            "",
+            "```",
+            result["evaluation_error"].splitlines()[0],
+            "```",
+            "",
+        ]
     if pictures:
         lines.append(f"- curves: the artifacts {', '.join(f'`{key}`' for key in pictures)}")
     header, rows = report_rows(records)
@@ -88,4 +102,11 @@ def final_report(
     # What metrics are called is up to the sites.
     header = [" ".join(cell.split()).replace("|", "\\|") for cell in header]
     lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    if told := untold(findings, result["error"]):
+        lines += ["", "```", "\n".join(told), "```"]
     return "\n".join(lines)
+
+
+def untold(findings: Sequence[str], error: str | None) -> list[str]:
+    """Those of the findings that the job's error does not tell already."""
+    return [finding for finding in findings if finding not in (error or "")]

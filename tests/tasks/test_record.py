@@ -8,8 +8,9 @@ import pytest
 
 from fedpool.manifest import UpdateManifest
 from fedpool.store import to_json
+from fedpool.tasks.causes import causes
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
-from fedpool.tasks.record import causes, known_weights, of_global_models, round_ms, round_record
+from fedpool.tasks.record import known_weights, of_global_models, round_ms, round_record
 from fedpool.tensors import Digest
 
 BASE, NEXT = Digest("b" * 64, 10), Digest("n" * 64, 11)

@@ -105,6 +105,19 @@ def test_the_report_names_the_artifacts_that_hold_the_curves() -> None:
     assert "curves" not in final_report("hello", RESULT, [])
 
 
+def test_the_report_says_what_the_table_does_not_show_unless_the_error_does() -> None:
+    found = ["site-1 (round 0) failed: why", "the key metric is missing"]
+    assert final_report("hello", RESULT, [], findings=found).endswith("\n```\n" + "\n".join(found) + "\n```")
+    told = final_report("hello", {**RESULT, "error": "the key metric is missing"}, [], findings=found)
+    assert told.count("the key metric is missing") == 1 and found[0] in told
+
+
+def test_an_update_that_did_not_count_says_so_in_the_table() -> None:
+    rows = round_table(record(accepted=[site("site-1", weight=0.0)]))
+    assert rows[0]["state"] == "accepted, but its weight is 0"
+    assert round_table(record(task="evaluate", accepted=[site("site-1", weight=0.0)]))[0]["state"] == "accepted"
+
+
 def test_a_metrics_name_cannot_break_the_reports_table() -> None:
     assert "| sites | a\\|b c | seconds |" in final_report(
         "hello", RESULT, [record(metrics={"a|b\nc": 1.0}, logged={})]

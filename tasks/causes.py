@@ -1,0 +1,129 @@
+"""Who is missing from a round and why, for people: equal causes are told once, with all the sites and rounds that had them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fedpool.tasks.record import Record, num_trained
+
+_Cause = tuple[str, str]
+"""What became of a site (`failed`, `rejected`, `probed`, `late` or `not_asked`), and why."""
+
+
+def causes(record: Record) -> str:
+    """Why sites are missing from a round, one paragraph for each cause."""
+    sites: dict[_Cause, list[str]] = {}
+    for site, cause in _missing(record):
+        known = sites.setdefault(cause, [])
+        if site not in known:
+            known.append(site)
+    return "\n".join(
+        _sentence(
+            cause, ", ".join(who), f"{who[0]}'s update" if len(who) == 1 else f"the updates of {', '.join(who)}", who
+        )
+        for cause, who in sites.items()
+    )
+
+
+def causes_over_rounds(records: Sequence[Record]) -> list[str]:
+    """Why sites are missing from some rounds: a paragraph for each cause, with the sites that had it and their rounds."""
+    rounds: dict[_Cause, dict[str, list[int]]] = {}
+    for record in records:
+        for site, cause in _missing(record):
+            known = rounds.setdefault(cause, {}).setdefault(site, [])
+            if record["round"] not in known:
+                known.append(record["round"])
+    told = []
+    for cause, of_site in rounds.items():
+        together: dict[str, list[str]] = {}
+        for site, numbers in of_site.items():
+            together.setdefault(round_numbers(numbers), []).append(site)
+        who = ", ".join(f"{', '.join(sites)} ({numbers})" for numbers, sites in together.items())
+        what = f"the update of {who}" if len(of_site) == 1 else f"the updates of {who}"
+        told.append(_sentence(cause, who, what, list(of_site)))
+    return told
+
+
+def evaluation_error(records: Sequence[Record]) -> str | None:
+    """Why the final model has no score although sites were asked for one; None when it has, or nobody was asked."""
+    number = num_trained(records)
+    if number == len(records) or records[number]["metrics"]:
+        return None
+    why = causes(records[number])
+    return f"round {number} was to score the final model, and no site sent metrics" + (f"\n{why}" if why else "")
+
+
+def uncounted(record: Record, factors: Mapping[str, float]) -> str | None:
+    """Why a round that trained left the model as it was, although updates were accepted; None where it did not.
+
+    Args:
+        factors: the recipe's `aggregation_weights`.
+    """
+    accepted = record["accepted"]
+    if record["task"] != "train" or any(entry["weight"] and factors.get(entry["site"], 1.0) for entry in accepted):
+        return None
+    sent = [entry["site"] for entry in accepted if not entry["weight"]]
+    given = [entry["site"] for entry in accepted if entry["weight"]]
+    why = [f"{', '.join(sent)} sent NUM_STEPS_CURRENT_ROUND 0"] if sent else []
+    why += [f"aggregation_weights is 0 for {', '.join(given)}"] if given else []
+    return (
+        f"every update has weight 0, so the model stays as it is: {'; '.join(why)}. "
+        "Send the number of local steps or rows, or leave it out to count as 1"
+        if accepted
+        else None
+    )
+
+
+def uncounted_over_rounds(records: Sequence[Record], factors: Mapping[str, float]) -> list[str]:
+    """As `uncounted`, of all rounds: a sentence for each cause."""
+    rounds: dict[str, list[int]] = {}
+    for record in records:
+        if (why := uncounted(record, factors)) is not None:
+            rounds.setdefault(why, []).append(record["round"])
+    return [f"{round_numbers(numbers)}: {why}" for why, numbers in rounds.items()]
+
+
+def round_numbers(numbers: Sequence[int]) -> str:
+    """Ascending numbers of rounds in words: "round 1", "rounds 1-4, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"round {shown}" if len(numbers) == 1 else f"rounds {shown}"
+
+
+def _missing(record: Record) -> Iterator[tuple[str, _Cause]]:
+    """Each time that a site was asked in vain, of the sites that the round has nothing of."""
+    there = {entry["site"] for entry in record["accepted"]}
+    asked = [(entry["site"], ("failed", entry["cause"])) for entry in record["failed"]]
+    asked += [(entry["site"], ("rejected", f"({entry['code']}): {entry['reason']}")) for entry in record["rejected"]]
+    asked += [(entry["site"], (state, "")) for state in ("probed", "late") for entry in record[state]]
+    asked += [(entry["site"], ("not_asked", entry["reason"])) for entry in record.get("not_asked", ())]
+    yield from ((site, cause) for site, cause in asked if site not in there)
+
+
+def _sentence(cause: _Cause, who: str, update: str, sites: Sequence[str]) -> str:
+    """
+    Args:
+        who: the sites, in words.
+        update: what they sent, in words.
+        sites: their names.
+    """
+    kind, why = cause
+    one = len(sites) == 1
+    match kind:
+        case "failed":
+            return f"{who} failed: {why}"
+        case "rejected":
+            return f"{update} {'was' if one else 'were'} rejected {why}"
+        case "not_asked":
+            return f"{who} {'was' if one else 'were'} not asked: {why}"
+        case "probed":
+            return (
+                f"{who} is in quarantine: its update was good, and it is let in again"
+                if one
+                else f"{who} are in quarantine: their updates were good, and they are let in again"
+            )
+        case _:
+            return f"{who} {'was' if one else 'were'} late: the round did not wait for {'it' if one else 'them'}"

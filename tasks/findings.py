@@ -1,0 +1,19 @@
+"""What a person should know of a job that its table does not show: pure functions of the rounds' records."""
+
+from collections.abc import Mapping, Sequence
+
+from fedpool.tasks.causes import causes_over_rounds, uncounted_over_rounds
+from fedpool.tasks.key_metric import MetricRules, metric_gap
+from fedpool.tasks.record import Record
+
+
+def findings(rules: MetricRules, factors: Mapping[str, float], records: Sequence[Record]) -> list[str]:
+    """Warnings first, then who is missing from which rounds, and why.
+
+    Args:
+        rules: what the recipe asks of metrics.
+        factors: its `aggregation_weights`.
+    """
+    gap = metric_gap(rules, records)
+    warnings = [gap.text] if gap is not None else []
+    return [*warnings, *uncounted_over_rounds(records, factors), *causes_over_rounds(records)]
