@@ -21,8 +21,9 @@ from torch._C._distributed_c10d import HashStore
 
 from fedpool.arrays import ParamsFormat, as_bytes, load_arrays, save_and_hash
 from fedpool.client.api import Client
-from fedpool.client.hosts import Assignment, TorchrunHost, Waiting, Welcome
+from fedpool.client.hosts import Assignment, Waiting, Welcome
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, Link
+from fedpool.client.ranks import TorchrunHost
 
 PARAMS = {
     "w": torch.arange(6.0).reshape(2, 3),
@@ -89,6 +90,74 @@ while flare.is_running():
 print(f"rank {dist.get_rank()} ran {rounds} round with {len(input_model.params)} params\\n", end="", flush=True)
 dist.destroy_process_group()
 """
+
+# Three ways to write the loop. Each prints what a rank trained on, and sends the sum over the ranks.
+_LOOP_BEGIN = """
+import torch
+import torch.distributed as dist
+import fedpool.client as flare
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+flare.init(rank=rank)
+
+def from_rank_0(value):
+    values = [value if rank == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+def train(round, params):
+    total = params["w"] + rank + round
+    dist.all_reduce(total)
+    print(f"rank {rank} round {round} {params['w'].tolist()}\\n", end="", flush=True)
+    return {"w": total}
+"""
+RANK_0_ASKS = (
+    _LOOP_BEGIN
+    + """
+while True:
+    if not from_rank_0(flare.is_running() if rank == 0 else None):
+        break
+    model = flare.receive()  # on every rank
+    params = train(model.current_round, model.params)
+    if rank == 0:
+        flare.send(flare.FLModel(params=params))
+dist.destroy_process_group()
+"""
+)
+RANK_0_RECEIVES = (
+    _LOOP_BEGIN
+    + """
+while flare.is_running():  # on every rank
+    model = flare.receive() if rank == 0 else None
+    params = train(*from_rank_0((model.current_round, model.params) if rank == 0 else None))
+    if rank == 0:
+        flare.send(flare.FLModel(params=params))
+dist.destroy_process_group()
+"""
+)
+RANK_0_DOES_ALL = (
+    _LOOP_BEGIN
+    + """
+while from_rank_0(flare.is_running() if rank == 0 else None):
+    model = flare.receive() if rank == 0 else None
+    params = train(*from_rank_0((model.current_round, model.params) if rank == 0 else None))
+    if rank == 0:
+        flare.send(flare.FLModel(params=params))
+    flare.log("loss", 1.0)
+dist.destroy_process_group()
+"""
+)
+RANK_0_LEAVES = (
+    _LOOP_BEGIN
+    + """
+while flare.is_running():
+    flare.receive()
+    if rank == 0:
+        break
+    flare.send(flare.FLModel(params={}))
+"""
+)
 
 UNINITIALISED_SCRIPT = "import fedpool.client as flare\nflare.init()\nflare.is_running()\n"
 
@@ -241,6 +310,31 @@ dist.destroy_process_group()
     assert ran.returncode == 0, ran.stderr
     assert sorted(ran.stdout.splitlines()) == ["rank 0 ran 2 rounds", "rank 1 ran 2 rounds"]
     assert [message["kind"] for message in host.messages] == ["hello", *["next", "update"] * 2, "next"]
+
+
+@pytest.mark.parametrize("script", [RANK_0_ASKS, RANK_0_RECEIVES, RANK_0_DOES_ALL])
+def test_a_loop_works_whichever_calls_are_left_to_rank_0(script: str, tmp_path: Path) -> None:
+    assignments = []
+    for number in range(3):
+        with (tmp_path / f"global-{number}").open("wb") as file:
+            save_and_hash(file, {"w": torch.full((2,), 10.0 * number)})
+        model, update = str(tmp_path / f"global-{number}"), str(tmp_path / f"update-{number}")
+        assignments.append(Assignment(number, 3, model=model, update=update, seed=number))
+    _, ran = run_session(tmp_path, script, assignments)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(line for line in ran.stdout.splitlines() if line.startswith("rank")) == [
+        f"rank {rank} round {number} {[10.0 * number] * 2}" for rank in range(2) for number in range(3)
+    ]
+    for number in range(3):
+        assert load_arrays(tmp_path / f"update-{number}", "torch")["w"].tolist() == [22.0 * number + 1] * 2
+    assert "once more" not in ran.stderr
+
+
+def test_a_rank_that_waits_for_rank_0_when_that_has_ended_says_so(tmp_path: Path) -> None:
+    _, ran = run_session(tmp_path, RANK_0_LEAVES, [Assignment(0, 1, update=str(tmp_path / "update"))])
+    assert ran.returncode != 0
+    assert "ClientError: rank 1 waits in flare.is_running() or flare.receive() for rank 0, which is gone" in ran.stderr
+    assert "calling flare.is_running() on every rank" in ran.stderr
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_arrays
-from fedpool.client.hosts import Assignment, Host, TorchrunHost, Waiting, find_host
+from fedpool.client.hosts import Assignment, Host, Waiting
 from fedpool.client.meta import received_meta, sent_control, sent_meta
+from fedpool.client.ranks import TorchrunHost, find_host
 from fedpool.errors import ClientError, RecipeError
 from fedpool.model import CONTROL, FLModel, ParamsType
 from fedpool.paths import check_name
@@ -48,6 +49,8 @@ class Client:
         self._looked_again = False
         self._asked_for_task = False
         self._told_of_evaluations = False
+        self._told_of_repetition: FLModel | None = None
+        self._looks_itself = False  # of a rank above 0: it calls is_running(), and does not leave that to rank 0
         self.patched = False
         """Whether a trainer that was patched does the sending."""
 
@@ -109,10 +112,10 @@ class Client:
         Raises:
             ClientError: the script has gone through a round without sending.
         """
+        if self._follows:  # where rank 0 goes, whether or not this rank has received and sent
+            self._looks_itself = True
+            return self._next(None)
         assignment = self._assignment
-        if assignment is not None and assignment.silent and self._model is not None:
-            self._answered(assignment)  # rank 0 sends for all, and many a script calls send() there only
-            assignment = None
         if assignment is None:
             return self._next(None)
         if self._model is not None or self._asked_for_task or self._looked_again:
@@ -121,10 +124,14 @@ class Client:
                 f"In a round of {assignment.task}, {_PATCHED if self.patched else _ANSWERS[assignment.task]}"
             )
         self._looked_again = True
+        if isinstance(self._host, TorchrunHost):
+            self._host.repeat()
         return True
 
     def receive(self, timeout: float | None = None) -> FLModel | None:
         """The global model of the round; the same one again in the same round; None after timeout seconds or at the end."""
+        if self._follows and not self._looks_itself:
+            self._catch_up()
         if self._assignment is None:
             try:
                 if not self._next(timeout):
@@ -160,6 +167,10 @@ class Client:
             raise ClientError(
                 f"send() takes a flare.FLModel, got {type(model).__name__}: wrap it as flare.FLModel(params=...)"
             )
+        if self._follows:  # rank 0 sends for all
+            if self._assignment is not None:
+                self._answered(self._assignment)
+            return
         if self._assignment is None or self._model is None:
             if self._assignment is None and self._sent_round is not None:
                 raise ClientError(
@@ -167,9 +178,6 @@ class Client:
                 )
             raise ClientError("send() before receive(): call flare.receive() first, then train, then send")
         assignment = self._assignment
-        if assignment.silent:  # rank 0 sends for all
-            self._answered(assignment)
-            return
         if model.params is None and model.metrics is None:
             raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
         metrics = {name: _number(f"metrics[{name!r}]", value) for name, value in (model.metrics or {}).items()}
@@ -271,12 +279,31 @@ class Client:
     def _next(self, timeout: float | None) -> bool:
         if self._ended:
             return False
-        self._assignment = self._host.next(timeout)
+        assignment = self._host.next(timeout)
+        if assignment is not None and assignment == self._assignment:  # rank 0 has only looked again
+            return True
+        self._assignment, self._model = assignment, None
         self._looked_again = self._asked_for_task = False
         self._ended = self._assignment is None
         if self._assignment and self._assignment.seed is not None:
             seed_everything(self._assignment.seed)
         return not self._ended
+
+    @property
+    def _follows(self) -> bool:
+        return isinstance(self._host, TorchrunHost) and self._host.follows
+
+    def _catch_up(self) -> None:
+        """Of a rank that leaves it to rank 0 to ask: see whether rank 0 is in another round by now."""
+        assert isinstance(self._host, TorchrunHost)
+        if self._host.catch_up():
+            self._assignment = self._model = None
+        elif self._model is not None and self._model is not self._told_of_repetition:
+            self._told_of_repetition = self._model
+            sys.stderr.write(
+                f"fedpool: receive() gives {self._host.name} the model of round {self._model.current_round} once more, because "
+                "rank 0 has asked for no other: to go on in step with it, call flare.is_running() or flare.send() on every rank\n"
+            )
 
     def _params_format(self) -> ParamsFormat:
         return self._format or ("torch" if "torch" in sys.modules else "numpy")

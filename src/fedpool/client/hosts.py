@@ -1,26 +1,17 @@
-"""Where a client script's assignments come from: a session host, nobody (standalone), or rank 0 of a torchrun.
+"""Where a client script's assignments come from: a session host, or nobody (standalone); `ranks` has rank 0 of a torchrun.
 
 All three answer to the same four methods, `Host`; `fedpool.client.api` holds everything else.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 from fedpool.arrays import ParamsFormat, load_arrays
-from fedpool.client.link import PROTOCOL, Link, connect
+from fedpool.client.link import PROTOCOL, Link
 from fedpool.errors import ClientError
-
-if TYPE_CHECKING:
-    import torch
-
-
-_PATIENCE = timedelta(days=30)
-"""How long ranks above 0 wait for rank 0, which waits for the slowest site; a rank that dies is noticed at once."""
 
 
 class Waiting(Exception):
@@ -169,7 +160,7 @@ class Standalone:
         if (
             "torch" in sys.modules
         ):  # now, and not with the params: `model.load_state_dict(flare.receive().params)` binds first
-            _let_initial_params_load()
+            let_initial_params_load()
         return Assignment(round=0, total_rounds=1)
 
     def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
@@ -192,7 +183,7 @@ class Standalone:
         """See `Host.close`: nothing to close."""
 
 
-def _let_initial_params_load() -> None:
+def let_initial_params_load() -> None:
     """Let `module.load_state_dict(InitialParams())` be a no-op; a strict load of any other empty dict still fails.
 
     A script's `model.load_state_dict(input_model.params)` must run unchanged when there is no global model. torch offers
@@ -212,148 +203,3 @@ def _let_initial_params_load() -> None:
 
     load_state_dict.wrapped_by_fedpool = True  # type: ignore[attr-defined]
     torch.nn.Module.load_state_dict = load_state_dict  # type: ignore[assignment, method-assign]
-
-
-class TorchrunHost:
-    """One rank of a torchrun: rank 0 talks to the real host, the others get everything by broadcast and send nothing.
-
-    Needs `torch.distributed.init_process_group()` before the first `is_running()`; uses a gloo group of its own, so that
-    the script's nccl group is left alone. What crosses is JSON and raw tensors, not pickles.
-
-    Args:
-        rank: of this process, 0 talks.
-        host: the real host at rank 0, None elsewhere.
-    """
-
-    def __init__(self, rank: int, host: Host | None) -> None:
-        assert (host is not None) == (rank == 0)
-        self._rank = rank
-        self._host = host
-        self._group: Any = None
-        self._welcome = host.welcome if host else None
-
-    @property
-    def welcome(self) -> Welcome:
-        """Who the script is; ranks above 0 learn it in the first `is_running()`."""
-        if self._welcome is None:
-            raise ClientError("ranks above 0 learn site, job and config in the first flare.is_running(): ask after it")
-        return self._welcome
-
-    def introduce(self) -> None:
-        """Tell the ranks above 0 who the script is, before the first `next`; collective."""
-        outcome = self._broadcast(asdict(self._host.welcome) if self._host else None)
-        self._welcome = Welcome(**outcome)
-
-    def next(self, timeout: float | None) -> Assignment | None:
-        """See `Host.next`; collective."""
-        outcome: dict[str, Any] | None = None
-        if self._host:
-            try:
-                assignment = self._host.next(timeout)
-                outcome = {"assignment": asdict(assignment) if assignment else None}
-            except Waiting:
-                outcome = {"waiting": True}
-            outcome["welcome"] = asdict(self._host.welcome)
-        outcome = self._broadcast(outcome)
-        self._welcome = Welcome(**outcome["welcome"])
-        if outcome.get("waiting"):
-            raise Waiting
-        fields = outcome["assignment"]
-        if fields is None:
-            self._leave()
-            return None
-        if fields["model"] is None and "torch" in sys.modules:  # rank 0 runs standalone
-            _let_initial_params_load()
-        return Assignment(**{**fields, "exclude": tuple(fields["exclude"]), "silent": self._host is None})
-
-    def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
-        """See `Host.params`; collective."""
-        import torch
-        import torch.distributed as dist
-
-        from fedpool.arrays import as_numpy, describe, torch_dtype
-
-        mine: dict[str, torch.Tensor] = self._host.params(assignment, "torch") if self._host else {}
-        spec = {name: describe(name, value) for name, value in mine.items()}
-        shared = self._broadcast({name: [entry.dtype, list(entry.shape)] for name, entry in spec.items()})
-        if not shared:
-            return mine if self._host else InitialParams()
-        params: dict[str, torch.Tensor] = {}
-        for name, (dtype, shape) in shared.items():
-            value = mine[name].contiguous() if self._host else torch.empty(shape, dtype=torch_dtype(dtype))
-            dist.broadcast(value.reshape(-1).view(torch.uint8), 0, group=self._group)
-            params[name] = value
-        if params_format == "torch":
-            return params
-        return {name: as_numpy(value) for name, value in params.items()}
-
-    def put(self, kind: str, **fields: Any) -> None:
-        """See `Host.put`; only rank 0 sends."""
-        if self._host:
-            self._host.put(kind, **fields)
-
-    def note(self, text: str) -> None:
-        """See `Host.note`; only rank 0 writes."""
-        if self._host:
-            self._host.note(text)
-
-    def close(self) -> None:
-        """See `Host.close`."""
-        self._leave()
-        if self._host:
-            self._host.close()
-
-    def _leave(self) -> None:
-        """Give the group up. Of processes that kept one on gloo until their end, some were aborted there (torch 2.13)."""
-        group, self._group = self._group, None
-        if group is None:
-            return
-        import torch.distributed as dist
-
-        if dist.is_initialized():  # else the script has given up all groups
-            dist.destroy_process_group(group)
-
-    def _broadcast(self, value: dict[str, Any] | None) -> dict[str, Any]:
-        import torch
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            raise ClientError(
-                "under torchrun, call torch.distributed.init_process_group() before the first flare.is_running(): "
-                "the other ranks get the model by broadcast"
-            )
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        data = json.dumps(value).encode() if self._host else b""
-        size = torch.tensor([len(data)])
-        dist.broadcast(size, 0, group=self._group)
-        buffer = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
-        )
-        dist.broadcast(buffer, 0, group=self._group)
-        received: dict[str, Any] = json.loads(bytes(buffer.tolist()))
-        return received
-
-
-def find_host(rank: int | None) -> Host:
-    """The host of this process: by the environment that a session or torchrun has set, else standalone.
-
-    Args:
-        rank: global rank; None reads torchrun's `RANK`, or what Lightning's launcher sets.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if rank is None:
-        rank = _rank_of_environment()
-    if rank > 0:
-        return TorchrunHost(rank, None)
-    link = connect()
-    host: Host = SessionHost(link) if link else Standalone()
-    return TorchrunHost(0, host) if world_size > 1 else host
-
-
-def _rank_of_environment() -> int:
-    """This process's global rank, or just some number above 0 where only that much is known."""
-    if "RANK" in os.environ:
-        return int(os.environ["RANK"])
-    # Lightning's own launcher gives no global rank; whether it is 0 can be told, and no more is needed.
-    return int(os.environ.get("NODE_RANK", "0")) or int(os.environ.get("LOCAL_RANK", "0"))

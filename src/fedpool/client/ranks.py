@@ -1,0 +1,268 @@
+"""The ranks of a torchrun: rank 0 talks to the real host, the others learn from it what it was told, and send nothing.
+
+Nothing here is collective, so no rank waits for one that does not call. What rank 0 is told when it asks, it writes into the
+store of the process group (c10d's, by which the ranks have found each other), under a number that counts its questions. A rank
+above 0 that asks reads the next answer. The model it reads from the file that rank 0 was given: ranks on one machine share it.
+"""
+
+import atexit
+import json
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedpool.arrays import ParamsFormat, load_arrays
+from fedpool.client.hosts import (
+    Assignment,
+    Host,
+    InitialParams,
+    SessionHost,
+    Standalone,
+    Waiting,
+    Welcome,
+    let_initial_params_load,
+)
+from fedpool.client.link import connect
+from fedpool.errors import ClientError
+
+_WELCOME, _LAST, _LEFT = "fedpool/welcome", "fedpool/last", "fedpool/left"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
+_END_PATIENCE_S = 10.0
+"""How long rank 0 stays at the job's end for ranks that have not heard of it, where the store lives in its process."""
+
+
+class TorchrunHost:
+    """One rank of a torchrun, as the client API sees it.
+
+    Needs `torch.distributed.init_process_group()` before the first question. What crosses is JSON, never pickles.
+
+    Args:
+        rank: of this process, 0 talks.
+        host: the real host at rank 0, None elsewhere.
+    """
+
+    def __init__(self, rank: int, host: Host | None) -> None:
+        assert (host is not None) == (rank == 0)
+        self._rank = rank
+        self._host = host
+        self._welcome = host.welcome if host else None
+        self._count = 0
+        """Of the questions that rank 0 has asked, or of the answers that a rank above 0 has read."""
+        self._answer: dict[str, Any] = {}
+        self._store: Any = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether this rank goes where rank 0 goes."""
+        return self._host is None
+
+    @property
+    def name(self) -> str:
+        """What to call this rank in a message."""
+        return f"rank {self._rank}"
+
+    @property
+    def welcome(self) -> Welcome:
+        """Who the script is; ranks above 0 learn it in the first `is_running()`."""
+        if self._welcome is None:
+            raise ClientError("ranks above 0 learn site, job and config in the first flare.is_running(): ask after it")
+        return self._welcome
+
+    def introduce(self) -> None:
+        """Tell the ranks above 0 who the script is, before the first `next`; they wait for it."""
+        if self._host:
+            self._write(_WELCOME, asdict(self._host.welcome))
+        else:
+            self._welcome = Welcome(**self._read(_WELCOME))
+
+    def next(self, timeout: float | None) -> Assignment | None:
+        """See `Host.next`. A rank above 0 waits for rank 0 to ask in its turn."""
+        answer = self._ask(timeout) if self._host else self._follow()
+        while self._host is None and "waiting" in answer and timeout is None:
+            answer = self._follow()
+        if "waiting" in answer:
+            raise Waiting
+        fields = answer["assignment"]
+        if fields is None:
+            self._part()
+            return None
+        if fields["model"] is None and "torch" in sys.modules:  # rank 0 runs standalone
+            let_initial_params_load()
+        return Assignment(**{**fields, "exclude": tuple(fields["exclude"]), "silent": self.follows})
+
+    def repeat(self) -> None:
+        """Rank 0 looks again at what it was told: so does each rank above 0 that looks as often."""
+        self._publish(self._answer)
+
+    def catch_up(self) -> bool:
+        """Go to rank 0's last question, which the next `next` reads; False when this rank has read its answer already."""
+        store = self._reach()
+        last = int(store.get(_LAST)) if store.check([_LAST]) else 0
+        if last <= self._count:
+            return False
+        self._count = last - 1
+        return True
+
+    def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
+        """See `Host.params`."""
+        if self._host:
+            return self._host.params(assignment, params_format)
+        if assignment.model is None:
+            return InitialParams()
+        try:
+            if _stamp(assignment.model) == self._answer["stamp"]:
+                return load_arrays(assignment.model, params_format)
+            problem = "is another file by now"
+        except FileNotFoundError:
+            problem = "is not there"
+        raise ClientError(
+            f"rank {self._rank} on {socket.gethostname()} cannot read the model of round {assignment.round}: "
+            f"{assignment.model} {problem}. Ranks on several machines need a site folder that all of them share, and every rank "
+            "must call flare.receive() before rank 0 sends the round"
+        )
+
+    def put(self, kind: str, **fields: Any) -> None:
+        """See `Host.put`; only rank 0 sends."""
+        if self._host:
+            self._host.put(kind, **fields)
+
+    def note(self, text: str) -> None:
+        """See `Host.note`; only rank 0 writes."""
+        if self._host:
+            self._host.note(text)
+
+    def close(self) -> None:
+        """See `Host.close`."""
+        if self._host:
+            self._host.close()
+
+    def _ask(self, timeout: float | None) -> dict[str, Any]:
+        assert self._host is not None
+        if self._count == 0:
+            self.introduce()
+        try:
+            assignment = self._host.next(timeout)
+        except Waiting:
+            return self._publish({"waiting": True})
+        stamp = _stamp(assignment.model) if assignment and assignment.model else None
+        return self._publish({"assignment": asdict(assignment) if assignment else None, "stamp": stamp})
+
+    def _publish(self, answer: dict[str, Any]) -> dict[str, Any]:
+        self._count += 1
+        self._answer = answer
+        self._write(_key(self._count), answer)
+        self._write(_LAST, self._count)
+        return answer
+
+    def _follow(self) -> dict[str, Any]:
+        if self._welcome is None:
+            self.introduce()
+        answer = self._answer = self._read(_key(self._count + 1))
+        self._count += 1
+        return answer
+
+    def _part(self) -> None:
+        """The job is over. A store that lives in rank 0's process goes with it: then rank 0 waits for those that follow."""
+        if self._host is None:
+            self._reach().set(f"fedpool/heard/{self._rank}", "")
+            return
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's
+            return
+        import torch.distributed as dist
+
+        store = self._reach()
+        ranks = range(1, dist.get_world_size())
+        follow = [rank for rank in ranks if store.check([f"fedpool/follows/{rank}"])]
+        deadline = time.monotonic() + _END_PATIENCE_S
+        while not all(store.check([f"fedpool/heard/{rank}"]) for rank in follow) and time.monotonic() < deadline:
+            time.sleep(_LONGEST_PAUSE_S)
+
+    def _reach(self) -> Any:
+        """The store of the process group.
+
+        Raises:
+            ClientError: there is no process group.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            if self._store is not None:  # the script has given up its groups, but the store is still there
+                return self._store
+            raise ClientError(
+                "under torchrun, call torch.distributed.init_process_group() before the first flare.is_running(): "
+                "by it the other ranks learn what rank 0 is told"
+            )
+        if self._store is None:
+            if self._host:
+                atexit.register(self._leave)
+            else:
+                dist.distributed_c10d._get_default_store().set(f"fedpool/follows/{self._rank}", "")
+        self._store = dist.distributed_c10d._get_default_store()
+        return self._store
+
+    def _leave(self) -> None:
+        """Rank 0 ends: nobody needs to wait for its next question."""
+        with suppress(RuntimeError):  # the store has ended already, and so have those who waited
+            self._store.set(_LEFT, "")
+
+    def _write(self, key: str, value: Any) -> None:
+        self._reach().set(key, json.dumps(value))
+
+    def _read(self, key: str) -> dict[str, Any]:
+        """What rank 0 has written under a key, as soon as it has."""
+        # Not store.wait(): it would keep torch's own threads, such as NCCL's watchdog, from the store meanwhile.
+        pause = _FIRST_PAUSE_S
+        try:
+            while not self._reach().check([key]):
+                if self._reach().check([_LEFT]) and not self._reach().check([key]):
+                    raise ConnectionError("it has ended without asking for another round")
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            value: dict[str, Any] = json.loads(self._reach().get(key))
+        except ClientError:
+            raise
+        except (RuntimeError, ConnectionError) as error:
+            raise ClientError(
+                f"rank {self._rank} waits in flare.is_running() or flare.receive() for rank 0, which is gone ({error}): "
+                "have every rank leave the loop when rank 0 does, for example by calling flare.is_running() on every rank"
+            ) from error
+        return value
+
+
+def find_host(rank: int | None) -> Host:
+    """The host of this process: by the environment that a session or torchrun has set, else standalone.
+
+    Args:
+        rank: global rank; None reads torchrun's `RANK`, or what Lightning's launcher sets.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if rank is None:
+        rank = _rank_of_environment()
+    if rank > 0:
+        return TorchrunHost(rank, None)
+    link = connect()
+    host: Host = SessionHost(link) if link else Standalone()
+    return TorchrunHost(0, host) if world_size > 1 else host
+
+
+def _rank_of_environment() -> int:
+    """This process's global rank, or just some number above 0 where only that much is known."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    # Lightning's own launcher gives no global rank; whether it is 0 can be told, and no more is needed.
+    return int(os.environ.get("NODE_RANK", "0")) or int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _key(number: int) -> str:
+    return f"fedpool/answer/{number}"
+
+
+def _stamp(path: str) -> list[int]:
+    """What tells a file from another one of that name."""
+    status = Path(path).stat()
+    return [status.st_size, status.st_mtime_ns]
