@@ -8,8 +8,9 @@ import atexit
 import gc
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.handles import allow_scripts
 from fedpool.sites.local import LocalSites, default_slots
+from fedpool.sites.process import find_program
 from fedpool.startup import collector_off
 from fedpool.store import Store
 
@@ -72,6 +74,10 @@ class SimEnv(NamedClients):
         True,
         description="keep each site's script alive over all rounds; off: a fresh one each round, for thousands of sites",
     )
+    command: str | dict[str, str] = Field(
+        "python",
+        description='what runs the client script: "python", e.g. "torchrun --nproc-per-node 2", or site -> command',
+    )
     progress: bool = Field(True, description="show progress and a summary in the terminal")
 
     @field_validator("gpus")
@@ -80,6 +86,26 @@ class SimEnv(NamedClients):
         if value is not None and not all(part.strip().isdigit() for part in value.split(",")):
             raise RecipeError(f'gpus={value!r} is not a list of device numbers: write them as "0,1"')
         return value
+
+    @field_validator("command")
+    @classmethod
+    def _commands_can_run(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        for command in [value] if isinstance(value, str) else value.values():
+            program = find_program(command)[0]
+            if shutil.which(program) is None:
+                raise RecipeError(f"command {command!r}: there is no program {program!r} on this machine's PATH")
+        return value
+
+    def commands(self, names: Sequence[str]) -> dict[str, str]:
+        """The command of each site that has another than "python", whose scripts are forked.
+
+        Raises:
+            RecipeError: a site that there is not has one.
+        """
+        commands = dict.fromkeys(names, self.command) if isinstance(self.command, str) else self.command
+        if unknown := sorted(set(commands) - set(names)):
+            raise RecipeError(f"command names {', '.join(unknown)}, but the sites are {', '.join(names)}")
+        return {site: command for site, command in commands.items() if command != "python"}
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
         """The sites that a recipe would run at: as many as it needs when the environment does not say."""
@@ -115,6 +141,7 @@ class SimEnv(NamedClients):
         recipe, job_id = start.recipe, start.job_id
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        commands = self.commands(names)
         if start.resumes:
             check_unchanged(recipe, job_id, store, names)
             if has_completed(store, job_id):
@@ -138,6 +165,7 @@ class SimEnv(NamedClients):
             workdir=Path.cwd(),
             imports=recipe.bundle.imports,
             origin=_origin(Path(recipe.train_script)),
+            commands=commands,
         )
         run = Run(job_id, store, work=lambda: _work(start, store, sites, console), cancel=sites.cancel)
         if wait:

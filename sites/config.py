@@ -1,7 +1,6 @@
 """What only a site knows: its name, its data, its devices. A TOML file, the environment (`FEDPOOL_SITE_...`), or both."""
 
 import os
-import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pydantic_settings import (
 from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems
 from fedpool.paths import check_new_names
+from fedpool.sites.process import find_program
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 """Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type fedpool-site`."""
@@ -71,12 +71,7 @@ class SiteConfig(BaseSettings):
     @field_validator("command")
     @classmethod
     def _command_has_a_program(cls, value: str) -> str:
-        try:
-            words = shlex.split(value)
-        except ValueError as error:
-            raise ValueError(f"command {value!r} cannot be split into words ({error}): balance its quotes") from None
-        if not words:
-            raise ValueError('command is empty: write "python"')
+        find_program(value)
         return value
 
     @property

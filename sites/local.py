@@ -21,6 +21,7 @@ from fedpool.errors import SiteError
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths, in_natural_order
 from fedpool.sites.launcher import Zygote
+from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import LogLine, Session, Work
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
@@ -93,6 +94,7 @@ class LocalSites:
         workdir: the current folder of every script.
         imports: what to import once for all scripts; see `preload`.
         origin: folder of the script that the bundle was made of, where it is still there.
+        commands: what runs the scripts of the sites that are not forked, e.g. site -> "torchrun --nproc-per-node 2".
     """
 
     have_runs: ClassVar[bool] = False
@@ -100,6 +102,7 @@ class LocalSites:
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (
         "_cancel",
+        "_commands",
         "_executor",
         "_folder",
         "_gpus",
@@ -107,6 +110,7 @@ class LocalSites:
         "_index",
         "_job",
         "_keep_alive",
+        "_launchers",
         "_origin",
         "_scratch",
         "_sessions",
@@ -131,6 +135,7 @@ class LocalSites:
         workspace: Path,
         workdir: Path,
         imports: Sequence[str],
+        commands: Mapping[str, str],
         origin: str = "",
     ) -> None:
         self.names = tuple(names)
@@ -150,15 +155,20 @@ class LocalSites:
         self._sockets = make_socket_folder()
         self._scratch = Scratch(workspace, ".fedpool-sites-")
         self._folder = self._scratch.path
-        self._zygote = Zygote(threads=threads)
         self._imports = tuple(imports)
         self._origin = origin
+        self._commands = dict(commands)
+        self._launchers = {
+            command: ProcessLauncher(command, threads=threads, imports=imports) for command in set(commands.values())
+        }
+        self._zygote = None if commands.keys() >= set(names) else Zygote(threads=threads)
         self._job: ClientJob | None = None
         self._store: Store | None = None
 
     def preload(self) -> None:
         """Begin to import, in another process, what the scripts need; returns at once. To be called once."""
-        self._zygote.preload(self._imports)
+        if self._zygote is not None:
+            self._zygote.preload(self._imports)
 
     @property
     def cancelled(self) -> bool:
@@ -221,7 +231,8 @@ class LocalSites:
         list(self._executor.map(lambda session: session.end(grace_s), self._sessions.values()))
         self._executor.shutdown()
         self._sessions.clear()
-        self._zygote.close()
+        if self._zygote is not None:
+            self._zygote.close()
         self._scratch.remove()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
@@ -279,7 +290,9 @@ class LocalSites:
             num_sites=len(self.names),
             origin=self._origin,
         )
-        session = Session(work, self._zygote, folder=sockets, workdir=self._workdir)
+        launcher = self._launchers[self._commands[site]] if site in self._commands else self._zygote
+        assert launcher is not None
+        session = Session(work, launcher, folder=sockets, workdir=self._workdir)
         self._sessions[site] = session
         return session
 

@@ -23,6 +23,24 @@ from fedpool.sites.launcher import Script
 _GUARD = (sys.executable, "-m", "fedpool.sites.process")
 
 
+def find_program(command: str) -> list[str]:
+    """The words of a command that runs Python scripts, its program as a path where it can be found.
+
+    Raises:
+        ValueError: it is empty, or its quotes do not match.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"command {command!r} cannot be split into words ({error}): balance its quotes") from None
+    if not words:
+        raise ValueError('command is empty: write "python"')
+    # What was installed with this Python comes first, whether or not its folder is on the PATH.
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    program = sys.executable if words[0] == "python" else shutil.which(words[0], path=beside)
+    return [program or words[0], *words[1:]]
+
+
 class ProcessLauncher:
     """Starts each script in an interpreter of its own. Thread-safe.
 
@@ -33,11 +51,7 @@ class ProcessLauncher:
     """
 
     def __init__(self, command: str, *, threads: int, imports: Sequence[str]) -> None:
-        words = shlex.split(command)
-        # What was installed with this Python comes first, whether or not its folder is on the PATH.
-        beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        program = sys.executable if words[0] == "python" else shutil.which(words[0], path=beside)
-        self._command = [program or words[0], *words[1:]]
+        self._command = find_program(command)
         self._threads = threads
         self._imports = list(imports)
         self._running: dict[int, subprocess.Popen[bytes]] = {}
