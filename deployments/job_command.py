@@ -4,23 +4,25 @@ import json
 import runpy
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
 from fedpool.deployments import jobs
-from fedpool.deployments.api import open_client
 from fedpool.deployments.blocking import run_blocking
+from fedpool.deployments.fate import with_client
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.progress import cross_site_table, print_findings
 from fedpool.deployments.run import JobStatus
-from fedpool.errors import ConfigError
+from fedpool.deployments.which_store import meant_store
+from fedpool.errors import ConfigError, ServerError
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
@@ -29,16 +31,18 @@ from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.matrix import matrix_metrics
 from fedpool.tasks.tables import report_rows, untold
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import PrefectClient
-
-T = TypeVar("T")
+_CANCEL_LOOK_S = 3.0
+"""How long a command that does not wait looks whether the job has ended."""
+_CANCEL_WAIT_S = 120.0
 
 job = App(name="job", help="Jobs: what ran, what runs.")
 
 Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
 StoreUrl = Annotated[
-    str | None, Parameter(help="URL of the store; default: that of the proof of concept that is up, else fedpool-runs")
+    str | None,
+    Parameter(
+        help="URL of the store; default: FEDPOOL_STORE, else that of the proof of concept that is up, else fedpool-runs"
+    ),
 ]
 Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 
@@ -46,9 +50,12 @@ Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 @job.command(name="list")
 def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """The jobs of a store, newest first."""
-    found = jobs.list_jobs(_store(store, home))
+    found = jobs.list_jobs(_store(store, home, quiet=as_json), partial(_server, home))
     if as_json:
         print(json.dumps([_plain(entry) for entry in found], indent=2))
+        return
+    if not found:
+        print("there are no jobs in it")
         return
     table = Table()
     for header in ("job", "recipe", "status", "rounds", "sites", "metrics"):
@@ -64,8 +71,8 @@ def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = 
 @job.command
 def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """A job's rounds and models."""
-    place = _store(store, home)
-    summary, records, result = jobs.read_job(place, job_id)
+    place = _store(store, home, quiet=as_json)
+    summary, records, result = jobs.read_job(place, job_id, partial(_server, home))
     described = place.read_json(JobPaths(job_id).job)
     if as_json:
         print(json.dumps({**_plain(summary), "rounds": list(records), "result": result}, indent=2))
@@ -83,11 +90,21 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
         console.print(result["error"], style="red", markup=False, highlight=False, soft_wrap=True)
     told = findings(MetricRules.stored(described), described["recipe"].get("aggregation_weights", {}), records)
     print_findings(untold(told, result["error"] if result else None), console)
+    if result is None and summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
+        print("it has no result: its process was lost before it could write one")
+    if result is None and summary.status is None:
+        print("it has no result, and no Prefect server that answers knows of it: it runs, or was lost")
+    if summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
+        console.print(f"go on with it: fedpool job resume {job_id}", highlight=False, soft_wrap=True)
     if result is not None:
         for which in ("final", "best"):
-            console.print(f"{which} model: {result[which]['path']}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{which} model: {place.address(JobPaths(job_id).global_model(result[which]['round']))}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if result["cross_site"]:
-            matrix = _store(store, home).read_json(JobPaths(job_id).cross_site)
+            matrix = place.read_json(JobPaths(job_id).cross_site)
             for metric in matrix_metrics(matrix, first=result["key_metric"])[:1]:
                 console.print(cross_site_table(matrix, metric))
 
@@ -97,8 +114,8 @@ def verify(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as
     """Check every hash of a job, and recompute every aggregate from the stored updates; ends with 1 at the first difference."""
     from fedpool.flows.verify import verify_job
 
-    place = _store(store, home)
-    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    place = _store(store, home, quiet=as_json)
+    jobs.check_is_there(place, job_id)
     found = verify_job(place, job_id)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
@@ -122,15 +139,29 @@ def job_logs(
 ) -> None:
     """What a job's runs have logged, from the Prefect server."""
     with _server(home):
-        for name, line in run_blocking(_with_client(lambda client: jobs.read_logs(client, job_id, at))):
+        for name, line in run_blocking(with_client(lambda client: jobs.read_logs(client, job_id, at))):
             print(f"{name}: {line}")
 
 
 @job.command
-def cancel(job_id: str, *, home: Home = DEFAULT_HOME) -> None:
-    """Stop a job: its sites stop training, and it says that it was cancelled."""
+def cancel(
+    job_id: str,
+    *,
+    wait: Annotated[bool, Parameter(help="wait until it has ended", negative="")] = False,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Ask a job to stop: its sites stop training, and it says that it was cancelled; ends with 1 if it has not in time."""
     with _server(home):
-        run_blocking(_with_client(lambda client: jobs.cancel(client, job_id)))
+        run_id = run_blocking(with_client(lambda client: jobs.cancel(client, job_id)))
+        print(f"{job_id}: asked to stop", flush=True)
+        timeout_s = _CANCEL_WAIT_S if wait else _CANCEL_LOOK_S
+        ended = run_blocking(with_client(lambda client: jobs.wait_until_over(client, run_id, timeout_s)))
+    if ended is not None:
+        print(f"{job_id}: {ended}")
+    elif wait:
+        raise ServerError(f"{job_id} has not stopped in {timeout_s:g} s: the coordinator's worker may be gone")
+    else:
+        print("it is stopping; --wait waits for its end")
 
 
 @job.command
@@ -150,8 +181,8 @@ def replay(
     """Aggregate a round's updates once more: by another strategy, or without some sites. The job stays as it is."""
     from fedpool.flows.replay import replay_round
 
-    place = _store(store, home)
-    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    place = _store(store, home, quiet=as_json)
+    jobs.check_is_there(place, job_id)
     with tempfile.TemporaryDirectory(prefix="fedpool-") as scratch:
         target = out or Path(scratch) / "model.safetensors"
         found = replay_round(place, job_id, target, round=at, strategy=strategy, leave_out=leave_out or ())
@@ -193,7 +224,7 @@ def resume(
     from fedpool.flows.recipes import recipe_of
 
     place = _store(store, home)
-    jobs.read_job(place, job_id)  # says which jobs there are, if this one is not
+    jobs.check_is_there(place, job_id)
     described = place.read_json(JobPaths(job_id).job)
     recipe, sites = recipe_of(job_id, place), tuple(described["sites"])
     with _server(home) if not described["simulated"] else nullcontext():
@@ -230,36 +261,40 @@ def stage_(
         raise ConfigError(f"{path} has no recipe called {name or 'recipe'!r}: name it as FILE:NAME")
     found.check_sites(sites)
     job_id = new_job_id(found.name)
-    stage(found, job_id, _store(store, home), tuple(sites), template=True)
+    stage(found, job_id, _store(store, home, quiet=True), tuple(sites), template=True)
     print(job_id)
 
 
-def _store(url: str | None, home: Path) -> Store:
-    if url is not None:
-        return Store(url)
-    proof = PocEnv(home=home)
-    return proof.open_store() if proof.is_up() else Store(Path("fedpool-runs").absolute())
+def _store(url: str | None, home: Path, *, quiet: bool = False) -> Store:
+    """The store that is meant, and the line that says which; on standard error where a program reads the output."""
+    meant = meant_store(url, home)
+    print(meant, file=sys.stderr if quiet else sys.stdout, flush=True)
+    return meant.store
 
 
 @contextmanager
 def _server(home: Path) -> Iterator[None]:
-    """The server of the proof of concept that is up, unless one is configured."""
+    """The server that is configured, else that of the proof of concept that is up.
+
+    Raises:
+        ConfigError: there is neither.
+    """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if PREFECT_API_URL.value():
         yield
         return
-    with temporary_settings({PREFECT_API_URL: PocEnv(home=home).api_url}):
+    proof = PocEnv(home=home)
+    if not proof.is_up():
+        raise ConfigError(
+            f"no Prefect server is known: set PREFECT_API_URL, or bring one up in {proof.home}: fedpool poc up"
+        )
+    with temporary_settings({PREFECT_API_URL: proof.api_url}):
         yield
 
 
-async def _with_client(use: Callable[["PrefectClient"], Awaitable[T]]) -> T:
-    async with open_client() as client:
-        return await use(client)
-
-
 def _status(summary: jobs.JobSummary) -> str:
-    return "unreadable" if summary.unreadable else summary.status or "not ended"
+    return "unreadable" if summary.unreadable else summary.status or "unknown"
 
 
 def _metrics(metrics: dict[str, float]) -> str:

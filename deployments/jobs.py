@@ -1,9 +1,12 @@
 """The jobs of a store, as the terminal shows them; and the runs of a job, as the Prefect server has them."""
 
+import asyncio
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fedpool.deployments.fate import Server, fates
 from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, IntegrityError
 from fedpool.paths import JobPaths
@@ -12,10 +15,13 @@ from fedpool.tasks.record import Record, num_trained, of_global_models
 from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import FlowRun
 
 _PAGE = 200
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,8 @@ class JobSummary:
     Attributes:
         job_id: its folder.
         recipe: class of its recipe.
-        status: None while it has no result: it runs, or its coordinator was lost.
+        status: as its result says; without one RUNNING, or FAILED when it was lost; None when nobody can tell.
+        ended: whether it has a result.
         num_committed: rounds that are committed.
         num_rounds: training rounds that the recipe asks for.
         sites: names.
@@ -40,26 +47,50 @@ class JobSummary:
     num_rounds: int
     sites: list[str]
     metrics: dict[str, float]
+    ended: bool = True
     unreadable: str | None = None
 
 
-def list_jobs(store: Store) -> list[JobSummary]:
-    """The jobs of a store, newest first; what was staged as a template of a deployment is not one."""
-    found = []
+def list_jobs(store: Store, server: Server | None = None) -> list[JobSummary]:
+    """The jobs of a store, newest first; what was staged as a template of a deployment is not one.
+
+    Args:
+        server: the Prefect server to ask for jobs that left no result, if any.
+    """
+    found: list[JobSummary] = []
+    simulated: dict[str, bool] = {}
     for name in store.names(""):
         if not name.startswith(".") and store.exists(f"{name}/job.json"):
             try:
                 record = store.read_json(f"{name}/job.json")
                 if not record.get("template"):
+                    simulated[name] = bool(record.get("simulated"))
                     found.append(_summary(store, name, record))
             except IntegrityError as error:  # one of many: the others are to be seen all the same
                 found.append(JobSummary(name, "?", None, 0, 0, [], {}, unreadable=str(error)))
+    lost = fates(store, [(job.job_id, simulated[job.job_id]) for job in found if not job.ended], server)
+    found = [job if job.ended else replace(job, status=lost.get(job.job_id)) for job in found]
     # The time is in the id, after the recipe's name.
     return sorted(found, key=lambda job: job.job_id.rsplit("-", 3)[1:], reverse=True)
 
 
-def read_job(store: Store, job_id: str) -> tuple[JobSummary, list[Record], dict[str, Any] | None]:
+def check_is_there(store: Store, job_id: str) -> None:
+    """Check that there is such a job.
+
+    Raises:
+        ConfigError: there is none; says which there are.
+    """
+    if not store.exists(JobPaths(job_id).job):
+        raise _unknown(store, job_id)
+
+
+def read_job(
+    store: Store, job_id: str, server: Server | None = None
+) -> tuple[JobSummary, list[Record], dict[str, Any] | None]:
     """A job: its summary, its rounds' records, and its result if it has ended.
+
+    Args:
+        server: see `list_jobs`.
 
     Raises:
         ConfigError: there is no such job.
@@ -68,10 +99,18 @@ def read_job(store: Store, job_id: str) -> tuple[JobSummary, list[Record], dict[
     try:
         record = store.read_json(paths.job)
     except FileNotFoundError:
-        known = ", ".join(job.job_id for job in list_jobs(store)[:5]) or "none"
-        raise ConfigError(f"there is no job {job_id!r} in {store.url}: the newest are {known}") from None
+        raise _unknown(store, job_id) from None
     result = store.read_json(paths.result) if store.exists(paths.result) else None
-    return _summary(store, job_id, record), list(_records(store, paths)), result
+    summary = _summary(store, job_id, record)
+    if result is None:
+        fate = fates(store, [(job_id, bool(record.get("simulated")))], server).get(job_id)
+        summary = replace(summary, status=fate)
+    return summary, list(_records(store, paths)), result
+
+
+def _unknown(store: Store, job_id: str) -> ConfigError:
+    known = ", ".join(job.job_id for job in list_jobs(store)[:5]) or "none"
+    return ConfigError(f"there is no job {job_id!r} in {store.url}: the newest are {known}")
 
 
 def _summary(store: Store, job_id: str, record: dict[str, Any]) -> JobSummary:
@@ -86,6 +125,7 @@ def _summary(store: Store, job_id: str, record: dict[str, Any]) -> JobSummary:
             num_committed=num_trained(records),
             num_rounds=record["recipe"].get("num_rounds", 0),
             sites=record["sites"],
+            ended=result is not None,
             metrics=next((entry["metrics"] for entry in reversed(of_global_models(records)) if entry["metrics"]), {}),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -182,8 +222,8 @@ async def check_has_ended(client: "PrefectClient", job_id: str) -> None:
             )
 
 
-async def cancel(client: "PrefectClient", job_id: str) -> None:
-    """Have a job cancelled: its sites stop, and it says so.
+async def cancel(client: "PrefectClient", job_id: str) -> "UUID":
+    """Ask for a job to be cancelled: its sites stop, and it says so. Returns the id of its flow run.
 
     Raises:
         ConfigError: the server knows no such job, or it has ended.
@@ -194,3 +234,16 @@ async def cancel(client: "PrefectClient", job_id: str) -> None:
     if run.state is not None and run.state.is_final():
         raise ConfigError(f"job {job_id!r} has ended already: {run.state.name}")
     await cancel_run(client, run.id)
+    return run.id
+
+
+async def wait_until_over(client: "PrefectClient", run_id: "UUID", timeout_s: float) -> str | None:
+    """Wait for a flow run to end; returns the name of the state it ended in, None when it has not ended in that time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        state = (await client.read_flow_run(run_id)).state
+        if state is not None and state.is_final():
+            return state.name or str(state.type)
+        if time.monotonic() >= deadline:
+            return None
+        await asyncio.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))

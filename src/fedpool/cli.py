@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -15,16 +15,12 @@ from rich.table import Table
 from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.job_command import job
 from fedpool.deployments.migrate_command import migrate
-from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
+from fedpool.deployments.poc import DEFAULT_HOME, PocEnv, Service
 from fedpool.deployments.recipe_command import recipe
 from fedpool.errors import FedpoolError
 from fedpool.loopback import bypass_proxies
+from fedpool.refusals import refusal
 from fedpool.sites.config import SiteConfig
-
-if TYPE_CHECKING:
-    pass
-
-T = TypeVar("T")
 
 app = App(name="fedpool", help="Federated learning as Prefect flows.")
 poc = App(name="poc", help="A proof of concept on this machine: server, coordinator, sites.")
@@ -55,15 +51,16 @@ def up(
     """Start what does not run yet, and wait until all of it answers."""
     proof = PocEnv(num_clients=clients, store=store, s3=s3, database=database, home=home)
     proof.up()
-    _show(proof)
+    _show(proof, proof.status())
 
 
 @poc.command
 def status(*, home: Home = DEFAULT_HOME) -> None:
-    """Say what is up and healthy, and where the UI is; ends with 1 when something is not."""
+    """Say what is up and healthy, and where the UI is; ends with 1 when something is not, or nothing is."""
     proof = PocEnv(home=home)
-    _show(proof)
-    if not all(service.healthy for service in proof.status()):
+    services = proof.status()
+    _show(proof, services)
+    if not services or not all(service.healthy for service in services):
         sys.exit(1)
 
 
@@ -101,14 +98,22 @@ def start(
     """Start the site's worker; it runs until SIGTERM or Ctrl-C."""
     settings = _site_settings(config, data, name=name, pool=pool, gpus=gpus, folder=folder)
 
+    import httpx
+    from prefect.settings import PREFECT_API_URL
     from prefect.utilities.processutils import setup_signal_handlers_worker
 
+    from fedpool.deployments.api import check_server
     from fedpool.deployments.site_worker import SiteWorker
 
+    if not PREFECT_API_URL.value():
+        check_server()
     setup_signal_handlers_worker(os.getpid(), "the site", Console().print)
     worker = SiteWorker(settings.pool_name, config=settings)
     try:
         run_blocking(worker.start(printer=Console().print))
+    except httpx.HTTPStatusError:
+        check_server()  # a server that does not answer is waited for; one that refuses is told in a sentence
+        raise
     except KeyboardInterrupt:  # what the first SIGTERM becomes
         Console().print(f"site {settings.name} has stopped")
 
@@ -200,9 +205,8 @@ def _site_settings(file: Path | None, data: Path | None, **given: Any) -> SiteCo
     return settings
 
 
-def _show(proof: PocEnv) -> None:
+def _show(proof: PocEnv, services: Sequence[Service]) -> None:
     console = Console()
-    services = proof.status()
     if not services:
         console.print(f"nothing is up in {proof.home}", highlight=False)
         return
@@ -220,10 +224,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an error of ours is one line on standard error, and exit code 1."""
     bypass_proxies()
     try:
-        app(arguments)
-    except (FedpoolError, ValueError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        try:
+            app(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no traceback
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (FedpoolError, ValueError) as error:
+        _complain(str(error))
+    except OSError as error:
+        _complain(str(refusal(error, str(error.filename or "a file"), "written") or error))
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,10 @@ class Store:
         """The path as the file system, or a person, knows it."""
         return f"{self.root.rstrip('/')}/{path}"
 
+    def address(self, path: str) -> str:
+        """The path as anybody can open it: of a local store the file's, of any other a URL."""
+        return self.full(path) if self.is_local else str(self.fs.unstrip_protocol(self.full(path)))
+
     def exists(self, path: str) -> bool:
         """Whether there is an object at path.
 
@@ -130,7 +134,7 @@ class Store:
     @contextmanager
     def _errors(self, path: str, doing: Doing = "read") -> Iterator[None]:
         """Make what a backend raises, in classes of its own, an error of ours that names the object and, if known, the remedy."""
-        full = self.full(path) if self.is_local else self.fs.unstrip_protocol(self.full(path))
+        full = self.address(path)
         try:
             yield
         except (StoreError, FileExistsError):

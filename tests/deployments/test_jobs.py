@@ -1,6 +1,8 @@
 """`fedpool job`: what ran, read from the store by the command that a user types."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fedpool import ConfigError, Run, Store
 from fedpool.cli import main
 from fedpool.deployments.jobs import list_jobs, read_job
+from tests.services import S3Server
 
 SCORED = """
     import fedpool.client as flare
@@ -109,7 +113,9 @@ def test_stage_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_command_says_where_nothing_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nothing is up" in fedpool(capsys, "poc", "status", "--home", str(tmp_path))
+    with pytest.raises(SystemExit) as status:
+        main(["poc", "status", "--home", str(tmp_path)])
+    assert status.value.code == 1 and "nothing is up" in capsys.readouterr().out
     fedpool(capsys, "poc", "down", "--home", str(tmp_path))
     with pytest.raises(SystemExit) as ended:
         main(["poc", "env", "--home", str(tmp_path)])
@@ -120,3 +126,111 @@ def test_a_store_of_numpy_models_is_read_back(run_job: Callable[..., Run]) -> No
     run = run_job(SCORED, model={"w": np.arange(3, dtype=np.float32)})
     summary, records, result = read_job(Store(Path(run.path).parent), run.job_id)
     assert summary.sites == ["site-1", "site-2"] and len(records) == 3 and result is not None
+
+
+def test_the_store_that_is_meant_is_said_first_and_found_by_one_rule(
+    run_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_job(SCORED)
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "poc"
+
+    def first_lines(*arguments: str) -> list[str]:
+        return fedpool(capsys, "job", "list", *arguments, "--home", str(home)).splitlines()
+
+    given = first_lines("--store", str(tmp_path / "runs"))
+    assert given[0] == f"store: {tmp_path / 'runs'} (--store)" and any(run.job_id in line for line in given)
+    assert first_lines() == [
+        f"store: {tmp_path / 'fedpool-runs'} (the folder of simulations here)",
+        "there are no jobs in it",
+    ]
+    (home / "store").mkdir(parents=True)
+    assert first_lines()[1] == f"The jobs of the proof of concept, which is down: --store {home / 'store'}"
+    monkeypatch.setenv("FEDPOOL_STORE", str(tmp_path / "runs"))
+    assert first_lines()[0] == f"store: {tmp_path / 'runs'} (FEDPOOL_STORE)"
+    assert first_lines("--store", str(tmp_path / "other"))[0] == f"store: {tmp_path / 'other'} (--store)"
+    for command in (("show", run.job_id), ("verify", run.job_id), ("replay", run.job_id)):
+        shown = fedpool(capsys, "job", *command, "--home", str(home))
+        assert shown.splitlines()[0] == f"store: {tmp_path / 'runs'} (FEDPOOL_STORE)"
+
+
+def test_show_names_models_by_addresses_that_anybody_can_open(
+    run_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], s3_server: S3Server
+) -> None:
+    run = run_job(SCORED)
+    there = Store(f"{s3_server.url}/jobs")
+    for path in Path(run.path).rglob("*"):
+        if path.is_file():
+            there.write_bytes(f"{run.job_id}/{path.relative_to(run.path)}", path.read_bytes())
+    shown = fedpool(capsys, "job", "show", run.job_id, "--store", there.url)
+    assert f"final model: s3://bucket/jobs/{run.job_id}/rounds/00002/global.safetensors" in shown
+
+
+LOST = """
+from pathlib import Path
+
+import numpy as np
+
+from fedpool import FedAvgRecipe, SimEnv
+
+FedAvgRecipe(
+    name="lost", min_clients=2, num_rounds=2, model={"w": np.zeros(3, np.float32)}, train_script="client.py"
+).execute(SimEnv(num_clients=2, workspace=Path("runs"), progress=False))
+"""
+
+
+def test_a_job_whose_process_is_gone_has_failed_and_one_that_goes_on_runs(
+    prefect_api: str,
+    write_script: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    write_script(SCORED)
+    (tmp_path / "job.py").write_text(LOST)
+    command = [sys.executable, "-m", "fedpool.testing", "--at", r"rounds/00001/round\.json", "job.py"]
+    killed = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PREFECT_API_URL": prefect_api}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    store = ("--store", str(tmp_path / "runs"))
+    (job,) = json.loads(fedpool(capsys, "job", "list", "--json", *store))
+    assert (job["status"], job["ended"], job["num_committed"]) == ("FAILED", False, 1)
+    shown = fedpool(capsys, "job", "show", job["job_id"], *store)
+    assert f"{job['job_id']}: FAILED" in shown and "its process was lost" in shown
+    assert f"go on with it: fedpool job resume {job['job_id']}" in shown
+    with Store(tmp_path / "runs").held(job["job_id"]):
+        assert f"{job['job_id']}: RUNNING" in fedpool(capsys, "job", "show", job["job_id"], *store)
+    assert "COMPLETED" in fedpool(capsys, "job", "resume", job["job_id"], *store)
+    assert f"{job['job_id']}: COMPLETED" in fedpool(capsys, "job", "show", job["job_id"], *store)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("job", "show", "{job}", "--json"), ("job", "list"), ("recipe", "show", "fedavg")]
+)
+def test_a_reader_that_has_read_enough_is_no_traceback(
+    run_job: Callable[..., Run], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    run = run_job(SCORED)
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [word.format(job=run.job_id) for word in arguments]
+    environment = {**os.environ, "FEDPOOL_STORE": str(tmp_path / "runs")}
+    command = [sys.executable, "-m", "fedpool.cli", *words]
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_command_that_needs_a_server_says_so_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "profiles.toml"))
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        for command in ("cancel", "logs"):
+            with pytest.raises(SystemExit) as ended:
+                main(["job", command, "some-20261129-101010-abcdef", "--home", str(tmp_path)])
+            assert ended.value.code == 1
+            said = capsys.readouterr().err
+            assert (
+                said.startswith("no Prefect server is known: set PREFECT_API_URL, or bring one up")
+                and said.count("\n") == 1
+            )

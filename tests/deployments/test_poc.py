@@ -24,6 +24,7 @@ from prefect.states import AwaitingRetry
 from pydantic import ValidationError
 
 from fedpool import ConfigError, FedAvgRecipe, JobCancelled, JobFailed, JobStatus, PocEnv, Run, SimEnv
+from fedpool.cli import main
 from fedpool.deployments.jobs import find_run, list_jobs
 from fedpool.errors import ServerError
 from fedpool.flows.verify import verify_job
@@ -497,3 +498,22 @@ def test_down_leaves_no_process_and_the_results_stay(tmp_path: Path) -> None:
 def test_a_wrong_environment_is_refused_when_it_is_built(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         PocEnv(**fields)
+
+
+def test_cancel_says_what_it_does_and_show_how_it_ended(
+    env: PocEnv, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = GatedJob(tmp_path, SITES)
+    with job.started(env) as run:
+        job.wait_until_held(run)
+        for arguments, words in (
+            (("show", run.job_id), f"{run.job_id}: RUNNING"),
+            (("cancel", run.job_id, "--wait"), f"{run.job_id}: asked to stop\n{run.job_id}: Cancelled"),
+            (("show", run.job_id), f"{run.job_id}: CANCELLED"),
+        ):
+            with pytest.raises(SystemExit) as ended, temporary_settings(env.settings()):
+                main(["job", *arguments, "--home", str(home)])
+            shown = capsys.readouterr()
+            assert ended.value.code in (0, None), shown.err
+            assert words in shown.out
+    assert f"store: s3://fedpool (of the proof of concept in {home})" in shown.out
