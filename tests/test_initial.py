@@ -2,7 +2,9 @@
 
 import io
 import os
+import sys
 import tempfile
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -225,3 +227,159 @@ def test_the_file_behind_the_values_has_no_name_any_more(tmp_path: Path, monkeyp
     model = initial_model({"w": torch.ones(2)})
     assert list(tmp_path.iterdir()) == []
     assert plain(model) == {"w": [1.0, 1.0]}
+
+
+NET = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "optimizer": {"lr": 0.1}, "epoch": 3},
+        lambda state: {"state_dict": state, "hyper_parameters": {}},
+        lambda state: {"model_state_dict": state},
+        lambda state: {"model": {"state_dict": state}},
+    ],
+)
+def test_the_forms_in_which_training_loops_save_are_understood(wrap: Any, tmp_path: Path) -> None:
+    torch.save(wrap(NET), tmp_path / "ckpt.pt")
+    expected = {name: value.tolist() for name, value in NET.items()}
+    assert plain(initial_model(tmp_path / "ckpt.pt")) == expected
+    assert (
+        plain(initial_model({name: torch.zeros_like(value) for name, value in NET.items()}, tmp_path / "ckpt.pt"))
+        == expected
+    )
+    assert plain(initial_model(wrap(NET))) == expected
+
+
+def test_a_parameter_may_be_called_model() -> None:
+    assert plain(initial_model({"model": torch.ones(1), "state_dict": torch.zeros(1)})) == {
+        "model": [1.0],
+        "state_dict": [0.0],
+    }
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_prefixes_of_wrappers_do_not_matter_to_a_checkpoint(prefix: str, tmp_path: Path) -> None:
+    net = torch.nn.Linear(2, 1)
+    torch.save({f"{prefix}{name}": value for name, value in net.state_dict().items()}, tmp_path / "wrapped.pt")
+    torch.save(net.state_dict(), tmp_path / "bare.pt")
+    expected = {name: value.tolist() for name, value in net.state_dict().items()}
+    assert plain(initial_model(torch.nn.Linear(2, 1), tmp_path / "wrapped.pt")) == expected
+    wrapped = {f"{prefix}{name}": torch.zeros_like(value) for name, value in net.state_dict().items()}
+    assert plain(initial_model(wrapped, tmp_path / "bare.pt")) == {f"{prefix}{name}": v for name, v in expected.items()}
+
+
+def test_real_wrappers_give_checkpoints_that_fit(tmp_path: Path) -> None:
+    net = Net()
+    for number, wrapped in enumerate((torch.nn.DataParallel(net), torch.compile(net, backend="eager"))):
+        torch.save(wrapped.state_dict(), tmp_path / f"{number}.pt")
+        assert initial_model(Net(), tmp_path / f"{number}.pt").digest == initial_model(net).digest
+
+
+def test_a_layer_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
+    state = {"module.w": torch.ones(1), "w": torch.zeros(1)}
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert plain(initial_model(state, tmp_path / "ckpt.pt")) == {"module.w": [1.0], "w": [0.0]}
+    with pytest.raises(RecipeError, match="does not fit the model"):  # which of the two would it be?
+        initial_model({"w": torch.zeros(1)}, tmp_path / "ckpt.pt")
+
+
+def test_numpys_files_are_understood(tmp_path: Path) -> None:
+    np.savez(tmp_path / "model.npz", w=np.array([1.0, 2.0], np.float32), b=np.array([3.0], np.float32))
+    np.save(tmp_path / "model.npy", np.array([1.0, 2.0]))
+    assert plain(initial_model(tmp_path / "model.npz")) == {"w": [1.0, 2.0], "b": [3.0]}
+    assert plain(initial_model({"w": np.zeros(2)}, tmp_path / "model.npy")) == {"w": [1.0, 2.0]}
+    with pytest.raises(
+        RecipeError, match=r"one array, which has no name: save it by name, numpy\.savez\(path, w=array\)"
+    ):
+        initial_model(tmp_path / "model.npy")
+
+
+def test_a_numpy_file_with_objects_is_refused_and_not_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "model.npy", np.array([Trap(tmp_path / "sprung")], dtype=object), allow_pickle=True)
+    with pytest.raises(RecipeError, match="cannot be read as a numpy array"):
+        initial_model({"w": np.zeros(1)}, tmp_path / "model.npy")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("key", ["class_path", "path"])
+def test_the_path_of_a_class_and_its_arguments_make_the_model(key: str) -> None:
+    torch.manual_seed(3)
+    model = initial_model({key: "torch.nn.Linear", "args": {"in_features": 2, "out_features": 1}})
+    torch.manual_seed(3)
+    assert model.digest == initial_model(torch.nn.Linear(2, 1)).digest
+
+
+def test_a_class_is_found_beside_the_client_script(tmp_path: Path) -> None:
+    (tmp_path / "net_beside_the_script.py").write_text("import torch\nclass Net(torch.nn.Linear): pass\n")
+    form = {"class_path": "net_beside_the_script.Net", "args": {"in_features": 2, "out_features": 1}}
+    with pytest.raises(RecipeError, match="cannot be imported"):
+        initial_model(form)
+    before = list(sys.path)
+    assert set(initial_model(form, folder=tmp_path).spec) == {"weight", "bias"}
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (
+            {"class_path": "torch.nn.Linaer"},
+            r"'torch\.nn\.Linaer' cannot be imported .*write it as 'package\.module\.Class'",
+        ),
+        ({"class_path": "Net"}, "cannot be imported"),
+        (
+            {"class_path": "torch.nn.Linear", "args": {"in_features": 2}},
+            "cannot be made here: TypeError: .*out_features",
+        ),
+        ({"class_path": "torch.nn.Linear", "in_features": 2}, "also in_features: its arguments belong into 'args'"),
+        ({"class_path": "torch.nn.Linear", "args": [2, 1]}, r"model\['args'\] is a list"),
+    ],
+)
+def test_a_path_of_a_class_that_does_not_work_is_refused(form: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        initial_model(form)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_model_that_needs_cuda_when_it_is_made_is_refused_with_the_remedy() -> None:
+    form = {"class_path": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 1, "device": "cuda"}}
+    with pytest.raises(
+        RecipeError, match=r"cannot be made here: .*give a model that is made on the CPU, or a state dict"
+    ):
+        initial_model(form)
+
+
+def test_a_model_on_the_meta_device_needs_a_checkpoint(tmp_path: Path) -> None:
+    net, empty = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1, device="meta")
+    with pytest.raises(
+        RecipeError, match=r"params\['weight'\] is on the meta device, .*give their values as initial_ckpt"
+    ):
+        initial_model(empty)
+    torch.save(net.state_dict(), tmp_path / "ckpt.pt")
+    assert initial_model(empty, tmp_path / "ckpt.pt").digest == initial_model(net).digest
+
+
+def quantised() -> Any:
+    return torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (lambda: torch.nn.LazyLinear(2).weight, "has no shape yet, because its module is lazy: run one batch"),
+        (lambda: torch.ones(2).to_sparse(), r"is sparse \(torch\.sparse_coo\): make it dense, to_dense\(\)"),
+        (quantised, r"is quantised \(torch\.quint8\): exchange the model as it was before"),
+        (lambda: torch.ones(2, dtype=torch.complex64), r"is complex .*torch\.view_as_real\(\)"),
+        (lambda: torch.ones(2).to(torch.float8_e4m3fn), r"dtype torch\.float8_e4m3fn: convert it to one of"),
+        (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), "is a nested tensor"),
+    ],
+    ids=["lazy", "sparse", "quantised", "complex", "float8", "nested"],
+)
+def test_a_kind_of_tensor_that_cannot_travel_is_refused_by_name_with_the_remedy(value: Any, words: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy, quantised and nested tensors are new or old, says torch
+        tensor = value()
+    with pytest.raises(RecipeError, match=rf"model: params\['w'\] .*{words}"):
+        initial_model({"w": tensor})

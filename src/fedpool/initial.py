@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from fedpool.arrays import describe, load_arrays, save_and_hash
+from fedpool.arrays import describe, is_torch, load_arrays, save_and_hash
+from fedpool.checkpoint import fit_names, is_class_path, load_checkpoint, make_model, unwrap
 from fedpool.errors import RecipeError
 from fedpool.tensors import Digest, TensorSpec, Writable
 
@@ -49,68 +50,96 @@ class InitialModel:
             offset += len(chunk)
 
 
-def initial_model(model: Any, checkpoint: str | Path | None = None) -> InitialModel:
+def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: Path | None = None) -> InitialModel:
     """The initial model of whatever the user gave.
 
     Args:
-        model: a `torch.nn.Module`, a state dict (torch tensors or numpy arrays), or the path of a safetensors or torch
-            checkpoint. Torch checkpoints are read with `weights_only=True`.
-        checkpoint: path of a checkpoint whose values replace those of `model`; its keys and shapes must fit.
+        model: a `torch.nn.Module`, a state dict (torch tensors or numpy arrays), the path of a checkpoint (see
+            `load_checkpoint`), or `{"class_path": "package.module.Net", "args": {...}}`.
+        checkpoint: path of a checkpoint whose values replace those of `model`; its keys and shapes must fit. The prefixes that
+            DataParallel and torch.compile give to names do not matter.
+        folder: where a class path may also lead: the client script's folder.
 
     Raises:
-        RecipeError: nothing of the above, a checkpoint that cannot be read, or one that does not fit.
+        RecipeError: nothing of the above, values that cannot be exchanged, a checkpoint that cannot be read, or one that does
+            not fit.
     """
-    if isinstance(model, str | Path):
-        params = _load_checkpoint(Path(model))
-    elif isinstance(model, type):
-        raise RecipeError(f"model is the class {model.__name__}: give an instance, {model.__name__}()")
-    elif hasattr(model, "state_dict") and callable(model.state_dict):
-        params = model.state_dict()
-    elif isinstance(model, Mapping):
-        params = model
-    else:
-        raise RecipeError(
-            f"model must be a torch.nn.Module, a state dict, or the path of a checkpoint, got {type(model).__name__}: {model!r}"
-        )
+    params = _params(model, folder)
     spec = _describe(params, "model")
     if checkpoint is not None:
-        loaded = _load_checkpoint(Path(checkpoint))
-        _check_fit(spec, _describe(loaded, "initial_ckpt"), checkpoint)
-        params = loaded
+        loaded = load_checkpoint(Path(checkpoint), only=next(iter(spec)) if len(spec) == 1 else None)
+        params = fit_names(loaded, spec)
+        _check_fit(spec, _describe(params, "initial_ckpt"), checkpoint)
+    for name, value in params.items():
+        if is_torch(value) and value.is_meta:
+            raise RecipeError(
+                f"model: params[{name!r}] is on the meta device, where it has a shape and no values: give their values as "
+                "initial_ckpt, or make the model on the CPU (net.to_empty(device='cpu'), then initialise it)"
+            )
     with tempfile.NamedTemporaryFile(prefix="fedpool-", suffix=".safetensors") as file:
-        digest = save_and_hash(file, {str(name): value for name, value in params.items()})
+        try:
+            digest = save_and_hash(file, {str(name): value for name, value in params.items()})
+        except (RuntimeError, NotImplementedError) as error:  # a kind of tensor that has no bytes of its own
+            raise RecipeError(
+                f"model: its values cannot be read ({type(error).__name__}: {error}): give a state dict of plain tensors"
+            ) from error
         file.flush()
         return InitialModel(spec, digest, file)
+
+
+def _params(model: Any, folder: Path | None) -> Mapping[str, Any]:
+    """The state dict of whatever the user gave."""
+    if isinstance(model, str | Path):
+        return load_checkpoint(Path(model))
+    if isinstance(model, type):
+        raise RecipeError(f"model is the class {model.__name__}: give an instance, {model.__name__}()")
+    if isinstance(model, Mapping) and is_class_path(model):
+        model = make_model(model, folder)
+    if hasattr(model, "state_dict") and callable(model.state_dict):
+        try:
+            return dict(model.state_dict())
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            raise RecipeError(
+                f"model.state_dict() raised {type(error).__name__}: {error}: give a state dict of plain tensors"
+            ) from error
+    if isinstance(model, Mapping):
+        found: Mapping[str, Any] = unwrap(model)
+        return found
+    raise RecipeError(
+        f"model must be a torch.nn.Module, a state dict, or the path of a checkpoint, got {type(model).__name__}: {model!r}"
+    )
 
 
 def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:
     if not params:
         raise RecipeError(f"{what} has no parameters: there is nothing to train")
+    for name, value in params.items():
+        if is_torch(value) and (why := _unusable(value)) is not None:
+            raise RecipeError(f"{what}: params[{str(name)!r}] {why}")
     try:
         return {str(name): describe(str(name), value) for name, value in params.items()}
     except TypeError as error:
         raise RecipeError(f"{what}: {error}") from None
 
 
-def _load_checkpoint(path: Path) -> Mapping[str, Any]:
+def _unusable(value: Any) -> str | None:
+    """Why a torch tensor cannot be exchanged, with the remedy; None when it can."""
     import torch
+    from torch.nn.parameter import is_lazy
 
-    if not path.is_file():
-        raise RecipeError(f"checkpoint {str(path)!r} is not a file (looked in {Path.cwd()})")
-    try:
-        if path.suffix == ".safetensors":
-            return load_arrays(path, "torch")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise whatever their parsers meet in a broken file
-        raise RecipeError(
-            f"checkpoint {str(path)!r} cannot be read as {'safetensors' if path.suffix == '.safetensors' else 'tensors'}: "
-            f"{type(error).__name__}: {error}. Save a state dict: torch.save(model.state_dict(), path), or safetensors"
-        ) from error
-    nested = loaded.get("state_dict") if isinstance(loaded, Mapping) else None
-    params = nested if isinstance(nested, Mapping) else loaded
-    if not isinstance(params, Mapping):
-        raise RecipeError(f"checkpoint {str(path)!r} holds a {type(params).__name__}, not a state dict")
-    return params
+    if is_lazy(value):
+        return "has no shape yet, because its module is lazy: run one batch through the model first"
+    if hasattr(value, "full_tensor"):
+        return "is sharded over processes: gather it with full_tensor()"
+    if value.is_nested:
+        return "is a nested tensor: pad it, to_padded_tensor()"
+    if value.layout is not torch.strided:
+        return f"is sparse ({value.layout}): make it dense, to_dense()"
+    if value.is_quantized:
+        return f"is quantised ({value.dtype}): exchange the model as it was before, or dequantize() it"
+    if value.is_complex():
+        return f"is complex ({value.dtype}): exchange its real and imaginary parts, torch.view_as_real()"
+    return None
 
 
 def _check_fit(model: Mapping[str, TensorSpec], checkpoint: Mapping[str, TensorSpec], path: Any) -> None:

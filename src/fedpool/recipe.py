@@ -73,7 +73,7 @@ class Recipe(Checked):
 
     name: str = Field(description="name of the job: letters, digits, '.', '_' and '-'", max_length=64)
     model: Annotated[SkipValidation[Any], PlainSerializer(_model_form)] = Field(
-        description="initial model: a torch.nn.Module, a state dict, or the path of a safetensors or torch checkpoint"
+        description="initial model: a torch.nn.Module, a state dict, the path of a checkpoint, or a class_path with its args"
     )
     train_script: str = Field(description="path of the client script")
     train_args: str | tuple[str, ...] = Field(
@@ -85,7 +85,8 @@ class Recipe(Checked):
         None, description="sites drawn for each round, as a function of the seed; empty: all of them", ge=1
     )
     initial_ckpt: Path | None = Field(
-        None, description="checkpoint whose values replace the initial model's; keys must fit"
+        None,
+        description="checkpoint whose values replace the initial model's; keys must fit, but for the prefixes of wrappers",
     )
     params_transfer_type: Literal["FULL", "DIFF"] = Field(
         "FULL", description="what sites send: their parameters, or the difference to the model they received"
@@ -246,7 +247,8 @@ class Recipe(Checked):
         check_values("config", self.config, sets_itself=self.client_config, known=type(self).model_fields)
         self._site_arguments = site_arguments(self.per_site_config)
         if not isinstance(self.model, InitialModel):
-            object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt))
+            folder = Path(self.train_script).resolve().parent
+            object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt, folder=folder))
         check_excluded(self.exclude_vars, self.model.spec)
         return self
 
