@@ -69,6 +69,7 @@ def run_assigned(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
         try:
             check_run(client.read_flow(run.flow_id).name, run.parameters)
             config = load()
+            config.check_devices()
         except (PermissionError, ConfigError) as error:
             sys.stderr.write(f"{error}\n")
             refused = isinstance(error, PermissionError)

@@ -28,6 +28,7 @@ from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
+from fedpool.sites.devices import missing_device
 from fedpool.sites.handles import allow_scripts
 from fedpool.sites.local import LocalSites, default_slots
 from fedpool.sites.process import find_program
@@ -85,6 +86,8 @@ class SimEnv(NamedClients):
     def _devices_are_numbers(cls, value: str | None) -> str | None:
         if value is not None and not all(part.strip().isdigit() for part in value.split(",")):
             raise RecipeError(f'gpus={value!r} is not a list of device numbers: write them as "0,1"')
+        if value is not None and (wrong := missing_device(value)) is not None:
+            raise RecipeError(wrong)
         return value
 
     @field_validator("command")

@@ -86,6 +86,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             file = os.environ.get(CONFIG_VARIABLE)
             name = {} if file or "FEDPOOL_SITE_NAME" in os.environ else {"name": work_pool_name}
             config = SiteConfig.load(Path(file) if file else None, pool=work_pool_name, **name)
+        config.check_devices()
         self.site = config
         # A name that lasts over restarts: by it the worker knows the runs that it left behind when it was killed.
         kwargs["name"] = kwargs.get("name") or config.name

@@ -17,6 +17,7 @@ from pydantic_settings import (
 from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems
 from fedpool.paths import check_new_names
+from fedpool.sites.devices import missing_device
 from fedpool.sites.process import find_program
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
@@ -78,6 +79,15 @@ class SiteConfig(BaseSettings):
     def pool_name(self) -> str:
         """The work pool of the site."""
         return self.pool or self.name
+
+    def check_devices(self) -> None:
+        """Check that this machine has the devices that scripts are to use.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        if self.gpus is not None and (wrong := missing_device(self.gpus)) is not None:
+            raise ConfigError(f"site {self.name}: {wrong}")
 
     @classmethod
     def settings_customise_sources(

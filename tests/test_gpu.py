@@ -1,6 +1,8 @@
 """On a GPU: scripts that are forked, share a device, mix precisions and join process groups. Run by `make test-gpu`."""
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from torch import nn
 
 import fedpool.client.lightning as lightning_client
-from fedpool import FedAvgRecipe, FedNovaRecipe, FedProxRecipe, JobFailed, Recipe, Run, ScaffoldRecipe
+from fedpool import FedAvgRecipe, FedNovaRecipe, FedProxRecipe, Recipe, RecipeError, Run, ScaffoldRecipe, SimEnv
 from fedpool.arrays import load_arrays
 from fedpool.errors import ClientError
+from fedpool.sites.devices import num_devices
 from tests.client.test_huggingface import JOB_SCRIPT as HUGGINGFACE_SCRIPT
 from tests.client.test_huggingface import new_model
 from tests.client.test_lightning import JOB_SCRIPT as LIGHTNING_SCRIPT
@@ -130,10 +133,15 @@ class TestJobs:
         for name, value in here.params.items():
             assert torch.allclose(value, there.params[name], rtol=1e-3, atol=1e-4), name
 
-    def test_a_device_that_is_not_there_fails_its_sites_with_what_torch_says(self, run_job: Callable[..., Run]) -> None:
-        run = run_job(script("cuda", 0), env={"gpus": "99"}, model=new_net(), wait=False)
-        with pytest.raises(JobFailed, match=r"CUDA|NVIDIA"):
-            run.get_result(120)
+    def test_a_device_that_is_not_there_is_refused_when_the_environment_is_built(self) -> None:
+        assert num_devices() == torch.cuda.device_count()
+        SimEnv(gpus=",".join(str(number) for number in range(num_devices())))
+        with pytest.raises(RecipeError, match="names device 99, but this machine has"):
+            SimEnv(gpus="0,99")
+
+    def test_asking_for_devices_does_not_initialise_cuda(self) -> None:
+        code = "import torch; from fedpool import SimEnv; SimEnv(gpus='0'); assert not torch.cuda.is_initialized()"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class TestTrainers:

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from fedpool import FedAvgRecipe, JobCancelled, JobStatus, RecipeError, Run, SimEnv
+from fedpool.sites.devices import num_devices
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -234,7 +235,7 @@ def test_aggregation_weights_multiply(run_job: Callable[..., Run]) -> None:
     assert float(run.get_result().params["w"][0]) == 5
 
 
-def test_devices_are_dealt_to_slots(run_job: Callable[..., Run]) -> None:
+def test_devices_are_dealt_to_slots(prefect_api: str, write_script: Callable[..., Path], tmp_path: Path) -> None:
     script = """
         import os
         import numpy as np
@@ -244,8 +245,24 @@ def test_devices_are_dealt_to_slots(run_job: Callable[..., Run]) -> None:
             flare.receive()
             flare.send(flare.FLModel(params={"w": np.full(3, int(os.environ["CUDA_VISIBLE_DEVICES"]), np.float32)}))
     """
-    result = run_job(script, env={"gpus": "4, 6", "num_threads": 2}, num_rounds=1).get_result()
+    env = SimEnv(num_clients=2, num_threads=2, workspace=tmp_path / "runs", progress=False)
+    # A copy is not checked: the script looks at the numbers only, and this machine need not have such devices.
+    env = env.model_copy(update={"gpus": "4, 6"})
+    recipe = FedAvgRecipe(
+        name="devices",
+        min_clients=2,
+        num_rounds=1,
+        model={"w": np.zeros(3, np.float32)},
+        train_script=write_script(script),
+    )
+    result = recipe.execute(env).get_result()
     assert float(result.params["w"][0]) == 5  # the mean of the two devices
+
+
+@pytest.mark.skipif(num_devices() > 0, reason="needs a machine without a CUDA device")
+def test_devices_that_a_machine_lacks_are_refused_when_the_environment_is_built() -> None:
+    with pytest.raises(RecipeError, match="gpus='99', but this machine has no CUDA device: leave gpus out"):
+        SimEnv(gpus="99")
 
 
 def test_libraries_that_look_for_gpus_as_they_are_imported_leave_cuda_to_the_scripts(
