@@ -291,6 +291,10 @@ class PocEnv(RemoteEnv, NamedClients):
     def _start_server(self, state: Mapping[str, Any]) -> None:
         port = int(state["address"].rsplit(":", 1)[1])
         environment = server_environment(self.home / "prefect", state["database"])
+        if state["database"] != IN_MEMORY:  # which run holds a deployment's slot lasts as long as the runs do
+            environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = (
+                "prefect.server.concurrency.lease_storage.filesystem"
+            )
         process = self._processes.start(_SERVER, [*server_command(port), "stay"], environment)
         wait_until_up(f"{state['address']}/api", process, self._processes.log(_SERVER))
 

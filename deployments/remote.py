@@ -19,6 +19,7 @@ from rich.console import Console
 from fedpool.deployments.api import open_client
 from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.jobs import check_has_ended
+from fedpool.deployments.overlap import Overlap, chosen, described, limit
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
@@ -142,6 +143,7 @@ class RemoteEnv(Checked):
         *,
         schedule: str | timedelta | Sequence[str | timedelta] | None = None,
         warm_start: bool = False,
+        overlap: Overlap | None = None,
     ) -> str:
         """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new job of.
 
@@ -149,6 +151,9 @@ class RemoteEnv(Checked):
             schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule ("FREQ=..."), an interval, or a
                 list of those.
             warm_start: each job starts from the final model of the last one that completed.
+            overlap: what becomes of a run that is due while another one is under way, by schedule or by hand: it is skipped
+                ("skip"), waits ("queue"), or cancels the other ("cancel"). Default: "skip" with a schedule; without one,
+                runs do not hinder each other.
 
         Returns: the deployment's name, for `prefect deployment run`.
 
@@ -158,6 +163,7 @@ class RemoteEnv(Checked):
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        overlap = chosen(overlap, scheduled=schedule is not None)
         schedules = [parse_schedule(entry) for entry in ([] if schedule is None else _listed(schedule))]
         self.prepare(recipe)
         store = self.open_store()
@@ -168,9 +174,19 @@ class RemoteEnv(Checked):
             async with open_client(self.server_remedy) as client:
                 await check(client, names, self.coordinator_pool)
                 await asyncio.to_thread(stage, recipe, template, store, names, template=True)
-                parameters = self._parameters(recipe, store, names) | {"template": template, "warm_start": warm_start}
+                parameters = self._parameters(recipe, store, names) | {
+                    "template": template,
+                    "warm_start": warm_start,
+                    "cancel_earlier": overlap == "cancel",
+                }
                 await _deploy(
-                    client, recipe, recipe.name, pool=self.coordinator_pool, parameters=parameters, schedules=schedules
+                    client,
+                    recipe,
+                    recipe.name,
+                    pool=self.coordinator_pool,
+                    parameters=parameters,
+                    schedules=schedules,
+                    overlap=overlap,
                 )
 
         with self._applied():
@@ -288,12 +304,14 @@ async def _deploy(
     pool: str,
     parameters: dict[str, Any],
     schedules: Sequence["Schedule"] = (),
+    overlap: Overlap | None = None,
 ) -> UUID:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.utilities.callables import parameter_schema
     from prefect.utilities.importtools import import_object
 
     flow = import_object(recipe.entrypoint)
+    most, options = limit(overlap)
     deployment: UUID = await client.create_deployment(
         flow_id=await client.create_flow(flow),
         name=name,
@@ -303,7 +321,9 @@ async def _deploy(
         parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
         enforce_parameter_schema=True,
         schedules=[DeploymentScheduleCreate.from_schedule(schedule) for schedule in schedules],
-        description=f"{type(recipe).__name__} of {recipe.name}.",
+        concurrency_limit=most,
+        concurrency_options=options,
+        description=f"{type(recipe).__name__} of {recipe.name}. {described(overlap)}",
         tags=["fedpool"],
     )
     return deployment

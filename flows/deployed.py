@@ -23,6 +23,7 @@ from prefect.states import Completed
 from pydantic import AfterValidator, Field
 
 from fedpool.errors import ConfigError, RecipeError
+from fedpool.flows import overlap
 from fedpool.flows.job import run_job, take_up
 from fedpool.flows.round import LOOK_AHEAD
 from fedpool.flows.staging import has_completed, restore, stage
@@ -66,7 +67,12 @@ def deployed(kind: type[Recipe]) -> "Flow[..., Any]":
     lines = [f"    {parameter.name}: {description}" for parameter, description in parameters]
     federated_job.__doc__ = "\n".join([head, "", "Args:", *lines])
     made: Flow[..., Any] = Flow(
-        federated_job, name="federated-job", flow_run_name=_run_name, validate_parameters=False, persist_result=False
+        federated_job,
+        name="federated-job",
+        flow_run_name=_run_name,
+        validate_parameters=False,
+        persist_result=False,
+        on_crashed=[overlap.believe_the_store],
     )
     return made
 
@@ -92,6 +98,12 @@ def _parameters(kind: type[Recipe]) -> list[tuple[inspect.Parameter, str]]:
             "rounds that are announced to the sites ahead of the one that trains; 0: each waits for the one before",
         ),
         ("warm_start", bool, False, "start from the final model of the recipe's last completed job"),
+        (
+            "cancel_earlier",
+            bool,
+            False,
+            "cancel the runs of this deployment that are still under way, and begin when they have ended",
+        ),
     ]
     for name in form_fields(kind):
         field = kind.model_fields[name]
@@ -115,9 +127,12 @@ async def _run(
     job_id: str | None,
     look_ahead: int,
     warm_start: bool,
+    cancel_earlier: bool,
     **fields: Any,
 ) -> State[Any]:
     storage = Store(store)
+    if cancel_earlier and job_id is None:
+        await overlap.cancel_earlier()
     if job_id is None or _is_run_again():  # else whoever has submitted the job has looked
         await _wait_for_sites(sites, int(fields["min_clients"]), float(fields["site_patience_s"]))
     staged = job_id or await asyncio.to_thread(_begun_before, storage)
@@ -133,7 +148,7 @@ async def _run(
         if await asyncio.to_thread(has_completed, storage, staged):
             return Completed(message=f"job {staged} had come to its end")
         job = await asyncio.to_thread(take_up, recipe, staged, storage, PoolSites(sites), look_ahead)
-        return await run_job(job)
+        return await overlap.outlasting_its_slot(run_job(job))
 
 
 def _is_run_again() -> bool:

@@ -1,0 +1,96 @@
+"""What becomes of a deployment's runs that would overlap: what a run itself has to do about it.
+
+Whether a run waits for the one before, or is skipped, is decided by Prefect before the run begins, by the deployment's
+concurrency limit. That a run ends the one before is not among what Prefect can do.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import anyio
+from prefect import Flow
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.context import FlowRunContext
+from prefect.logging import get_run_logger
+from prefect.states import Cancelling, Completed
+
+from fedpool.flows.staging import has_completed
+from fedpool.store import Store
+
+T = TypeVar("T")
+
+_POLL_S = 1.0
+_PATIENCE_S = 120.0
+"""How long a run that is cancelled may take to end; one whose machine is gone never does."""
+
+
+async def cancel_earlier() -> None:
+    """Cancel the runs of this run's deployment that began before it, and wait for their end."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    if run is None or run.deployment_id is None:
+        return
+    began, logger = time.monotonic(), get_run_logger()
+    async with get_client() as client:
+        earlier = await _under_way_before(client, run)
+        for other in earlier:
+            logger.info("cancelling run %s, which this one replaces", other.name)
+            if other.state is not None and not other.state.is_cancelling():
+                await client.set_flow_run_state(other.id, Cancelling(message=f"replaced by run {run.name}"))
+        while earlier and time.monotonic() - began < _PATIENCE_S:
+            await asyncio.sleep(_POLL_S)
+            earlier = await _under_way_before(client, run)
+    for other in earlier:
+        logger.warning(
+            "run %s did not end in %g s: going on beside it. If the machine that ran it is gone: prefect flow-run delete %s",
+            other.name,
+            _PATIENCE_S,
+            other.id,
+        )
+
+
+async def _under_way_before(client: PrefectClient, run: FlowRun) -> list[FlowRun]:
+    """Runs of the same deployment that are under way and were due before a run: of two that start at once, one ends the other."""
+    states = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    found = await client.read_flow_runs(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[run.deployment_id])),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
+    )
+    mine = _due(run)
+    return [other for other in found if other.id != run.id and _due(other) < mine]
+
+
+def _due(run: FlowRun) -> tuple[float, str]:
+    due = run.expected_start_time or run.created
+    return (due.timestamp() if due else 0.0, str(run.id))
+
+
+async def outlasting_its_slot(work: Awaitable[T]) -> T:
+    """Do some work to its end, though Prefect may cancel the run that does it for want of its deployment's slot.
+
+    A run holds its slot by a lease, which Prefect renews. When that fails, because the server was restarted or did not answer
+    for some seconds, Prefect cancels the run. A job is worth more than that two of them might overlap then.
+    """
+    # Against Prefect's scope; a task that is cancelled, or a signal, still ends the work.
+    with anyio.CancelScope(shield=True):
+        result = await work
+    return result  # noqa: RET504  # to mypy, a scope may go on without it
+
+
+async def believe_the_store(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Hook for a run that crashed: one whose job has come to its end has done what it was for."""
+    store = Store(str(flow_run.parameters["store"]))
+    if await asyncio.to_thread(has_completed, store, flow_run.name):
+        completed: State[Any] = Completed(message=f"job {flow_run.name} has completed")
+        async with get_client() as client:
+            await client.set_flow_run_state(flow_run.id, completed, force=True)
