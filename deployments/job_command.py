@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedpool.deployments import jobs
 from fedpool.deployments.blocking import run_blocking
+from fedpool.deployments.endings import read_endings, tell_endings
 from fedpool.deployments.fate import with_client
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.progress import cross_site_table, print_findings
@@ -75,7 +76,8 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
     summary, records, result = jobs.read_job(place, job_id, partial(_server, home))
     described = place.read_json(JobPaths(job_id).job)
     if as_json:
-        print(json.dumps({**_plain(summary), "rounds": list(records), "result": result}, indent=2))
+        endings = {} if result is None else read_endings(place, job_id, result, records)
+        print(json.dumps({**_plain(summary), "rounds": list(records), "result": result, "endings": endings}, indent=2))
         return
     console = Console()
     console.print(f"{job_id}: {_status(summary)}", highlight=False)
@@ -97,6 +99,9 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
     if summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
         console.print(f"go on with it: fedpool job resume {job_id}", highlight=False, soft_wrap=True)
     if result is not None:
+        if result.get("evaluation_error"):
+            print_findings(result["evaluation_error"].splitlines()[:1], console)
+        print_findings(tell_endings(read_endings(place, job_id, result, records)), console)
         for which in ("final", "best"):
             console.print(
                 f"{which} model: {place.address(JobPaths(job_id).global_model(result[which]['round']))}",

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from fedpool.deployments.endings import tell_endings
 from fedpool.deployments.run import JobStatus, Progress, Run
 from fedpool.errors import FedpoolError, StoreError
 from fedpool.recipe import Recipe
@@ -102,6 +103,7 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
     if result.evaluation_error:
         print_findings(result.evaluation_error.splitlines()[:1], console)
     print_findings(findings(MetricRules.of(recipe), recipe.aggregation_weights, result.rounds), console)
+    print_findings(tell_endings(result.endings), console)
     final = result.metrics[result.num_rounds] if len(result.metrics) > result.num_rounds else {}
     console.print(f"final model{_scores(final)}: {result.path}", highlight=False, soft_wrap=True)
     if result.best_round != result.num_rounds:

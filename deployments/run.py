@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpool.arrays import load_arrays
+from fedpool.deployments.endings import read_endings
 from fedpool.errors import JobCancelled, JobError, JobFailed, StoreError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
@@ -43,6 +44,8 @@ class Result:
         best_round: the round that the best model is the start of: 0 is the initial model, `num_rounds` the final one.
         stopped_by: what stopped the job early, or None.
         evaluation_error: why the final model has no score although sites were asked for one; else None.
+        endings: site -> how its script failed after its last round, by which the job has not failed. Sites elsewhere say so some
+            seconds after the job's end.
         cross_site: data site -> owner of a model -> metrics and their weight; None without `cross_site_eval`.
     """
 
@@ -55,6 +58,7 @@ class Result:
     best_round: int
     stopped_by: str | None
     evaluation_error: str | None = None
+    endings: dict[str, str] = field(default_factory=dict)
     cross_site: dict[str, dict[str, dict[str, float | None]]] | None = None
 
     @cached_property
@@ -175,6 +179,7 @@ class Run:
             best_round=result["best"]["round"],
             stopped_by=result["stopped_by"],
             evaluation_error=result.get("evaluation_error"),  # jobs of an earlier version say nothing of it
+            endings=read_endings(self._store, self.job_id, result, records),
             cross_site=self._store.read_json(self._paths.cross_site) if result["cross_site"] else None,
         )
 

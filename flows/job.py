@@ -151,6 +151,8 @@ async def run_job(job: Job) -> State[Any]:
     finally:
         await sites.end()
     status = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
+    for site, how in sites.endings.items():
+        get_run_logger().warning("%s: after its last round, %s", site, how)
     matrix = None
     if status == "COMPLETED" and recipe.cross_site_eval:
         matrix = cross_site_matrix(job.records, best_model(recipe, job.records))
@@ -266,6 +268,7 @@ def _result(
         "error": error,
         "stopped_by": stopped_by,
         "evaluation_error": evaluation_error(job.records),
+        "endings": dict(job.sites.endings),
         "num_rounds": final,
         "num_records": len(job.records),
         "key_metric": recipe.key_metric,

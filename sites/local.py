@@ -19,7 +19,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
 from fedpool.manifest import ClientJob, SiteAssignment
-from fedpool.paths import JobPaths, in_natural_order
+from fedpool.paths import JobPaths
+from fedpool.site_order import in_order
 from fedpool.sites.launcher import Zygote
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
@@ -72,6 +73,11 @@ class Sites(Protocol):
         """
         ...
 
+    @property
+    def endings(self) -> Mapping[str, str]:
+        """site -> how its script failed after its last round, once `end` was called, as far as is known by then."""
+        ...
+
     def cancel(self) -> None:
         """Stop what is under way: whoever waits for a site gets a `SiteError`."""
         ...
@@ -103,6 +109,7 @@ class LocalSites:
     __slots__ = (
         "_cancel",
         "_commands",
+        "_endings",
         "_executor",
         "_folder",
         "_gpus",
@@ -139,12 +146,13 @@ class LocalSites:
         origin: str = "",
     ) -> None:
         self.names = tuple(names)
-        self._index = {name: index for index, name in enumerate(in_natural_order(names))}
+        self._index = {name: index for index, name in enumerate(in_order(names))}
         self.num_slots = num_slots
         self._keep_alive = keep_alive
         self._gpus = tuple(gpus)
         self._workdir = workdir
         self._cancel = threading.Event()
+        self._endings: dict[str, str] = {}
         self._sessions: dict[str, Session] = {}
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(num_slots):
@@ -174,6 +182,11 @@ class LocalSites:
     def cancelled(self) -> bool:
         """See `Sites.cancelled`."""
         return self._cancel.is_set()
+
+    @property
+    def endings(self) -> Mapping[str, str]:
+        """See `Sites.endings`."""
+        return dict(self._endings)
 
     def cancel(self) -> None:
         """Kill every script at once; whoever waits for one gets a `SiteError`. From any thread."""
@@ -228,7 +241,13 @@ class LocalSites:
             if not work.done() and (session := self._sessions.get(site)) is not None:
                 session.kill()
         wait(self._under_way.values())
-        list(self._executor.map(lambda session: session.end(grace_s), self._sessions.values()))
+        ends = [
+            # What scripts still print is logged from these threads, and the loggers find their Prefect settings in the context.
+            self._executor.submit(contextvars.copy_context().run, self._end, site, session, grace_s)
+            for site, session in self._sessions.items()
+        ]
+        for end in ends:
+            end.result()
         self._executor.shutdown()
         self._sessions.clear()
         if self._zygote is not None:
@@ -262,7 +281,7 @@ class LocalSites:
                 trusted=self._store.is_local,
             )
             if not self._keep_alive:
-                session.end()
+                self._end(site, session)
             return delivery
         except SiteError as error:
             if self.cancelled:
@@ -272,6 +291,11 @@ class LocalSites:
             if not self._keep_alive:
                 self._sessions.pop(site, None)
             part.give_up()
+
+    def _end(self, site: str, session: Session, grace_s: float = 10.0) -> None:
+        how = session.end(grace_s)
+        if how is not None and not self.cancelled:
+            self._endings[site] = how
 
     def _new_session(self, site: str, slot: int) -> Session:
         assert self._job is not None

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import IntegrityError, SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
-from fedpool.paths import JobPaths, in_natural_order
+from fedpool.paths import JobPaths
+from fedpool.site_order import in_order
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
@@ -152,6 +153,7 @@ class _JobHere:
         self.last_call = time.monotonic()
         self._client: ClientJob | None = None
         self._sites: list[str] = []
+        self._last: tuple[SiteAssignment, LogLine] | None = None
         self._session: Session | None = None
 
     def perform(self, round: int, attempt: int, *, stop: _Either, log: LogLine) -> bool:
@@ -200,10 +202,24 @@ class _JobHere:
         """Tell the script, give it time, and leave nothing of it behind."""
         with self._working:
             if self._session is not None:
-                self._session.end()
+                how = self._session.end()
                 self._session = None
+                if how is not None:
+                    self._tell_ending(how)
         shutil.rmtree(self._folder, ignore_errors=True)
         shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _tell_ending(self, how: str) -> None:
+        """Say how the script failed after its last round: in its log, and to those who look at the job."""
+        assert self._last is not None, "a script is started by an assignment"
+        assignment, log = self._last
+        log(f"after its last round, {how}")
+        path = self._paths.ending(assignment.round, assignment.site, assignment.attempt)
+        try:
+            if self.has_ended():  # else it was idle, and may be started again
+                self._store.write_json(path, {"how": how})
+        except (OSError, StoreError) as error:
+            log(f"{path} could not be written: {error}")
 
     def _wait_for(self, round: int, attempt: int, stop: _Either) -> SiteAssignment | None:
         """The assignment, as soon as the coordinator has written it; None when the round or the job is over first."""
@@ -239,6 +255,7 @@ class _JobHere:
 
     def _do(self, assignment: SiteAssignment, deadline: float | None, stop: _Either, log: LogLine) -> None:
         client = self._client = self._client or self._read_job()
+        self._last = assignment, log
         session = self._session = self._session or self._new_session(client)
         with _Watch(lambda: stop.is_set() or self.has_ended(), session.kill) as watch:
             try:
@@ -269,7 +286,7 @@ class _JobHere:
         try:
             described = self._store.read_json(self._paths.job)
             client = ClientJob.model_validate(described["client"], strict=False)
-            self._sites = in_natural_order(described["sites"])
+            self._sites = in_order(described["sites"])
             self._sites.index(self._config.name)
         except (KeyError, ValueError) as error:
             raise IntegrityError(f"{self._store.full(self._paths.job)} does not describe a job: {error}") from None

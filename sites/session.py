@@ -140,19 +140,30 @@ class Session:
         """Whether `kill` was called."""
         return self._killed.is_set()
 
-    def end(self, grace_s: float = _END_GRACE_S) -> None:
-        """Tell the script that the job is over, give it time to finish, and leave nothing of it behind."""
-        if self._script is not None:
-            deadline = time.monotonic() + grace_s
-            told = False
-            try:
-                while True:
-                    if self._asked and not told and self._link:
-                        self._link.put("end")
-                        told = True
-                    self._step(deadline)
-            except (_Ended, OSError):
-                self._clear()
+    def end(self, grace_s: float = _END_GRACE_S) -> str | None:
+        """Tell the script that the job is over, give it time to finish, and leave nothing of it behind.
+
+        Returns: how it failed at its end; None when it ended well, or was killed, or there is none.
+        """
+        if self._script is None:
+            return None
+        self._output.forget()  # what the rounds printed does not tell how it ends
+        deadline = time.monotonic() + grace_s
+        told = False
+        try:
+            while True:
+                if self._asked and not told and self._link:
+                    self._link.put("end")
+                    told = True
+                self._step(deadline)
+        except (_Ended, OSError):
+            how = self._wait_for_end(deadline)  # one that has called shutdown() may still be at work
+        if self._exit_code == -signal.SIGKILL and time.monotonic() >= deadline:
+            how = f"the script was still at work {grace_s:g} s after the end of the job, and was killed"
+        how += self._output.traceback()
+        failed = self._exit_code != 0 and not self.killed
+        self._clear()
+        return how if failed else None
 
     def kill(self) -> None:
         """Kill the script and all it started, for good; a `perform` that waits for it raises. From any thread."""
@@ -245,10 +256,10 @@ class Session:
                 return message
         return None
 
-    def _wait_for_end(self) -> str:
+    def _wait_for_end(self, deadline: float | None = None) -> str:
         """Drain the output until the script has ended; returns how it ended. Kills one that lingers."""
         assert self._script is not None
-        deadline = time.monotonic() + _END_GRACE_S
+        deadline = time.monotonic() + _END_GRACE_S if deadline is None else deadline
         while self._exit_code is None:
             sources: list[int] = [self._script.status]
             sources += [self._output.fd] if self._output.fd is not None else []
@@ -313,6 +324,10 @@ class _Output:
     def begin(self, log: LogLine) -> None:
         self._log = log
         self._passed = self._dropped = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin the tail anew."""
         self._tail.clear()
 
     def read(self) -> None:

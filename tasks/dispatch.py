@@ -9,7 +9,7 @@ ended, and is asked, in one query for all runs, only after those that ended with
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
@@ -238,6 +238,11 @@ class PoolSites:
         if self._watch is not None:
             self._watch.cancel()
         await self._stack.aclose()
+
+    @property
+    def endings(self) -> Mapping[str, str]:
+        """See `Sites.endings`: none is known yet, because sites learn of the end from the result."""
+        return {}
 
     def cancel(self) -> None:
         """Give up what is under way: whoever waits for a site gets a `SiteError`."""

@@ -95,6 +95,8 @@ def final_report(
             "```",
             "",
         ]
+    for site, how in result.get("endings", {}).items():
+        lines += [f"- **{site} failed after its last round**:", "", "```", how, "```", ""]
     if pictures:
         lines.append(f"- curves: the artifacts {', '.join(f'`{key}`' for key in pictures)}")
     header, rows = report_rows(records)

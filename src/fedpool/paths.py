@@ -25,7 +25,6 @@ from fedpool.errors import RecipeError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 """What Windows takes for a device, whatever follows the first dot."""
-_NUMBER = re.compile(r"([0-9]+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -70,15 +69,6 @@ def check_new_names(what: str, names: Iterable[str]) -> None:
 def new_job_id(name: str) -> str:
     """An id for a new job of a recipe: name, time (UTC) and six random hex digits."""
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-
-
-def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Names as a person would count them: site-2 before site-10."""
-
-    def parts(name: str) -> list[tuple[int, str]]:
-        return [(int(part) if part.isdecimal() else 0, part) for part in _NUMBER.split(name)]
-
-    return sorted(names, key=parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +142,10 @@ class JobPaths:
     def manifest(self, round: int, site: str, attempt: int = 0) -> str:
         """The manifest that commits a site's update."""
         return f"{self.sites(round, attempt)}/{self.site_manifest(site)}"
+
+    def ending(self, round: int, site: str, attempt: int = 0) -> str:
+        """How a site's script failed at the end of the job, after this round, which was its last; not in simulation."""
+        return f"{self.sites(round, attempt)}/{check_name('site', site)}/ending.json"
 
     def round(self, round: int) -> str:
         """The folder of the round."""

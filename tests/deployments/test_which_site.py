@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedpool import Run
-from fedpool.paths import in_natural_order
+from fedpool.site_order import in_order
 
 SCRIPT = """
     import json, pathlib
@@ -31,7 +31,7 @@ SCRIPT = """
     ],
 )
 def test_names_are_in_the_order_that_people_count_them_in(names: list[str], ordered: list[str]) -> None:
-    assert in_natural_order(names) == ordered == in_natural_order(reversed(names))
+    assert in_order(names) == ordered == in_order(reversed(names))
 
 
 def test_every_site_of_a_simulation_knows_its_place_and_the_values_for_all(

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,7 @@ class HostileSites:
     num_slots = 2
     names = ("site-1", "site-2")
     cancelled = False
+    endings: Mapping[str, str] = MappingProxyType({})
 
     __slots__ = ("_cases", "_job", "_store")
 

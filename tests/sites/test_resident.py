@@ -151,6 +151,24 @@ def test_a_script_learns_which_of_the_jobs_sites_it_is(
     assert here.printed == [str(who)]
 
 
+def test_a_script_that_fails_after_the_job_is_named_in_its_log_and_in_the_store(
+    site: Callable[..., Site], job: Callable[..., Job], tmp_path: Path
+) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(script.read_text() + "raise ValueError('no space left')\n")
+    here, work = site(), job()
+    for round in (0, 1):
+        work.assign(round)
+        assert here.perform(work, round)
+    work.end()
+    path = work.paths.ending(1, "a")
+    wait_until(lambda: work.store.exists(path), timeout_s=60)
+    how = work.store.read_json(path)["how"]
+    assert how.startswith("the script ended with exit code 1\nTraceback")
+    assert how.endswith("ValueError: no space left")
+    assert f"after its last round, {how}" in here.printed
+
+
 def test_a_job_that_the_site_is_no_part_of_is_refused(site: Callable[..., Site], job: Callable[..., Job]) -> None:
     here, work = site(), job(sites=("b",))
     work.assign()

@@ -1,0 +1,56 @@
+"""How client scripts failed after their last round, in what they do once the job is over.
+
+In a simulation the job waits for that, and its result says so. Sites elsewhere learn of the job's end from the result: what they
+say comes later, and lies beside what they sent in their last round.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpool.errors import StoreError
+from fedpool.paths import JobPaths
+from fedpool.site_order import in_order
+from fedpool.store import Store
+from fedpool.tasks.record import Record
+
+_MAX_BYTES = 1 << 16
+
+
+def read_endings(store: Store, job_id: str, result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
+    """site -> how its script failed, as far as is known now.
+
+    Args:
+        result: of the job.
+        records: of all its rounds.
+    """
+    paths = JobPaths(job_id)
+    found: dict[str, str] = dict(result.get("endings", {}))  # jobs of an earlier version have none
+    last = {
+        entry["site"]: (record["round"], entry["attempt"])
+        for record in records
+        for kind in ("accepted", "rejected", "probed", "late")
+        for entry in record[kind]
+    }
+    for round, attempt in sorted(set(last.values())):
+        folder = paths.sites(round, attempt)
+        there = set(store.tree(folder))
+        for site, where in last.items():
+            path = paths.ending(round, site, attempt)
+            if where == (round, attempt) and path.removeprefix(f"{folder}/") in there:
+                found[site] = _read(store, path)
+    return {site: found[site] for site in in_order(found)}
+
+
+def tell_endings(endings: Mapping[str, str]) -> list[str]:
+    """One paragraph for each script that failed after its last round."""
+    return [f"{site}: after its last round, {how}" for site, how in endings.items()]
+
+
+def _read(store: Store, path: str) -> str:
+    """What a site says, which is not to be trusted to be anything."""
+    try:
+        if store.size(path) > _MAX_BYTES:
+            return f"{store.full(path)} is longer than {_MAX_BYTES} bytes"
+        return str(store.read_json(path)["how"])
+    except (OSError, StoreError, ValueError, KeyError, TypeError) as error:
+        return f"{store.full(path)} cannot be read: {error}"
