@@ -8,9 +8,7 @@ or, when `job_id` names a job, that very job, from where it is. The store and th
 import asyncio
 import inspect
 import re
-import tempfile
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import Flow
@@ -27,10 +25,11 @@ from fedpool.flows import overlap
 from fedpool.flows.job import run_job, take_up
 from fedpool.flows.round import LOOK_AHEAD
 from fedpool.flows.staging import has_completed, restore, stage
-from fedpool.initial import InitialModel, initial_model
+from fedpool.initial import InitialModel
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
+from fedpool.stored_model import StoredModel
 from fedpool.tasks.dispatch import PoolSites
 from fedpool.tasks.reach import site_problems
 from fedpool.tensors import Digest
@@ -227,9 +226,7 @@ def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
         if store.read_json(paths.job)["recipe"]["name"] != recipe.name:
             continue
         record = store.read_json(paths.record(result["num_rounds"] - 1))
-        with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
-            path = store.fetch(paths.global_model(result["num_rounds"]), Path(folder), Digest(**record["next_global"]))
-            model = initial_model(path)
+        model = StoredModel(store, paths.global_model(result["num_rounds"]), Digest(**record["next_global"]))
         if dict(model.spec) != dict(recipe.model.spec):
             raise RecipeError(f"warm_start: the model of job {job_id} has other parameters than the recipe's")
         get_run_logger().info("starting from the final model of job %s", job_id)

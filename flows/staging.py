@@ -5,20 +5,18 @@ Costs no Prefect, because an environment looks here before anything runs.
 
 import hashlib
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from fedpool.bundle import Bundle
 from fedpool.errors import IntegrityError, RecipeError
-from fedpool.initial import initial_model
 from fedpool.manifest import ClientJob
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store, to_json
+from fedpool.stored_model import StoredModel
 from fedpool.tasks.arithmetic import CURRENT
 from fedpool.tensors import Digest
 
@@ -205,8 +203,7 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
     data = store.read_bytes(paths.bundle(client.bundle_sha256))
     if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
         raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")
-    with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
-        model = initial_model(store.fetch(paths.global_model(0), Path(folder), digest))
+    model = StoredModel(store, paths.global_model(0), digest)
     bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
     known = {**kind.recorded(fields), "model": model, "initial_ckpt": None}
     return kind.restore(known, bundle, given=record.get("given"))
@@ -228,8 +225,7 @@ def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
         raise RecipeError(
             f"{store.full(paths.global_model(parent.round))} is no model that job {parent.job_id} committed"
         )
-    with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
-        model = initial_model(store.fetch(paths.global_model(parent.round), Path(folder), Digest(**known)))
+    model = StoredModel(store, paths.global_model(parent.round), Digest(**known))
     if dict(model.spec) != dict(recipe.model.spec):
         raise RecipeError(
             f"job {parent.job_id} has a model with other parameters than the recipe's: it cannot be forked"

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -205,15 +206,16 @@ class Store:
     def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
         """Block-wise access to a safetensors object of `size` bytes."""
         full = self.full(path)
+        read = LocalFile(full, self._may_stay_open) if self.is_local else partial(self.read_range, path)
+        return TensorReader(read, size, where=full, max_header=max_header)
+
+    def read_range(self, path: str, start: int, stop: int) -> bytearray | memoryview:
+        """An object's bytes from `start` to `stop`, as far as it has them. The caller checks them before trusting them."""
+        if stop == start:
+            return bytearray()
         if self.is_local:
-            return TensorReader(LocalFile(full, self._may_stay_open), size, where=full, max_header=max_header)
-
-        def read_remote(start: int, stop: int) -> bytearray:
-            if stop == start:
-                return bytearray()
-            return self._patiently(path, lambda: bytearray(self.fs.cat_file(full, start=start, end=stop)))
-
-        return TensorReader(read_remote, size, where=full, max_header=max_header)
+            return LocalFile(self.full(path))(start, stop)
+        return self._patiently(path, lambda: bytearray(self.fs.cat_file(self.full(path), start=start, end=stop)))
 
     def read_json(self, path: str) -> dict[str, Any]:
         """A JSON object.
@@ -325,7 +327,7 @@ class Store:
     def _scratch(self) -> Iterator[str]:
         # Beside the objects where the store is local, so that the move into place is a link and not a copy.
         parent = self.root if self.is_local else tempfile.gettempdir()
-        with explained(parent):
+        with self._errors("", "written") if self.is_local else explained(parent):
             Path(parent).mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix=".fedpool-", dir=parent)
         with scratch as folder:

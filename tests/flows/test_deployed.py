@@ -104,8 +104,9 @@ def test_a_staged_job_that_was_tampered_with_is_refused(
     damage(job)
     (tmp_path / "store/job-1/job.json").unlink()
     store.write_json("job-1/job.json", job)
-    with pytest.raises(error, match=words):
-        restore(FedAvgRecipe, "job-1", store)
+    with pytest.raises(error, match=words):  # at the latest when a job is made from it
+        stage(restore(FedAvgRecipe, "job-1", store), "job-2", store, ("site-1", "site-2"))
+    assert not store.exists("job-2/job.json") and not store.exists("job-2/rounds/00000/global.safetensors")
 
 
 @pytest.mark.parametrize("schedule", ["0 2 * * 0", "FREQ=WEEKLY;BYDAY=SU", timedelta(hours=6)])

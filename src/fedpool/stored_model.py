@@ -1,0 +1,63 @@
+"""An initial model that lies in a store already: of it the header is read, and the rest only by who needs it."""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedpool.arrays import load_arrays
+from fedpool.errors import IntegrityError
+from fedpool.initial import InitialModel
+from fedpool.store import Store
+from fedpool.tensors import Digest, Writable
+
+_CHUNK_BYTES = 16 << 20
+
+
+class StoredModel(InitialModel):
+    """The tensors of a safetensors object.
+
+    Its bytes are checked against the digest when they are used, and not before.
+
+    Args:
+        digest: what the object's record says of it.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        IntegrityError: its header is not that of a safetensors file of that size.
+    """
+
+    def __init__(self, store: Store, path: str, digest: Digest) -> None:
+        # Not InitialModel's, which holds a file of its own open.
+        self.spec = store.tensors(path, digest.size).spec
+        self.digest = digest
+        self._store = store
+        self._path = path
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """name -> torch tensor, memory-mapped.
+
+        Raises:
+            IntegrityError: the object is not what its record says.
+        """
+        with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
+            return load_arrays(self._store.fetch(self._path, Path(folder), self.digest), "torch")
+
+    def write_to(self, file: Writable) -> None:
+        """Copy the object's bytes.
+
+        Raises:
+            IntegrityError: the object is not what its record says.
+        """
+        found = hashlib.sha256()
+        for start in range(0, self.digest.size, _CHUNK_BYTES):
+            chunk = self._store.read_range(self._path, start, min(start + _CHUNK_BYTES, self.digest.size))
+            found.update(chunk)
+            file.write(chunk)
+        if found.hexdigest() != self.digest.sha256:
+            raise IntegrityError(
+                f"{self._store.full(self._path)} differs from its manifest: "
+                f"sha256 {found.hexdigest()}, expected {self.digest.sha256}"
+            )
