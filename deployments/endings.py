@@ -10,6 +10,7 @@ from typing import Any
 from fedpool.errors import StoreError
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
+from fedpool.storable import storable
 from fedpool.store import Store
 from fedpool.tasks.record import Record
 
@@ -51,6 +52,6 @@ def _read(store: Store, path: str) -> str:
     try:
         if store.size(path) > _MAX_BYTES:
             return f"{store.full(path)} is longer than {_MAX_BYTES} bytes"
-        return str(store.read_json(path)["how"])
+        return storable(str(store.read_json(path)["how"]))
     except (OSError, StoreError, ValueError, KeyError, TypeError) as error:
         return f"{store.full(path)} cannot be read: {error}"

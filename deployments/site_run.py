@@ -20,11 +20,12 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Abort, ObjectNotFound, ParameterTypeError, Pause
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Failed, Running
-from prefect.utilities.engine import propose_state
 
 from fedpool.errors import FedpoolError
 from fedpool.flows.site_round import do_site_round, site_round
 from fedpool.sites.resident import Resident
+from fedpool.storable import storable
+from fedpool.tasks.states import report_state
 
 _RETRY_S = 2.0
 
@@ -71,8 +72,9 @@ async def do_run(
         # With a limit of its own: the sites' runs wait for their rounds, and would use up the threads of all others.
         ended = await anyio.to_thread.run_sync(context.run, work, limiter=anyio.CapacityLimiter(1))
     except (FedpoolError, ParameterTypeError, OSError) as error:
-        logger.error("%s", error)
-        ended = Failed(message=str(error))
+        cause = storable(str(error))
+        logger.error("%s", cause)
+        ended = Failed(message=cause)
     except BaseException:
         beginning.cancel()
         raise
@@ -98,7 +100,7 @@ async def _report(client: PrefectClient, run_id: UUID, state: State[Any], reside
     """Tell the server of a state, as soon as it is there; returns its answer, None when it had none and the site is closing."""
     while True:
         try:
-            return await propose_state(client, state, flow_run_id=run_id)
+            return await report_state(client, state, run_id)
         except Pause as paused:
             return paused.state
         except Abort:  # the run has ended already, by somebody else's word

@@ -26,6 +26,7 @@ from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, sha256_wi
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
+from fedpool.storable import storable
 from fedpool.store import Store, check_digest
 from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.causes import evaluation_error
@@ -34,6 +35,9 @@ from fedpool.tasks.key_metric import MetricRules, metric_gap
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.record import Record, num_trained
 from fedpool.tensors import Digest
+
+_MAX_ERROR = 1 << 18
+"""Characters of what a job says of its failure, which names every site."""
 
 
 @flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
@@ -176,9 +180,9 @@ def _failure(failure: Exception, job: Job) -> str:
     """What a job says of its failure; one that the store is to blame for can go on."""
     if not isinstance(failure, FedpoolError):  # nobody expected it: its traceback is needed
         get_run_logger().error("a round ended with an unexpected error", exc_info=failure)
-        return f"{type(failure).__name__}: {failure}"
+        return storable(f"{type(failure).__name__}: {failure}", _MAX_ERROR)
     if not isinstance(failure, StoreError) or isinstance(failure, IntegrityError):
-        return str(failure)
+        return storable(str(failure), _MAX_ERROR)
     return f"{failure}; then go on with the job: fedpool job resume {job.job_id} --store {job.store.url}"
 
 

@@ -26,6 +26,7 @@ from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.site_order import in_order
 from fedpool.sites.local import Sites
+from fedpool.storable import storable
 from fedpool.store import Store, check_digest
 from fedpool.tasks.absence import how_to_resume, unasked
 from fedpool.tasks.aggregate import Before, UpdateChanged, aggregate
@@ -329,7 +330,9 @@ def _unless_changed(outcome: Outcome, changed: UpdateChanged) -> Outcome:
     if not isinstance(outcome, Accepted) or outcome.site != changed.site:
         return outcome
     get_run_logger().warning("%s: update rejected (changed): %s", changed.site, changed)
-    return Rejected(outcome.site, outcome.attempt, outcome.manifest, outcome.manifest_sha256, "changed", str(changed))
+    return Rejected(
+        outcome.site, outcome.attempt, outcome.manifest, outcome.manifest_sha256, "changed", storable(str(changed))
+    )
 
 
 def _accepted(outcomes: Collection[Outcome]) -> list[Accepted]:

@@ -16,11 +16,12 @@ from prefect.context import FlowRunContext, TagsContext
 from prefect.exceptions import Abort, ObjectNotFound, PrefectException, TerminationSignal
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
-from prefect.utilities.engine import propose_state
 
 from fedpool.errors import FedpoolError, ServerError
 from fedpool.flows.round import Job, federated_round
+from fedpool.storable import storable
 from fedpool.tasks.dispatch import gone
+from fedpool.tasks.states import report_state
 
 
 @task(name="federated-round")
@@ -60,7 +61,7 @@ async def run_round(job: Job, number: int) -> None:
                 await _report(client, run, Cancelled(message="the job was cancelled"))
                 raise
             logger.error("%s", error, exc_info=not isinstance(error, FedpoolError))
-            await _report(client, run, Failed(message=str(error)))
+            await _report(client, run, Failed(message=storable(str(error))))
             raise
     await _report(client, run, ended)
 
@@ -96,6 +97,6 @@ async def why_refused(client: PrefectClient, job_run: UUID, number: int, error: 
 async def _report(client: PrefectClient, run: FlowRun, state: State[None]) -> None:
     try:
         with CancelScope(shield=True):
-            await propose_state(client, state, flow_run_id=run.id)
+            await report_state(client, state, run.id)
     except Abort:  # the run has ended already, by somebody else's word
         return

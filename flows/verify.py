@@ -19,6 +19,7 @@ from fedpool.flows.round import expected
 from fedpool.flows.staging import sha256_without
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
+from fedpool.storable import storable
 from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.arithmetic import arithmetic_of
@@ -159,7 +160,7 @@ class _Audit:
         except FileNotFoundError:
             raise self._differs(self._paths.manifest(number, site, attempt), "is missing") from None
         except IntegrityError as error:
-            return Rejected(site, attempt, None, None, "manifest", str(error))
+            return Rejected(site, attempt, None, None, "manifest", storable(str(error)))
         self._verify_assignment(number, site, attempt, delivery.manifest.assignment_sha256)
         if entry.get("code") == "changed":  # which is over: what the gate had seen is not there any more
             return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry["code"], entry["reason"])

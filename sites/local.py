@@ -216,10 +216,11 @@ class LocalSites:
         site = assignment.site
         if (earlier := self._under_way.get(site)) is not None:  # it was late, and nobody waits for it
             await asyncio.gather(asyncio.shield(asyncio.wrap_future(earlier)), return_exceptions=True)
-        context = contextvars.copy_context()  # the loggers behind `log` find their Prefect run and settings in it
+        # The loggers behind `log` find their Prefect run and settings in it, also when the script prints after the last round.
+        context, of_log = contextvars.copy_context(), contextvars.copy_context()
         part = _Part(self._slots)
         work = self._under_way[site] = self._executor.submit(
-            context.run, self._perform, assignment, deadline, log, part
+            context.run, self._perform, assignment, deadline, lambda line: of_log.run(log, line), part
         )
         try:
             return await asyncio.shield(asyncio.wrap_future(work))

@@ -25,6 +25,7 @@ from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link
 from fedpool.errors import SiteError
 from fedpool.sites.handles import explain
 from fedpool.sites.launcher import Launcher, Script
+from fedpool.storable import storable
 
 MAX_LINES_PER_ROUND = 1000
 """Lines of a script's output that are passed on in one round; the end is always kept for an error's message."""
@@ -115,7 +116,7 @@ class Session:
                 if message["kind"] == "log":
                     logged[message["key"]] = message["value"]
                     where = "".join(f", {name} {value}" for name, value in message["where"].items())
-                    log(f"{message['key']} = {message['value']:g}{where}")
+                    log(storable(f"{message['key']} = {message['value']:g}{where}", _MAX_LINE_BYTES))
                 elif message["kind"] == "update" and handed and message["round"] == assignment.round:
                     self._output.finish()
                     return Reply(message, logged)
@@ -375,7 +376,7 @@ class _Output:
         return "".join(f"\n{line}" for line in chosen)
 
     def _pass(self, line: bytes) -> None:
-        text = line[:_MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
+        text = storable(line[:_MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
         text = text.replace(self._scratch, self._shown)  # in tracebacks; what the script says of paths is left as it is
         self._tail.append(text)
         if self._passed < MAX_LINES_PER_ROUND:

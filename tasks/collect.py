@@ -22,6 +22,7 @@ from fedpool.errors import IntegrityError, SiteError
 from fedpool.manifest import SiteAssignment, Task
 from fedpool.sites.local import Sites
 from fedpool.sites.site_round import read_delivery
+from fedpool.storable import storable
 from fedpool.store import Store
 from fedpool.tasks.events import emit_rejected
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
@@ -336,7 +337,7 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
                 log=lambda line: logger.info("%s: %s", site, line),
             )
     except IntegrityError as error:
-        return Rejected(site, attempt, None, None, "manifest", str(error))
+        return Rejected(site, attempt, None, None, "manifest", storable(str(error)))
     return await asyncio.to_thread(judge, round.store, site, attempt, delivery, expected)
 
 

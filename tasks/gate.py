@@ -9,6 +9,7 @@ from fedpool.manifest import UpdateManifest
 from fedpool.model import NUM_EVAL_EXAMPLES, is_count
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
+from fedpool.storable import storable
 from fedpool.store import Store
 from fedpool.tensors import ITEM_SIZES, Inspection, Spec, TensorReader, is_beside, split_beside
 
@@ -152,9 +153,9 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
             tensors = tensors.checked(seen.blocks)
         norm, scale = _norm_and_scale(tensors, manifest.params_type, expected, store.block_elements)
     except _Refused as refused:
-        return Rejected(site, attempt, manifest, delivery.manifest_sha256, refused.code, str(refused))
+        return Rejected(site, attempt, manifest, delivery.manifest_sha256, refused.code, storable(str(refused)))
     except IntegrityError as error:  # it was swapped while it was read
-        return Rejected(site, attempt, manifest, delivery.manifest_sha256, "bytes", str(error)[:_MAX_REASON])
+        return Rejected(site, attempt, manifest, delivery.manifest_sha256, "bytes", storable(str(error))[:_MAX_REASON])
     return Accepted(manifest, delivery.manifest_sha256, weight, tensors, norm, scale)
 
 

@@ -19,6 +19,8 @@ What a recipe or an environment is refused with when it is built is both a `Reci
 (`fedpool.fields.FieldsError`), so a `ValueError` too.
 """
 
+from fedpool.storable import storable
+
 
 class FedpoolError(Exception):
     """The root of the tree: catch it to catch everything fedpool raises on purpose."""
@@ -61,6 +63,7 @@ class SiteError(FedpoolError):
     """
 
     def __init__(self, site: str, round: int, cause: str, *, lost: bool = False, away: bool = False) -> None:
+        cause = storable(cause)  # most of them end with what a script has printed
         super().__init__(f"{site}, round {round}: {cause}")
         self.site = site
         self.round = round

@@ -5,11 +5,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from fedpool.storable import storable
 
 PROTOCOL = 3
 
 Task = Literal["train", "evaluate", "submit_model"]
+
+
+Text = Annotated[str, AfterValidator(storable)]
+"""What a script has said, as it can be stored; see `fedpool.storable`."""
 
 
 class Value(BaseModel):
@@ -74,7 +80,7 @@ class UpdateManifest(Value):
     sha256: str | None = None
     size: int = 0
     weight: Annotated[float, Field(allow_inf_nan=True)] | str = 1.0
-    metrics: dict[str, float | None] = {}
-    logged: dict[str, float | None] = {}
-    meta: dict[str, str | int | float | bool | None] = {}
+    metrics: dict[Text, float | None] = {}
+    logged: dict[Text, float | None] = {}
+    meta: dict[Text, Text | int | float | bool | None] = {}
     seconds: float

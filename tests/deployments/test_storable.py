@@ -1,0 +1,101 @@
+"""A script that prints, logs and raises what no database takes: on PostgreSQL, which refuses a NUL in any text."""
+
+import asyncio
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, Log
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Failed
+
+from fedpool import JobFailed, Run
+from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
+from fedpool.tasks.states import report_state
+from tests.services import PostgresServer
+
+NUL = """
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        model = flare.receive()
+        print("printed\\0 here")
+        flare.log("logged\\0", 1.0)
+        if model.current_round == 1:
+            raise ValueError("my own\\0 error")
+        flare.send(flare.FLModel(params=model.params, metrics={"a\\0b": 0.5}))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_postgres(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server on a database of its own; its API's URL, which this process is configured with."""
+    home = tmp_path_factory.mktemp("prefect")
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with (home / "log").open("wb") as output:
+        server = subprocess.Popen(
+            server_command(int(url.split(":")[2].split("/")[0])),
+            env=server_environment(home, postgres.new_database()),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+        )
+    with closing(server.stdin):  # type: ignore[type-var]
+        try:
+            wait_until_up(url, server, home / "log")
+            with temporary_settings({PREFECT_API_URL: url}):
+                yield url
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.timeout(120)
+def test_a_job_whose_scripts_say_nul_fails_with_its_cause(on_postgres: str, run_job: Callable[..., Run]) -> None:
+    with temporary_settings({PREFECT_API_URL: on_postgres}):
+        run = run_job(NUL, name="says-nul", num_rounds=3)
+        with pytest.raises(JobFailed, match=r"ValueError: my own\\x00 error"):
+            run.get_result()
+        runs, logs = asyncio.run(_read())
+    states = {run.name: run.state_name for run in runs}
+    assert (states["says-nul"], states["says-nul round 0"], states["says-nul round 1"]) == (
+        "Failed",
+        "Completed",
+        "Failed",
+    )
+    (failed,) = (run for run in runs if run.name == "says-nul round 1")
+    assert failed.state is not None and r"my own\x00 error" in (failed.state.message or "")
+    messages = {log.message for log in logs}
+    assert r"site-1: printed\x00 here" in messages and r"site-1: logged\x00 = 1" in messages
+    assert run.get_progress().last_record["metrics"] == {r"a\x00b": 0.5}  # type: ignore[index]
+
+
+async def _read() -> tuple[list[FlowRun], list[Log]]:
+    async with get_client() as client:
+        runs = await client.read_flow_runs()
+        ids = [run.id for run in runs]
+        return runs, await client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=ids)), limit=200)
+
+
+def test_a_state_that_the_server_refuses_is_reported_without_its_message(on_postgres: str) -> None:
+    @flow
+    def refused() -> None:
+        return None
+
+    async def report() -> FlowRun:
+        async with get_client() as client:
+            run = await client.create_flow_run(refused)
+            await report_state(client, Failed(message="a NUL: \x00"), run.id)
+            return await client.read_flow_run(run.id)
+
+    with temporary_settings({PREFECT_API_URL: on_postgres, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        state = asyncio.run(report()).state
+    assert state is not None and state.is_failed()
+    assert state.message == (
+        "the server refused the message of this state (HTTP 503): the job's record in the store has it"
+    )
