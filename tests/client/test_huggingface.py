@@ -24,8 +24,8 @@ import fedpool.client
 from fedpool import Run
 from fedpool.arrays import save_and_hash
 from fedpool.client.api import Client
-from fedpool.client.exchange import trainable_params
 from fedpool.client.hosts import Standalone
+from fedpool.client.scopes import trainable_params
 from fedpool.errors import ClientError
 from tests.client.test_torchrun import run_session
 from tests.hosts import MemoryHost, OneSite
@@ -408,15 +408,213 @@ class TestAdapters:
             trainer.train()
 
 
+def adapted(**options: Any) -> Any:
+    """A PEFT model with adapters and a trained head."""
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], **options)
+    return peft.get_peft_model(new_model(), config)
+
+
+NAME_FORMS: dict[str, Callable[[Any], Mapping[str, torch.Tensor]]] = {
+    "the model's own names": trainable_params,
+    "PEFT's names": lambda model: peft.get_peft_model_state_dict(model, save_embedding_layers=False),
+    "the whole model": lambda model: model.state_dict(),
+}
+
+
+class TestPeftModels:
+    """Adapters are recognised, under both of their names."""
+
+    @pytest.mark.parametrize("form", NAME_FORMS)
+    def test_without_an_option_what_is_received_is_what_is_exchanged(
+        self, form: str, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        model = adapted()
+        initial = {name: value + 0.5 for name, value in NAME_FORMS[form](model).items()}
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        host = serve(["train"] * 2, model=initial)
+        trainer = new_trainer(tmp_path, model)
+        flare.patch(trainer)
+        while flare.is_running():
+            trainer.train()
+        sent = host.params_sent(1)
+        assert sent.keys() == initial.keys()
+        trained = trainable_params(model)
+        assert same_bits(NAME_FORMS[form](model), sent)
+        assert not any(torch.equal(trained[name], before[name]) for name in trained)
+
+    def test_both_forms_come_to_the_same_bits(self, serve: Callable[..., MemoryHost], tmp_path: Path) -> None:
+        results = []
+        for form in ("the model's own names", "PEFT's names"):
+            model = adapted()
+            serve(model=NAME_FORMS[form](model))
+            trainer = new_trainer(tmp_path, model)
+            flare.patch(trainer, params_scope="trainable")
+            trainer.train()
+            results.append({name: value.clone() for name, value in model.state_dict().items()})
+        assert same_bits(*results)
+
+    @pytest.mark.parametrize("scope", ["auto", "all", "trainable", "adapter"])
+    def test_the_base_model_for_a_peft_model_is_an_error_that_says_what_to_do(
+        self, scope: Any, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        serve(model=new_model().state_dict())
+        trainer = new_trainer(tmp_path, adapted())
+        flare.patch(trainer, params_scope=scope)
+        with pytest.raises(
+            ClientError,
+            match=r'PEFT model: flare\.patch\(trainer, params_scope="trainable"\) exchanges its adapters only',
+        ):
+            trainer.train()
+
+    def test_all_of_a_peft_model_does_not_take_its_adapters_and_the_error_names_the_option(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        model = adapted()
+        serve(model=NAME_FORMS["PEFT's names"](model))
+        trainer = new_trainer(tmp_path, model)
+        flare.patch(trainer, params_scope="all")
+        with pytest.raises(ClientError, match=r'params_scope="trainable"'):
+            trainer.train()
+
+    def test_a_second_adapter_is_not_mixed_up_with_the_active_one(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        model = adapted()
+        model.add_adapter("other", peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query"]))
+        initial = NAME_FORMS["PEFT's names"](model)
+        host = serve(model=initial)
+        trainer = new_trainer(tmp_path, model)
+        flare.patch(trainer)
+        trainer.train()
+        assert host.params_sent().keys() == initial.keys()
+
+    def test_the_fedprox_term_reaches_adapters_of_either_name(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        moved = {}
+        for form in ("the model's own names", "PEFT's names"):
+            for mu in (0.0, 1000.0):
+                model = adapted()
+                start = {name: value.clone() for name, value in trainable_params(model).items()}
+                serve(model=NAME_FORMS[form](model), config={"fedprox_mu": mu})
+                trainer = new_trainer(tmp_path, model, optim="sgd", learning_rate=0.0005)
+                flare.patch(trainer)
+                trainer.train()
+                moved[form, mu] = distance(trainable_params(model), start)
+        assert moved["PEFT's names", 0.0] == moved["the model's own names", 0.0]
+        assert moved["PEFT's names", 1000.0] == moved["the model's own names", 1000.0] < moved["PEFT's names", 0.0]
+
+    def test_scaffold_refuses_names_that_are_not_the_models_own(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        model = adapted()
+        serve(model=NAME_FORMS["PEFT's names"](model), config={"algorithm": "scaffold"})
+        trainer = new_trainer(tmp_path, model)
+        flare.patch(trainer)
+        with pytest.raises(
+            ClientError, match=r"SCAFFOLD needs the module's own names, but '.*lora_A.weight' was received"
+        ):
+            trainer.train()
+
+    def test_adapter_is_for_peft_models_only(self, serve: Callable[..., MemoryHost], tmp_path: Path) -> None:
+        serve()
+        with pytest.raises(ClientError, match='params_scope="adapter" is for PEFT models, and this is a BertFor'):
+            flare.patch(new_trainer(tmp_path, new_model()), params_scope="adapter")
+
+
+class TestOptionsOfNvflare:
+    """`patch` takes the options of NVFlare's, by name and by place, and does what they say there."""
+
+    def test_a_prefix_of_the_servers_names_is_taken_off_and_put_on(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        model = adapted()
+        initial = {f"model.{name}": value + 0.5 for name, value in NAME_FORMS["PEFT's names"](model).items()}
+        host = serve(model=initial)
+        trainer = new_trainer(tmp_path, model)
+        flare.patch(trainer, True, True, "auto", "model.")
+        trainer.train()
+        sent = host.params_sent()
+        assert sent.keys() == initial.keys()
+        assert same_bits({f"model.{n}": v for n, v in NAME_FORMS["PEFT's names"](model).items()}, sent)
+
+    @pytest.mark.parametrize(
+        ("options", "steps"), [({"local_epochs": 2}, 2 * STEPS), ({"local_steps": 3}, 3), ({}, STEPS)]
+    )
+    def test_local_epochs_and_steps_are_of_a_round(
+        self, options: dict[str, Any], steps: int, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        host = serve(["train"] * 2)
+        trainer = new_trainer(tmp_path, new_model())
+        flare.patch(trainer, **options)
+        while flare.is_running():
+            trainer.train()
+        assert [update["meta"]["NUM_STEPS_CURRENT_ROUND"] for update in host.updates] == [steps] * 2
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"local_epochs": 1, "local_steps": 1}, "give local_epochs or local_steps, not both: got 1 and 1"),
+            ({"local_steps": 0}, "local_steps must be a number above 0, got 0"),
+        ],
+    )
+    def test_a_length_that_makes_no_sense_is_an_error(
+        self, options: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ClientError, match=message):
+            flare.patch(new_trainer(tmp_path, new_model()), **options)
+
+    def test_stream_metrics_sends_what_the_trainer_logs(self, serve: Callable[..., MemoryHost], tmp_path: Path) -> None:
+        host = serve()
+        trainer = new_trainer(tmp_path, new_model(), logging_strategy="steps", logging_steps=2)
+        flare.patch(trainer, stream_metrics=True)
+        trainer.train()
+        losses = [message for message in host.sent if message["kind"] == "log" and message["key"] == "loss"]
+        assert [message["where"] for message in losses] == [{"global_step": "2"}, {"global_step": "4"}]
+
+    def test_load_state_dict_strict_false_still_refuses_another_shape(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        serve(model=new_model().state_dict() | {"classifier.weight": torch.ones(3, 8)})
+        trainer = new_trainer(tmp_path, new_model())
+        flare.patch(trainer, load_state_dict_strict=False)
+        with pytest.raises(ClientError, match=r"classifier\.weight: expected \(2, 8\), got \(3, 8\)"):
+            trainer.train()
+
+
 class TestPatch:
     """What can be patched, and how often."""
+
+    def test_patching_again_with_other_options_is_an_error_that_names_them(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        serve()
+        trainer = new_trainer(tmp_path, new_model())
+        flare.patch(trainer)
+        with pytest.raises(
+            ClientError, match="this trainer was patched already, with other options: strict=False after strict=True"
+        ):
+            flare.patch(trainer, strict=False)
+
+    def test_a_second_trainer_is_warned_about_and_with_other_options_refused(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        serve()
+        first, second = new_trainer(tmp_path, new_model()), new_trainer(tmp_path, new_model())
+        flare.patch(first)
+        with pytest.raises(
+            ClientError, match="another trainer was patched already, with other options: params_scope='all' after"
+        ):
+            flare.patch(second, params_scope="all")
+        with pytest.warns(UserWarning, match=r"flare\.patch\(\) was called for a second trainer"):
+            flare.patch(second)
 
     def test_patching_twice_changes_nothing(self, serve: Callable[..., MemoryHost], tmp_path: Path) -> None:
         host = serve()
         trainer = new_trainer(tmp_path, new_model())
         flare.patch(trainer)
         train, callbacks = trainer.train, list(trainer.callback_handler.callbacks)
-        flare.patch(trainer, params_scope="trainable")
+        assert flare.patch(trainer) is trainer
         assert trainer.train == train
         assert trainer.callback_handler.callbacks == callbacks
         trainer.train()
@@ -431,7 +629,9 @@ class TestPatch:
             flare.patch({})
 
     def test_an_unknown_scope_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ClientError, match='params_scope must be "all" or "trainable", got \'lora\''):
+        with pytest.raises(
+            ClientError, match="params_scope must be one of 'auto', 'all', 'trainable', 'model', 'adapter', got 'lora'"
+        ):
             flare.patch(new_trainer(tmp_path, new_model()), params_scope="lora")  # type: ignore[arg-type]
 
     def test_a_model_that_is_made_anew_in_each_train_is_refused(self, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import os
 import random
 import re
 import sys
+import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,14 @@ _ANSWERS = {
 _PATCHED = "call fit() or train() of the patched trainer, which sends"
 
 
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """A trainer that takes part in the rounds, and the options that it was patched with."""
+
+    trainer: weakref.ref[Any]
+    options: Mapping[str, Any]
+
+
 class Client:
     """A client script's side of a session.
 
@@ -51,8 +61,8 @@ class Client:
         self._told_of_evaluations = False
         self._told_of_repetition: FLModel | None = None
         self._looks_itself = False  # of a rank above 0: it calls is_running(), and does not leave that to rank 0
-        self.patched = False
-        """Whether a trainer that was patched does the sending."""
+        self.patched_trainer: Patched | None = None
+        """The trainer that was patched last, which does the sending."""
 
     @property
     def site_name(self) -> str:
@@ -121,7 +131,7 @@ class Client:
         if self._model is not None or self._asked_for_task or self._looked_again:
             raise ClientError(
                 f"round {assignment.round} at {self.site_name}: send() was not called before the next flare.is_running(). "
-                f"In a round of {assignment.task}, {_PATCHED if self.patched else _ANSWERS[assignment.task]}"
+                f"In a round of {assignment.task}, {_PATCHED if self.patched_trainer else _ANSWERS[assignment.task]}"
             )
         self._looked_again = True
         if isinstance(self._host, TorchrunHost):

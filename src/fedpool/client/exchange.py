@@ -3,45 +3,52 @@
 A trainer's `fit` and `validate` become calls on an `Exchange`: load what was received, keep its score, send once a round.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fedpool.client.api import Client
+from fedpool.client.api import Client, Patched
 from fedpool.client.loading import fits, fitting_params, update_of
 from fedpool.client.local import LocalSteps, Scaffold
 from fedpool.client.proximal import ProximalTerm, proximal_mu
+from fedpool.client.scopes import Names, Scope, advice, whole
 from fedpool.errors import ClientError
 from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS, NUM_STEPS, SCAFFOLD, FLModel
 
-Scope = Callable[[torch.nn.Module], Mapping[str, torch.Tensor]]
 
+def register(client: Client, trainer: Any, options: Mapping[str, Any]) -> bool:
+    """Note that a trainer is patched; returns False when this one was, with the same options.
 
-def all_params(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-    """The state dict: parameters and persistent buffers."""
-    state: dict[str, torch.Tensor] = module.state_dict()
-    return state
-
-
-def trainable_params(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-    """Only the parameters that require a gradient: the adapters of a PEFT model."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def same_options(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    """See that a trainer that is patched again is patched in the same way.
+    A second trainer is warned about. It may be meant, but optimizers do not go on from one to the other.
 
     Raises:
-        ClientError: an option differs; the message names it and both values.
+        ClientError: this trainer, or another that lives, was patched with other options; the message names them.
     """
-    differing = [
-        f"{name}={second[name]!r} after {name}={first[name]!r}" for name in first if first[name] != second[name]
-    ]
-    if differing:
-        raise ClientError(
-            f"this trainer was patched already, with other options: {', '.join(differing)}; call flare.patch() once"
+    previous = client.patched_trainer
+    first = previous.trainer() if previous is not None else None
+    if previous is not None and first is not None:
+        differing = [
+            f"{name}={options[name]!r} after {name}={old!r}"
+            for name, old in previous.options.items()
+            if name in options and options[name] != old
+        ]
+        which = "this" if first is trainer else "another"
+        if differing:
+            raise ClientError(
+                f"{which} trainer was patched already, with other options: {', '.join(differing)}; call flare.patch() once"
+            )
+        if first is trainer:
+            return False
+        warnings.warn(
+            "flare.patch() was called for a second trainer: whichever trains first answers a round, and optimizers do not go "
+            "on from one trainer to the other; make and patch one trainer, ahead of the loop",
+            stacklevel=3,
         )
+    client.patched_trainer = Patched(weakref.ref(trainer), dict(options))
+    return True
 
 
 class Exchange:
@@ -54,9 +61,8 @@ class Exchange:
         scope: which of a module's tensors are exchanged.
     """
 
-    def __init__(self, client: Client, *, strict: bool, same_shapes: bool = False, scope: Scope = all_params) -> None:
+    def __init__(self, client: Client, *, strict: bool, same_shapes: bool = False, scope: Scope = whole) -> None:
         self.client = client
-        client.patched = True
         self._strict, self._same_shapes = strict, same_shapes
         self._scope = scope
         self._metrics: dict[str, Any] = {}
@@ -85,19 +91,21 @@ class Exchange:
         Raises:
             ClientError: they do not fit (`strict`).
         """
+        own, names = self._own(module)
         if self.client.task_name == "evaluate" and module is self._trained:
             # After the job's last evaluation a site may be asked for the model it trained: this is the last look at it.
-            self._kept = {name: value.detach().to("cpu", copy=True) for name, value in self._scope(module).items()}
+            self._kept = {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
         self._trained = None
         if params := self._received():  # a standalone run has none: it goes on from the module's own weights
-            own = self._scope(module)
-            fitting = fitting_params(own, params, strict=self._strict, same_shapes=self._same_shapes)
-            module.load_state_dict(fitting, strict=False)
+            fitting = fitting_params(
+                own, params, strict=self._strict, same_shapes=self._same_shapes, advice=advice(module)
+            )
+            module.load_state_dict({names[name]: value for name, value in fitting.items()}, strict=False)
 
     def proximal_term(self, module: torch.nn.Module) -> ProximalTerm:
         """The round's FedProx term, as the config asks for it."""
-        own = self._scope(module)
-        anchors = {name: value for name, value in self._received().items() if fits(name, own, value)}
+        own, names = self._own(module)
+        anchors = {names[name]: value for name, value in self._received().items() if fits(name, own, value)}
         return ProximalTerm(proximal_mu(self.client.config), module, anchors)
 
     def begin_steps(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -106,8 +114,16 @@ class Exchange:
         Args:
             module: what is trained, at the received values.
             optimizers: torch's own, not what wraps them; FedNova counts the steps of the first.
+
+        Raises:
+            ClientError: SCAFFOLD, and the received names are not the module's own.
         """
         algorithm = self.client.config.get(ALGORITHM)
+        if algorithm == SCAFFOLD and (other := next((n for n, o in self._own(module)[1].items() if n != o), None)):
+            raise ClientError(
+                f"SCAFFOLD needs the module's own names, but {other!r} was received: name the recipe's model as "
+                "model.named_parameters() does"
+            )
         self._control = Scaffold(module, *optimizers, client=self.client) if algorithm == SCAFFOLD else None
         self._steps = LocalSteps(optimizers[0]) if algorithm == FEDNOVA else None
 
@@ -125,7 +141,7 @@ class Exchange:
             num_steps: optimizer steps of the round, the weight of the update.
         """
         self._trained, self._kept = module, None
-        update = self._update(self._scope(module), num_steps=num_steps)
+        update = self._update(self._own(module)[0], num_steps=num_steps)
         update.meta |= _meta_of(module)
         if self._control is not None:
             update.extras = self._control.extras()
@@ -142,12 +158,18 @@ class Exchange:
         """
         own = best or self._kept
         if own is None and self._trained is not None:
-            own = self._scope(self._trained)
+            own = self._own(self._trained)[0]
         if own is None:
             raise ClientError(
                 "the site is asked for its own model (submit_model), but this script has trained none yet"
             )
         self._send(self._update(own))
+
+    def _own(self, module: torch.nn.Module) -> tuple[Mapping[str, torch.Tensor], Names]:
+        """What a module exchanges, by the names under which it travels; and these names' own ones."""
+        names = self._scope(module, self._received().keys())
+        state = module.state_dict()
+        return {name: state[own] for name, own in names.items()}, names
 
     def _received(self) -> Mapping[str, Any]:
         model = self.client.receive()

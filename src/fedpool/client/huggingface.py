@@ -15,6 +15,7 @@ model is not whole in the process that talks.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Literal
@@ -27,25 +28,38 @@ from transformers.trainer_utils import TrainOutput
 import fedpool.client
 from fedpool.client import *  # noqa: F403  # one import line gives a script both
 from fedpool.client import _ensure_started
-from fedpool.client.exchange import Exchange, Scope, all_params, trainable_params
+from fedpool.client.api import Client
+from fedpool.client.exchange import Exchange, register
 from fedpool.client.proximal import ProximalTerm
+from fedpool.client.scopes import Scope, automatic, is_peft, prefixed, trainable, whole
 from fedpool.errors import ClientError
 
 __all__ = ["patch"]
 __all__ += fedpool.client.__all__
 
-_SCOPES: Mapping[str, Scope] = {"all": all_params, "trainable": trainable_params}
+_SCOPES: Mapping[str, Scope] = {
+    "auto": automatic,
+    "all": whole,
+    "trainable": trainable,
+    "model": whole,  # NVFlare's names
+    "adapter": trainable,
+}
 _TIMINGS = ("_runtime", "_per_second", "_model_preparation_time")
 """How the names end of what `evaluate` returns beside the model's scores and the `epoch`."""
 
 
 def patch(
     trainer: Any,
-    *,
-    params_scope: Literal["all", "trainable"] = "all",
     restore_state: bool = True,
+    load_state_dict_strict: bool | None = None,
+    params_scope: Literal["auto", "all", "trainable", "model", "adapter"] = "auto",
+    server_key_prefix: str | None = None,
+    local_epochs: float | None = None,
+    local_steps: int | None = None,
+    stream_metrics: bool = False,
+    *,
     strict: bool = True,
-) -> None:
+) -> Any:
     """Have a trainer's `train` and `evaluate` take part in the rounds; calls `flare.init()` if nobody has.
 
     `train` loads the received model, trains for the epochs or steps of its arguments and sends; the weight of the update
@@ -61,19 +75,31 @@ def patch(
     A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, after gradient clipping. What SCAFFOLD and
     FedNova want of the steps is done, too.
 
-    A second call for the same trainer changes nothing.
+    A dict `__fl_meta__` of the model is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in it is the weight.
+
+    A second call for the same trainer and with the same options changes nothing; a second trainer is warned about.
 
     Args:
         trainer: before its first `train`, with a `model`.
-        params_scope: "trainable" exchanges only the parameters that require a gradient, such as a PEFT model's adapters;
-            the recipe's model must hold just these.
+        params_scope: "all" exchanges the whole model. "trainable" exchanges only the parameters that require a gradient, such
+            as a PEFT model's adapters; the recipe's model must hold just these. Adapters may be named as the model does or as
+            `get_peft_model_state_dict` does. "auto" is "trainable" for a PEFT model, unless the whole of it is received, and
+            "all" for any other. "model" and "adapter" are NVFlare's names for "all" and, for PEFT models only, "trainable".
+        server_key_prefix: what received names may, and sent ones will, begin with beyond the model's own.
+        local_epochs, local_steps: how long a round trains, in place of what the trainer's arguments say; one of them.
+        stream_metrics: whether what the trainer logs, as the loss, is sent to the host as by `flare.log`.
         restore_state: whether optimizer, schedule and grad scaler go on where the last round left them; otherwise each
             round starts with fresh ones, and the schedule spans the round.
+        load_state_dict_strict: NVFlare's name for `strict`, which it overrides. Unlike `strict=False`, False still refuses
+            another shape for the same name, and params of which no name is the model's.
         strict: whether names and shapes of the received params must be those of the model. Otherwise what fits is
             loaded, and what does not is sent back as it came.
 
+    Returns: the trainer.
+
     Raises:
-        ClientError: not a trainer, an unknown scope, `model_init`, FSDP or DeepSpeed. `train` raises it for a model that
+        ClientError: not a trainer, an unknown scope, adapters of a model that has none, both epochs and steps, `model_init`,
+            FSDP or DeepSpeed, or a trainer that was patched with other options. `train` raises it for a model that
             does not fit and for a checkpoint to resume from, which would replace the received model.
     """
     if (
@@ -82,23 +108,54 @@ def patch(
         raise ClientError(f"patch() takes a transformers.Trainer, got {type(trainer).__name__}")
     scope = _SCOPES.get(params_scope)
     if scope is None:
-        raise ClientError(f'params_scope must be "all" or "trainable", got {params_scope!r}')
-    if any(isinstance(callback, _Hooks) for callback in trainer.callback_handler.callbacks):
-        return
+        raise ClientError(f"params_scope must be one of {', '.join(map(repr, _SCOPES))}, got {params_scope!r}")
+    if local_epochs is not None and local_steps is not None:
+        raise ClientError(f"give local_epochs or local_steps, not both: got {local_epochs!r} and {local_steps!r}")
+    for name, value in (("local_epochs", local_epochs), ("local_steps", local_steps)):
+        if value is not None and not value > 0:
+            raise ClientError(f"{name} must be a number above 0, got {value!r}")
     if trainer.model_init is not None:
         raise ClientError("model_init makes a new model in each train(): give Trainer(model=...)")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ClientError(
             "FSDP and DeepSpeed keep no whole model in the process that talks: use DDP, or a single device"
         )
+    if params_scope == "adapter" and not is_peft(_model(trainer)):
+        raise ClientError(
+            f'params_scope="adapter" is for PEFT models, and this is a {type(_model(trainer)).__name__}: use "trainable" or "all"'
+        )
     client = _ensure_started()
+    options = {
+        "restore_state": bool(restore_state),
+        "load_state_dict_strict": load_state_dict_strict,
+        "params_scope": params_scope,
+        "server_key_prefix": server_key_prefix or "",
+        "local_epochs": local_epochs,
+        "local_steps": local_steps,
+        "stream_metrics": bool(stream_metrics),
+        "strict": bool(strict),
+    }
+    if not register(client, trainer, options):
+        return trainer
     if trainer.args.world_size > 1:
         client.join_ranks(trainer.args.process_index)
-    rounds = _Rounds(trainer, Exchange(client, strict=strict, scope=scope), restore_state)
+    if local_steps is not None:
+        trainer.args.max_steps = local_steps
+    elif local_epochs is not None:
+        trainer.args.num_train_epochs, trainer.args.max_steps = local_epochs, -1
+    if server_key_prefix:
+        scope = prefixed(scope, server_key_prefix)
+    if load_state_dict_strict is not None:
+        strict = load_state_dict_strict
+    exchange = Exchange(client, strict=strict, same_shapes=load_state_dict_strict is False, scope=scope)
+    rounds = _Rounds(trainer, exchange, restore_state)
     trainer.add_callback(_Hooks(rounds))
+    if stream_metrics:
+        trainer.add_callback(_Streamed(client))
     trainer.train, trainer.evaluate = rounds.train, rounds.evaluate
     if restore_state:
         trainer.create_scheduler = rounds.create_scheduler
+    return trainer
 
 
 class _Rounds:
@@ -221,6 +278,18 @@ class _Hooks(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+class _Streamed(TrainerCallback):
+    """Sends what the trainer logs, with its step; of what is no number nothing is sent."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for name, value in (logs or {}).items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._client.log(name, value, global_step=state.global_step)
 
 
 class _FreshState:

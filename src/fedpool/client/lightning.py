@@ -30,7 +30,7 @@ import fedpool.client
 from fedpool.client import *  # noqa: F403  # one import line gives a script both
 from fedpool.client import _ensure_started
 from fedpool.client.api import Client
-from fedpool.client.exchange import Exchange, same_options
+from fedpool.client.exchange import Exchange, register
 from fedpool.client.lightning_logger import logger
 from fedpool.client.proximal import ProximalTerm
 from fedpool.errors import ClientError
@@ -67,7 +67,8 @@ def patch(
     A dict `__fl_meta__` of the module is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in it is the weight.
 
     Under `strategy="ddp"` the other ranks are started here and not in the first `fit`: what is asked of the host must
-    reach them too. A second call for the same trainer and with the same options changes nothing.
+    reach them too. A second call for the same trainer and with the same options changes nothing; a second
+    trainer is warned about.
 
     Args:
         trainer: of either package, before its first `fit`.
@@ -86,16 +87,6 @@ def patch(
             a `ckpt_path`, which would replace the received model.
     """
     package = _package_of(trainer)
-    options = {
-        "restore_state": bool(restore_state),
-        "load_state_dict_strict": load_state_dict_strict,
-        "update_fit_loop": bool(update_fit_loop),
-        "strict": bool(strict),
-    }
-    for callback in trainer.callbacks:
-        if isinstance(callback, _Hooks):
-            same_options(callback.options, options)
-            return
     strategies = importlib.import_module(f"{package.__name__}.strategies")
     launcher = trainer.strategy.launcher
     if not isinstance(trainer.strategy, (strategies.SingleDeviceStrategy, strategies.DDPStrategy)) or (
@@ -106,13 +97,21 @@ def patch(
             'fit(): use Trainer(strategy="ddp"), or a single device'
         )
     client = _ensure_started(rank=trainer.global_rank)
+    options = {
+        "restore_state": bool(restore_state),
+        "load_state_dict_strict": load_state_dict_strict,
+        "update_fit_loop": bool(update_fit_loop),
+        "strict": bool(strict),
+    }
+    if not register(client, trainer, options):
+        return
     if trainer.world_size > 1:
         _start_ranks(trainer, client)
     if load_state_dict_strict is not None:
         strict = load_state_dict_strict
     exchange = Exchange(client, strict=strict, same_shapes=load_state_dict_strict is False)
     rounds = _Rounds(trainer, package, exchange, restore_state, update_fit_loop)
-    hooks = type("FedpoolCallback", (_Hooks, package.callbacks.Callback), {})(rounds, options)
+    hooks = type("FedpoolCallback", (_Hooks, package.callbacks.Callback), {})(rounds)
     trainer.callbacks.insert(0, hooks)  # first: other callbacks' hooks see the received model
     trainer.fit, trainer.validate = rounds.fit, rounds.validate
 
@@ -236,9 +235,8 @@ class _Rounds:
 class _Hooks:
     """Where Lightning calls back; mixed into the `Callback` of the trainer's own package."""
 
-    def __init__(self, rounds: _Rounds, options: Mapping[str, Any]) -> None:
+    def __init__(self, rounds: _Rounds) -> None:
         self._rounds = rounds
-        self.options = options
 
     def on_fit_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
         self._rounds.begin_training(pl_module)

@@ -28,7 +28,7 @@ def fitting_params(
     if (strict and not len(fitting) == len(received) == len(own)) or (
         same_shapes and (not fitting or len(fitting) < in_both)
     ):
-        hint = _hint(own, received) or advice
+        hint = advice or _hint(own, received)
         raise ClientError(f"the received model does not fit this one: {_problems(own, received)}{hint}")
     return fitting
 
