@@ -96,6 +96,9 @@ class RemoteEnv(Checked):
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        console = Console(quiet=not self.progress)
+        for note in recipe.bundle.notes:
+            console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
@@ -134,7 +137,7 @@ class RemoteEnv(Checked):
             run_id = run_blocking(submit())
         run = Run(job_id, store, work=lambda: self._follow(run_id, store, job_id), cancel=lambda: self._cancel(run_id))
         if wait:
-            show(run, recipe, len(names), Console(quiet=not self.progress))
+            show(run, recipe, len(names), console)
         return run
 
     def deploy(

@@ -158,6 +158,8 @@ class SimEnv(NamedClients):
             remedy="say keep_alive=False and a smaller num_threads",
         )
         console = Console(quiet=not self.progress)
+        for note in recipe.bundle.notes:
+            console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
         sites = LocalSites(
             names,
             num_slots=num_slots,

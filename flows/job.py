@@ -140,6 +140,8 @@ def _remove_unnamed(job: Job) -> None:
 async def run_job(job: Job) -> State[Any]:
     """Run a staged job to its end, inside its flow run; see `federated_job`. Ends the sites in every case."""
     recipe, storage, sites = job.recipe, job.store, job.sites
+    for note in recipe.bundle.notes:
+        get_run_logger().info("%s", note)
     stopped_by = error = None
     try:
         await asyncio.to_thread(sites.open, recipe.client_job(job.job_id), storage)

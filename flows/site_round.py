@@ -18,8 +18,8 @@ from pydantic import Field
 
 from fedpool.errors import SiteError
 from fedpool.sites.config import SiteConfig
+from fedpool.sites.output import LogLine
 from fedpool.sites.resident import Resident
-from fedpool.sites.session import LogLine
 
 ENTRYPOINT = "fedpool.flows.site_round.site_round"
 

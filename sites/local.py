@@ -22,9 +22,10 @@ from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
 from fedpool.sites.launcher import Zygote
+from fedpool.sites.output import LogLine
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
-from fedpool.sites.session import LogLine, Session, Work
+from fedpool.sites.session import Session, Work
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
 from fedpool.sites.sockets import make_socket_folder
 from fedpool.store import Store

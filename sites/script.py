@@ -11,7 +11,10 @@ import runpy
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from fedpool.startup import collector_off
 
@@ -53,6 +56,31 @@ def _rehearse() -> None:
     torch.manual_seed(0)
 
 
+class _SeedOnImport(MetaPathFinder):
+    """Seeds numpy and torch when the script itself is the first to import them, as it would find them had they been there."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `MetaPathFinder.find_spec`."""
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in ("numpy", "torch") else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_seed(module: ModuleType) -> None:
+            from fedpool.client.api import seed_library
+
+            execute(module)
+            seed_library(fullname, self._seed)
+
+        spec.loader.exec_module = execute_and_seed  # type: ignore[method-assign]
+        return spec
+
+
 def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int) -> int:
     """Run a script as `python script.py ARGUMENTS` would; returns its exit code.
 
@@ -62,6 +90,7 @@ def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int
     """
     from fedpool.client.api import seed_everything
 
+    sys.meta_path.insert(0, _SeedOnImport(seed))
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     seed_everything(seed)

@@ -12,8 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
@@ -25,16 +24,10 @@ from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link
 from fedpool.errors import SiteError
 from fedpool.sites.handles import explain
 from fedpool.sites.launcher import Launcher, Script
+from fedpool.sites.output import MAX_LINE_BYTES, LogLine, Output
 from fedpool.storable import storable
 
-MAX_LINES_PER_ROUND = 1000
-"""Lines of a script's output that are passed on in one round; the end is always kept for an error's message."""
-
-_TAIL_LINES = 200
-_MAX_LINE_BYTES = 4096
 _END_GRACE_S = 10.0
-
-LogLine = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +109,7 @@ class Session:
                 if message["kind"] == "log":
                     logged[message["key"]] = message["value"]
                     where = "".join(f", {name} {value}" for name, value in message["where"].items())
-                    log(storable(f"{message['key']} = {message['value']:g}{where}", _MAX_LINE_BYTES))
+                    log(storable(f"{message['key']} = {message['value']:g}{where}", MAX_LINE_BYTES))
                 elif message["kind"] == "update" and handed and message["round"] == assignment.round:
                     self._output.finish()
                     return Reply(message, logged)
@@ -296,94 +289,12 @@ class Session:
         self._output = self._new_output()
         self._asked = False
 
-    def _new_output(self) -> "_Output":
-        return _Output(self._work.script.parent, self._work.origin)
+    def _new_output(self) -> Output:
+        return Output(self._work.script.parent, self._work.origin)
 
 
 class _Ended(Exception):
     """The script ended, or was ended; the text says how."""
-
-
-class _Output:
-    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept for error messages.
-
-    Args:
-        folder: that the bundle was unpacked to: a scratch folder, in which nobody would look for a line of a traceback.
-        origin: folder to show in its place; empty: paths inside the bundle.
-    """
-
-    def __init__(self, folder: Path, origin: str) -> None:
-        self._scratch = f'File "{folder}{os.sep}'
-        self._shown = f'File "{Path(origin)}{os.sep}' if origin else 'File "'
-        self.fd: int | None = None
-        self._log: LogLine = lambda line: None
-        self._partial = b""
-        self._passed = 0
-        self._dropped = 0
-        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
-
-    def begin(self, log: LogLine) -> None:
-        self._log = log
-        self._passed = self._dropped = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin the tail anew."""
-        self._tail.clear()
-
-    def read(self) -> None:
-        """Read what is there."""
-        if self.fd is None:
-            return
-        try:
-            data = os.read(self.fd, 1 << 16)
-        except BlockingIOError:
-            return
-        if not data:
-            self.fd = None
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        while len(self._partial) > _MAX_LINE_BYTES:
-            lines.append(self._partial[:_MAX_LINE_BYTES])
-            self._partial = self._partial[_MAX_LINE_BYTES:]
-        for line in lines:
-            self._pass(line)
-
-    def drain(self) -> None:
-        """Read all that an ended script left in the pipe."""
-        if self.fd is None:
-            return
-        while self.fd is not None and wait([self.fd], 0):
-            self.read()
-
-    def finish(self) -> None:
-        """The round is over: pass on the last line, and say what was left out."""
-        self.drain()
-        if self._partial:
-            self._pass(self._partial)
-            self._partial = b""
-        if self._dropped:
-            self._log(f"... {self._dropped} more lines, not shown (limit {MAX_LINES_PER_ROUND} a round)")
-            self._dropped = 0
-
-    def traceback(self) -> str:
-        """The last traceback that was printed, else the last lines, as the end of an error's message."""
-        if self._partial:
-            self._pass(self._partial)
-            self._partial = b""
-        lines = list(self._tail)
-        starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-        chosen = lines[starts[0] :] if starts else lines[-5:]
-        return "".join(f"\n{line}" for line in chosen)
-
-    def _pass(self, line: bytes) -> None:
-        text = storable(line[:_MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
-        text = text.replace(self._scratch, self._shown)  # in tracebacks; what the script says of paths is left as it is
-        self._tail.append(text)
-        if self._passed < MAX_LINES_PER_ROUND:
-            self._passed += 1
-            self._log(text)
-        else:
-            self._dropped += 1
 
 
 def _describe_exit(code: int) -> str:

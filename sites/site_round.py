@@ -17,7 +17,8 @@ from fedpool.local_file import LocalFile
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.paths import JobPaths
-from fedpool.sites.session import LogLine, Reply, Session
+from fedpool.sites.output import LogLine
+from fedpool.sites.session import Reply, Session
 from fedpool.store import Store, to_json
 from fedpool.tensors import Digest, Inspection, TensorReader
 

@@ -27,7 +27,7 @@ from prefect.states import Cancelled, Pending, Scheduled
 from fedpool.errors import ServerError, SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
-from fedpool.sites.session import LogLine
+from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import Delivery, read_delivery
 from fedpool.store import Store
 from fedpool.tasks.reach import GONE, NO_WORKER, Place, clock_ahead, find_place, read_pools, unreachable

@@ -1,10 +1,9 @@
-"""The client bundle: the client script and whatever it imports from its own folder, as a content-addressed zip.
+"""The client bundle: the client script and the files that it needs (see `script_files`), as a content-addressed zip.
 
-Imports are found in the source (also those inside functions), recursively through the script's own modules; what is
-imported by a computed name needs `include=`. Same files, same bytes: names are sorted, times fixed.
+What is not found in the source, such as modules that are imported by a computed name, needs `include=`. Same files, same bytes:
+names are sorted, times fixed.
 """
 
-import ast
 import compileall
 import hashlib
 import io
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from fedpool.errors import IntegrityError, RecipeError
+from fedpool.script_files import ScriptFiles, find_files
 
 _CANNOT_UNPACK = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
 """A damaged or encrypted member, one that is packed in an unknown way, a name that no file can have, or that another has."""
@@ -32,18 +32,21 @@ class Bundle:
     Attributes:
         entry: the script's name inside the zip.
         sha256: of the zip.
-        imports: dotted names that the script and its modules import from outside the bundle; what a session preloads.
+        imports: dotted names that the script and its modules import from outside the bundle, and that a session preloads; none
+            when the script sets environment variables before an import.
         data: the zip's bytes.
+        notes: what whoever runs the script should know of it, a line each.
     """
 
     entry: str
     sha256: str
     imports: tuple[str, ...]
     data: bytes = field(repr=False, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
-    """Bundle a script, what it imports from its own folder, and the files and folders named in `include`.
+    """Bundle a script, the files that it needs, and the files and folders named in `include`.
 
     Args:
         script: path of the client script.
@@ -59,23 +62,12 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
         )
     path = path.resolve()  # as Python does: a linked script imports from beside its target
     folder = path.parent
-    files: dict[str, bytes] = {}
-    imports: set[str] = set()
-    pending = [path]
-    while pending:
-        file = pending.pop()
-        name = file.relative_to(folder).as_posix()
-        if name in files:
-            continue
-        files[name] = file.read_bytes()
-        for module in _imports(name, files[name]):
-            local = list(_local_files(folder, module))
-            pending.extend(local)
-            if not local:
-                imports.add(module)
-    included = {name for item in include for name in _included(folder, item)}
-    sizes = {name: len(data) for name, data in files.items()}
-    sizes |= {name.as_posix(): (folder / name).stat().st_size for name in included}  # before any of it is read
+    found = find_files(path)
+    contents = {file.relative_to(found.root).as_posix(): data for file, data in found.modules.items()}
+    others = {folder / name for item in include for name in _included(folder, item)} | set(found.named)
+    names = {file.relative_to(found.root).as_posix(): file for file in others}
+    sizes = {name: len(data) for name, data in contents.items()}
+    sizes |= {name: file.stat().st_size for name, file in names.items()}  # before any of it is read
     size = sum(sizes.values())
     if size > MAX_BUNDLE_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
@@ -83,9 +75,23 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
             f"the bundle of {path.name} would hold {size / 2**20:.1f} MiB, over the limit of {MAX_BUNDLE_BYTES >> 20} MiB "
             f"(largest: {largest}, {sizes[largest] / 2**20:.1f} MiB): leave data at the site and give its path in train_args"
         )
-    files |= {name.as_posix(): (folder / name).read_bytes() for name in included}
-    data = _zip(files)
-    return Bundle(path.name, hashlib.sha256(data).hexdigest(), tuple(sorted(imports)), data)
+    data = _zip(contents | {name: file.read_bytes() for name, file in names.items()})
+    return Bundle(
+        entry=path.relative_to(found.root).as_posix(),
+        sha256=hashlib.sha256(data).hexdigest(),
+        imports=() if found.early_setting else tuple(sorted(found.imports)),
+        data=data,
+        notes=tuple(_notes(path, found)),
+    )
+
+
+def _notes(script: Path, found: ScriptFiles) -> Iterator[str]:
+    outside = [file for file in found.modules if not file.is_relative_to(script.parent)]
+    if with_it := sorted(os.path.relpath(file, script.parent) for file in [*found.named, *outside]):
+        verb, them = ("travels", "it") if len(with_it) == 1 else ("travel", "them")
+        yield f"{', '.join(with_it)} {verb} with {script.name}, which names {them}"
+    if found.early_setting:
+        yield (f"{found.early_setting}: nothing is imported for it beforehand, so each site takes longer to start")
 
 
 def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
@@ -118,44 +124,6 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
                     f"the bundle holds {entry.filename!r}, which cannot be unpacked: {error}"
                 ) from None
     compileall.compile_dir(folder, quiet=2)  # here, once, and not in each of a thousand scripts
-
-
-def _imports(name: str, source: bytes) -> Iterator[str]:
-    """Dotted names of what a module imports; `from a import b` gives `a.b`, which may be a module or not."""
-    try:
-        tree = ast.parse(source, filename=name)
-        compile(source, name, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        raise RecipeError(f"{name} does not compile: {error}") from None
-    package = PurePosixPath(name).parent.parts
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join((*package[: len(package) - node.level + 1], node.module or "")) if node.level else node.module
-            )
-            base = (base or "").strip(".")
-            yield from (f"{base}.{alias.name}".strip(".") for alias in node.names if alias.name != "*")
-            if any(alias.name == "*" for alias in node.names):
-                yield base
-
-
-def _local_files(folder: Path, module: str) -> Iterator[Path]:
-    """The files beside the script that importing `module` would run; none when it is not a module of the folder."""
-    here = folder
-    for part in module.split("."):
-        # In Python's order: a package, a module, a folder without __init__.
-        if (here / part / "__init__.py").is_file():
-            here = here / part
-            yield here / "__init__.py"
-        elif (here / f"{part}.py").is_file():
-            yield here / f"{part}.py"
-            return
-        elif (here / part).is_dir():
-            here = here / part
-        else:
-            return
 
 
 def _included(folder: Path, item: str) -> Iterator[Path]:

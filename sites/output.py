@@ -1,0 +1,101 @@
+"""What a client script prints: cut into lines, passed on, its tail kept for the message of an error."""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from fedpool.sites.missing import missing
+from fedpool.storable import storable
+
+MAX_LINES_PER_ROUND = 1000
+"""Lines of a script's output that are passed on in one round; the end is always kept for an error's message."""
+
+_TAIL_LINES = 200
+MAX_LINE_BYTES = 4096
+
+LogLine = Callable[[str], None]
+
+
+class Output:
+    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept for error messages.
+
+    Args:
+        folder: that the bundle was unpacked to: a scratch folder, in which nobody would look for a line of a traceback.
+        origin: folder to show in its place; empty: paths inside the bundle.
+    """
+
+    def __init__(self, folder: Path, origin: str) -> None:
+        self._folder = folder
+        self._scratch = f'File "{folder}{os.sep}'
+        self._shown = f'File "{Path(origin)}{os.sep}' if origin else 'File "'
+        self.fd: int | None = None
+        self._log: LogLine = lambda line: None
+        self._partial = b""
+        self._passed = 0
+        self._dropped = 0
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    def begin(self, log: LogLine) -> None:
+        self._log = log
+        self._passed = self._dropped = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin the tail anew."""
+        self._tail.clear()
+
+    def read(self) -> None:
+        """Read what is there."""
+        if self.fd is None:
+            return
+        try:
+            data = os.read(self.fd, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            self.fd = None
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        while len(self._partial) > MAX_LINE_BYTES:
+            lines.append(self._partial[:MAX_LINE_BYTES])
+            self._partial = self._partial[MAX_LINE_BYTES:]
+        for line in lines:
+            self._pass(line)
+
+    def drain(self) -> None:
+        """Read all that an ended script left in the pipe."""
+        if self.fd is None:
+            return
+        while self.fd is not None and wait([self.fd], 0):
+            self.read()
+
+    def finish(self) -> None:
+        """The round is over: pass on the last line, and say what was left out."""
+        self.drain()
+        if self._partial:
+            self._pass(self._partial)
+            self._partial = b""
+        if self._dropped:
+            self._log(f"... {self._dropped} more lines, not shown (limit {MAX_LINES_PER_ROUND} a round)")
+            self._dropped = 0
+
+    def traceback(self) -> str:
+        """The last traceback that was printed, else the last lines, as the end of an error's message."""
+        if self._partial:
+            self._pass(self._partial)
+            self._partial = b""
+        lines = list(self._tail)
+        starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+        chosen = lines[starts[0] :] if starts else lines[-5:]
+        return "".join(f"\n{line}" for line in [*chosen, *missing(chosen, self._folder)])
+
+    def _pass(self, line: bytes) -> None:
+        text = storable(line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
+        text = text.replace(self._scratch, self._shown)  # in tracebacks; what the script says of paths is left as it is
+        self._tail.append(text)
+        if self._passed < MAX_LINES_PER_ROUND:
+            self._passed += 1
+            self._log(text)
+        else:
+            self._dropped += 1

@@ -1,0 +1,193 @@
+"""Whether a script sets environment variables before it imports something: then that import must not be done for it beforehand.
+
+Many libraries read their variables as they are imported (`HF_HOME`, `KERAS_BACKEND`). A script that is forked from a process
+which has imported them already would set them too late. What a script does is found in its source, in the order in which it
+would happen: a module's statements as they come, those of a module of the bundle where it is first imported. What is in a
+function counts where module code calls the function, by its name; all that functions import counts last.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+_READ_WHEN_USED = frozenset(
+    {
+        "CUBLAS_WORKSPACE_CONFIG",
+        "CUDA_VISIBLE_DEVICES",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "PYTHONHASHSEED",
+        "RANK",
+        "TOKENIZERS_PARALLELISM",
+        "WORLD_SIZE",
+    }
+)
+"""Variables that scripts often set, and that are read later than at an import, or by no import at all."""
+
+_SETTERS = frozenset({"__setitem__", "clear", "pop", "popitem", "setdefault", "update"})
+Resolve = Callable[[str, ast.Import | ast.ImportFrom], Iterable[tuple[str, Sequence[str]]]]
+
+_FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    what: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Import:
+    module: str
+    where: str
+
+
+def setting_before_import(entry: str, trees: Mapping[str, ast.Module], resolve: Resolve) -> str | None:
+    """Why a script's imports must be left to it, in words; None when they need not.
+
+    Args:
+        entry: name of the script's file.
+        trees: file -> its source, parsed; the script and the modules of its bundle.
+        resolve: what an import statement in a file imports: dotted names, each with the files of the bundle that this runs; none
+            for what is installed.
+    """
+    reader = _Reader(trees, resolve)
+    imported: set[str] = set()
+    settings: list[_Setting] = []
+    for event in [*reader.module(entry), *reader.in_functions()]:
+        if isinstance(event, _Setting):
+            settings.append(event)
+        elif event.module not in imported:
+            imported.add(event.module)
+            if settings and not _is_ours(event.module):
+                first = settings[0]
+                return f"{first.where} sets {first.what}, and {event.where} imports {event.module} after that"
+    return None
+
+
+class _Reader:
+    """Reads modules in the order in which they would run."""
+
+    def __init__(self, trees: Mapping[str, ast.Module], resolve: Resolve) -> None:
+        self._trees = trees
+        self._resolve = resolve
+        self._read: set[str] = set()
+        self._inside: list[tuple[str, ast.AST]] = []  # functions, with their files
+        self._setting_functions = self._find_setting_functions()
+
+    def module(self, name: str) -> Iterator[_Setting | _Import]:
+        """What a module of the bundle does when it is first imported."""
+        if name not in self._read and name in self._trees:
+            self._read.add(name)
+            yield from self._statements(name, self._trees[name])
+
+    def in_functions(self) -> Iterator[_Setting | _Import]:
+        """What the functions of the modules read so far may do later, settings first."""
+        for name, function in self._inside:
+            for node in ast.walk(function):
+                yield from _settings(name, node)
+        for name, function in self._inside:
+            for node in ast.walk(function):
+                yield from self._imports(name, node)
+
+    def _statements(self, name: str, parent: ast.AST) -> Iterator[_Setting | _Import]:
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, _FUNCTIONS):
+                self._inside.append((name, node))
+                continue
+            yield from _settings(name, node)
+            yield from self._imports(name, node)
+            if isinstance(node, ast.Call) and _called(node) in self._setting_functions:
+                yield _Setting(f"environment variables in {_called(node)}()", f"{name} line {node.lineno}")
+            yield from self._statements(name, node)
+
+    def _imports(self, name: str, node: ast.AST) -> Iterator[_Setting | _Import]:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            return
+        for module, files in self._resolve(name, node):
+            for file in files:
+                yield from self.module(file)
+            if not files:
+                source = node.module if isinstance(node, ast.ImportFrom) and node.module and not node.level else module
+                yield _Import(source, f"{name} line {node.lineno}")
+
+    def _find_setting_functions(self) -> set[str]:
+        """Names of functions that set variables, or call one that does."""
+        functions = [
+            (name, node)
+            for name, tree in self._trees.items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        found: set[str] = set()
+        while True:
+            more = {
+                function.name
+                for name, function in functions
+                if function.name not in found
+                and any(
+                    next(_settings(name, node), None) is not None
+                    or (isinstance(node, ast.Call) and _called(node) in found)
+                    for node in ast.walk(function)
+                )
+            }
+            if not more:
+                return found
+            found |= more
+
+
+def _settings(name: str, node: ast.AST) -> Iterator[_Setting]:
+    """What a node itself sets in the environment."""
+    targets: Sequence[ast.AST] = ()
+    keys: Sequence[ast.AST | None] = ()
+    if isinstance(node, ast.Assign | ast.Delete):
+        targets = node.targets
+    elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+        targets = [node.target]
+    elif isinstance(node, ast.Call):
+        function = node.func
+        first = node.args[0] if node.args else None
+        if isinstance(function, ast.Attribute) and _is_environ(function.value) and function.attr in _SETTERS:
+            many = function.attr == "update"
+            keys = [*_keys(first), *(ast.Constant(keyword.arg) for keyword in node.keywords)] if many else [first]
+        elif _called(node) in ("putenv", "unsetenv"):
+            keys = [first]
+        elif _called(node) == "load_dotenv":
+            keys = [None]
+    for target in targets:
+        if isinstance(target, ast.Subscript) and _is_environ(target.value):
+            keys = [*keys, target.slice]
+        elif _is_environ(target):
+            keys = [*keys, *_keys(getattr(node, "value", None))]
+    for key in keys:
+        known = key.value if isinstance(key, ast.Constant) else None
+        if known not in _READ_WHEN_USED:
+            what = f"os.environ[{known!r}]" if isinstance(known, str) else "environment variables"
+            yield _Setting(what, f"{name} line {getattr(node, 'lineno', 0)}")
+
+
+def _keys(values: ast.AST | None) -> list[ast.AST | None]:
+    """The keys of a dict as it is written; a single unknown one for any other expression."""
+    return list(values.keys) if isinstance(values, ast.Dict) else [None] if values is not None else []
+
+
+def _is_environ(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb")) or (
+        isinstance(node, ast.Name) and node.id == "environ"
+    )
+
+
+def _called(call: ast.Call) -> str:
+    """The last name of what is called."""
+    function = call.func
+    return (
+        function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    )
+
+
+def _is_ours(module: str) -> bool:
+    """Whether a module is of Python itself or of fedpool: read no variables that a script sets."""
+    root = module.partition(".")[0]
+    return root in sys.stdlib_module_names or root == "fedpool"

@@ -1,0 +1,169 @@
+"""The files that a client script needs and that travel with it: found in its source, without running it.
+
+They are the script; the modules that it imports from its own folder, or from a folder that it puts on `sys.path` relative to
+its `__file__`, and what those import; and small files of code and configuration in its own folder that it names relative to
+`__file__`. Data never travel by being named: whatever else a script needs is to be named in the recipe, by `include`.
+"""
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpool.early_settings import setting_before_import
+from fedpool.errors import RecipeError
+from fedpool.script_paths import ScriptPaths
+
+NAMED_SUFFIXES = frozenset({".cfg", ".ini", ".json", ".py", ".toml", ".txt", ".yaml", ".yml"})
+"""Of files that travel because the script names them: code and configuration."""
+MAX_NAMED_BYTES = 64 << 10
+"""Size of such a file: a larger one may be data."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptFiles:
+    """What was found.
+
+    Attributes:
+        root: folder that holds all of it.
+        modules: path of each file of code -> its bytes.
+        named: small files that the script names.
+        imports: dotted names of what is imported from elsewhere.
+        early_setting: why nothing must be imported for the script beforehand; see `fedpool.early_settings`.
+    """
+
+    root: Path
+    modules: dict[Path, bytes]
+    named: tuple[Path, ...]
+    imports: frozenset[str]
+    early_setting: str | None
+
+
+def find_files(script: Path) -> ScriptFiles:
+    """Find what a script needs.
+
+    Args:
+        script: its path, links followed.
+
+    Raises:
+        RecipeError: a module does not compile.
+    """
+    finder = _Finder(script)
+    while not finder.find():  # a folder on sys.path was found after modules had been looked for
+        pass
+    root = Path(os.path.commonpath([path.parent for path in finder.modules]))
+    named = {path for path in finder.named if path not in finder.modules and _travels(path, script.parent)}
+    names = {path: path.relative_to(root).as_posix() for path in finder.modules}
+    paths = {name: path for path, name in names.items()}
+
+    def resolve(name: str, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, list[str]]]:
+        for module in finder.imported_modules(paths[name], node):
+            yield module, [names[file] for file, _ in finder.local_files(module)]
+
+    trees = {names[path]: tree for path, tree in finder.trees.items()}
+    early = setting_before_import(names[script], trees, resolve)
+    return ScriptFiles(root, finder.modules, tuple(sorted(named)), frozenset(finder.imports), early)
+
+
+class _Finder:
+    """Reads the script and the modules that it imports, recursively."""
+
+    def __init__(self, script: Path) -> None:
+        self._script = script
+        self._folders: dict[Path, bool] = {script.parent: True}
+        """The folders that modules are found in, and whether before what is installed."""
+        self._packages: dict[Path, tuple[str, ...]] = {}
+
+    def find(self) -> bool:
+        """Read everything; False when that has shown another folder to look in, so that it has to be done again."""
+        self.modules: dict[Path, bytes] = {}
+        self.trees: dict[Path, ast.Module] = {}
+        self.named: set[Path] = set()
+        self.imports: set[str] = set()
+        num_folders = len(self._folders)
+        pending = [(self._script, self._script.parent)]
+        while pending:
+            file, base = pending.pop()
+            if file in self.modules:
+                continue
+            source = self.modules[file] = file.read_bytes()
+            tree = self.trees[file] = _parse(os.path.relpath(file, self._script.parent), source)
+            self._packages[file] = file.relative_to(base).parent.parts
+            paths = ScriptPaths(file, tree)
+            self.named.update(paths.existing_files())
+            for folder, first in paths.search_folders():
+                self._folders.setdefault(folder, first)
+            for node in ast.walk(tree):
+                for module in self.imported_modules(file, node):
+                    local = list(self.local_files(module))
+                    pending.extend(local)
+                    if not local:
+                        self.imports.add(module)
+        return len(self._folders) == num_folders
+
+    def imported_modules(self, file: Path, node: ast.AST) -> Iterator[str]:
+        """Dotted names of what a statement imports; `from a import b` gives `a.b`, which may be a module or not."""
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = self._packages[file]
+            base = node.module or ""
+            if node.level:
+                base = ".".join((*package[: len(package) - node.level + 1], base))
+            base = base.strip(".")
+            yield from (f"{base}.{alias.name}".strip(".") for alias in node.names if alias.name != "*")
+            if any(alias.name == "*" for alias in node.names):
+                yield base
+
+    def local_files(self, module: str) -> Iterator[tuple[Path, Path]]:
+        """The files that importing a module would run, with the folder that they are found from; none when it is installed."""
+        for folder, first in self._folders.items():
+            files = list(_module_files(folder, module))
+            if files and (first or not _is_installed(module, folder)):
+                yield from ((file, folder) for file in files)
+                return
+
+
+def _parse(name: str, source: bytes) -> ast.Module:
+    try:
+        tree = ast.parse(source, filename=name)
+        compile(source, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise RecipeError(f"{name} does not compile: {error}") from None
+    return tree
+
+
+def _module_files(folder: Path, module: str) -> Iterator[Path]:
+    """The files of a folder that importing `module` would run; none when it is not a module of the folder."""
+    here = folder
+    for part in module.split("."):
+        # In Python's order: a package, a module, a folder without __init__.
+        if (here / part / "__init__.py").is_file():
+            here = here / part
+            yield here / "__init__.py"
+        elif (here / f"{part}.py").is_file():
+            yield here / f"{part}.py"
+            return
+        elif (here / part).is_dir():
+            here = here / part
+        else:
+            return
+
+
+def _is_installed(module: str, folder: Path) -> bool:
+    """Whether a module is found elsewhere than in a folder."""
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return False
+    places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec is not None else []
+    return spec is not None and not any(Path(place).is_relative_to(folder) for place in places)
+
+
+def _travels(path: Path, folder: Path) -> bool:
+    """Whether a file that the script names goes with it: code or configuration in its folder, and small."""
+    return (
+        path.is_relative_to(folder) and path.suffix.lower() in NAMED_SUFFIXES and path.stat().st_size <= MAX_NAMED_BYTES
+    )
