@@ -38,6 +38,7 @@ class Output:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
     def begin(self, log: LogLine) -> None:
+        """A round begins: from here on its lines go to `log`."""
         self._log = log
         self._passed = self._dropped = 0
         self.forget()
