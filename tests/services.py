@@ -394,3 +394,19 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+FAKETIME_MISSING = "faketime is not installed: apt-get install faketime"
+
+
+def find_faketime() -> Path | None:
+    """The library by which a process sees another time."""
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    return found[0] if found else None
+
+
+def clock_off_by(seconds: int) -> dict[str, str]:
+    """Variables that set a process's clock forward, or back; what counts the time that passes is left alone."""
+    library = find_faketime()
+    assert library is not None, FAKETIME_MISSING
+    return {"LD_PRELOAD": str(library), "FAKETIME": f"{seconds:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}

@@ -1,7 +1,11 @@
 """Sites that go away while a job runs, for a while or for good: what that costs, and what the job's record says of it."""
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,9 @@ from fedpool import ConfigError, JobFailed, JobStatus, PocEnv, Run
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.tasks.tables import round_table
+from tests.conftest import ADD_ONE
 from tests.poc import GatedJob, processes_of, wait_until, wait_until_gone
+from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -171,3 +177,29 @@ def test_a_paused_pool_is_named_by_the_submission_and_is_a_site_away_to_a_run_in
     assert not_asked(result.rounds[5]) == [{"site": "c", "reason": "its work pool is paused"}]
     told = "c: work pool c is paused: waiting for it for up to 5 s (site_patience_s)"
     wait_until(lambda: told in all_logs(env))
+
+
+SUBMITS = """
+import numpy as np
+from fedpool import FedAvgRecipe, PocEnv
+
+recipe = FedAvgRecipe(name="ahead", min_clients=3, num_rounds=1, model={{"w": np.zeros(2)}}, train_script={script!r})
+run = recipe.execute(PocEnv(clients=("a", "b", "c"), home={home!r}, progress=False))
+print("rounds:", run.get_result().num_rounds)
+"""
+
+
+def test_a_job_that_is_submitted_by_a_clock_two_minutes_ahead_begins_at_once(env: PocEnv, tmp_path: Path) -> None:
+    if find_faketime() is None:
+        pytest.skip(FAKETIME_MISSING)
+    (tmp_path / "client.py").write_text(textwrap.dedent(ADD_ONE))
+    (tmp_path / "job.py").write_text(SUBMITS.format(script=str(tmp_path / "client.py"), home=str(env.home)))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "job.py"],
+        env=os.environ | clock_off_by(120),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=110,  # by that clock it would not be due before
+    )
+    assert "rounds: 1" in done.stdout, done.stdout

@@ -22,6 +22,7 @@ from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment
 from fedpool.paths import JobPaths, new_job_id
 from tests.poc import Worker, processes_of, scripts_of, wait_until, wait_until_gone
+from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -332,3 +333,24 @@ def test_site_round_runs_cold_in_a_stock_process_pool(site_worker: Callable[...,
     assert job.pid() > 0
     wait_until_gone(scripts_of, tmp_path)
     assert not list((tmp_path / "folder").glob(".fedpool-*"))
+
+
+@pytest.mark.parametrize("seconds", [-120, 120])
+def test_a_site_whose_clock_is_off_counts_as_online_and_takes_its_runs_at_once(
+    seconds: int, site_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    if find_faketime() is None:
+        pytest.skip(FAKETIME_MISSING)
+    name = f"off-{abs(seconds)}-{'behind' if seconds < 0 else 'ahead'}"
+    worker = site_worker(name, **clock_off_by(seconds))
+    which = "behind" if seconds < 0 else "ahead of"
+    wait_until(lambda: f"s {which} the Prefect server's" in worker.log)
+
+    async def status() -> list[str]:
+        async with get_client() as client:
+            return [record.status for record in await client.read_workers_for_work_pool(name)]
+
+    assert asyncio.run(status()) == ["ONLINE"]
+    job = Job(tmp_path / "job", name)
+    assert final_state(job.ask(), timeout_s=90).is_completed()  # by its own clock it was due later than that
+    job.end()
