@@ -122,6 +122,6 @@ class _Round:
     def _is_cancelled(self) -> bool:
         try:
             state = self._client.read_flow_run(self._run.id).state
-        except (httpx.HTTPError, PrefectException):  # the server is away: the next look may find it
+        except (httpx.HTTPError, PrefectException):  # the server is unreachable: the next look may find it
             return False
         return state is not None and (state.is_cancelling() or state.is_cancelled())

@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from fedpool.errors import ConfigError
 
 _LOOK_S = 30.0
 """How often a process looks whether its claim still stands."""
-_HEARTBEATS = 3
-"""A worker that has missed so many is dead, as it is to Prefect."""
+_HEARTBEATS = 2
+"""A worker that sends none in the time of so many is dead; should it wake up after all, it finds that it was replaced."""
 _HEARTBEAT_POLL_S = 1.0
 
 
@@ -61,14 +62,16 @@ class SiteClaim:
         site: its name.
         worker: name of this process's worker.
         pool: the worker's pool.
+        tell: told what is waited for, if anything is.
     """
 
-    def __init__(self, site: str, worker: str, pool: str) -> None:
+    def __init__(self, site: str, worker: str, pool: str, *, tell: Callable[[str], None]) -> None:
         pid = os.getpid()
         self.holder = Holder(
             site, worker, pool, socket.gethostname(), _machine(), pid, _born(pid) or "", secrets.token_hex(8)
         )
         self._name = variable_name(site)
+        self._tell = tell
         self._id: UUID | None = None
         self._looked = 0.0
 
@@ -119,13 +122,33 @@ class SiteClaim:
             if holder == self.holder:  # only the answer was lost
                 self._id = there.id
                 return
-            if holder is not None and await _lives(client, holder):
+            if holder is not None and await self._lives(client, holder):
                 self._id = None
                 raise ConfigError(
                     f"site {self.holder.site!r} is served already, by {holder} (worker {holder.worker!r} of work pool "
                     f"{holder.pool!r}): stop that one first, or give this site another name"
                 )
             await _delete(client, there.id)
+
+    async def _lives(self, client: PrefectClient, holder: Holder) -> bool:
+        """Whether a process is there, and not just its claim."""
+        if holder.machine == _machine():
+            return _born(holder.pid) == holder.born
+        before = await _record(client, holder)
+        if before is None or before.status != WorkerStatus.ONLINE:
+            return False
+        # Its heartbeats are compared with each other only, so that no clock matters.
+        patience_s = _HEARTBEATS * (before.heartbeat_interval_seconds or 30)
+        self._tell(f"{holder} has served this site: looking for its heartbeats for up to {patience_s:g} s")
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            await anyio.sleep(_HEARTBEAT_POLL_S)
+            now = await _record(client, holder)
+            if now is None or now.status != WorkerStatus.ONLINE:
+                return False
+            if now.last_heartbeat_time != before.last_heartbeat_time:
+                return True
+        return False
 
 
 def variable_name(site: str) -> str:
@@ -140,25 +163,6 @@ async def _delete(client: PrefectClient, variable: UUID) -> None:
     except PrefectHTTPStatusError as error:
         if error.response.status_code != 404:
             raise
-
-
-async def _lives(client: PrefectClient, holder: Holder) -> bool:
-    """Whether a process is there, and not just its claim."""
-    if holder.machine == _machine():
-        return _born(holder.pid) == holder.born
-    before = await _record(client, holder)
-    if before is None or before.status != WorkerStatus.ONLINE:
-        return False
-    # Its heartbeats are compared with each other only, so that no clock matters.
-    deadline = time.monotonic() + _HEARTBEATS * (before.heartbeat_interval_seconds or 30)
-    while time.monotonic() < deadline:
-        await anyio.sleep(_HEARTBEAT_POLL_S)
-        now = await _record(client, holder)
-        if now is None or now.status != WorkerStatus.ONLINE:
-            return False
-        if now.last_heartbeat_time != before.last_heartbeat_time:
-            return True
-    return False
 
 
 async def _record(client: PrefectClient, holder: Holder) -> Worker | None:

@@ -96,7 +96,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         self._looked = 0.0
         self._resident: Resident | None = None
         self._away = False
-        self._claim = SiteClaim(config.name, self.name, work_pool_name)
+        self._claim = SiteClaim(config.name, self.name, work_pool_name, tell=lambda line: self._logger.info(line))
         self._registered = False
         self._watching: anyio.CancelScope | None = None
         self._stop: Callable[[], None] | None = None

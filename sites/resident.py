@@ -106,7 +106,7 @@ class Resident:
             job.kill()
         for job in jobs:
             job.end()
-        self._keeper.join(_CLOSE_GRACE_S)  # it may be ending a script, or wait for a store that is away
+        self._keeper.join(_CLOSE_GRACE_S)  # it may be ending a script, or wait for a store that does not answer
         self._scratch.remove()
 
     def _open(self, store: str) -> Store:
@@ -192,7 +192,7 @@ class _JobHere:
     def _is_there(self, path: str) -> bool:
         try:
             return self._store.exists(path)
-        except (OSError, StoreError):  # the store is away: whatever it is, it is not known to be there
+        except (OSError, StoreError):  # the store does not answer: whatever it is, it is not known to be there
             return False
 
     def kill(self) -> None:

@@ -18,7 +18,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import WorkerStatus
+from prefect.client.schemas.objects import WorkerStatus, WorkPool
 
 from fedpool.manifest import PROTOCOL
 
@@ -42,10 +42,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A work pool as it is now: whether an operator has paused it, and whether it has no worker online."""
+    """A work pool as it is now.
 
-    paused: bool
+    Attributes:
+        offline: whether it has no worker online.
+        resume: the command that has it hand out runs again, where an operator has paused it, or its queue; else None.
+    """
+
     offline: bool
+    resume: str | None = None
 
     def hinders(self, *, resident: bool, begun: bool) -> str | None:
         """Why a site's run gets nowhere, if it does not.
@@ -57,10 +62,10 @@ class Pool:
         """
         if self.offline and (resident or not begun):
             return NO_WORKER
-        return PAUSED if self.paused and not begun else None
+        return PAUSED if self.resume and not begun else None
 
 
-GONE = Pool(paused=False, offline=True)
+GONE = Pool(offline=True)
 """A work pool that is not there any more."""
 
 
@@ -85,8 +90,15 @@ async def read_pools(client: PrefectClient, names: Collection[str]) -> dict[str,
             online = any(worker.status == WorkerStatus.ONLINE for worker in workers)
             # Pools that start containers elsewhere have no workers at all.
             offline = not online and not (pool.is_push_pool or pool.is_managed_pool)
-            found[pool.name] = Pool(paused=pool.is_paused, offline=offline)
+            found[pool.name] = Pool(offline, await _resume(client, pool))
     return found
+
+
+async def _resume(client: PrefectClient, pool: WorkPool) -> str | None:
+    if pool.is_paused:
+        return f"prefect work-pool resume {pool.name}"
+    queue = await client.read_work_queue(pool.default_queue_id)
+    return f"prefect work-queue resume {queue.name} --pool {pool.name}" if queue.is_paused else None
 
 
 def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
@@ -98,8 +110,8 @@ def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
     """
     if pool is None:
         return f"there is no work pool {name!r}: {start}"
-    if pool.paused:
-        return f"work pool {name!r} is paused: prefect work-pool resume {name}"
+    if pool.resume:
+        return f"work pool {name!r} is paused: {pool.resume}"
     return f"no worker of work pool {name!r} is online: {start}" if pool.offline else None
 
 

@@ -117,6 +117,7 @@ def test_on_another_machine_a_worker_lives_by_its_heartbeats(start: Callable[...
     seem_elsewhere("moved")
     second = start("moved")
     assert second.process.wait(120) == 1
+    assert f"process {first.process.pid} on another has served this site: looking for its heartbeats" in second.log
     assert f"{SERVED} process {first.process.pid} on another" in second.log
     first.process.send_signal(signal.SIGSTOP)
     try:
