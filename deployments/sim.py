@@ -10,11 +10,11 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from rich.console import Console
@@ -78,6 +78,10 @@ class SimEnv(NamedClients):
     command: str | dict[str, str] = Field(
         "python",
         description='what runs the client script: "python", e.g. "torchrun --nproc-per-node 2", or site -> command',
+    )
+    logs: Literal["file", "console"] = Field(
+        "file",
+        description='"console": show what scripts print in the terminal, too; it is always in logs/ of the job\'s folder',
     )
     progress: bool = Field(True, description="show progress and a summary in the terminal")
 
@@ -171,11 +175,22 @@ class SimEnv(NamedClients):
             imports=recipe.bundle.imports,
             origin=_origin(Path(recipe.train_script)),
             commands=commands,
+            show=_show_on(Console() if console.quiet else console) if self.logs == "console" else None,
         )
         run = Run(job_id, store, work=lambda: _work(start, store, sites, console), cancel=sites.cancel)
         if wait:
             show(run, recipe, len(names), console)
+            console.print(f"what scripts printed: {run.path}/logs", highlight=False, markup=False, soft_wrap=True)
         return run
+
+
+def _show_on(console: Console) -> Callable[[str, str], None]:
+    """Shows lines of the sites' scripts in a terminal, above the progress line."""
+
+    def show_line(site: str, line: str) -> None:
+        console.print(f"{site} | {line}", highlight=False, markup=False, soft_wrap=True)
+
+    return show_line
 
 
 def _origin(script: Path) -> str:

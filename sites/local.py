@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -26,6 +26,7 @@ from fedpool.sites.output import LogLine
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import Session, Work
+from fedpool.sites.site_log import SiteLog
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
 from fedpool.sites.sockets import make_socket_folder
 from fedpool.store import Store
@@ -100,6 +101,7 @@ class LocalSites:
         workspace: where the sites' folders lie, on the file system of the store so that updates move and are not copied.
         workdir: the current folder of every script.
         imports: what to import once for all scripts; see `preload`.
+        show: called with a site and a line that its script printed, from any thread; None: only files and Prefect have it.
         origin: folder of the script that the bundle was made of, where it is still there.
         commands: what runs the scripts of the sites that are not forked, e.g. site -> "torchrun --nproc-per-node 2".
     """
@@ -119,9 +121,11 @@ class LocalSites:
         "_job",
         "_keep_alive",
         "_launchers",
+        "_logs",
         "_origin",
         "_scratch",
         "_sessions",
+        "_show",
         "_slots",
         "_sockets",
         "_store",
@@ -144,6 +148,7 @@ class LocalSites:
         workdir: Path,
         imports: Sequence[str],
         commands: Mapping[str, str],
+        show: Callable[[str, str], None] | None = None,
         origin: str = "",
     ) -> None:
         self.names = tuple(names)
@@ -166,6 +171,8 @@ class LocalSites:
         self._folder = self._scratch.path
         self._imports = tuple(imports)
         self._origin = origin
+        self._show = show
+        self._logs: dict[str, SiteLog] = {}
         self._commands = dict(commands)
         self._launchers = {
             command: ProcessLauncher(command, threads=threads, imports=imports) for command in set(commands.values())
@@ -270,6 +277,7 @@ class LocalSites:
                 raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
             session = self._sessions.get(site) or self._new_session(site, slot)
             paths = JobPaths(self._job.job_id)
+            log = self._logging(assignment, log)
             if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
                 raise SiteError(site, assignment.round, "the job was cancelled")
             delivery = run_site_round(
@@ -288,6 +296,7 @@ class LocalSites:
         except SiteError as error:
             if self.cancelled:
                 raise SiteError(site, assignment.round, "the job was cancelled") from error
+            self._log_of(site).write(assignment.round, f"failed: {error.cause.splitlines()[0]}")  # the rest was printed
             raise
         finally:
             if not self._keep_alive:
@@ -298,6 +307,25 @@ class LocalSites:
         how = session.end(grace_s)
         if how is not None and not self.cancelled:
             self._endings[site] = how
+
+    def _log_of(self, site: str) -> SiteLog:
+        assert self._job is not None and self._store is not None
+        path = Path(self._store.full(JobPaths(self._job.job_id).log(site)))
+        return self._logs.setdefault(site, SiteLog(path))
+
+    def _logging(self, assignment: SiteAssignment, log: LogLine) -> LogLine:
+        """Pass on lines to the site's log file, to the terminal if it is to show them, and to `log`."""
+        file = self._log_of(assignment.site)
+
+        def write(line: str) -> None:
+            problem = file.write(assignment.round, line)
+            for each in (problem, line):
+                if each is not None:
+                    if self._show is not None:
+                        self._show(assignment.site, each)
+                    log(each)
+
+        return write
 
     def _new_session(self, site: str, slot: int) -> Session:
         assert self._job is not None

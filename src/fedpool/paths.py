@@ -11,6 +11,7 @@ Layout (all safetensors and JSON, nothing pickled)::
     {root}/{job_id}/rounds/00000/state.safetensors                 (what the strategy carries into the next round)
     {root}/{job_id}/rounds/00000/round.json
     {root}/{job_id}/cross_site.json                                (where models were scored across sites)
+    {root}/{job_id}/logs/{site}.log                                 (text; in simulation only, and no part of the record)
     {root}/{job_id}/result.json
 """
 
@@ -122,6 +123,10 @@ class JobPaths:
     def kept(self, site: str) -> str:
         """Folder of what a simulated site keeps for itself; a real one keeps it in a folder of its own."""
         return f"{self.job_id}/kept/{check_name('site', site)}"
+
+    def log(self, site: str) -> str:
+        """What a simulated site's script printed; a real one's is in its Prefect runs."""
+        return f"{self.job_id}/logs/{check_name('site', site)}.log"
 
     def record(self, round: int) -> str:
         """The commit of the round."""

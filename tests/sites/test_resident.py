@@ -1,5 +1,6 @@
 """What lives at a site between rounds: sessions that stay warm, and that end with their job, with the site, or idle."""
 
+import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -396,3 +397,46 @@ def test_under_torchrun_the_first_of_two_processes_talks(site: Callable[..., Sit
         assert work.pid(round) == 2  # the sum over both
     work.end()
     wait_until_gone(scripts_of, here.folder, 30)
+
+
+def test_a_long_folder_for_temporary_files_does_not_matter(
+    site: Callable[..., Site], tmp_path: Path, write_script: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 200)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    here, work = site(), Job(Store(tmp_path / "store"), write_script(SCRIPT))
+    work.assign()
+    assert here.perform(work)
+    assert work.pid() > 0
+    work.end()
+    wait_until_gone(scripts_of, here.folder)
+
+
+SETS_A_VARIABLE = """
+    import os
+    os.environ["MODE_OF_LIBRARY"] = "7"
+    import a_library
+    import numpy as np
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        flare.receive()
+        flare.send(flare.FLModel(params={"w": np.full(1, int(a_library.MODE), np.float32)}))
+"""
+
+
+def test_a_library_sees_what_the_script_has_set_before_it_was_imported(
+    site: Callable[..., Site], tmp_path: Path, write_script: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "installed"
+    library.mkdir()
+    (library / "a_library.py").write_text("import os\nMODE = os.environ.get('MODE_OF_LIBRARY', '0')\n")
+    monkeypatch.setenv("PYTHONPATH", str(library))
+    here, work = site(), Job(Store(tmp_path / "store"), write_script(SETS_A_VARIABLE))
+    work.assign()
+    assert here.perform(work)
+    assert work.pid() == 7
+    work.end()
+    wait_until_gone(scripts_of, here.folder)
