@@ -31,6 +31,7 @@ from fedpool.store import Store, check_digest
 from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.findings import findings
+from fedpool.tasks.holes import stored_holes
 from fedpool.tasks.key_metric import MetricRules, metric_gap
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.record import Record, num_trained
@@ -95,7 +96,8 @@ def take_up(
     check_unchanged(recipe, job_id, store, sites.names)
     known = json.loads(described)
     head, arithmetic = Digest(**known["model"]), arithmetic_of(known)
-    job = Job(recipe, job_id, store, sites, head, hashlib.sha256(described).hexdigest(), look_ahead, arithmetic)
+    described_sha256 = hashlib.sha256(described).hexdigest()
+    job = Job(recipe, job_id, store, sites, head, described_sha256, look_ahead, arithmetic, holes=stored_holes(known))
     while store.exists(path := paths.record(len(job.records))):
         data = store.read_bytes(path)
         record = store.json_of(path, data)

@@ -9,9 +9,9 @@ import torch
 
 from fedpool.arrays import torch_block
 from fedpool.errors import RecipeError, RoundError
+from fedpool.flows.expected import expected
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.recipes import recipe_of
-from fedpool.flows.round import expected
 from fedpool.flows.staging import num_trained
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
@@ -21,6 +21,7 @@ from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Median
 from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.gate import Accepted, judge
+from fedpool.tasks.holes import stored_holes
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 
@@ -90,7 +91,7 @@ def replay_round(
     base = store.tensors(paths.global_model(round), record["global"]["size"])
     described = store.read_json(paths.job)
     own: Strategy = recipe.strategy(len(described["sites"]))
-    wanted = expected(recipe, own, job_id, round, "train", Digest(**record["global"]), base)
+    wanted = expected(recipe, own, job_id, round, "train", Digest(**record["global"]), base, stored_holes(described))
     updates = []
     for entry in record["accepted"]:
         if entry["site"] in leave_out:
@@ -110,7 +111,7 @@ def replay_round(
         digest = aggregate(
             own if strategy is None else STRATEGIES[strategy],
             store=scratch,
-            before=Before(base, _state(store, paths, round), round),
+            before=Before(base, _state(store, paths, round), round, stored_holes(described) or frozenset()),
             updates=updates,
             factors=recipe.aggregation_weights,
             target=target.name,
@@ -145,5 +146,6 @@ def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> fl
             for model in (one, other)
         )
         difference = next(values) - next(values)
+        difference[~difference.isfinite()] = 0.0  # of holes there is none
         total += torch.dot(difference, difference).item()
     return math.sqrt(total)

@@ -19,7 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from fedpool.errors import RoundError
-from fedpool.exclude import excluded
+from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, asks_everyone, unscored_best
 from fedpool.manifest import Task
 from fedpool.paths import JobPaths
@@ -41,7 +41,6 @@ from fedpool.tasks.record import Record, known_weights, round_record
 from fedpool.tasks.report import Reporter
 from fedpool.tasks.retention import drop_updates, outdated
 from fedpool.tasks.sampling import choose_sites
-from fedpool.tasks.slots import beside_spec
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader
 
@@ -71,6 +70,7 @@ class Job:
         "arithmetic",
         "head",
         "head_sha256",
+        "holes",
         "job_id",
         "late",
         "look_ahead",
@@ -96,6 +96,7 @@ class Job:
         described_sha256: str,
         look_ahead: int = LOOK_AHEAD,
         arithmetic: Arithmetic = CURRENT,
+        holes: frozenset[str] | None = None,
     ) -> None:
         self.recipe = recipe
         self.job_id = job_id
@@ -104,6 +105,7 @@ class Job:
         self.sites = sites
         self.look_ahead = look_ahead
         self.arithmetic = arithmetic
+        self.holes = holes
         self.strategy: Strategy = recipe.strategy(len(sites.names))
         self.head = head
         """The newest global model."""
@@ -127,7 +129,7 @@ class Job:
     def before(self, number: int, base: TensorReader) -> Before:
         """What a training round starts from."""
         state = self.store.tensors(self.paths.state(number - 1), self.state.size) if self.state else None
-        return Before(base, state, number)
+        return Before(base, state, number, self.holes or frozenset())
 
 
 @flow(name="federated-round", validate_parameters=False, persist_result=False)
@@ -155,7 +157,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
             head = step.model or job.head
             await asyncio.to_thread(_have_model, job, number, step)
             base = await asyncio.to_thread(store.tensors, paths.global_model(number), head.size)
-            wanted = expected(recipe, job.strategy, job.job_id, number, step.task, head, base)
+            wanted = expected(recipe, job.strategy, job.job_id, number, step.task, head, base, job.holes)
             ahead, (chosen, probes) = chosen, _choose(job, number, step.everyone, step.task)
             not_asked = await unasked(job.records, job.sites, chosen, probes=probes, needed=step.min_answers)
             asked_now = [site for site in chosen if site not in not_asked]
@@ -367,29 +369,3 @@ async def _ask_again(
     finally:
         if round.answers is not None:
             round.answers.end()
-
-
-def expected(
-    recipe: Recipe, strategy: Strategy, job_id: str, number: int, task: Task, head: Digest, base: TensorReader
-) -> Expected:
-    """What the updates of a round have to fit.
-
-    Args:
-        head: digest of the round's global model.
-        base: that model.
-    """
-    left_out = excluded(recipe.exclude_vars, base.spec)
-    spec = {name: entry for name, entry in base.spec.items() if name not in left_out}
-    trains = task == "train"
-    return Expected(
-        job_id=job_id,
-        round=number,
-        task=task,
-        base_sha256=head.sha256,
-        spec=spec | beside_spec(strategy.extras, spec) if trains else spec,
-        transfer="FULL" if task == "submit_model" else recipe.params_transfer_type,
-        base=base,
-        max_norm=None if task == "submit_model" else recipe.max_update_norm,  # what is only scored moves nothing
-        clip=recipe.clip_updates,
-        positive_meta=strategy.positive_meta if trains else (),
-    )

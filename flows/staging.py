@@ -169,6 +169,7 @@ def stage(
             "sites": list(sites),
             "bundle_sha256": recipe.bundle.sha256,
             "model": {"sha256": digest.sha256, "size": digest.size},
+            "holes": sorted(recipe.model.holes),
             "versions": {
                 "python": platform.python_version(),
                 **{package: version(package) for package in ("fedpool", "prefect", "torch", "numpy", "safetensors")},

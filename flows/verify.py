@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpool.errors import IntegrityError, RecipeError, RoundError
+from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.recipes import recipe_of
-from fedpool.flows.round import expected
 from fedpool.flows.staging import sha256_without
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
@@ -25,6 +25,7 @@ from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
+from fedpool.tasks.holes import stored_holes, with_holes
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import Record, known_weights, num_trained, round_record
@@ -74,6 +75,7 @@ class _Audit:
             raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
         self._sites = job["sites"]
         self._arithmetic = arithmetic_of(job)
+        self._holes = stored_holes(job)
         self._strategy: Strategy = self._recipe.strategy(len(self._sites))
         self._state: Digest | None = None
         """What the strategy carries into the next round, by the word of the newest record."""
@@ -100,6 +102,10 @@ class _Audit:
         if step is None:
             raise self._differs(path, "is of a round that had not to follow: the job was at its end")
         base = self._verify_model(number, step.model or self._head)
+        if number == 0 and self._holes not in (None, holes := frozenset(with_holes(base, self._store.block_elements))):
+            raise self._differs(
+                self._paths.job, f"says holes {sorted(self._holes or ())}, but {sorted(holes)} is what follows"
+            )
         try:
             rebuilt = self._rebuilt(number, step, record, base, folder)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -118,7 +124,7 @@ class _Audit:
     def _rebuilt(self, number: int, step: Step, record: Record, base: TensorReader, folder: Path) -> dict[str, Any]:
         """The record as it follows from what else is in the store."""
         recipe, job_id, head = self._recipe, self._paths.job_id, step.model or self._head
-        wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base)
+        wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base, self._holes)
         outcomes: list[Outcome] = [Failed(**entry) for entry in record["failed"]]
         outcomes += [Late(**entry) for entry in record["late"]]
         for entry in record["rejected"]:
@@ -197,7 +203,7 @@ class _Audit:
             found = aggregate(
                 self._strategy,
                 store=scratch,
-                before=Before(base, state, number),
+                before=Before(base, state, number, self._holes or frozenset()),
                 updates=accepted,
                 factors=self._recipe.aggregation_weights,
                 target=target,

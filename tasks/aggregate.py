@@ -4,7 +4,6 @@ At no time is there more in memory than one block of the global model, of one up
 and of what the strategy computes.
 """
 
-import math
 import os
 import threading
 from abc import abstractmethod
@@ -13,18 +12,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, islice, starmap
 from typing import TypeVar
 
 import torch
 
-from fedpool.arrays import as_bytes, torch_block, torch_dtype
-from fedpool.errors import IntegrityError, RoundError
+from fedpool.arrays import as_bytes, torch_block
+from fedpool.errors import IntegrityError
 from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
+from fedpool.tasks.blocks import Block, narrow, widen
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.geometry import Geometry, blas_products, block_products
+from fedpool.tasks.holes import unchanged
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Slice, State, Strategy, Update, relative
 from fedpool.tensors import (
@@ -67,11 +68,13 @@ class Before:
         model: the global model.
         state: the strategy's slots; None in the first round, or when it has none.
         round: training rounds that came before.
+        holes: names of the tensors in which the global model need not be finite; see `fedpool.tasks.holes`.
     """
 
     model: TensorReader
     state: TensorReader | None = None
     round: int = 0
+    holes: frozenset[str] = frozenset()
 
 
 def aggregate(
@@ -111,19 +114,20 @@ def aggregate(
     with ExitStack() as stack:
         executor = stack.enter_context(_threads())
         if counted and strategy.surveys:
-            strategy = strategy.survey(_geometry(executor, base, counted, store.block_elements, arithmetic))
+            strategy = strategy.survey(_geometry(executor, before, counted, store.block_elements, arithmetic))
         slots = stack.enter_context(slot_file(beside_spec(strategy.slots, base.spec))) if strategy.slots else None
         with store.staged(target) as file:
             make = partial(_next_block, strategy, before, counted, slots, arithmetic)
-            blocks = _in_order(executor, make, _blocks(base, store.block_elements))
+            blocks = _in_order(executor, make, _blocks(before, store.block_elements))
             model = write_and_hash(file, base.spec, blocks)
         return Aggregated(model, None if slots is None else slots.save(store, state_target))
 
 
-def _blocks(base: TensorReader, block_elements: int) -> Iterator["_Block"]:
+def _blocks(before: Before, block_elements: int) -> Iterator[Block]:
     """The blocks of the global model in file order."""
+    base = before.model
     ranges = (block_ranges(name, base.spec[name].num_elements, block_elements) for name in file_order(base.spec))
-    return starmap(partial(_Block, base), chain.from_iterable(ranges))
+    return starmap(partial(Block, base, before.holes), chain.from_iterable(ranges))
 
 
 @contextmanager
@@ -145,15 +149,13 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def _in_order(
-    executor: ThreadPoolExecutor, compute: Callable[["_Block"], _T], blocks: Iterator["_Block"]
-) -> Iterator[_T]:
+def _in_order(executor: ThreadPoolExecutor, compute: Callable[[Block], _T], blocks: Iterator[Block]) -> Iterator[_T]:
     """What is computed of every block, in their order; each thread computes a run of blocks.
 
     A run is long enough that handing it over costs little; one block at a time would cost more than it saves.
     """
 
-    def compute_run(run: Sequence[_Block]) -> list[_T]:
+    def compute_run(run: Sequence[Block]) -> list[_T]:
         return [compute(block) for block in run]
 
     runs = _in_runs(blocks)
@@ -166,20 +168,20 @@ def _in_order(
 
 def _geometry(
     executor: ThreadPoolExecutor,
-    base: TensorReader,
+    before: Before,
     counted: Sequence[tuple[Accepted, float]],
     block_elements: int,
     arithmetic: Arithmetic,
 ) -> Geometry:
     """How the updates lie to each other: one pass over all of them."""
     products = torch.zeros(len(counted), len(counted), dtype=torch.float64)
-    for parts in _in_order(executor, partial(_products, counted, arithmetic), _blocks(base, block_elements)):
+    for parts in _in_order(executor, partial(_products, counted, arithmetic), _blocks(before, block_elements)):
         for part in parts:
             products += part
     return Geometry(tuple(update.site for update, _ in counted), tuple(weight for _, weight in counted), products)
 
 
-def _products(counted: Sequence[tuple[Accepted, float]], arithmetic: Arithmetic, block: "_Block") -> list[torch.Tensor]:
+def _products(counted: Sequence[tuple[Accepted, float]], arithmetic: Arithmetic, block: Block) -> list[torch.Tensor]:
     """One block's part of the inner products."""
     senders = [update for update, _ in counted if update.tensors and block.name in update.tensors.spec]
     if block.spec.kind != "float" or not senders:
@@ -194,7 +196,7 @@ def _next_block(
     counted: Sequence[tuple[Accepted, float]],
     slots: SlotFile | None,
     arithmetic: Arithmetic,
-    block: "_Block",
+    block: Block,
 ) -> BlockBytes:
     """One block of the next global model; that of the slots is put where they are collected."""
     name = block.name
@@ -206,7 +208,7 @@ def _next_block(
     else:
         updates = [_update(strategy, block, update, weight, arithmetic) for update, weight in senders]
         after, state = strategy.apply(state, updates)
-        made = as_bytes(_narrow(after[name], block))
+        made = as_bytes(_with_holes(narrow(after[name], block), block, [update for update, _ in senders]))
     if slots is not None:
         for slot, values in state.slots.items():
             if name in values:
@@ -214,12 +216,12 @@ def _next_block(
     return made
 
 
-def _in_runs(blocks: Iterator["_Block"]) -> Iterator[list["_Block"]]:
+def _in_runs(blocks: Iterator[Block]) -> Iterator[list[Block]]:
     while run := list(islice(blocks, _RUN_BLOCKS)):
         yield run
 
 
-def _state(strategy: Strategy, before: Before, block: "_Block") -> State:
+def _state(strategy: Strategy, before: Before, block: Block) -> State:
     """A block of the state that a round starts from."""
     params = _GlobalSlice(block)
     averaged = frozenset() if is_trained(block.name, block.spec) else frozenset((block.name,))
@@ -231,7 +233,7 @@ def _state(strategy: Strategy, before: Before, block: "_Block") -> State:
     return State(params, slots, before.round, averaged)
 
 
-def _update(strategy: Strategy, block: "_Block", update: Accepted, weight: float, arithmetic: Arithmetic) -> Update:
+def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, arithmetic: Arithmetic) -> Update:
     """A block of an update."""
     assert update.tensors is not None
     extras: dict[str, Slice] = {}
@@ -241,68 +243,20 @@ def _update(strategy: Strategy, block: "_Block", update: Accepted, weight: float
     return Update(update.site, weight, _UpdateSlice(block, update), extras, update.manifest.meta, scale)
 
 
-class _Block:
-    """A block of the global model, read when it is first asked for: a plain mean never asks."""
-
-    def __init__(self, base: TensorReader, name: str, start: int, stop: int) -> None:
-        self._base = base
-        self.name = name
-        self.start = start
-        self.stop = stop
-        self.spec = base.spec[name]
-
-    @cached_property
-    def data(self) -> BlockBytes:
-        """Its bytes."""
-        return self._base.read_block(self.name, self.start, self.stop)
-
-    @cached_property
-    def value(self) -> torch.Tensor:
-        """The block in its own dtype."""
-        return torch_block(self.data, self.spec.dtype)
-
-    @cached_property
-    def origin(self) -> torch.Tensor | None:
-        """What integers are differences to: the block made even, so that halves are rounded to the same side as without."""
-        return self.value.to(torch.int64) & ~1 if self.spec.kind == "int" else None
-
-    @cached_property
-    def wide(self) -> torch.Tensor:
-        """The block as a strategy sees it."""
-        return _widen(self.value, self.origin)
-
-
-def _widen(value: torch.Tensor, origin: torch.Tensor | None) -> torch.Tensor:
-    """float64 of a block; integers as differences to `origin`, because float64 holds no integer above 2**53 for sure."""
-    return (value if origin is None else value.to(torch.int64) - origin).to(torch.float64)
-
-
-def _narrow(value: torch.Tensor, block: _Block) -> torch.Tensor:
-    """Back from float64: integers are rounded, a boolean is the majority's (a tie leaves it as it was)."""
-    dtype = torch_dtype(block.spec.dtype)
-    if block.spec.kind == "bool":
-        return torch.where(value == 0.5, block.value, value > 0.5)
-    if block.origin is not None:
-        whole = block.origin + value.round().to(torch.int64)
-        limits = torch.iinfo(dtype)
-        if not (limits.min <= whole.min().item() and whole.max().item() <= limits.max):
-            raise RoundError(
-                f"the aggregate of {block.name} does not fit its dtype {block.spec.dtype}: its values are too large"
-            )
-        return whole.to(dtype)
-    result = value.to(dtype)
-    low, high = result.aminmax()
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        raise RoundError(
-            f"the aggregate of {block.name} is not finite, though every update was: their values are too large"
-        )
-    return result
+def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -> torch.Tensor:
+    """The next block with the holes that it keeps: those that any of the updates leaves as they are."""
+    if block.holes is None:
+        return made
+    kept = torch.zeros_like(block.holes)
+    for update in updates:
+        kept |= _UpdateSlice(block, update).unchanged(block.holes)
+    return torch.where(kept, block.value, made)
 
 
 class _LazySlice(Mapping[str, torch.Tensor]):
     """A slice of one block that is read when it is looked at, so that a mean holds one site's block at a time."""
 
-    def __init__(self, block: _Block) -> None:
+    def __init__(self, block: Block) -> None:
         self._block = block
 
     def __iter__(self) -> Iterator[str]:
@@ -330,7 +284,7 @@ class _GlobalSlice(_LazySlice):
 class _BesideSlice(_LazySlice):
     """What lies beside a block: in the strategy's slots, or in the update of a site."""
 
-    def __init__(self, block: _Block, tensors: TensorReader, group: str, site: str | None = None) -> None:
+    def __init__(self, block: Block, tensors: TensorReader, group: str, site: str | None = None) -> None:
         super().__init__(block)
         self._tensors = tensors
         self._group = group
@@ -349,23 +303,35 @@ class _BesideSlice(_LazySlice):
 class _UpdateSlice(_LazySlice):
     """One update's part of a block."""
 
-    def __init__(self, block: _Block, update: Accepted) -> None:
+    def __init__(self, block: Block, update: Accepted) -> None:
         super().__init__(block)
         self._update = update
         # What limits a difference limits its floating point numbers.
         self._scale = update.scale if block.spec.kind == "float" else 1.0
 
+    def unchanged(self, at: torch.Tensor) -> torch.Tensor:
+        """Which of the block's holes the update leaves as they are."""
+        return unchanged(self._value(), at, is_difference=self._update.manifest.params_type == "DIFF")
+
     def _read(self) -> torch.Tensor:
+        read = self._read_values()
+        at = self._block.holes
+        return read if at is None else read.masked_fill(self.unchanged(at), 0.0)
+
+    def _value(self) -> torch.Tensor:
+        """The block as the site sent it."""
         block, tensors = self._block, self._update.tensors
         assert tensors is not None
-        code = tensors.spec[block.name].dtype
         try:
             data = tensors.read_block(block.name, block.start, block.stop)
         except (IntegrityError, FileNotFoundError) as error:
             raise UpdateChanged(self._update.site, str(error)) from error
-        value = torch_block(data, code)
+        return torch_block(data, tensors.spec[block.name].dtype)
+
+    def _read_values(self) -> torch.Tensor:
+        block, value = self._block, self._value()
         # A boolean has no difference: a DIFF carries the site's own value.
-        if self._update.manifest.params_type == "DIFF" and code != "BOOL":
+        if self._update.manifest.params_type == "DIFF" and value.dtype is not torch.bool:
             return value.to(torch.float64) * self._scale + block.wide
-        full = _widen(value, block.origin)
+        full = widen(value, block.origin)
         return full if self._scale == 1.0 else block.wide + (full - block.wide) * self._scale

@@ -11,6 +11,7 @@ from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.storable import storable
 from fedpool.store import Store
+from fedpool.tasks.holes import keeps_holes
 from fedpool.tensors import ITEM_SIZES, Inspection, Spec, TensorReader, is_beside, split_beside
 
 _MAX_REASON = 1000
@@ -21,7 +22,8 @@ class Expected:
     """What an update has to fit.
 
     `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must have.
-    `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`.
+    `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`. `holes` names the
+    tensors that may hold infinity where `base` does; None: as of an earlier version, whose sentences its records hold, none may.
     """
 
     job_id: str
@@ -34,6 +36,7 @@ class Expected:
     max_norm: float | None = None
     clip: bool = False
     positive_meta: tuple[str, ...] = ()
+    holes: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +149,10 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
         seen = delivery.inspection or inspect_tensors(tensors, store.block_elements, keep_blocks=True)
         if seen.digest.sha256 != manifest.sha256:
             raise _Refused("bytes", f"it has sha256 {seen.digest.sha256}, its manifest says {manifest.sha256}")
-        if seen.not_finite is not None:
-            raise _Refused("not_finite", seen.not_finite)
-        _check_range(seen, expected.spec, manifest.params_type)
         if seen.blocks is not None:
             tensors = tensors.checked(seen.blocks)
+        _check_finite(seen, tensors, manifest.params_type, expected, store.block_elements)
+        _check_range(seen, expected.spec, manifest.params_type)
         norm, scale = _norm_and_scale(tensors, manifest.params_type, expected, store.block_elements)
     except _Refused as refused:
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, refused.code, storable(str(refused)))
@@ -214,6 +216,24 @@ def _check_names(found: Spec, expected: Spec) -> None:
             raise _Refused("dtype", f"{name}: expected {expected[name].dtype}, got {found[name].dtype}")
 
 
+def _check_finite(
+    seen: Inspection, tensors: TensorReader, params_type: str, expected: Expected, block_elements: int
+) -> None:
+    for name, where in seen.not_finite.items():
+        if expected.holes is None:
+            raise _Refused("not_finite", where)
+        if name not in expected.holes:
+            raise _Refused("not_finite", f"{where}; if it is meant to, keep it at the sites by exclude_vars")
+        assert expected.base is not None, "who allows holes has the model"
+        is_difference = params_type == "DIFF"
+        if not keeps_holes(tensors, expected.base, name, block_elements, is_difference=is_difference):
+            raise _Refused(
+                "not_finite",
+                f"{where}, and not only where the global model does, unchanged; if it is meant to, keep it at the sites by "
+                "exclude_vars",
+            )
+
+
 def _check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
     """Values that the model's dtype cannot hold would overflow in the mean, and so fail the round for everybody."""
     for name, (low, high) in sorted(seen.extremes.items()):
@@ -234,7 +254,8 @@ def _norm_and_scale(
     limit = expected.max_norm
     if limit is None:
         return None, 1.0
-    norm = difference_norm(tensors, expected.base if params_type == "FULL" else None, block_elements)
+    base = expected.base if params_type == "FULL" else None
+    norm = difference_norm(tensors, base, block_elements, model=expected.base, holes=expected.holes or ())
     if norm <= limit:
         return norm, 1.0
     if not expected.clip:

@@ -7,7 +7,7 @@ the first value asks for it.
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,7 +163,7 @@ def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: b
     """
     digest = hashlib.sha256(reader.head)
     size = len(reader.head)
-    not_finite: str | None = None
+    not_finite: dict[str, str] = {}
     extremes: dict[str, tuple[float, float]] = {}
     blocks: dict[tuple[str, int, int], bytes] | None = {} if keep_blocks else None
     for name, start, stop in reader.blocks(block_elements):
@@ -173,12 +173,15 @@ def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: b
         if blocks is not None:
             blocks[name, start, stop] = hashlib.sha256(data).digest()
         kind = reader.spec[name].kind
-        if kind == "bool" or not_finite is not None:
+        if kind == "bool":
             continue
         low, high = _extremes(data, reader.spec[name].dtype)
         if kind == "float" and not (math.isfinite(low) and math.isfinite(high)):
-            not_finite = f"{name} holds NaN or infinity, first among its elements {start} to {stop - 1}"
-            continue
+            where = f"{name} holds NaN or infinity, first among its elements {start} to {stop - 1}"
+            not_finite.setdefault(name, where)
+            if (finite := _finite_extremes(data, reader.spec[name].dtype)) is None:
+                continue
+            low, high = finite
         before = extremes.get(name, (low, high))
         extremes[name] = min(low, before[0]), max(high, before[1])
     return Inspection(Digest(digest.hexdigest(), size), not_finite, extremes, blocks)
@@ -193,6 +196,16 @@ def _extremes(data: BlockBytes, code: str) -> tuple[float, float]:
 
     integers = np.frombuffer(data, f"{code[0].lower()}{ITEM_SIZES[code]}")
     return int(integers.min()), int(integers.max())
+
+
+def _finite_extremes(data: BlockBytes, code: str) -> tuple[float, float] | None:
+    """Lowest and highest finite value of a block of floating point numbers; None when it has none."""
+    value = torch_block(data, code)
+    finite = value[value.isfinite()]
+    if not finite.numel():
+        return None
+    low, high = finite.aminmax()
+    return low.item(), high.item()
 
 
 def dtype_limits(code: str) -> tuple[float, float]:
@@ -215,11 +228,20 @@ def chunks(value: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
     return torch.split(value, CHUNK_ELEMENTS, dim=-1)
 
 
-def difference_norm(update: TensorReader, base: TensorReader | None, block_elements: int) -> float:
+def difference_norm(
+    update: TensorReader,
+    base: TensorReader | None,
+    block_elements: int,
+    *,
+    model: TensorReader | None = None,
+    holes: Collection[str] = (),
+) -> float:
     """L2 norm of an update's difference to a model over all floating point parameters, in float64.
 
     Args:
         base: the model; None when the update is the difference.
+        model: the model, where it has holes.
+        holes: names of the tensors in which the model need not be finite; where it is not, there is no difference.
     """
     import torch
 
@@ -230,6 +252,8 @@ def difference_norm(update: TensorReader, base: TensorReader | None, block_eleme
         value = torch_block(update.read_block(name, start, stop), update.spec[name].dtype).to(torch.float64)
         if base is not None:
             value -= torch_block(base.read_block(name, start, stop), base.spec[name].dtype).to(torch.float64)
+        if model is not None and name in holes:
+            value[~torch_block(model.read_block(name, start, stop), model.spec[name].dtype).isfinite()] = 0.0
         for chunk in chunks(value):
             total += chunk.square().sum().item()
     return math.sqrt(total)

@@ -1,9 +1,10 @@
 """The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as plain tensors, checked."""
 
 import os
+import re
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,11 +25,23 @@ class InitialModel:
         spec: name -> dtype and shape.
         digest: sha256 and size of the file.
         file: open; it may be closed and removed afterwards.
+        holes: names of the tensors that hold NaN or infinity.
+        unusable: what of those cannot be meant -> why: NaN, or infinity in a parameter that is trained.
     """
 
-    def __init__(self, spec: Mapping[str, TensorSpec], digest: Digest, file: IO[bytes]) -> None:
+    def __init__(
+        self,
+        spec: Mapping[str, TensorSpec],
+        digest: Digest,
+        file: IO[bytes],
+        *,
+        holes: Collection[str] = (),
+        unusable: Mapping[str, str] | None = None,
+    ) -> None:
         self.spec = spec
         self.digest = digest
+        self.holes = frozenset(holes)
+        self._unusable = unusable or {}
         self._descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -36,6 +49,22 @@ class InitialModel:
     def num_parameters(self) -> int:
         """Elements over all tensors."""
         return sum(entry.num_elements for entry in self.spec.values())
+
+    def check_finite(self, left_out: Collection[str]) -> None:
+        """Check that no tensor that is exchanged holds what every update would be rejected for, or what nobody can mean.
+
+        Args:
+            left_out: names of those that are not exchanged.
+
+        Raises:
+            RecipeError: one does; names it and the remedy.
+        """
+        for name, why in self._unusable.items():
+            if name not in left_out:
+                raise RecipeError(
+                    f"model: {name} holds {why}: give finite values, or keep it at the sites, "
+                    f"exclude_vars={'^' + re.escape(name) + '$'!r}"
+                )
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -64,7 +93,9 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
         RecipeError: nothing of the above, values that cannot be exchanged, a checkpoint that cannot be read, or one that does
             not fit.
     """
-    params = _params(model, folder)
+    if isinstance(model, Mapping) and is_class_path(model):
+        model = make_model(model, folder)
+    params = _params(model)
     spec = _describe(params, "model")
     if checkpoint is not None:
         loaded = load_checkpoint(Path(checkpoint), only=next(iter(spec)) if len(spec) == 1 else None)
@@ -84,17 +115,22 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
                 f"model: its values cannot be read ({type(error).__name__}: {error}): give a state dict of plain tensors"
             ) from error
         file.flush()
-        return InitialModel(spec, digest, file)
+        kinds = {str(name): kind for name, value in params.items() if (kind := _not_finite(value))}
+        trained = _trained(model)
+        unusable = {
+            name: f"{kind}, and is trained" if name in trained else kind
+            for name, kind in kinds.items()
+            if kind == "NaN" or name in trained
+        }
+        return InitialModel(spec, digest, file, holes=kinds, unusable=unusable)
 
 
-def _params(model: Any, folder: Path | None) -> Mapping[str, Any]:
+def _params(model: Any) -> Mapping[str, Any]:
     """The state dict of whatever the user gave."""
     if isinstance(model, str | Path):
         return load_checkpoint(Path(model))
     if isinstance(model, type):
         raise RecipeError(f"model is the class {model.__name__}: give an instance, {model.__name__}()")
-    if isinstance(model, Mapping) and is_class_path(model):
-        model = make_model(model, folder)
     if hasattr(model, "state_dict") and callable(model.state_dict):
         try:
             return dict(model.state_dict())
@@ -108,6 +144,26 @@ def _params(model: Any, folder: Path | None) -> Mapping[str, Any]:
     raise RecipeError(
         f"model must be a torch.nn.Module, a state dict, or the path of a checkpoint, got {type(model).__name__}: {model!r}"
     )
+
+
+def _trained(model: Any) -> frozenset[str]:
+    """Names of the parameters of a module that gradients move; of anything else nobody knows."""
+    if not hasattr(model, "named_parameters"):
+        return frozenset()
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _not_finite(value: Any) -> str | None:
+    """What a tensor holds that is not a finite number, in words; None when all of it is."""
+    import numpy as np
+
+    if is_torch(value):
+        if not value.is_floating_point() or bool(value.isfinite().all()):
+            return None
+        return "NaN" if bool(value.isnan().any()) else "infinity"
+    if describe("", value).kind != "float" or bool(np.isfinite(value).all()):
+        return None
+    return "NaN" if bool(np.isnan(value).any()) else "infinity"
 
 
 def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:

@@ -28,28 +28,19 @@ from fedpool.bundle import Bundle, build_bundle
 from fedpool.conditions import StopCondition, choose_mode, parse_condition
 from fedpool.environment import DeployingEnvironment, Environment
 from fedpool.errors import RecipeError
-from fedpool.exclude import check_excluded
+from fedpool.exclude import check_excluded, excluded
 from fedpool.fields import Checked
 from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob
 from fedpool.paths import check_name, check_new_names
 from fedpool.script_values import check_values, site_arguments, split_arguments
+from fedpool.weights import check_weights
 
 SERVER = "server"
 """Owner of a job's final model, where models have owners."""
 SERVER_BEST = "server-best"
 """Owner of its best one, where that is another."""
 _DECIDE_MODE = {"key_metric", "key_metric_mode", "stop_cond"}
-
-
-def _positive_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
-    for site, weight in weights.items():
-        check_name("site", site)
-        if not 0 <= weight < float("inf"):
-            raise RecipeError(f"aggregation_weights[{site!r}] must be a finite number from 0, got {weight}")
-    if weights and not any(weights.values()):
-        raise RecipeError("aggregation_weights are all 0: no update would count")
-    return weights
 
 
 def _model_form(model: InitialModel) -> dict[str, Any]:
@@ -91,7 +82,7 @@ class Recipe(Checked):
     params_transfer_type: Literal["FULL", "DIFF"] = Field(
         "FULL", description="what sites send: their parameters, or the difference to the model they received"
     )
-    aggregation_weights: Annotated[dict[str, float], AfterValidator(_positive_weights)] = Field(
+    aggregation_weights: Annotated[dict[str, float], AfterValidator(check_weights)] = Field(
         default_factory=dict, description="site -> factor on its updates' weight; 1 for a site that is not named"
     )
     exclude_vars: tuple[str, ...] = Field(
@@ -250,6 +241,8 @@ class Recipe(Checked):
             folder = Path(self.train_script).resolve().parent
             object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt, folder=folder))
         check_excluded(self.exclude_vars, self.model.spec)
+        if restored is None:
+            self.model.check_finite(excluded(self.exclude_vars, self.model.spec))
         return self
 
     @classmethod

@@ -293,11 +293,12 @@ class TensorReader:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What one pass over a file of tensors has seen; `not_finite` says where the first NaN or infinity is, if anywhere."""
+    """What one pass over a file of tensors has seen."""
 
     digest: Digest
-    not_finite: str | None
+    not_finite: Mapping[str, str]
+    """name -> where its first NaN or infinity is, of the tensors that hold any, in the order of the file."""
     extremes: Mapping[str, tuple[float, float]]
-    """name -> lowest and highest value, of the tensors that are not boolean and not empty."""
+    """name -> lowest and highest finite value, of the tensors that are not boolean and have one."""
     blocks: Mapping[tuple[str, int, int], bytes] | None = None
     """(name, start, stop) -> sha256 of that block, where somebody else could swap the file after this."""

@@ -1,0 +1,44 @@
+"""What the updates of a round have to fit: for who runs it, verifies it or replays it."""
+
+from fedpool.exclude import excluded
+from fedpool.manifest import Task
+from fedpool.recipe import Recipe
+from fedpool.tasks.gate import Expected
+from fedpool.tasks.slots import beside_spec
+from fedpool.tasks.strategy import Strategy
+from fedpool.tensors import Digest, TensorReader
+
+
+def expected(
+    recipe: Recipe,
+    strategy: Strategy,
+    job_id: str,
+    number: int,
+    task: Task,
+    head: Digest,
+    base: TensorReader,
+    holes: frozenset[str] | None,
+) -> Expected:
+    """What the updates of a round have to fit.
+
+    Args:
+        head: digest of the round's global model.
+        base: that model.
+        holes: names of the tensors that need not be finite; see `fedpool.tasks.holes`.
+    """
+    left_out = excluded(recipe.exclude_vars, base.spec)
+    spec = {name: entry for name, entry in base.spec.items() if name not in left_out}
+    trains = task == "train"
+    return Expected(
+        job_id=job_id,
+        round=number,
+        task=task,
+        base_sha256=head.sha256,
+        spec=spec | beside_spec(strategy.extras, spec) if trains else spec,
+        transfer="FULL" if task == "submit_model" else recipe.params_transfer_type,
+        base=base,
+        max_norm=None if task == "submit_model" else recipe.max_update_norm,  # what is only scored moves nothing
+        clip=recipe.clip_updates,
+        positive_meta=strategy.positive_meta if trains else (),
+        holes=holes,
+    )

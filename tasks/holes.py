@@ -1,0 +1,65 @@
+"""Infinities that a model holds by design, such as the -inf of an attention mask: its *holes*.
+
+An update may hold them where the global model does, unchanged, and the next global model keeps them to the bit; they are part
+of no mean, norm or difference. A site that sends a finite value in their place fills the hole, as an observer that begins at
+infinity does. Only a tensor that has holes in the initial model can have any later, so `job.json` names those; a job of an
+earlier version names none, and its updates must be finite everywhere.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedpool.arrays import torch_block
+from fedpool.tensors import TensorReader, block_ranges
+
+
+def stored_holes(job: Mapping[str, Any]) -> frozenset[str] | None:
+    """Names of the tensors that may have holes, as a `job.json` has them; None for a job of an earlier version."""
+    names = job.get("holes")
+    return None if names is None else frozenset(names)
+
+
+def with_holes(model: TensorReader, block_elements: int) -> list[str]:
+    """Names of the tensors of a model that have holes, sorted."""
+    found = {
+        name
+        for name, start, stop in model.blocks(block_elements)
+        if model.spec[name].kind == "float" and holes(_block(model, name, start, stop)) is not None
+    }
+    return sorted(found)
+
+
+def holes(value: torch.Tensor) -> torch.Tensor | None:
+    """Where a block of floating point numbers is not finite, as booleans; None when it is everywhere."""
+    where = ~value.isfinite()
+    return where if bool(where.any()) else None
+
+
+def unchanged(update: torch.Tensor, at: torch.Tensor, *, is_difference: bool) -> torch.Tensor:
+    """Which of the holes of a block an update leaves as they are: it holds infinity there, or any difference to it."""
+    return at if is_difference else at & ~update.isfinite()
+
+
+def keeps_holes(
+    update: TensorReader, base: TensorReader, name: str, block_elements: int, *, is_difference: bool
+) -> bool:
+    """Whether a tensor of an update is finite except in the holes of the global model, and the same there.
+
+    The difference of two infinities is NaN: as a difference that is what no change looks like.
+    """
+    for _, start, stop in block_ranges(name, update.spec[name].num_elements, block_elements):
+        value, before = _block(update, name, start, stop), _block(base, name, start, stop)
+        if (where := holes(value)) is None:
+            continue
+        same = (
+            value.isnan() & ~before.isfinite() if is_difference else value.to(torch.float64) == before.to(torch.float64)
+        )
+        if not bool(same[where].all()):
+            return False
+    return True
+
+
+def _block(reader: TensorReader, name: str, start: int, stop: int) -> torch.Tensor:
+    return torch_block(reader.read_block(name, start, stop), reader.spec[name].dtype)
