@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpool.arrays import not_finite_names
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
@@ -25,7 +26,7 @@ from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
-from fedpool.tasks.holes import stored_holes, with_holes
+from fedpool.tasks.holes import stored_holes
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import Record, known_weights, num_trained, round_record
@@ -102,7 +103,10 @@ class _Audit:
         if step is None:
             raise self._differs(path, "is of a round that had not to follow: the job was at its end")
         base = self._verify_model(number, step.model or self._head)
-        if number == 0 and self._holes not in (None, holes := frozenset(with_holes(base, self._store.block_elements))):
+        if number == 0 and self._holes not in (
+            None,
+            holes := frozenset(not_finite_names(base, self._store.block_elements)),
+        ):
             raise self._differs(
                 self._paths.job, f"says holes {sorted(self._holes or ())}, but {sorted(holes)} is what follows"
             )

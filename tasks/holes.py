@@ -21,16 +21,6 @@ def stored_holes(job: Mapping[str, Any]) -> frozenset[str] | None:
     return None if names is None else frozenset(names)
 
 
-def with_holes(model: TensorReader, block_elements: int) -> list[str]:
-    """Names of the tensors of a model that have holes, sorted."""
-    found = {
-        name
-        for name, start, stop in model.blocks(block_elements)
-        if model.spec[name].kind == "float" and holes(_block(model, name, start, stop)) is not None
-    }
-    return sorted(found)
-
-
 def holes(value: torch.Tensor) -> torch.Tensor | None:
     """Where a block of floating point numbers is not finite, as booleans; None when it is everywhere."""
     where = ~value.isfinite()

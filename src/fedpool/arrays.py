@@ -187,6 +187,17 @@ def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: b
     return Inspection(Digest(digest.hexdigest(), size), not_finite, extremes, blocks)
 
 
+def not_finite_names(reader: TensorReader, block_elements: int) -> list[str]:
+    """Names of the tensors of a file that hold NaN or infinity, sorted."""
+    found: set[str] = set()
+    for name, start, stop in reader.blocks(block_elements):
+        if reader.spec[name].kind == "float" and name not in found:
+            low, high = _extremes(reader.read_block(name, start, stop), reader.spec[name].dtype)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                found.add(name)
+    return sorted(found)
+
+
 def _extremes(data: BlockBytes, code: str) -> tuple[float, float]:
     """Lowest and highest value of a block of numbers; a NaN is both, if there is one."""
     if "F" in code:

@@ -15,6 +15,8 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 }  # fmt: skip
 _LESS_IS_BETTER = re.compile(r"(?:.*[\W_])?(?:loss|error|err|mse|rmse|mae|nll|perplexity|ppl)", re.IGNORECASE)
 _NEGATED = re.compile(r"(?:neg|negative|minus)(?:[\W_]|$)|-", re.IGNORECASE)
+MODE_FIELDS = frozenset({"key_metric", "key_metric_mode", "stop_cond"})
+"""Fields of a recipe that decide on the mode."""
 Mode = Literal["max", "min"]
 _PATTERN = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
 

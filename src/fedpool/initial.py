@@ -25,9 +25,11 @@ class InitialModel:
         spec: name -> dtype and shape.
         digest: sha256 and size of the file.
         file: open; it may be closed and removed afterwards.
-        holes: names of the tensors that hold NaN or infinity.
+        holes: names of the tensors that hold NaN or infinity; see `fedpool.tasks.holes`.
         unusable: what of those cannot be meant -> why: NaN, or infinity in a parameter that is trained.
     """
+
+    _unusable: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class InitialModel:
     ) -> None:
         self.spec = spec
         self.digest = digest
-        self.holes = frozenset(holes)
+        self._holes = frozenset(holes)
         self._unusable = unusable or {}
         self._descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
@@ -49,6 +51,11 @@ class InitialModel:
     def num_parameters(self) -> int:
         """Elements over all tensors."""
         return sum(entry.num_elements for entry in self.spec.values())
+
+    @property
+    def holes(self) -> frozenset[str]:
+        """Names of the tensors that hold NaN or infinity."""
+        return self._holes
 
     def check_finite(self, left_out: Collection[str]) -> None:
         """Check that no tensor that is exchanged holds what every update would be rejected for, or what nobody can mean.

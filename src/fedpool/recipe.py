@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from fedpool.bundle import Bundle, build_bundle
-from fedpool.conditions import StopCondition, choose_mode, parse_condition
+from fedpool.conditions import MODE_FIELDS, StopCondition, choose_mode, parse_condition
 from fedpool.environment import DeployingEnvironment, Environment
 from fedpool.errors import RecipeError
 from fedpool.exclude import check_excluded, excluded
@@ -40,7 +40,6 @@ SERVER = "server"
 """Owner of a job's final model, where models have owners."""
 SERVER_BEST = "server-best"
 """Owner of its best one, where that is another."""
-_DECIDE_MODE = {"key_metric", "key_metric_mode", "stop_cond"}
 
 
 def _model_form(model: InitialModel) -> dict[str, Any]:
@@ -230,7 +229,7 @@ class Recipe(Checked):
         if restored is None:
             check_new_names("name", [self.name])
             check_new_names("site", dict.fromkeys([*self.aggregation_weights, *self.per_site_config]))
-        if restored is None or (self._given is not None and context["changed"] & _DECIDE_MODE):
+        if restored is None or (self._given is not None and context["changed"] & MODE_FIELDS):
             mode = choose_mode(self.key_metric, self.key_metric_mode, self.stop_condition, self._given)
             object.__setattr__(self, "key_metric_mode", mode)
         self._bundle = restored or build_bundle(self.train_script, self.include)
@@ -241,8 +240,7 @@ class Recipe(Checked):
             folder = Path(self.train_script).resolve().parent
             object.__setattr__(self, "model", initial_model(self.model, self.initial_ckpt, folder=folder))
         check_excluded(self.exclude_vars, self.model.spec)
-        if restored is None:
-            self.model.check_finite(excluded(self.exclude_vars, self.model.spec))
+        self.model.check_finite(excluded(self.exclude_vars, self.model.spec))
         return self
 
     @classmethod

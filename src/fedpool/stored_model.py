@@ -3,10 +3,11 @@
 import hashlib
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedpool.arrays import load_arrays
+from fedpool.arrays import load_arrays, not_finite_names
 from fedpool.errors import IntegrityError
 from fedpool.initial import InitialModel
 from fedpool.store import Store
@@ -34,6 +35,13 @@ class StoredModel(InitialModel):
         self.digest = digest
         self._store = store
         self._path = path
+
+    @cached_property
+    def holes(self) -> frozenset[str]:
+        """Names of the tensors that hold NaN or infinity; reads all of the object."""
+        return frozenset(
+            not_finite_names(self._store.tensors(self._path, self.digest.size), self._store.block_elements)
+        )
 
     @property
     def params(self) -> Mapping[str, Any]:
