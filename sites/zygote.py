@@ -4,7 +4,8 @@
 again; this one runs nothing but the script it is asked to. It is single-threaded, so that forking is safe, and it is the
 parent of every script it forks: when its control socket closes (the host ended, or was killed), it kills them all and ends.
 What a script has started is killed when the script ends, also what has left its session. While a script lives, it adopts its
-own orphans; when it ends, the zygote does. So a child of the zygote that is no script was left behind by one that has ended.
+own orphans; when it ends, the zygote does. So a child of the zygote that is no script, and was not started by an import, was left
+behind by a script that has ended.
 
 Run as `python -m fedpool.sites.zygote FD`, where FD is a socket inherited from the host. Each request is one JSON line:
 `{"preload": [...]}` answers `{"failed": {name: why}}`; `{"fork": {...}}` comes with two file descriptors (the script's
@@ -52,6 +53,7 @@ _AT_EXIT: tuple[Callable[[], object], ...] = (
 def serve(control: socket.socket) -> None:
     """Answer requests until the control socket closes."""
     children: dict[int, int] = {}  # pid of a running script -> its status pipe
+    helpers: set[int] = set()  # what libraries have started as they were imported, for all scripts
     num_forks = 0
     adopt_orphans()
     wake_read, wake_write = os.pipe()
@@ -67,7 +69,7 @@ def serve(control: socket.socket) -> None:
             if wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake_read, 4096)
-                _reap(children)
+                _reap(children, helpers)
             if control in ready:
                 data, fds, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 2)
                 while data and not data.endswith(b"\n"):
@@ -81,7 +83,7 @@ def serve(control: socket.socket) -> None:
                         collapse()
                 control.sendall(
                     json.dumps(
-                        _answer(json.loads(data), fds, children, (control.fileno(), wake_read, wake_write))
+                        _answer(json.loads(data), fds, children, helpers, (control.fileno(), wake_read, wake_write))
                     ).encode()
                     + b"\n"
                 )
@@ -92,12 +94,13 @@ def serve(control: socket.socket) -> None:
 
 
 def _answer(
-    request: dict[str, Any], fds: list[int], children: dict[int, int], own_fds: tuple[int, ...]
+    request: dict[str, Any], fds: list[int], children: dict[int, int], helpers: set[int], own_fds: tuple[int, ...]
 ) -> dict[str, Any]:
     if "preload" in request:
         with _asking_nvml():
             failed = preload(request["preload"])
         _settle()
+        helpers.update(set(own_children()) - children.keys())
         return {"failed": failed}
     if "kill" in request:
         return {"killed": request["kill"] in children and _kill_script(request["kill"])}
@@ -148,7 +151,7 @@ def _settle() -> None:
     gc.freeze()  # the collector in a child would write to every page of these objects
 
 
-def _reap(children: dict[int, int]) -> None:
+def _reap(children: dict[int, int], helpers: set[int]) -> None:
     """Collect what has ended, and kill what ended scripts have left behind."""
     ended: list[tuple[int, int]] = []
     with contextlib.suppress(ChildProcessError):
@@ -157,11 +160,10 @@ def _reap(children: dict[int, int]) -> None:
     scripts = [(pid, wait_status) for pid, wait_status in ended if pid in children]
     for pid, _ in scripts:
         kill_group(pid)
-    gone = {pid for pid, _ in ended}
-    if len(own := own_children()) > len(children) - len(scripts):
-        for pid in own:
-            if pid not in children and pid not in gone:
-                kill(pid)  # when it is collected, what it leaves behind is found in its turn
+    helpers.difference_update(pid for pid, _ in ended)
+    for pid in own_children():
+        if pid not in children and pid not in helpers:
+            kill(pid)  # when it is collected, what it leaves behind is found in its turn
     _report(children, scripts)
 
 

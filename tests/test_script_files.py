@@ -48,15 +48,48 @@ def test_small_configuration_that_is_named_beside_the_script_travels(expression:
     assert bundle.notes == ("conf/a.json travels with client.py, which names it",)
 
 
-@pytest.mark.parametrize("name", ["data.csv", "data.npy", "patients.parquet", "data", "large.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.csv",
+        "data.npy",
+        "patients.parquet",
+        "data",
+        "large.json",
+        "hf_token.txt",
+        "api-key.json",
+        "my_secrets.toml",
+    ],
+)
 def test_data_do_not_travel_by_being_named(name: str, tmp_path: Path) -> None:
     text = "x" * (MAX_NAMED_BYTES + 1) if name == "large.json" else "x"
     bundle = built(tmp_path, {"client.py": f"{HERE}open(HERE / {name!r})\n", name: text})
     assert names(bundle) == ["client.py"] and bundle.notes == ()
 
 
+def test_a_tokenizer_is_not_a_token(tmp_path: Path) -> None:
+    files = {
+        "client.py": f"{HERE}A = HERE / 'tokenizer.json'\nB = HERE / 'monkeys.txt'\n",
+        "tokenizer.json": "{}",
+        "monkeys.txt": "x",
+    }
+    assert names(built(tmp_path, files)) == ["client.py", "monkeys.txt", "tokenizer.json"]
+
+
 @pytest.mark.parametrize(
-    "expression", ["HERE.parent / 'a.json'", "HERE / 'link.json'", "'a.json'", "HERE / name", "HERE / 'folder'"]
+    "expression",
+    [
+        "HERE.parent / 'a.json'",
+        "HERE / 'link.json'",
+        "'a.json'",
+        "HERE / name",
+        "HERE / 'folder'",
+        "HERE / ('x' * 9)",
+        f"HERE / '{'x' * 5000}'",
+        "__file__ + '\\0'",
+        "HERE / HERE.parents[99]",
+        "Path(__file__, 3)",
+    ],
 )
 def test_what_lies_elsewhere_or_is_not_certain_does_not_travel(expression: str, tmp_path: Path) -> None:
     (tmp_path / "home" / "folder").mkdir(parents=True)

@@ -8,6 +8,7 @@ its `__file__`, and what those import; and small files of code and configuration
 import ast
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ NAMED_SUFFIXES = frozenset({".cfg", ".ini", ".json", ".py", ".toml", ".txt", ".y
 """Of files that travel because the script names them: code and configuration."""
 MAX_NAMED_BYTES = 64 << 10
 """Size of such a file: a larger one may be data."""
+
+_SECRET = re.compile(r"secret|passw|credential|token(?!iz)|(?<![a-z])key", re.IGNORECASE)
+"""Names of files that may hold one, and so do not travel either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ def _is_installed(module: str, folder: Path) -> bool:
 
 
 def _travels(path: Path, folder: Path) -> bool:
-    """Whether a file that the script names goes with it: code or configuration in its folder, and small."""
-    return (
-        path.is_relative_to(folder) and path.suffix.lower() in NAMED_SUFFIXES and path.stat().st_size <= MAX_NAMED_BYTES
-    )
+    """Whether a file that the script names goes with it: code or configuration in its folder, small, and not a secret."""
+    if not path.is_relative_to(folder) or path.suffix.lower() not in NAMED_SUFFIXES or _SECRET.search(path.stem):
+        return False
+    return path.stat().st_size <= MAX_NAMED_BYTES

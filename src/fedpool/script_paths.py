@@ -57,9 +57,16 @@ class ScriptPaths:
                     yield path, first
 
     def _path(self, node: ast.expr) -> Path | None:
-        """What an expression stands for, if it is built on `__file__`; normalised, links followed."""
+        """What an expression stands for, if it is built on `__file__` and is there; normalised, links followed."""
         found = self._value(node)
-        return Path(os.path.realpath(found[0])) if found is not None and found[1] else None
+        if found is None or not found[1] or "\0" in str(found[0]):
+            return None
+        path = Path(os.path.realpath(found[0]))
+        try:
+            path.stat()
+        except OSError:  # it is not there, or its name is longer than one can be
+            return None
+        return path
 
     def _value(self, node: ast.expr) -> tuple[_Value, bool] | None:
         """Value of an expression, and whether it is built on `__file__`; None where that cannot be told."""

@@ -127,6 +127,32 @@ def test_what_other_scripts_have_started_lives_on(launcher: Launcher, tmp_path: 
     assert_gone(others)
 
 
+HELPED = """
+    import os, subprocess, sys
+    helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
+"""
+
+
+def test_what_an_import_has_started_for_all_scripts_lives_as_long_as_the_zygote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "helped.py").write_text(textwrap.dedent(HELPED))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = tmp_path / "client.py"
+    path.write_text("import helped; print(helped.helper.pid, flush=True)")
+    launcher = zygote()
+    launcher.preload(("helped",))
+    pids = set()
+    for _ in range(2):
+        script = launcher.start(path, arguments=(), environment={}, folder=tmp_path, seed=0)
+        pids.add(int(os.read(script.output, 100)))
+        assert code_of(script) == 0
+    (helper,) = [psutil.Process(pid) for pid in pids]
+    assert helper.status() != psutil.STATUS_ZOMBIE
+    launcher.close()
+    assert_gone([helper])
+
+
 HOST = """
     import sys
     from pathlib import Path
