@@ -259,6 +259,8 @@ def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> "dict[Se
 
         check_server("start it, or unset PREFECT_API_URL to have a private server")
         return {PREFECT_API_URL: configured}
+    if (around := _surrounding_api()) is not None:
+        return {PREFECT_API_URL: around}
     server = server or stack.enter_context(private_server())
     for name in _FIRST_RUN_IMPORTS:
         import_module(name)
@@ -267,6 +269,14 @@ def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> "dict[Se
     # A server of ours is of our version, and asks for no token: there is nothing to ask it first.
     ask_first = (PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED)
     return {PREFECT_API_URL: server.api_url, **dict.fromkeys(ask_first, False)}
+
+
+def _surrounding_api() -> str | None:
+    """The API that a flow or a task around us runs on, though none is configured: Prefect has started a server for it."""
+    from prefect.context import FlowRunContext, TaskRunContext
+
+    around = FlowRunContext.get() or TaskRunContext.get()
+    return None if around is None else str(around.client.api_url).rstrip("/")
 
 
 def _drain() -> None:

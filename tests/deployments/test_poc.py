@@ -26,7 +26,6 @@ from pydantic import ValidationError
 from fedpool import ConfigError, FedAvgRecipe, JobCancelled, JobFailed, JobStatus, PocEnv, Run, SimEnv
 from fedpool.cli import main
 from fedpool.deployments.jobs import find_run, list_jobs
-from fedpool.errors import ServerError
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
@@ -253,7 +252,7 @@ def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhi
         job.release()
         store, paths = env.open_store(), JobPaths(run.job_id)
         wait_until(lambda: all(store.exists(paths.manifest(1, site)) for site in SITES), timeout_s=60)
-        with pytest.raises(ServerError, match="ended without a result"):
+        with pytest.raises(JobFailed, match="was lost after 1 committed rounds: its run ended without a result"):
             run.get_result(120)
     again = job.recipe.execute(env, resume=run.job_id)
     result = again.get_result()
