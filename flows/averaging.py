@@ -1,7 +1,8 @@
 """What the recipes share that average whole models: the choice of the aggregator."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,8 +35,8 @@ class AveragingRecipe(Recipe):
     aggregator: str = Field(
         "mean",
         description="how updates become one: mean, median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, "
-        "norm_clipped_mean, or the path of a function, package.module:function. All but the mean, the clipped mean and "
-        "functions count all updates alike, whatever their weights",
+        "norm_clipped_mean, or the path of a function, package.module:function. The means, the geometric median and functions "
+        "count updates by their weights; the others count all alike",
     )
     num_byzantine: int | None = Field(
         None, description="for krum, multi_krum and bulyan: how many updates of a round may be arbitrary", ge=1
@@ -55,7 +56,24 @@ class AveragingRecipe(Recipe):
         allow_inf_nan=False,
     )
 
+    even_median: Literal["element", "midpoint"] | None = Field(
+        None,
+        description="for bulyan: the median of an even number of values: element, the lower of the middle two, as one that the "
+        "paper allows; or midpoint, their mean; empty: element",
+    )
+    weighted_median: bool | None = Field(
+        None,
+        description="for geometric_median: whether updates count by their weights, as in the paper, or all alike, which a site "
+        "that lies about its weight cannot change; empty: by their weights",
+    )
+
     _aggregator: Aggregator
+
+    @classmethod
+    def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Recipe.earlier`."""
+        own = {"bulyan": {"even_median": "midpoint"}, "geometric_median": {"weighted_median": False}}
+        return {**super().earlier(fields), **own.get(str(fields.get("aggregator")), {})}
 
     @field_validator("aggregator", mode="before")
     @classmethod
@@ -75,6 +93,8 @@ class AveragingRecipe(Recipe):
             trim_ratio=self.trim_ratio,
             num_selected=self.num_selected,
             clip_norm=self.clip_norm,
+            even_median=self.even_median,
+            weighted_median=self.weighted_median,
             min_clients=self.min_clients,
         )
         return self

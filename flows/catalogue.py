@@ -49,7 +49,7 @@ _NEEDS = re.compile(r"\s*Needs\s+(n >= [^.:]+)(?:: ([^.]+))?\.")
 _PAPER = re.compile(
     r'([A-Z][^".]*? et al\.) (\d{4}),\s"([^"]+)"(?:,\s(.*?))?\s\((https://[^)]+)\)\.?\s*', re.MULTILINE | re.DOTALL
 )
-_FIGURE = re.compile(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| [-+\d.]+ \| \w+ \|$", re.MULTILINE)
+_FIGURE = re.compile(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \|.* \w+ \|$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correctio
     adagrad   the same with v <- v + delta^2
     momentum  m <- beta1 m + delta; w <- w + lr m
     nesterov  m <- beta1 m + delta; w <- w + lr (delta + beta1 m)
+
+Defaults are those of the papers: FedAdagrad has no momentum (beta1 is 0), and the rate of FedAvgM, `momentum`, is 1 (Hsu et al.
+2019, https://arxiv.org/abs/1909.06335).
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,8 +70,19 @@ class FedOptRecipe(AveragingRecipe):
         "adam",
         description="adam, yogi, adagrad, momentum, nesterov, or a class that works element by element, e.g. torch.optim.AdamW",
     )
-    server_lr: float = Field(0.1, description="learning rate of the server", gt=0, allow_inf_nan=False)
-    beta1: float = Field(0.9, description="decay of the server's momentum; not for torch.optim", ge=0, lt=1)
+    server_lr: float | None = Field(
+        None,
+        description="learning rate of the server; empty: 1 for momentum and nesterov, as in their paper, and 0.1 for the others",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    beta1: float | None = Field(
+        None,
+        description="decay of the server's momentum, not for torch.optim; empty: 0 for adagrad, as in its paper, and 0.9 for the "
+        "others",
+        ge=0,
+        lt=1,
+    )
     beta2: float = Field(0.99, description="decay of the second moment, for adam and yogi", ge=0, lt=1)
     tau: float = Field(
         1e-3, description="adaptivity of adam, yogi and adagrad: less is more adaptive", gt=0, allow_inf_nan=False
@@ -86,11 +100,16 @@ class FedOptRecipe(AveragingRecipe):
 
     @model_validator(mode="after")
     def _choose_optimizer(self) -> Self:
-        schedule = Schedule(self.server_lr, self.server_scheduler, self.server_scheduler_args)
+        lr, beta1 = self.server_lr, self.beta1
+        if lr is None:
+            lr = 1.0 if self.server_optimizer in ("momentum", "nesterov") else 0.1
+        if beta1 is None:
+            beta1 = 0.0 if self.server_optimizer == "adagrad" else 0.9
+        schedule = Schedule(lr, self.server_scheduler, self.server_scheduler_args)
         self._optimizer = make_optimizer(
             self.server_optimizer,
             schedule,
-            beta1=self.beta1,
+            beta1=beta1,
             beta2=self.beta2,
             tau=self.tau,
             arguments=self.server_optimizer_args,

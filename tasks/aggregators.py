@@ -7,7 +7,8 @@ asks for a survey first. What is computed is in `tasks.mean` and `tasks.robust`.
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -159,10 +160,13 @@ class Bulyan(Aggregator):
     """Krum's choice, n - 2 f times over, and of those in each coordinate the mean of the n - 4 f nearest to the median.
 
     El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section 4
-    (https://arxiv.org/abs/1802.07927). Needs n >= 4 f + 3.
+    (https://arxiv.org/abs/1802.07927). Needs n >= 4 f + 3. Of an even number of values the median is one of them, the lower of
+    the middle two, because the paper's is an element; with `even_median="midpoint"` it is their mean. When Krum picks from
+    f + 2 updates or fewer, it goes by the nearest other one, where the paper's sum would be empty. Of equals the first site wins.
     """
 
     num_byzantine: int
+    midpoint: bool = False
     selected: tuple[str, ...] = ()
     surveys = True
 
@@ -175,12 +179,13 @@ class Bulyan(Aggregator):
         """See `Aggregator.survey`."""
         self.check(len(geometry.sites))
         chosen = bulyan_selection(geometry.squared_distances, self.num_byzantine)
-        return Bulyan(self.num_byzantine, tuple(geometry.sites[i] for i in chosen))
+        return replace(self, selected=tuple(geometry.sites[i] for i in chosen))
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
         """See `Aggregator.combine`."""
         chosen = [update for update in updates if update.site in self.selected]
-        return mean_around_median(_stacked(name, chosen), len(self.selected) - 2 * self.num_byzantine)
+        num_near = len(self.selected) - 2 * self.num_byzantine
+        return mean_around_median(_stacked(name, chosen), num_near, midpoint=self.midpoint)
 
 
 @dataclass(frozen=True)
@@ -188,14 +193,18 @@ class GeometricMedian(Aggregator):
     """The point with the least sum of distances to the updates, by the smoothed Weiszfeld algorithm.
 
     Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2 (https://arxiv.org/abs/1912.13445). Needs
-    n >= 1.
+    n >= 1. The distances count by the weights of the updates, as in the paper, where nobody lies about weights; with
+    `weighted_median=False` all count alike. The paper stops after a few steps, this after convergence.
     """
 
+    weighted: bool = True
     surveys = True
 
     def survey(self, geometry: Geometry) -> Aggregator:
         """See `Aggregator.survey`."""
-        return Mean(dict(zip(geometry.sites, geometric_median_weights(geometry.products), strict=True)))
+        weights = torch.tensor(geometry.weights, dtype=torch.float64) if self.weighted else None
+        found = geometric_median_weights(geometry.products, weights)
+        return Mean(dict(zip(geometry.sites, found, strict=True)))
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
         """See `Aggregator.combine`."""
@@ -262,7 +271,7 @@ def imported(path: str) -> Function:
             "coordinator runs"
         ) from None
     if not callable(function):
-        raise RecipeError(f"aggregator {path!r} is no function: it is a {type(function).__name__}")
+        raise RecipeError(f"aggregator {path!r} is not a function: it is a {type(function).__name__}")
     return function  # type: ignore[no-any-return]
 
 
@@ -274,6 +283,8 @@ def make_aggregator(
     num_selected: int | None,
     clip_norm: float | None,
     min_clients: int,
+    even_median: str | None = None,
+    weighted_median: bool | None = None,
 ) -> Aggregator:
     """The aggregator that a recipe asks for, checked against the fewest updates that a round of it may have.
 
@@ -285,6 +296,8 @@ def make_aggregator(
         "trim_ratio": trim_ratio,
         "num_selected": num_selected,
         "clip_norm": clip_norm,
+        "even_median": even_median,
+        "weighted_median": weighted_median,
     }
     needed, allowed = PARAMETERS.get(name, ((), ())) if ":" not in name else ((), ())
     if ":" not in name and name not in PARAMETERS:
@@ -293,10 +306,10 @@ def make_aggregator(
             "'package.module:function'"
         )
     if strange := [what for what, value in given.items() if value is not None and what not in (*needed, *allowed)]:
-        raise RecipeError(f"{strange[0]}={given[strange[0]]} is no parameter of aggregator {name!r}: leave it out")
+        raise RecipeError(f"{strange[0]}={given[strange[0]]} is not a parameter of aggregator {name!r}: leave it out")
     if missing := [what for what in needed if given[what] is None]:
         raise RecipeError(f"aggregator {name!r} needs {missing[0]}")
-    aggregator = _make(name, num_byzantine or 0, trim_ratio or 0.0, num_selected, clip_norm or 0.0)
+    aggregator = _make(name, given)
     if min_clients < aggregator.fewest:
         raise RecipeError(
             f"aggregator {name!r} with {', '.join(f'{what}={value}' for what, value in given.items() if value is not None)} "
@@ -311,31 +324,31 @@ PARAMETERS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trimmed_mean": (("trim_ratio",), ()),
     "krum": (("num_byzantine",), ()),
     "multi_krum": (("num_byzantine",), ("num_selected",)),
-    "bulyan": (("num_byzantine",), ()),
-    "geometric_median": ((), ()),
+    "bulyan": (("num_byzantine",), ("even_median",)),
+    "geometric_median": ((), ("weighted_median",)),
     "norm_clipped_mean": (("clip_norm",), ()),
 }
 """Aggregator -> the parameters that it needs, and those that it may have."""
 
 
-def _make(name: str, num_byzantine: int, trim_ratio: float, num_selected: int | None, clip_norm: float) -> Aggregator:
+def _make(name: str, given: Mapping[str, Any]) -> Aggregator:
     match name:
         case "mean":
             return Mean()
         case "median":
             return Median()
         case "trimmed_mean":
-            return TrimmedMean(trim_ratio)
+            return TrimmedMean(given["trim_ratio"])
         case "krum":
-            return Krum(num_byzantine, 1)
+            return Krum(given["num_byzantine"], 1)
         case "multi_krum":
-            return Krum(num_byzantine, num_selected)
+            return Krum(given["num_byzantine"], given["num_selected"])
         case "bulyan":
-            return Bulyan(num_byzantine)
+            return Bulyan(given["num_byzantine"], midpoint=given["even_median"] == "midpoint")
         case "geometric_median":
-            return GeometricMedian()
+            return GeometricMedian(weighted=given["weighted_median"] is not False)
         case "norm_clipped_mean":
-            return NormClippedMean(clip_norm)
+            return NormClippedMean(given["clip_norm"])
         case _:
             imported(name)  # now rather than in the first round
             return Custom(name)

@@ -1,4 +1,4 @@
-"""The mathematics of robust aggregation: pure functions on tensors, each after its paper. Weights do not count.
+"""The mathematics of robust aggregation: pure functions on tensors, each after its paper.
 
 Legend: n updates, f of which may be arbitrary ("Byzantine"); `values` is (n, elements), `squared_distances` is (n, n).
 """
@@ -71,13 +71,18 @@ def bulyan_selection(squared_distances: torch.Tensor, num_byzantine: int) -> lis
     return sorted(selected)
 
 
-def mean_around_median(values: torch.Tensor, num_near: int) -> torch.Tensor:
-    """Coordinate-wise mean of the `num_near` values nearest to the median: Bulyan's second step."""
-    near = (values - median(values)).abs().argsort(dim=0, stable=True)[:num_near]
+def mean_around_median(values: torch.Tensor, num_near: int, *, midpoint: bool) -> torch.Tensor:
+    """Coordinate-wise mean of the `num_near` values nearest to the median: Bulyan's second step. Of equals the first win.
+
+    Args:
+        midpoint: whether the median of an even number is the mean of the middle two, or the lower of them.
+    """
+    middle = median(values) if midpoint else values.sort(dim=0).values[(len(values) - 1) // 2]
+    near = (values - middle).abs().argsort(dim=0, stable=True)[:num_near]
     return _mean(values.gather(0, near.sort(dim=0).values))
 
 
-def geometric_median_weights(products: torch.Tensor) -> list[float]:
+def geometric_median_weights(products: torch.Tensor, weights: torch.Tensor | None = None) -> list[float]:
     """(n,) weights, summing to 1, of the mean of the updates that is their geometric median.
 
     The smoothed Weiszfeld algorithm of Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2
@@ -86,18 +91,20 @@ def geometric_median_weights(products: torch.Tensor) -> list[float]:
 
     Args:
         products: (n, n) inner products of the updates' differences to any one point.
+        weights: (n,) of the updates, above 0; None: all alike.
     """
     squares = products.diagonal()
     finite = squares.isfinite()
     products = torch.where(finite[:, None] & finite[None, :], products, 0.0)
     squares = products.diagonal()
-    weights = finite.to(torch.float64) / max(1, int(finite.sum()))
+    given = torch.where(finite, torch.ones_like(squares) if weights is None else weights / weights.max(), 0.0)
+    weights = given / given.sum().clamp(min=_SMALLEST)
     for _ in range(_WEISZFELD_STEPS):
         shared = products @ weights
         distances = (squares - 2 * shared + weights @ shared).clamp(min=0).sqrt()
         # Against the middle one: the farthest may be an attacker's, and as far away as it likes.
         smallest = max(_SMOOTHING * float(distances[finite].median()), _SMALLEST) if finite.any() else 1.0
-        nearness = torch.where(finite, 1 / distances.clamp(min=smallest), 0.0)
+        nearness = given / distances.clamp(min=smallest)
         following = nearness / nearness.sum()
         # Relatively, because the smallest weight may be that of the farthest update.
         moved = float(((following - weights).abs() / following.clamp(min=_SMALLEST)).max())

@@ -57,10 +57,6 @@ class Recipe(Checked):
     entrypoint: ClassVar[str]
     """Module path of the flow that a deployment of the recipe runs."""
 
-    earlier: ClassVar[Mapping[str, Any]] = {}
-    """Fields of this very class that a job may lack, because an earlier version wrote it, and what they meant then: where that is
-    not their default."""
-
     name: str = Field(description="name of the job: letters, digits, '.', '_' and '-'", max_length=64)
     model: Annotated[SkipValidation[Any], PlainSerializer(_model_form)] = Field(
         description="initial model: a torch.nn.Module, a state dict, the path of a checkpoint, or a class_path with its args"
@@ -263,9 +259,16 @@ class Recipe(Checked):
             for name, field in cls.model_fields.items()
             if not field.exclude and not field.is_required()
         }
-        for kind in reversed(cls.__mro__):
-            found |= kind.__dict__.get("earlier", {})
-        return found | dict(fields)
+        return found | dict(cls.earlier(fields)) | dict(fields)
+
+    @classmethod
+    def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What fields meant that a job of an earlier version may lack, where that is not their default.
+
+        Args:
+            fields: that it has.
+        """
+        return {}
 
     def revise(self, **fields: Any) -> Self:
         """The same recipe with some fields changed, checked anew; the client script and the modules that it imports stay."""

@@ -28,7 +28,10 @@ def test_show_prints_what_the_page_says(capsys: pytest.CaptureFixture[str], name
     shown = " ".join(fedpool(capsys, "recipe", "show", name).split())
     assert "https://arxiv.org/abs/2003.00295" in shown
     assert "w <- optimizer(w, -delta)" in shown
-    assert "server_lr, float, above 0, finite, default 0.1: learning rate of the server" in shown
+    assert (
+        "server_lr, float or None, above 0, finite, default None: learning rate of the server; empty: 1 for momentum"
+        in shown
+    )
     assert "docs/recipes/fields.md" in shown
     assert "](" not in shown and "<!--" not in shown
 

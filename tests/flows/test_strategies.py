@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from fedpool.flows.cyclic import Cyclic
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.fednova import FedNova
-from fedpool.flows.fedopt import FedOpt
+from fedpool.flows.fedopt import FedOpt, FedOptRecipe
 from fedpool.flows.scaffold import Scaffold
 from fedpool.model import CONTROL, LOCAL_STEPS
 from fedpool.tasks.aggregators import Mean
-from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule, TorchOptimizer
+from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule, ServerOptimizer, TorchOptimizer
 from fedpool.tasks.strategy import State, Strategy, Update
+from tests.algorithms import FOLDER
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 ROUNDS, SITES, SIZE = 4, 3, 5
@@ -247,3 +248,38 @@ def test_cyclic_in_random_order_visits_every_site_once_a_cycle_as_the_seed_says(
     assert sorted(cycle(0, 0)) == sorted(cycle(0, 1)) == sites
     assert cycle(0, 0) != cycle(0, 1) and cycle(0, 0) != cycle(1, 0)
     assert cycle(3, 2) == cycle(3, 2)
+
+
+def of_the_paper(optimizer: str, **fields: Any) -> ServerOptimizer:
+    recipe = FedOptRecipe(
+        name="x",
+        min_clients=1,
+        num_rounds=1,
+        model={"w": np.zeros(2)},
+        train_script=str(FOLDER / "plain.py"),
+        server_optimizer=optimizer,
+        **fields,
+    )
+    return recipe.strategy(1).optimizer
+
+
+def test_server_optimizers_have_the_defaults_of_their_papers() -> None:
+    """Reddi et al. 2021, section 5 and appendix D; Hsu et al. 2019, section 4.3."""
+    assert of_the_paper("adagrad") == Adaptive("adagrad", Schedule(0.1), 0.0, 0.99, 1e-3)
+    assert of_the_paper("adam") == Adaptive("adam", Schedule(0.1), 0.9, 0.99, 1e-3)
+    assert of_the_paper("yogi") == Adaptive("yogi", Schedule(0.1), 0.9, 0.99, 1e-3)
+    assert of_the_paper("momentum") == Momentum(Schedule(1.0), 0.9)
+    assert of_the_paper("nesterov") == Momentum(Schedule(1.0), 0.9, nesterov=True)
+    assert of_the_paper("adagrad", beta1=0.9, server_lr=0.2) == Adaptive("adagrad", Schedule(0.2), 0.9, 0.99, 1e-3)
+
+
+def test_without_momentum_fedadagrad_steps_by_this_rounds_difference_alone() -> None:
+    start, models, weights = drawn(0)
+    x, v, wanted = start, np.full(SIZE, TAU**2), []
+    for round_models, round_weights in zip(models, weights, strict=True):
+        delta = mean(round_models, round_weights) - x
+        v = v + delta**2
+        x = x + LR * delta / (np.sqrt(v) + TAU)
+        wanted.append(x)
+    strategy = FedOpt(Mean(), of_the_paper("adagrad"))
+    np.testing.assert_allclose(run(strategy, start, models, weights), wanted, rtol=1e-9, atol=1e-9)

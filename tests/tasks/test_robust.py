@@ -30,7 +30,7 @@ ROBUST = sorted(RULES.keys() - {"mean", "norm_clipped_mean"})
 
 
 def made(name: str, min_clients: int = 11, **changes: Any) -> Aggregator:
-    none = dict.fromkeys(("num_byzantine", "trim_ratio", "num_selected", "clip_norm"))
+    none = dict.fromkeys(("num_byzantine", "trim_ratio", "num_selected", "clip_norm", "even_median", "weighted_median"))
     return make_aggregator(name, **{**none, **RULES.get(name, {}), **changes}, min_clients=min_clients)
 
 
@@ -61,20 +61,21 @@ def krum_reference(models: Array, f: int, m: int) -> list[int]:
     return sorted(np.argsort(scores, kind="stable")[:m].tolist())
 
 
-def bulyan_reference(models: Array, f: int) -> Array:
+def bulyan_reference(models: Array, f: int, midpoint: bool = False) -> Array:
     left, chosen = list(range(len(models))), []
     while len(chosen) < len(models) - 2 * f:
         chosen.append(left.pop(krum_reference(models[left], f, 1)[0]))
     picked = models[sorted(chosen)]
-    near = np.argsort(np.abs(picked - np.median(picked, axis=0)), axis=0, kind="stable")[: len(chosen) - 2 * f]
+    middle = np.median(picked, axis=0) if midpoint else np.sort(picked, axis=0)[(len(picked) - 1) // 2]
+    near = np.argsort(np.abs(picked - middle), axis=0, kind="stable")[: len(chosen) - 2 * f]
     found: Array = np.take_along_axis(picked, near, axis=0).mean(axis=0)
     return found
 
 
-def geometric_median_reference(models: Array) -> Array:
+def geometric_median_reference(models: Array, weights: Array | None = None) -> Array:
     z = models.mean(axis=0)
     for _ in range(2000):
-        nearness = 1 / np.maximum(np.linalg.norm(models - z, axis=1), 1e-9)
+        nearness = (1 if weights is None else weights) / np.maximum(np.linalg.norm(models - z, axis=1), 1e-9)
         z = (nearness[:, None] * models).sum(axis=0) / nearness.sum()
     return z
 
@@ -147,7 +148,31 @@ def test_two_of_eleven_arbitrary_updates_cannot_pull_it_out_of_the_others(
     assert (found >= low - room - 1e-9).all() and (found <= high + room + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ROBUST)
+def test_bulyans_median_of_an_even_number_is_an_element_or_the_midpoint_as_asked() -> None:
+    for seed in range(6):
+        models = np.random.default_rng(seed).normal(size=(12, 7))
+        element, middle = (combined(made("bulyan", even_median=what), models) for what in ("element", "midpoint"))
+        np.testing.assert_allclose(element, bulyan_reference(models, 2), rtol=1e-12)
+        np.testing.assert_allclose(middle, bulyan_reference(models, 2, midpoint=True), rtol=1e-12)
+        assert not np.array_equal(element, middle)
+        assert np.array_equal(element, combined(made("bulyan"), models))
+
+
+def test_the_geometric_median_counts_updates_by_their_weights_unless_told_not_to() -> None:
+    models, weights = np.random.default_rng(2).normal(size=(12, 3)), np.arange(1.0, 13)
+    found = combined(made("geometric_median"), models, weights=list(weights))
+    np.testing.assert_allclose(found, geometric_median_reference(models, weights), rtol=1e-6)
+    np.testing.assert_allclose(
+        combined(made("geometric_median", weighted_median=False), models, weights=list(weights)),
+        geometric_median_reference(models),
+        rtol=1e-6,
+    )
+    twice = np.concatenate([models, models[:1]])  # a site split in two changes nothing
+    split = [weights[0] / 2, *weights[1:], weights[0] / 2]
+    np.testing.assert_allclose(combined(made("geometric_median"), twice, weights=split), found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(ROBUST) - {"geometric_median"}))
 def test_weights_do_not_count(name: str) -> None:
     models = np.random.default_rng(1).normal(size=(12, 3))
     weighted = combined(made(name), models, weights=list(range(1, 13)))
@@ -177,11 +202,13 @@ def test_an_update_too_far_away_to_be_squared_is_far_away() -> None:
         ("trimmed_mean", {"trim_ratio": 0.1}, 9, "needs 10 updates"),
         ("trimmed_mean", {"trim_ratio": None}, 9, "needs trim_ratio"),
         ("norm_clipped_mean", {"clip_norm": None}, 9, "needs clip_norm"),
-        ("median", {"trim_ratio": 0.1}, 9, "trim_ratio=0.1 is no parameter of aggregator 'median': leave it out"),
+        ("median", {"trim_ratio": 0.1}, 9, "trim_ratio=0.1 is not a parameter of aggregator 'median': leave it out"),
+        ("krum", {"even_median": "midpoint"}, 9, "even_median=midpoint is not a parameter of aggregator 'krum'"),
+        ("median", {"weighted_median": False}, 9, "weighted_median=False is not a parameter of aggregator 'median'"),
         ("mode", {}, 9, "aggregator 'mode' is not known: use mean, median"),
         ("no.such:rule", {}, 9, "aggregator 'no.such:rule' cannot be imported"),
         ("fedpool:no_such", {}, 9, "cannot be imported"),
-        ("string:digits", {}, 9, "is no function: it is a str"),
+        ("string:digits", {}, 9, "is not a function: it is a str"),
     ],
 )
 def test_what_cannot_work_is_refused(name: str, changes: dict[str, Any], min_clients: int, message: str) -> None:
