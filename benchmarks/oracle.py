@@ -8,7 +8,7 @@ its update times -10. Robust rules: trim .2 a side, Krum f = 2, multi-Krum m = 6
 
 Sites draw what the oracle draws, so seed 0 must come to the oracle's final model, and all seeds to its accuracies.
 With hostile sites all updates count alike. Where the oracle does not do as the paper, a row says so by a field: FedAdagrad's
-beta1 is .9, Bulyan's median is a midpoint, the geometric median has no weights.
+beta1 is .9, SCAFFOLD weighs the model and not the variates, Bulyan's median is a midpoint, the geometric median has no weights.
 
 Run it from the root of the repository; the whole table is 90 jobs of some 10 s each on two cores:
 
@@ -109,6 +109,7 @@ CASES = {
             0.902778,
             Model(429.8703152198, 1.046257418782, 0.067731774110),
             ScaffoldRecipe,
+            {"weighted": "model"},
             epochs=20,
         ),
         Case(

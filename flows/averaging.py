@@ -72,7 +72,10 @@ class AveragingRecipe(Recipe):
     @classmethod
     def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `Recipe.earlier`."""
-        own = {"bulyan": {"even_median": "midpoint"}, "geometric_median": {"weighted_median": False}}
+        own: Mapping[str, Mapping[str, Any]] = {
+            "bulyan": {"even_median": "midpoint"},
+            "geometric_median": {"weighted_median": False},
+        }
         return {**super().earlier(fields), **own.get(str(fields.get("aggregator")), {})}
 
     @field_validator("aggregator", mode="before")

@@ -3,6 +3,7 @@
 from fedpool.exclude import excluded
 from fedpool.manifest import Task
 from fedpool.recipe import Recipe
+from fedpool.tasks.arithmetic import Arithmetic
 from fedpool.tasks.gate import Expected
 from fedpool.tasks.slots import beside_spec
 from fedpool.tasks.strategy import Strategy
@@ -18,6 +19,7 @@ def expected(
     head: Digest,
     base: TensorReader,
     holes: frozenset[str] | None,
+    arithmetic: Arithmetic,
 ) -> Expected:
     """What the updates of a round have to fit.
 
@@ -25,6 +27,7 @@ def expected(
         head: digest of the round's global model.
         base: that model.
         holes: names of the tensors that need not be finite; see `fedpool.tasks.holes`.
+        arithmetic: of the job.
     """
     left_out = excluded(recipe.exclude_vars, base.spec)
     spec = {name: entry for name, entry in base.spec.items() if name not in left_out}
@@ -41,4 +44,5 @@ def expected(
         clip=recipe.clip_updates,
         positive_meta=strategy.positive_meta if trains else (),
         holes=holes,
+        idle=arithmetic.idle_sites,
     )

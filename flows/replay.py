@@ -23,6 +23,7 @@ from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.holes import stored_holes
 from fedpool.tasks.strategy import Strategy
+from fedpool.tasks.used import first_weights
 from fedpool.tensors import Digest, TensorReader
 
 STRATEGIES: Mapping[str, Strategy] = {
@@ -91,7 +92,8 @@ def replay_round(
     base = store.tensors(paths.global_model(round), record["global"]["size"])
     described = store.read_json(paths.job)
     own: Strategy = recipe.strategy(len(described["sites"]))
-    wanted = expected(recipe, own, job_id, round, "train", Digest(**record["global"]), base, stored_holes(described))
+    holes, arithmetic = stored_holes(described), arithmetic_of(described)
+    wanted = expected(recipe, own, job_id, round, "train", Digest(**record["global"]), base, holes, arithmetic)
     updates = []
     for entry in record["accepted"]:
         if entry["site"] in leave_out:
@@ -105,18 +107,25 @@ def replay_round(
         updates.append(outcome)
     if not updates:
         raise RecipeError("no update is left: leave out fewer sites")
+    earlier = [store.read_json(paths.record(number)) for number in range(round)]
     scratch = Store(target.absolute().parent)
     state_target = f".{target.name}.state"
     try:
         digest = aggregate(
             own if strategy is None else STRATEGIES[strategy],
             store=scratch,
-            before=Before(base, _state(store, paths, round), round, stored_holes(described) or frozenset()),
+            before=Before(
+                base,
+                _state(store, paths, round),
+                round,
+                holes=holes or frozenset(),
+                weights=first_weights(earlier, recipe.aggregation_weights),
+            ),
             updates=updates,
             factors=recipe.aggregation_weights,
             target=target.name,
             state_target=state_target,
-            arithmetic=arithmetic_of(described),
+            arithmetic=arithmetic,
         ).model
     finally:
         scratch.remove(state_target)

@@ -42,6 +42,7 @@ from fedpool.tasks.report import Reporter
 from fedpool.tasks.retention import drop_updates, outdated
 from fedpool.tasks.sampling import choose_sites
 from fedpool.tasks.strategy import Strategy
+from fedpool.tasks.used import first_weights, last_used
 from fedpool.tensors import Digest, TensorReader
 
 LOOK_AHEAD = 2
@@ -129,7 +130,8 @@ class Job:
     def before(self, number: int, base: TensorReader) -> Before:
         """What a training round starts from."""
         state = self.store.tensors(self.paths.state(number - 1), self.state.size) if self.state else None
-        return Before(base, state, number, self.holes or frozenset())
+        weights = first_weights(self.records, self.recipe.aggregation_weights)
+        return Before(base, state, number, holes=self.holes or frozenset(), weights=weights)
 
 
 @flow(name="federated-round", validate_parameters=False, persist_result=False)
@@ -157,7 +159,9 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
             head = step.model or job.head
             await asyncio.to_thread(_have_model, job, number, step)
             base = await asyncio.to_thread(store.tensors, paths.global_model(number), head.size)
-            wanted = expected(recipe, job.strategy, job.job_id, number, step.task, head, base, job.holes)
+            wanted = expected(
+                recipe, job.strategy, job.job_id, number, step.task, head, base, job.holes, job.arithmetic
+            )
             ahead, (chosen, probes) = chosen, _choose(job, number, step.everyone, step.task)
             not_asked = await unasked(job.records, job.sites, chosen, probes=probes, needed=step.min_answers)
             asked_now = [site for site in chosen if site not in not_asked]
@@ -323,8 +327,12 @@ def _turn(
     else:
         take = recipe.clients_per_round - there if recipe.clients_per_round and recipe.over_sample else None
         quorum = Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take)
-    state = job.state if job.strategy.shared and step.task == "train" else None
-    return Turn(step.task, head, wanted, state=state, deadline=deadline, quorum=quorum, sites=sites, probes=probes)
+    shared = job.strategy.shared and step.task == "train"
+    state = job.state if shared else None
+    used = last_used(job.records, recipe.aggregation_weights, sites) if shared else {}
+    return Turn(
+        step.task, head, wanted, state=state, deadline=deadline, quorum=quorum, sites=sites, probes=probes, used=used
+    )
 
 
 def _unless_changed(outcome: Outcome, changed: UpdateChanged) -> Outcome:

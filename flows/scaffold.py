@@ -10,7 +10,7 @@ to each gradient g of its S local steps, and sends what its c_i changed by.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,19 +18,24 @@ from pydantic import Field
 from fedpool.model import ALGORITHM, CONTROL, SCAFFOLD
 from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import Slice, State, Strategy, Update
+from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
+
+Weighted = bool | Literal["model"]
 
 
 @dataclass(frozen=True)
 class Scaffold(Strategy):
-    """x <- x + lr (mean of the sites' y - x); c <- c + n / N (mean of the changes of their c_i)
+    """x <- x + lr sum_k (w_k / w) (y_k - x); c <- sum_k (w_k / W) c_k
 
-    n of the job's N sites take part in the round. The mean of the parameters is by the weights, which the paper has equal; that
-    of the variates is not.
+    The first sum is over the sites whose updates count in the round, of which w is the weight; the second over all of the job's,
+    of which W is: c stays the mean of the sites' variates, whoever takes part. The paper has equal weights, as with
+    `weighted=False`. A site's weight in W is that of its first update that counted; a site that nobody has heard of yet weighs
+    as much as the others on average. What `clip_updates` scales down of y_k - x it scales down of the change of c_k.
     """
 
     num_sites: int
     lr: float = 1.0
+    weighted: Weighted = True
 
     extras = (CONTROL,)
     shared = True
@@ -44,16 +49,31 @@ class Scaffold(Strategy):
         """See `Strategy.apply`."""
         params: dict[str, torch.Tensor] = {}
         control: dict[str, torch.Tensor] = {}
-        share = len(updates) / self.num_sites
         for name in state.params:
-            mean = weighted_mean((update.weight, update.params[name]) for update in updates)
+            mean = weighted_mean((update.weight if self.weighted else 1.0, update.params[name]) for update in updates)
             if name in state.averaged:
                 params[name] = mean
                 continue
             params[name] = mean if self.lr == 1 else state.params[name].lerp(mean, self.lr)
-            changes = weighted_mean((1.0, update.extras[CONTROL][name]) for update in updates)
-            control[name] = state.slots[CONTROL][name] + share * changes
+            control[name] = self._control(name, state, updates)
         return params, replace(state, params=params, slots={CONTROL: control}, round=state.round + 1)
+
+    def _control(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """The next c."""
+        before = state.slots[CONTROL][name]
+        if self.weighted is not True:
+            changes = weighted_mean((1.0, _change(name, update)) for update in updates)
+            return before + len(updates) / self.num_sites * changes
+        total = Shares.total(state.shares.now, self.num_sites)
+        control = before * (Shares.total(state.shares.before, self.num_sites) / total)
+        for update in updates:
+            control = control + state.shares.now[update.site] / total * _change(name, update)
+        return control
+
+
+def _change(name: str, update: Update) -> torch.Tensor:
+    change = update.extras[CONTROL][name]
+    return change if update.scale == 1.0 else change * update.scale
 
 
 class ScaffoldRecipe(Recipe):
@@ -72,6 +92,17 @@ class ScaffoldRecipe(Recipe):
 
     server_lr: float = Field(1.0, description="learning rate of the server", gt=0, allow_inf_nan=False)
 
+    weighted: Weighted = Field(
+        True,
+        description="whether sites count by their weights, in the model and in the control variates, or all alike, as in the "
+        "paper; model: in the model alone, as in earlier versions",
+    )
+
+    @classmethod
+    def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Recipe.earlier`."""
+        return {**super().earlier(fields), "weighted": "model"}
+
     @property
     def client_config(self) -> Mapping[str, Any]:
         """See `Recipe.client_config`."""
@@ -79,4 +110,4 @@ class ScaffoldRecipe(Recipe):
 
     def strategy(self, num_sites: int) -> Scaffold:
         """See `Recipe.strategy`."""
-        return Scaffold(num_sites, self.server_lr)
+        return Scaffold(num_sites, self.server_lr, self.weighted)

@@ -31,6 +31,7 @@ from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import Record, known_weights, num_trained, round_record
 from fedpool.tasks.strategy import Strategy
+from fedpool.tasks.used import first_weights
 from fedpool.tensors import Digest, TensorReader
 
 
@@ -128,7 +129,7 @@ class _Audit:
     def _rebuilt(self, number: int, step: Step, record: Record, base: TensorReader, folder: Path) -> dict[str, Any]:
         """The record as it follows from what else is in the store."""
         recipe, job_id, head = self._recipe, self._paths.job_id, step.model or self._head
-        wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base, self._holes)
+        wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base, self._holes, self._arithmetic)
         outcomes: list[Outcome] = [Failed(**entry) for entry in record["failed"]]
         outcomes += [Late(**entry) for entry in record["late"]]
         for entry in record["rejected"]:
@@ -207,7 +208,13 @@ class _Audit:
             found = aggregate(
                 self._strategy,
                 store=scratch,
-                before=Before(base, state, number, self._holes or frozenset()),
+                before=Before(
+                    base,
+                    state,
+                    number,
+                    holes=self._holes or frozenset(),
+                    weights=first_weights(self._records, self._recipe.aggregation_weights),
+                ),
                 updates=accepted,
                 factors=self._recipe.aggregation_weights,
                 target=target,

@@ -119,6 +119,8 @@ def run_site_round(
             transfer="FULL" if assignment.task == "submit_model" else job.transfer,
             exclude=job.exclude,
             seed=site_seed(job.seed, site, round),
+            attempt=attempt,
+            used=None if assignment.used is None else assignment.used.model_dump(),
         )
         reply = _perform(session, work, restarts=job.restarts, deadline=deadline, log=log)
         update = reply.update

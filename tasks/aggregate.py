@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice, starmap
 from typing import TypeVar
@@ -27,7 +27,8 @@ from fedpool.tasks.gate import Accepted
 from fedpool.tasks.geometry import Geometry, blas_products, block_products
 from fedpool.tasks.holes import unchanged
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
-from fedpool.tasks.strategy import Slice, State, Strategy, Update, relative
+from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
+from fedpool.tasks.used import counting, job_shares
 from fedpool.tensors import (
     BlockBytes,
     Digest,
@@ -69,12 +70,16 @@ class Before:
         state: the strategy's slots; None in the first round, or when it has none.
         round: training rounds that came before.
         holes: names of the tensors in which the global model need not be finite; see `fedpool.tasks.holes`.
+        weights: site -> weight of its first update that had any, in the rounds before; 0 where none had.
+        shares: see `State`; `aggregate` sees to it.
     """
 
     model: TensorReader
     state: TensorReader | None = None
     round: int = 0
     holes: frozenset[str] = frozenset()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    shares: Shares = field(default_factory=Shares)
 
 
 def aggregate(
@@ -106,10 +111,9 @@ def aggregate(
         UpdateChanged: an update is not what the gate has seen.
     """
     ordered = arithmetic.by_site(updates, lambda update: update.site)
-    steps = relative({update.manifest.site: update.weight for update in ordered})
-    shares = relative({update.manifest.site: factors.get(update.manifest.site, 1.0) for update in ordered})
-    weights = relative({site: steps[site] * shares[site] for site in steps})
-    counted = [(update, weight) for update in ordered if (weight := weights[update.manifest.site])]
+    weights = counting({update.site: update.weight for update in ordered}, factors)
+    counted = [(update, weight) for update in ordered if (weight := weights[update.site])]
+    before = replace(before, shares=job_shares(before.weights, {u.site: u.weight for u in ordered}, factors))
     base = before.model
     with ExitStack() as stack:
         executor = stack.enter_context(_threads())
@@ -226,11 +230,11 @@ def _state(strategy: Strategy, before: Before, block: Block) -> State:
     params = _GlobalSlice(block)
     averaged = frozenset() if is_trained(block.name, block.spec) else frozenset((block.name,))
     if not strategy.slots:
-        return State(params, {}, before.round, averaged)
+        return State(params, {}, before.round, averaged, before.shares)
     if before.state is None:
-        return replace(strategy.init(params, averaged), round=before.round)
+        return replace(strategy.init(params, averaged), round=before.round, shares=before.shares)
     slots = {} if averaged else {slot: _BesideSlice(block, before.state, slot) for slot in strategy.slots}
-    return State(params, slots, before.round, averaged)
+    return State(params, slots, before.round, averaged, before.shares)
 
 
 def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, arithmetic: Arithmetic) -> Update:

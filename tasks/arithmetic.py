@@ -21,6 +21,7 @@ class Arithmetic:
         natural_order: sites count in natural order, `site-2` before `site-10`; before, by the characters of their names.
         exact_products: inner products of updates are symmetric, and the same on every processor; before, they were BLAS's.
         scaled_extras: what limits an update's difference limits what a strategy makes of its extras, too.
+        idle_sites: an update that says of itself that no step was taken has weight 0; before, it was rejected.
     """
 
     number: int
@@ -30,7 +31,7 @@ class Arithmetic:
         """See the class."""
         return self.number >= 2
 
-    exact_products = scaled_extras = natural_order
+    exact_products = scaled_extras = idle_sites = natural_order
 
     def ordered(self, sites: Collection[str]) -> list[str]:
         """Names of sites in their order."""

@@ -19,7 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from fedpool.errors import IntegrityError, SiteError
-from fedpool.manifest import SiteAssignment, Task
+from fedpool.manifest import SiteAssignment, Task, Used
 from fedpool.sites.local import Sites
 from fedpool.sites.site_round import read_delivery
 from fedpool.storable import storable
@@ -41,7 +41,7 @@ T = TypeVar("T")
 class Turn:
     """What is known of a round once its turn has come: what to ask of the sites, and what to expect of their updates."""
 
-    __slots__ = ("base", "deadline", "expected", "probes", "quorum", "sites", "state", "task")
+    __slots__ = ("base", "deadline", "expected", "probes", "quorum", "sites", "state", "task", "used")
 
     def __init__(
         self,
@@ -54,6 +54,7 @@ class Turn:
         quorum: Quorum,
         sites: Collection[str],
         probes: Collection[str],
+        used: Mapping[str, Used] | None = None,
     ) -> None:
         self.task = task
         self.base = base
@@ -65,6 +66,8 @@ class Turn:
         self.sites = frozenset(sites)
         self.probes = frozenset(probes)
         """Those of the sites that are in quarantine: what they send is judged, and not used."""
+        self.used = used or {}
+        """site -> its last update that counted, for a strategy that sites need to see."""
 
 
 class Answers:
@@ -328,6 +331,7 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
                 base_size=turn.base.size,
                 state_sha256=turn.state.sha256 if turn.state else None,
                 state_size=turn.state.size if turn.state else 0,
+                used=turn.used.get(site),
                 timeout_s=None if turn.deadline is None else max(0.0, turn.deadline - time.monotonic()),
             )
             delivery = await round.sites.perform(

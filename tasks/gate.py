@@ -21,7 +21,8 @@ _MAX_REASON = 1000
 class Expected:
     """What an update has to fit.
 
-    `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must have.
+    `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must have: of that, 0
+    says that the site had nothing to train with and its update has weight 0, unless `idle` is false.
     `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`. `holes` names the
     tensors that may hold infinity where `base` does; None: as of an earlier version, whose sentences its records hold, none may.
     """
@@ -37,6 +38,7 @@ class Expected:
     clip: bool = False
     positive_meta: tuple[str, ...] = ()
     holes: frozenset[str] | None = None
+    idle: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
         _check_examples(manifest)
         if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
             return Accepted(manifest, delivery.manifest_sha256, weight, None)
-        _check_meta(manifest, expected)
+        if _is_idle(manifest, expected):
+            weight = 0.0
         if manifest.params_type is None or manifest.sha256 is None:
             raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
         tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest, expected.spec)
@@ -190,11 +193,13 @@ def _check_examples(manifest: UpdateManifest) -> None:
         raise _Refused("weight", f"its meta says {NUM_EVAL_EXAMPLES} {value}: it must be a finite number from 0")
 
 
-def _check_meta(manifest: UpdateManifest, expected: Expected) -> None:
-    for name in expected.positive_meta:
-        value = manifest.meta.get(name)
-        if not is_count(value) or value == 0:
+def _is_idle(manifest: UpdateManifest, expected: Expected) -> bool:
+    """Whether the site says that it has done nothing, where the recipe needs to know what it has done."""
+    values = {name: manifest.meta.get(name) for name in expected.positive_meta}
+    for name, value in values.items():
+        if not is_count(value) or (value == 0 and not expected.idle):
             raise _Refused("meta", f"its meta says {name} {value}: the recipe needs a finite number above 0")
+    return any(value == 0 for value in values.values())
 
 
 def _check_names(found: Spec, expected: Spec) -> None:

@@ -21,6 +21,24 @@ Slice = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Shares:
+    """What sites weigh in a job, as opposed to a round: by the first update that counted of each. Relative to the heaviest.
+
+    Attributes:
+        before: site -> weight, of those that the rounds before have heard of; 0 where nothing of a site's has counted.
+        now: the same with this round's updates.
+    """
+
+    before: Mapping[str, float] = field(default_factory=dict)
+    now: Mapping[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def total(weights: Mapping[str, float], num_sites: int) -> float:
+        """What all sites of a job weigh together; those that nobody has heard of as much as the others on average."""
+        return sum(weights.values()) * (num_sites / len(weights)) if weights else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """What a strategy carries from round to round.
 
@@ -30,12 +48,14 @@ class State:
         round: training rounds that came before.
         averaged: parameters that are averaged and nothing else, because nobody trains them: counters, masks, and the running
             statistics of a normalisation.
+        shares: of the sites in the job.
     """
 
     params: Slice
     slots: Mapping[str, Slice] = field(default_factory=dict)
     round: int = 0
     averaged: frozenset[str] = frozenset()
+    shares: Shares = Shares()
 
 
 @dataclass(frozen=True, slots=True)

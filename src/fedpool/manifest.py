@@ -18,6 +18,10 @@ Text = Annotated[str, AfterValidator(storable)]
 """What a script has said, as it can be stored; see `fedpool.storable`."""
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Value(BaseModel):
     """Base of the values here: frozen, and nothing unknown."""
 
@@ -45,6 +49,14 @@ class ClientJob(Value):
     threads: int
 
 
+class Used(Value):
+    """Which of a site's updates counted last: what the site keeps of it holds, and what it kept with a later one does not."""
+
+    round: int = Field(description="in which it was sent; -1: none has counted", ge=-1)
+    attempt: int = Field(0, ge=0)
+    scale: float = Field(1.0, description="what its difference to the global model was multiplied by", ge=0, le=1)
+
+
 class SiteAssignment(Value):
     """What one site is asked to do in one round."""
 
@@ -56,6 +68,10 @@ class SiteAssignment(Value):
     base_size: int
     state_sha256: str | None = Field(None, description="sha256 of the strategy's state, for one that sites need to see")
     state_size: int = 0
+    # Left out where there is none: a site of an earlier version knows no such field, and needs to only for SCAFFOLD.
+    used: Used | None = Field(
+        None, description="this site's last update that counted, for a strategy that sites see", exclude_if=_is_none
+    )
     timeout_s: float | None = Field(description="seconds until the coordinator waits no longer; None: for ever")
 
 

@@ -52,6 +52,100 @@ def test_a_parameter_that_the_global_model_lacks_is_named() -> None:
         flare.prox_loss(nn.Linear(1, 1), {"w": torch.zeros(1)}, 1.0)
 
 
+def reach(settings: dict[str, Any], rates: list[float]) -> float:
+    """Sum over the gradients of how far each of them alone moves a parameter, in steps of the first rate: torch's formulas."""
+    lr, momentum, decay = rates[0], settings.get("momentum", 0.0), settings.get("weight_decay", 0.0)
+    total = 0.0
+    for pushed in range(len(rates)):
+        x, buffer = 0.0, None
+        for number, rate in enumerate(rates):
+            gradient = float(number == pushed) + decay * x
+            if momentum:
+                keep = 1 - settings.get("dampening", 0.0)
+                buffer = gradient if buffer is None else momentum * buffer + keep * gradient
+                gradient = gradient + momentum * buffer if settings.get("nesterov") else buffer
+            x -= rate * gradient
+        total += abs(x)
+    return total / lr
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.5},
+        {"weight_decay": 0.1},
+        {"momentum": 0.5, "nesterov": True, "weight_decay": 0.05},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_local_steps_count_by_the_optimizers_own_update(settings: dict[str, Any], factor: float) -> None:
+    """Wang et al. 2020, section 4: each gradient alone, written out, for a constant and for a falling rate."""
+    parameter = nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, **settings)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, factor)
+    steps, rates = flare.LocalSteps(optimizer), []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        parameter.grad = torch.randn(3)
+        optimizer.step()
+        scheduler.step()
+    assert steps.close() == pytest.approx(reach(settings, rates), rel=1e-9)
+    known = {"{}": 10, "{'momentum': 0.9}": 41.381059609, "{'momentum': 0.9, 'nesterov': True}": 47.2429536481}
+    assert factor != 1.0 or steps.count == known.get(str(settings), steps.count)
+    if not settings and factor == 0.5:
+        assert steps.count == pytest.approx(2.0, abs=0.01)
+
+
+def test_local_steps_of_groups_that_differ_are_the_mean_of_their_elements() -> None:
+    slow, fast = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [slow]}, {"params": [fast], "momentum": 0.9}], lr=0.1)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(4))], lr=0.1)
+    steps, both = flare.LocalSteps(optimizer), flare.LocalSteps(optimizer, other)
+    for _ in range(10):
+        slow.grad, fast.grad = torch.ones(3), torch.ones(1)
+        optimizer.step()
+        other.step()
+    assert steps.close() == pytest.approx((3 * 10 + 41.381059609) / 4)
+    assert both.close() == pytest.approx((3 * 10 + 41.381059609 + 4 * 10) / 8)
+
+
+def test_what_momentum_brings_along_from_the_round_before_is_not_this_rounds() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, dampening=0.5)
+    counts = []
+    for _ in range(2):
+        steps = flare.LocalSteps(optimizer)
+        for _ in range(10):
+            parameter.grad = torch.ones(1)
+            optimizer.step()
+        counts.append(steps.close())
+    # Of the very first gradient alone nothing is dampened.
+    assert counts == [pytest.approx(23.947137604), pytest.approx(41.381059609 / 2)]
+
+
+def test_a_schedule_that_begins_at_0_counts_in_steps_of_its_full_rate() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 4))
+    steps = flare.LocalSteps(optimizer)
+    for _ in range(6):
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        scheduler.step()
+    assert steps.close() == pytest.approx(0 + 0.25 + 0.5 + 0.75 + 1 + 1)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad", "Rprop", "LBFGS", "Muon"])
+def test_an_optimizer_without_such_a_norm_is_refused(name: str) -> None:
+    optimizer = getattr(torch.optim, name)([nn.Parameter(torch.randn(2, 2))], lr=0.1)
+    with pytest.raises(ClientError, match=rf"FedNova .*{name}.*Use torch\.optim\.SGD"):
+        flare.LocalSteps(optimizer)
+
+
 @pytest.mark.parametrize(("momentum", "wanted"), [(0.0, 4.0), (0.5, 1 + 1.5 + 1.75 + 1.875)])
 def test_local_steps_are_the_l1_norm_of_how_much_each_gradient_counts(momentum: float, wanted: float) -> None:
     parameter = nn.Parameter(torch.zeros(1))
@@ -111,13 +205,74 @@ def test_what_is_not_trained_has_a_variate_of_0_and_statistics_have_none(
     assert not extras["0.bias"].any()
 
 
-def test_without_a_step_there_is_nothing_to_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served(tmp_path, 1, monkeypatch)
+def test_a_site_without_data_changes_nothing_and_has_weight_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = served(tmp_path, 1, monkeypatch)
     flare.receive()
     model = nn.Linear(2, 1, bias=False)
     control = flare.Scaffold(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ClientError, match="took no step of 'weight'"):
+    extras = control.extras()
+    assert not extras["control"]["weight"].any()
+    flare.send(flare.FLModel(params=model.state_dict(), extras=extras, meta={"NUM_STEPS_CURRENT_ROUND": 7}))
+    assert host.updates[0]["meta"]["NUM_STEPS_CURRENT_ROUND"] == 0
+
+
+def test_a_model_that_other_optimizers_have_trained_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served(tmp_path, 1, monkeypatch)
+    flare.receive()
+    model, other = nn.Linear(2, 1, bias=False), nn.Linear(2, 1)
+    control = flare.Scaffold(model, torch.optim.SGD(other.parameters(), lr=0.1))
+    with torch.no_grad():
+        model.weight += 1
+    with pytest.raises(ClientError, match="'weight' has changed, but the optimizers given to Scaffold"):
         control.extras()
+
+
+def used(round: int, attempt: int = 0, scale: float = 1.0) -> dict[str, Any]:
+    return {"round": round, "attempt": attempt, "scale": scale}
+
+
+def test_a_variate_holds_only_if_its_update_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round 0 counts, scaled by a half; 1 does not; 2 is asked twice and its first attempt counts; 3 and 4 do not."""
+    from dataclasses import replace
+
+    told = [used(-1), used(0, scale=0.5), used(0, scale=0.5), used(0, scale=0.5), used(2), used(2), used(2)]
+    rounds = [(0, 0), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0), (5, 0)]
+    host = served(tmp_path, len(rounds), monkeypatch)
+    host.plan = [
+        planned and replace(planned, round=number, attempt=attempt, used=known)
+        for planned, (number, attempt), known in zip(host.plan, rounds, told, strict=True)
+    ]
+    found, changes = [], []
+    for rate in range(1, len(rounds) + 1):
+        received = flare.receive()
+        assert received is not None and received.params is not None
+        model = nn.Linear(2, 1, bias=False)
+        model.load_state_dict(received.params)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        control = flare.Scaffold(model, optimizer)
+        found.append(control._ours["weight"].clone())
+        model.weight.grad = torch.full((1, 2), float(rate))
+        optimizer.step()
+        extras = control.extras()
+        changes.append(extras["control"]["weight"])
+        flare.send(flare.FLModel(params=model.state_dict(), extras=extras))
+    after_0 = 0.5 * changes[0]
+    after_2 = after_0 + changes[2]
+    for mine, wanted in zip(found, [0 * after_0, after_0, after_0, after_0, after_2, after_2, after_2], strict=True):
+        assert torch.allclose(mine, wanted, atol=1e-6)
+    left = sorted(path.relative_to(tmp_path / "kept").as_posix() for path in (tmp_path / "kept").rglob("*.safetensors"))
+    assert left == ["00002/control.safetensors", "00002/control@1.safetensors", "00005/control.safetensors"]
+
+
+def test_what_is_gone_though_it_counted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    host = served(tmp_path, 1, monkeypatch)
+    host.plan = [planned and replace(planned, round=5, used=used(4)) for planned in host.plan]
+    flare.receive()
+    model = nn.Linear(2, 1, bias=False)
+    with pytest.warns(UserWarning, match="kept as 'control' with its update of round 4 is gone"):
+        flare.Scaffold(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_after_the_job_there_is_no_round_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Every strategy against a naive reference of ten lines, and its laws."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedpool.model import CONTROL, LOCAL_STEPS
 from fedpool.tasks.aggregators import Mean
 from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule, ServerOptimizer, TorchOptimizer
 from fedpool.tasks.strategy import State, Strategy, Update
+from fedpool.tasks.used import job_shares
 from tests.algorithms import FOLDER
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -33,7 +35,8 @@ def drawn(seed: int) -> tuple[Array, Array, Array]:
 def run(strategy: Strategy, start: Array, models: Array, weights: Array, **extra: Any) -> list[Array]:
     """The global models of the rounds."""
     state = strategy.init({"w": torch.from_numpy(start)})
-    found = []
+    found: list[Array] = []
+    known: dict[str, float] = {}
     for number, (round_models, round_weights) in enumerate(zip(models, weights, strict=True)):
         updates = [
             Update(
@@ -48,7 +51,9 @@ def run(strategy: Strategy, start: Array, models: Array, weights: Array, **extra
             )
             for k in range(len(round_models))
         ]
-        params, state = strategy.apply(state, updates)
+        now = {update.site: update.weight for update in updates}
+        params, state = strategy.apply(replace(state, shares=job_shares(known, now, {})), updates)
+        known = {**now, **known}
         assert state.round == number + 1
         found.append(params["w"].numpy())
     return found
@@ -173,7 +178,8 @@ def test_scaffold_does_what_a_naive_reference_does(seed: int, lr: float) -> None
             )
             for k in range(SITES)
         ]
-        _, state = strategy.apply(state, updates)
+        alike = {update.site: 1.0 for update in updates}
+        _, state = strategy.apply(replace(state, shares=job_shares(alike if number else {}, alike, {})), updates)
         c = c + changes[number].sum(axis=0) / 6
     np.testing.assert_allclose(state.slots[CONTROL]["w"].numpy(), c, rtol=1e-9, atol=1e-9)
 
@@ -219,7 +225,8 @@ def test_the_same_inputs_give_the_same_bits_and_are_left_as_they_were(name: str,
     before = [model.clone() for model in models]
     found = []
     for _ in range(2):
-        state: State = strategy.init({"w": start})
+        shares = job_shares({}, {update.site: update.weight for update in updates}, {})
+        state: State = replace(strategy.init({"w": start}), shares=shares)
         for _ in range(3):
             params, state = strategy.apply(state, updates)
         found.append([params["w"].clone(), *(slot["w"].clone() for slot in state.slots.values())])
@@ -283,3 +290,44 @@ def test_without_momentum_fedadagrad_steps_by_this_rounds_difference_alone() -> 
         wanted.append(x)
     strategy = FedOpt(Mean(), of_the_paper("adagrad"))
     np.testing.assert_allclose(run(strategy, start, models, weights), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scaffolds_variate_is_the_weighted_mean_of_the_sites_whoever_takes_part(seed: int) -> None:
+    """Twelve rounds of 3 of 6 sites of unequal weights: c = sum_k w_k c_k / sum_k w_k, once all have been heard of."""
+    rng = np.random.default_rng(seed)
+    weights = {f"s{k}": float(w) for k, w in enumerate(rng.uniform(1, 9, 6))} | {"s5": 0.0}
+    own = {site: np.zeros(SIZE) for site in weights}
+    strategy, known = Scaffold(num_sites=6), dict[str, float]()
+    state = strategy.init({"w": torch.zeros(SIZE, dtype=torch.float64)})
+    for _ in range(12):
+        sites = sorted(rng.choice(sorted(weights), 3, replace=False))
+        changes, scales = rng.normal(size=(3, SIZE)), rng.choice([1.0, 0.25], 3)
+        now = {site: weights[site] for site in sites}
+        updates = [
+            Update(
+                site,
+                weights[site],
+                {"w": torch.zeros(SIZE, dtype=torch.float64)},
+                {CONTROL: {"w": torch.from_numpy(change)}},
+                scale=float(scale),
+            )
+            for site, change, scale in zip(sites, changes, scales, strict=True)
+            if weights[site]
+        ]
+        _, state = strategy.apply(replace(state, shares=job_shares(known, now, {})), updates)
+        known = {**now, **known}
+        for site, change, scale in zip(sites, changes, scales, strict=True):
+            own[site] += scale * change * (weights[site] > 0)
+    assert len(known) == 6
+    wanted = sum(weights[site] * own[site] for site in weights) / sum(weights.values())
+    np.testing.assert_allclose(state.slots[CONTROL]["w"].numpy(), wanted, rtol=0, atol=1e-12)
+
+
+def test_of_weights_that_say_so_scaffold_weighs_nothing() -> None:
+    start, models, weights = drawn(1)
+    changes = np.random.default_rng(1).normal(size=(ROUNDS, SITES, SIZE))
+    alike = run(Scaffold(6), start, models, np.ones_like(weights), extras={CONTROL: changes})
+    papers = run(Scaffold(6, weighted=False), start, models, weights, extras={CONTROL: changes})
+    np.testing.assert_allclose(papers, alike, rtol=1e-12)
+    assert not np.allclose(run(Scaffold(6), start, models, weights, extras={CONTROL: changes}), alike)

@@ -25,7 +25,9 @@ from fedpool.client.api import Client as _Client
 from fedpool.client.api import start as _start
 from fedpool.client.compat import AnalyticsDataType, evaluate, train
 from fedpool.client.compat import entries as _entries
-from fedpool.client.local import LocalSteps, Scaffold, prox_loss
+from fedpool.client.local import prox_loss
+from fedpool.client.scaffold import Scaffold
+from fedpool.client.steps import LocalSteps
 from fedpool.errors import ClientError
 from fedpool.model import FLModel, ParamsType
 

@@ -1,22 +1,21 @@
 """The client API's state machine: what may be called when, and what a call does. One `Client` lives in a client script."""
 
-import os
 import random
 import re
 import sys
 import weakref
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_arrays
+from fedpool.client import keeping
 from fedpool.client.hosts import Assignment, Host, Waiting
 from fedpool.client.meta import received_meta, sent_control, sent_meta
 from fedpool.client.ranks import TorchrunHost, find_host
 from fedpool.errors import ClientError, RecipeError
-from fedpool.model import CONTROL, FLModel, ParamsType
+from fedpool.model import CONTROL, NUM_STEPS, FLModel, ParamsType
 from fedpool.paths import check_name
 from fedpool.tensors import beside, split_beside
 
@@ -56,6 +55,7 @@ class Client:
         self._model: FLModel | None = None
         self._sent_round: int | None = None
         self._ended = False
+        self._took_no_step = False
         self._looked_again = False
         self._asked_for_task = False
         self._told_of_evaluations = False
@@ -198,6 +198,8 @@ class Client:
             "params_type": None,
             "num_params": 0,
         }
+        if self._took_no_step:
+            message["meta"][NUM_STEPS] = 0
         if model.params is not None and assignment.task != "evaluate":
             message |= self._write(assignment, model)
         elif model.params is not None and not self._told_of_evaluations:
@@ -213,33 +215,23 @@ class Client:
 
     def keep(self, name: str, params: Mapping[str, Any]) -> None:
         """Keep tensors at this site; see `fedpool.client.keep`."""
-        assignment = self._in_round("keep", name)
-        try:
-            if (
-                assignment.kept is None or assignment.silent
-            ):  # standalone there is no round to come; rank 0 keeps for all
-                with Path(os.devnull).open("wb") as file:
-                    save_arrays(file, params)
-                return
-            target = Path(assignment.kept) / f"{assignment.round:05d}" / f"{name}.safetensors"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Beside, then into place: the values received from the old file are a map of it.
-            partial = target.with_suffix(".partial")
-            with partial.open("wb") as file:
-                save_arrays(file, params)
-        except (TypeError, AttributeError) as error:
-            raise ClientError(f"keep({name!r}) takes a dict of name -> array: {error}") from None
-        partial.replace(target)
-        # A round may be asked for again, and then starts from what came before it: the one before the last stays, too.
-        for old in self._kept_before(assignment, name)[:-1]:
-            old.unlink()
-            with suppress(OSError):  # others are kept there
-                old.parent.rmdir()
+        keeping.keep(self._in_round("keep", name), name, params)
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """What this site has kept; see `fedpool.client.kept`."""
-        before = self._kept_before(self._in_round("kept", name), name)
-        return load_arrays(before[-1], self._params_format()) if before else None
+        return keeping.kept(self._in_round("kept", name), name, self._params_format())
+
+    def keep_with_update(self, name: str, params: Mapping[str, Any]) -> None:
+        """Keep tensors that hold only if this round's update counts."""
+        keeping.keep_with_update(self._in_round("keep", name), name, params)
+
+    def kept_with_update(self, name: str) -> tuple[dict[str, Any] | None, float]:
+        """What was kept with the last update that counted, and the factor on that update's difference."""
+        return keeping.kept_with_update(self._in_round("kept", name), name, self._params_format())
+
+    def count_nothing(self) -> None:
+        """Have this round's update count with weight 0: nothing was trained for it."""
+        self._took_no_step = True
 
     def _in_round(self, function: str, name: str) -> Assignment:
         try:
@@ -249,14 +241,6 @@ class Client:
         if self._assignment is None:
             raise ClientError(f"{function}() belongs into a round: call it between flare.is_running() and flare.send()")
         return self._assignment
-
-    @staticmethod
-    def _kept_before(assignment: Assignment, name: str) -> list[Path]:
-        """What was kept under a name in earlier rounds, oldest first."""
-        if assignment.kept is None:
-            return []
-        found = sorted(Path(assignment.kept).glob(f"*/{name}.safetensors"))
-        return [path for path in found if int(path.parent.name) < assignment.round]
 
     def _extras(self, assignment: Assignment) -> dict[str, dict[str, Any]]:
         extras: dict[str, dict[str, Any]] = {}
@@ -285,6 +269,7 @@ class Client:
     def _answered(self, assignment: Assignment) -> None:
         self._sent_round = assignment.round
         self._assignment = self._model = None
+        self._took_no_step = False
 
     def _next(self, timeout: float | None) -> bool:
         if self._ended:

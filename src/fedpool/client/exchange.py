@@ -12,9 +12,10 @@ import torch
 
 from fedpool.client.api import Client, Patched
 from fedpool.client.loading import fits, fitting_params, update_of
-from fedpool.client.local import LocalSteps, Scaffold
 from fedpool.client.proximal import ProximalTerm, proximal_mu
+from fedpool.client.scaffold import Scaffold
 from fedpool.client.scopes import Names, Scope, advice, whole
+from fedpool.client.steps import LocalSteps
 from fedpool.errors import ClientError
 from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS, NUM_STEPS, SCAFFOLD, FLModel
 
@@ -49,6 +50,24 @@ def register(client: Client, trainer: Any, options: Mapping[str, Any]) -> bool:
         )
     client.patched_trainer = Patched(weakref.ref(trainer), dict(options))
     return True
+
+
+def rows_of(datasets: Sequence[Any]) -> int:
+    """How many rows a site trains with, all of its datasets together.
+
+    Raises:
+        ClientError: a dataset does not say how many it has.
+    """
+    total = 0
+    for dataset in datasets:
+        try:
+            total += len(dataset)
+        except TypeError:
+            raise ClientError(
+                f"FedNova weighs sites by their rows, and a {type(dataset).__name__} does not say how many it has: "
+                "give the training data a __len__, or use another recipe"
+            ) from None
+    return total
 
 
 class Exchange:
@@ -113,10 +132,11 @@ class Exchange:
 
         Args:
             module: what is trained, at the received values.
-            optimizers: torch's own, not what wraps them; FedNova counts the steps of the first.
+            optimizers: torch's own, not what wraps them; none where there is nothing to train with.
 
         Raises:
-            ClientError: SCAFFOLD, and the received names are not the module's own.
+            ClientError: SCAFFOLD, and the received names are not the module's own; FedNova, and it cannot be told how far such an
+                optimizer goes.
         """
         algorithm = self.client.config.get(ALGORITHM)
         if algorithm == SCAFFOLD and (other := next((n for n, o in self._own(module)[1].items() if n != o), None)):
@@ -125,7 +145,7 @@ class Exchange:
                 "model.named_parameters() does"
             )
         self._control = Scaffold(module, *optimizers, client=self.client) if algorithm == SCAFFOLD else None
-        self._steps = LocalSteps(optimizers[0]) if algorithm == FEDNOVA else None
+        self._steps = LocalSteps(*optimizers) if algorithm == FEDNOVA else None
 
     def scored(self, metrics: Mapping[str, Any]) -> None:
         """The received model's score: sent at once when that is the task, else with the update."""
@@ -134,14 +154,21 @@ class Exchange:
             self._send(FLModel(metrics=self._metrics))
             self._answered = True
 
-    def send_trained(self, module: torch.nn.Module, num_steps: int) -> None:
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether the weight of an update is to be the site's rows: FedNova makes up for the steps itself."""
+        return bool(self.client.config.get(ALGORITHM) == FEDNOVA)
+
+    def send_trained(self, module: torch.nn.Module, num_steps: int, num_rows: int = 0) -> None:
         """Send what a module was trained to, with its `__fl_meta__`.
 
         Args:
-            num_steps: optimizer steps of the round, the weight of the update.
+            num_steps: optimizer steps of the round, the weight of the update, unless
+            num_rows: is, where `weighs_rows` says so.
         """
         self._trained, self._kept = module, None
-        update = self._update(self._own(module)[0], num_steps=num_steps)
+        weight = num_rows if self.weighs_rows and num_steps else num_steps
+        update = self._update(self._own(module)[0], num_steps=weight)
         update.meta |= _meta_of(module)
         if self._control is not None:
             update.extras = self._control.extras()
@@ -149,6 +176,12 @@ class Exchange:
             update.meta[LOCAL_STEPS] = self._steps.close()
         self._control = self._steps = None
         self._send(update)
+
+    def send_untrained(self, module: torch.nn.Module) -> None:
+        """Answer a round for which the site has no data: with the received model, and weight 0."""
+        self.load(module)
+        self.begin_steps(module, ())
+        self.send_trained(module, 0)
 
     def send_own(self, best: Mapping[str, Any] | None = None) -> None:
         """Send the site's own model: the best, where one is given, else what was last trained here.

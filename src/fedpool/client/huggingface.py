@@ -16,7 +16,7 @@ model is not whole in the process that talks.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ import fedpool.client
 from fedpool.client import *  # noqa: F403  # one import line gives a script both
 from fedpool.client import _ensure_started
 from fedpool.client.api import Client
-from fedpool.client.exchange import Exchange, register
+from fedpool.client.exchange import Exchange, register, rows_of
 from fedpool.client.proximal import ProximalTerm
 from fedpool.client.scopes import Scope, automatic, is_peft, prefixed, trainable, whole
 from fedpool.errors import ClientError
@@ -73,7 +73,7 @@ def patch(
     of rounds for its length. A schedule of your own goes on where it was.
 
     A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, after gradient clipping. What SCAFFOLD and
-    FedNova want of the steps is done, too.
+    FedNova want of the steps is done, too; for FedNova the weight is the rows of the training data.
 
     A dict `__fl_meta__` of the model is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in it is the weight.
 
@@ -224,6 +224,11 @@ class _Rounds:
             self._exchange.begin_steps(_model(self._trainer), [optimizer])
 
     def _train_and_send(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        rows = self._trainer.train_dataset
+        num_rows = rows_of([rows]) if self._exchange.weighs_rows and rows is not None else 0
+        if isinstance(rows, Sized) and len(rows) == 0:  # transformers would raise
+            self._exchange.send_untrained(_model(self._trainer))
+            return TrainOutput(0, 0.0, {})
         self._exchange.load(_model(self._trainer))
         if self._fresh is not None:
             self._fresh.restore(self._trainer)
@@ -232,7 +237,7 @@ class _Rounds:
             output = self._train(*args, **kwargs)
         finally:
             self._busy = False
-        self._exchange.send_trained(_model(self._trainer), self._trainer.state.global_step)
+        self._exchange.send_trained(_model(self._trainer), self._trainer.state.global_step, num_rows)
         return output
 
     def _score(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -30,7 +30,7 @@ import fedpool.client
 from fedpool.client import *  # noqa: F403  # one import line gives a script both
 from fedpool.client import _ensure_started
 from fedpool.client.api import Client
-from fedpool.client.exchange import Exchange, register
+from fedpool.client.exchange import Exchange, register, rows_of
 from fedpool.client.lightning_logger import logger
 from fedpool.client.proximal import ProximalTerm
 from fedpool.errors import ClientError
@@ -62,7 +62,7 @@ def patch(
     a metric, else the model that was last trained here; `validate` returns an empty list.
 
     A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, ahead of gradient clipping. What SCAFFOLD
-    and FedNova want of the steps is done, too.
+    and FedNova want of the steps is done, too; for FedNova the weight is the rows of the training data.
 
     A dict `__fl_meta__` of the module is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in it is the weight.
 
@@ -135,7 +135,7 @@ class _Rounds:
         self._state: _TrainingState | None = None
         self._term: ProximalTerm | None = None
         self._generator: torch.Tensor | None = None
-        self._first_step = 0
+        self._first_step = self._num_rows = 0
         self._fitting = self._scoring = False
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +192,12 @@ class _Rounds:
         if self._update_fit_loop:
             _extend(self._trainer.fit_loop, epochs=self._trainer.current_epoch, steps=self._first_step)
 
+    def count_rows(self) -> None:
+        """Note how many rows the site trains with, once its data is there, where they are the weight of the update."""
+        if self._fitting and self._exchange.weighs_rows:
+            loaders = self._trainer.fit_loop._combined_loader.flattened
+            self._num_rows = rows_of([getattr(loader, "dataset", loader) for loader in loaders])
+
     def rewind_generator(self) -> None:
         """Undo that Lightning starts to iterate the training data twice in a `fit` that is not its first.
 
@@ -219,7 +225,7 @@ class _Rounds:
         if self._restore_state:
             self._state = _TrainingState.of(self._trainer)
         num_steps = self._trainer.global_step - self._first_step
-        self._exchange.send_trained(self._trainer.lightning_module, num_steps)
+        self._exchange.send_trained(self._trainer.lightning_module, num_steps, self._num_rows)
 
     def _score(self, **call: Any) -> Any:
         self._scoring = True
@@ -243,6 +249,7 @@ class _Hooks:
 
     def on_train_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
         self._rounds.rewind_generator()
+        self._rounds.count_rows()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: torch.nn.Module, optimizer: Any) -> None:
         self._rounds.add_proximal_term(optimizer)

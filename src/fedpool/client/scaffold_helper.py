@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import fedpool.client
+from fedpool.client.scaffold import keep_variate, own_variate
 from fedpool.errors import ClientError
 
 _KEPT = "scaffold_helper"
@@ -18,7 +19,8 @@ Controls = dict[str, torch.Tensor]
 
 
 class PTScaffoldHelper:
-    """A site's part in SCAFFOLD. Its own variate is kept at the site, so it survives the process.
+    """A site's part in SCAFFOLD. Its own variate is kept at the site, so it survives the process, and
+    changes only with an update that counted.
 
     ::
 
@@ -50,7 +52,8 @@ class PTScaffoldHelper:
         """Begin a round: the server's variate c and this site's c_i."""
         self._check()
         self._num_steps, self._change = 0, None
-        kept = fedpool.client.kept(_KEPT) or {}
+        kept = own_variate(fedpool.client._current(), _KEPT)
+        self._local = {name: torch.zeros_like(value) for name, value in self._global.items()}
         self._local |= {n: torch.as_tensor(kept[n]).to(old) for n, old in self._local.items() if n in kept}
         return self._global, self._local
 
@@ -74,20 +77,26 @@ class PTScaffoldHelper:
     ) -> None:
         """End a round: c_i <- c_i - c + (x - y) / (steps * lr), where x is the received model and y the trained one.
 
+        Without a step, at a site that has no data, nothing changes and the update has weight 0.
+
         Raises:
-            ClientError: there was no step, or the learning rate is 0.
+            ClientError: steps were taken, and the learning rate is 0.
         """
-        if self._num_steps * curr_lr == 0:
-            raise ClientError(
-                f"SCAFFOLD needs steps: {self._num_steps} were taken, the last with learning rate {curr_lr}"
-            )
+        client = fedpool.client._current()
+        if self._num_steps == 0:
+            client.count_nothing()
+            self._change = {name: torch.zeros_like(c) for name, c in c_global_para.items()}
+            keep_variate(client, _KEPT, before=c_local_para, after=c_local_para)
+            return
+        if curr_lr == 0:
+            raise ClientError(f"SCAFFOLD needs a learning rate: {self._num_steps} steps were taken, the last with 0")
         trained, received = dict(model.named_parameters()), dict(model_global.named_parameters())
         self._change = {
             name: (received[name].detach().to(c) - trained[name].detach().to(c)) / (self._num_steps * curr_lr) - c
             for name, c in c_global_para.items()
         }
         self._local = {name: c_local_para[name] + change for name, change in self._change.items()}
-        fedpool.client.keep(_KEPT, self._local)
+        keep_variate(client, _KEPT, before=c_local_para, after=self._local)
 
     def get_delta_controls(self) -> Controls:
         """What this site's variate has changed by in the round.

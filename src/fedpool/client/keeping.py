@@ -1,0 +1,102 @@
+"""What a site keeps for itself from round to round: a file for each name and round, `00003/NAME.safetensors`.
+
+What holds only if the update of its round counts is kept apart for each attempt, and stays until the site is told which of its
+updates have counted.
+"""
+
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedpool.arrays import ParamsFormat, load_arrays, save_arrays
+from fedpool.client.hosts import Assignment
+from fedpool.errors import ClientError
+
+_NONE_COUNTED = -1
+
+
+def keep(assignment: Assignment, name: str, params: Mapping[str, Any]) -> None:
+    """Keep tensors from this round on; see `fedpool.client.keep`."""
+    _write(assignment, name, name, params)
+    # A round may be asked for again, and then starts from what came before it: the one before the last stays, too.
+    _remove(_before(assignment, name)[:-1])
+
+
+def kept(assignment: Assignment, name: str, params_format: ParamsFormat) -> dict[str, Any] | None:
+    """What was last kept in an earlier round; see `fedpool.client.kept`."""
+    before = _before(assignment, name)
+    return load_arrays(before[-1], params_format) if before else None
+
+
+def keep_with_update(assignment: Assignment, name: str, params: Mapping[str, Any]) -> None:
+    """Keep tensors that hold only if the update which this round sends counts."""
+    _write(assignment, name, _of_attempt(name, assignment.attempt), params)
+    if assignment.used is None:
+        _remove(_before(assignment, name)[:-1])
+        return
+    counted = Path(f"{assignment.used['round']:05d}")
+    found = Path(assignment.kept).glob(f"*/{name}*.safetensors") if assignment.kept else ()
+    ours = [path for path in found if path.stem.partition("@")[0] == name]
+    # Whatever was kept between that round and this one is known not to have counted.
+    _remove([path for path in ours if int(path.parent.name) < assignment.round and path.parent.name != counted.name])
+
+
+def kept_with_update(
+    assignment: Assignment, name: str, params_format: ParamsFormat
+) -> tuple[dict[str, Any] | None, float]:
+    """What was kept with this site's last update that has counted, and the factor by which its difference was scaled down.
+
+    A coordinator of an earlier version does not tell which that is: then it is what was last kept.
+    """
+    if assignment.used is None:
+        return kept(assignment, name, params_format), 1.0
+    number, attempt, scale = (assignment.used[what] for what in ("round", "attempt", "scale"))
+    if number == _NONE_COUNTED or assignment.kept is None:
+        return None, 1.0
+    path = Path(assignment.kept) / f"{number:05d}" / f"{_of_attempt(name, attempt)}.safetensors"
+    if not path.exists():
+        warnings.warn(
+            f"what this site kept as {name!r} with its update of round {number} is gone ({path}): it starts anew",
+            stacklevel=2,
+        )
+        return None, 1.0
+    return load_arrays(path, params_format), float(scale)
+
+
+def _of_attempt(name: str, attempt: int) -> str:
+    return f"{name}@{attempt}" if attempt else name  # no name that a script may give has an @
+
+
+def _write(assignment: Assignment, name: str, stem: str, params: Mapping[str, Any]) -> None:
+    try:
+        if assignment.kept is None or assignment.silent:  # standalone there is no round to come; rank 0 keeps for all
+            with Path(os.devnull).open("wb") as file:
+                save_arrays(file, params)
+            return
+        target = Path(assignment.kept) / f"{assignment.round:05d}" / f"{stem}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside, then into place: the values received from the old file are a map of it.
+        partial = target.with_suffix(".partial")
+        with partial.open("wb") as file:
+            save_arrays(file, params)
+    except (TypeError, AttributeError) as error:
+        raise ClientError(f"keep({name!r}) takes a dict of name -> array: {error}") from None
+    partial.replace(target)
+
+
+def _before(assignment: Assignment, name: str) -> list[Path]:
+    """What was kept under a name in earlier rounds, oldest first."""
+    if assignment.kept is None:
+        return []
+    found = sorted(Path(assignment.kept).glob(f"*/{name}.safetensors"))
+    return [path for path in found if int(path.parent.name) < assignment.round]
+
+
+def _remove(paths: Collection[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # others are kept there
+            path.parent.rmdir()
