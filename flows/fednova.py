@@ -21,7 +21,8 @@ class FedNova(Strategy):
     """w <- w + tau_eff sum_k p_k (w_k - w) / tau_k, where tau_eff = sum_k p_k tau_k
 
     p_k are the weights and tau_k = `meta["LOCAL_STEPS"]` the steps of the sites: of plain SGD their number, of any other local
-    optimizer the L1 norm of how much each gradient counts in its update. With equal steps it is federated averaging.
+    optimizer the L1 norm of how much each gradient counts in its update. With equal steps it is federated averaging. Where
+    groups of parameters differ in that, tau_k is their mean. A site that took no step has weight 0.
     """
 
     positive_meta = (LOCAL_STEPS,)
@@ -56,7 +57,7 @@ class FedNovaRecipe(Recipe):
 
     Client script, as in examples/algorithms/fednova.py:
         It says how far it went. Let its weight be its rows, which do not depend on that. A patched Lightning or Hugging Face
-        trainer counts its steps by itself.
+        trainer does both by itself. The optimizer is SGD, with momentum or a schedule as you like.
 
             steps = flare.LocalSteps(optimizer)
             meta = {"NUM_STEPS_CURRENT_ROUND": len(digits.labels), "LOCAL_STEPS": steps.count}
