@@ -82,7 +82,8 @@ class ScaffoldRecipe(Recipe):
     Every site should take part often: a control variate that is many rounds old corrects little.
 
     Client script, as in examples/algorithms/scaffold.py:
-        A helper corrects the steps of the optimizer, SGD, and keeps the site's variate; a patched Lightning or Hugging Face trainer has it built in.
+        A helper corrects the steps of the optimizer, SGD, and keeps the site's variate; a patched Lightning or Hugging Face
+        trainer has it built in.
 
             control = flare.Scaffold(model, optimizer)  # corrects the optimizer's steps from here on
             flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, extras=control.extras()))
