@@ -1,4 +1,4 @@
-"""A script written for `nvflare.client` works after its import lines are changed, and nothing else."""
+"""A script written for NVFlare works after `fedpool migrate` has changed its imports, and nothing else."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from fedpool import Run
+from fedpool.migration.remarks import remarks
+from fedpool.migration.rewrite import rewrite
+from fedpool.migration.source import Source
 
 # The shape of NVFlare's hello-pt client: argparse, system_info, SummaryWriter, all three tasks.
 NVFLARE_CLIENT = """
@@ -16,6 +19,9 @@ from torch import nn
 from torch.optim import SGD
 
 import nvflare.client as flare
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.app_constant import ModelName
 from nvflare.client.tracking import SummaryWriter
 
 
@@ -42,7 +48,8 @@ def main():
         input_model = flare.receive()
         print(f"site = {client_name}, current_round={input_model.current_round}")
         if flare.is_submit_model():
-            flare.send(flare.FLModel(params=last_params))
+            assert input_model.meta[FLMetaKey.SUBMIT_MODEL_NAME] == ModelName.BEST_MODEL
+            flare.send(FLModel(params_type=ParamsType.FULL, params=last_params))
             continue
         model.load_state_dict(input_model.params)
         model.to(device)
@@ -65,7 +72,7 @@ def main():
         output_model = flare.FLModel(
             params=last_params,
             metrics={"accuracy": accuracy},
-            meta={"NUM_STEPS_CURRENT_ROUND": steps},
+            meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: steps},
         )
         flare.send(output_model)
 
@@ -78,8 +85,17 @@ if __name__ == "__main__":
 def test_only_the_imports_change(run_job: Callable[..., Run]) -> None:
     """The script trains, its score and its scalars arrive, its steps are its weight."""
     torch.manual_seed(0)
-    script = NVFLARE_CLIENT.replace("nvflare", "fedpool")
-    run = run_job(script, model=torch.nn.Linear(4, 2), num_rounds=3, train_args="--epochs 3 --batch_size 32")
+    script = rewrite(Source(NVFLARE_CLIENT))
+    assert remarks(script) == []
+    changed = [(a, b) for a, b in zip(NVFLARE_CLIENT.splitlines(), script.text.splitlines(), strict=True) if a != b]
+    assert [before.split()[0] for before, _ in changed] == ["import", "from", "from", "from", "from"]
+    run = run_job(
+        script.text,
+        model=torch.nn.Linear(4, 2),
+        num_rounds=3,
+        train_args="--epochs 3 --batch_size 32",
+        cross_site_eval=True,
+    )
     result = run.get_result()
     assert result.metrics[-1]["accuracy"] > 90
     assert result.rounds[0]["accepted"][0]["weight"] == 6

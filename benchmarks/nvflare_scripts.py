@@ -1,0 +1,266 @@
+"""Run the client scripts of NVFlare's examples after `fedpool migrate`, untouched otherwise, and print what became of each.
+
+::
+
+    git clone https://github.com/NVIDIA/NVFlare
+    python benchmarks/nvflare_scripts.py NVFlare
+
+Copies are migrated in a scratch folder, and each is run in `SimEnv`, two sites and two rounds. Its initial model is what the
+script itself sends when it runs alone, or one small array where NumPy is all that it uses. Images are made up: `synthetic/` holds
+a stand-in for torchvision. Where a script takes its data or its model by arguments, it is given tiny ones (`nvflare_cases.py`). A
+script that cannot run here is listed with the reason.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from nvflare_cases import NUM_SITES, case_of, kind_of, note, reason_of
+
+FOLDERS = ("examples", "integration", "research", "skills", "tests/integration_test/data", "docs")
+SYNTHETIC = Path(__file__).parent / "synthetic"
+TIMEOUT_S = 600
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run one script.
+
+    Attributes:
+        model: "numpy", one array of a known name; or "alone", what the script sends when it runs alone.
+        algorithm: "scaffold", "fedprox" or none.
+        python_path: where its modules lie, beside its own folder.
+    """
+
+    script: Path
+    data: Path
+    arguments: str
+    model: str
+    algorithm: str
+    cross_site_eval: bool
+    python_path: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """A script and what became of it: `ran`, `left` (something to do by hand), `failed`, or `not run`."""
+
+    path: str
+    kind: str
+    outcome: str
+    detail: str = ""
+
+
+def main() -> None:
+    """Run all that match, print a line for each and a table, and end with 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path, help="folder of NVFlare's repository")
+    parser.add_argument("--only", default="*", help="pattern of paths in it")
+    parser.add_argument("--json", type=Path, help="also write the outcomes here")
+    arguments = parser.parse_args()
+    found = []
+    _CONTEXT.set_forkserver_preload(["fedpool.deployments.sim", "fedpool.flows.job", "torch", "prefect.flow_engine"])
+    with _server(), tempfile.TemporaryDirectory(prefix="fedpool-nvflare-") as scratch:
+        for number, path in enumerate(_scripts(arguments.checkout, arguments.only)):
+            found.append(_check(arguments.checkout, path, Path(scratch) / str(number)))
+            note(f"{found[-1].outcome:8} {path} {found[-1].detail}")
+    for line in _table(found):
+        print(line)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([vars(each) for each in found], indent=1) + "\n")
+    sys.exit(any(each.outcome == "failed" for each in found))
+
+
+def _scripts(checkout: Path, pattern: str) -> Iterator[str]:
+    """Client scripts: they import NVFlare's client and take part in rounds."""
+    for folder in FOLDERS:
+        for file in sorted((checkout / folder).rglob("*.py")):
+            path = file.relative_to(checkout).as_posix()
+            text = file.read_text(errors="replace")
+            loops = re.search(r"\b(is_running|receive|patch)\(", text)
+            if fnmatch(path, pattern) and "nvflare.client" in text and loops and "nvflare.recipe" not in text:
+                yield path
+
+
+def _check(checkout: Path, path: str, scratch: Path) -> Found:
+    original = checkout / path
+    text = original.read_text()
+    modules = _imported(text)
+    kind = kind_of(modules, text)
+    case = case_of(path)
+    folders = [original.parent, *(checkout / folder for folder in case.beside)]
+    missing = [name for name in sorted(modules) if not _there(name, folders)]
+    if reason := reason_of(path, text, modules, missing):
+        return Found(path, kind, "not run", reason)
+    for number, folder in enumerate(folders):
+        shutil.copytree(folder, scratch / str(number), ignore=shutil.ignore_patterns("*.ipynb", "*.png", "*.gz"))
+    left = _migrate(scratch)
+    script = scratch / "0" / original.name
+    if mine := [line.removeprefix(f"{script}:") for line in left if re.match(rf"{re.escape(str(script))}:\d", line)]:
+        return Found(path, kind, "left", "line " + "; line ".join(mine))
+    data = scratch / "data"
+    data.mkdir()
+    if case.prepare:
+        case.prepare(data)
+    own = os.pathsep.join(map(str, [SYNTHETIC, *(scratch / str(n) for n in range(1, len(folders)))]))
+    settings = Settings(
+        script,
+        data,
+        case.arguments.format(data=data),
+        "numpy" if kind == "NumPy" or _by_one_array(text) else "alone",
+        "scaffold" if "SCAFFOLD_CTRL" in text else "fedprox" if "get_fedprox_mu" in text else "",
+        "is_submit_model" in text,
+        own,
+    )
+    for target in (_alone, _run_job) if settings.model == "alone" else (_run_job,):
+        if error := _in_a_process(target, settings):
+            return Found(path, kind, "failed", f"{target.__name__.strip('_')}: {error}")
+    return Found(path, kind, "ran")
+
+
+def _by_one_array(text: str) -> bool:
+    """Whether a script looks its parameters up by the name of the one array that NVFlare's NumPy recipes exchange."""
+    return "NUMPY_KEY" in text or '"numpy_key"' in text
+
+
+def _in_a_process(target: Callable[["Settings"], None], settings: "Settings") -> str:
+    """Call a function in a process that has imported what takes long; what it ended with, empty when all went well."""
+    log = settings.data / f"{target.__name__}.log"
+    process = _CONTEXT.Process(target=_logged, args=(log, target, settings))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        process.terminate()
+        process.join()
+        return f"took more than {TIMEOUT_S} s"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "" if process.exitcode == 0 else (lines[-1][:400] if lines else f"exit code {process.exitcode}")
+
+
+def _logged(log: Path, target: Callable[["Settings"], None], settings: "Settings") -> None:
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["PYTHONPATH"] = settings.python_path + os.pathsep + os.environ.get("PYTHONPATH", "")
+    os.chdir(settings.script.parent)
+    target(settings)
+    sys.stdout.flush()
+
+
+def _alone(settings: "Settings") -> None:
+    """Run a script alone, and keep what it sends: its model."""
+    from fedpool.client import hosts
+
+    first = hosts.Standalone.next
+
+    def kept(self: hosts.Standalone, timeout: float | None) -> Any:
+        assignment = first(self, timeout)
+        return assignment and dataclasses.replace(assignment, update=str(settings.data / "alone"))
+
+    hosts.Standalone.next = kept  # type: ignore[method-assign]  # this process is for the one script
+    sys.argv = [str(settings.script), *settings.arguments.split()]
+    sys.path[:0] = [str(settings.script.parent), *settings.python_path.split(os.pathsep)]
+    runpy.run_path(str(settings.script), run_name="__main__")
+
+
+def _imported(text: str) -> set[str]:
+    """The packages that a script imports, the standard library and NVFlare aside."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"nvflare"}
+
+
+def _there(name: str, folders: list[Path]) -> bool:
+    places = [*folders, SYNTHETIC]
+    if any((folder / f"{name}.py").exists() or (folder / name).is_dir() for folder in places):
+        return True
+    return importlib.util.find_spec(name) is not None
+
+
+def _migrate(folder: Path) -> list[str]:
+    """`fedpool migrate` of a folder; its lines on what is left."""
+    from fedpool.deployments.migrate_command import migrate
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        migrate(folder)
+    return output.getvalue().splitlines()
+
+
+@contextlib.contextmanager
+def _server() -> Iterator[None]:
+    """One Prefect server for all jobs, named in the environment of all processes to come."""
+    from fedpool.deployments.server import private_server
+
+    with private_server() as server:
+        server.wait()
+        os.environ |= {"PREFECT_API_URL": server.api_url, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        yield
+
+
+def _run_job(settings: "Settings") -> None:
+    """Run the job, and see that every site's update was accepted in both rounds."""
+    import numpy as np
+
+    from fedpool import FedAvgRecipe, FedProxRecipe, ScaffoldRecipe, SimEnv
+    from fedpool.arrays import load_arrays
+
+    kinds = {"scaffold": ScaffoldRecipe, "fedprox": FedProxRecipe, "": FedAvgRecipe}
+    array = {"numpy_key": np.arange(9, dtype=np.float32).reshape(3, 3)}
+    recipe = kinds[settings.algorithm](
+        name="check",
+        min_clients=NUM_SITES,
+        num_rounds=2,
+        model=array if settings.model == "numpy" else load_arrays(settings.data / "alone", "torch"),
+        train_script=settings.script,
+        train_args=settings.arguments,
+        cross_site_eval=settings.cross_site_eval,
+        round_timeout=TIMEOUT_S / 2,
+        **({"fedprox_mu": 0.1} if settings.algorithm == "fedprox" else {}),
+    )
+    env = SimEnv(num_clients=NUM_SITES, workspace=settings.data / "runs", progress=False)
+    result = recipe.execute(env=env).get_result()
+    accepted = [len(each["accepted"]) for each in result.rounds[:2]]
+    if accepted != [NUM_SITES] * 2:
+        sys.exit(f"accepted updates of the two rounds: {accepted}, not {NUM_SITES} each")
+
+
+def _table(found: list[Found]) -> Iterator[str]:
+    """Outcomes by kind, as Markdown; then what each script that did not run lacks."""
+    outcomes = ("ran", "left", "failed", "not run")
+    yield f"| kind | scripts | {' | '.join(outcomes)} |"
+    yield "|---|" + "---:|" * (len(outcomes) + 1)
+    for kind in sorted({each.kind for each in found}):
+        counts = Counter(each.outcome for each in found if each.kind == kind)
+        yield f"| {kind} | {counts.total()} | {' | '.join(str(counts[outcome]) for outcome in outcomes)} |"
+    yield ""
+    for each in found:
+        if each.outcome != "ran":
+            yield f"{each.outcome}: {each.path}: {each.detail}"
+
+
+if __name__ == "__main__":
+    main()

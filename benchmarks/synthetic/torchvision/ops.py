@@ -1,0 +1,7 @@
+"""Names that torchmetrics imports and none of the examples uses: each is an empty class."""
+
+
+def __getattr__(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
