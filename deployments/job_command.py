@@ -26,6 +26,7 @@ from fedpool.deployments.which_store import meant_store
 from fedpool.errors import ConfigError, ServerError
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
+from fedpool.refusals import explained
 from fedpool.store import Store
 from fedpool.tasks.findings import findings
 from fedpool.tasks.key_metric import MetricRules
@@ -188,7 +189,7 @@ def replay(
 
     place = _store(store, home, quiet=as_json)
     jobs.check_is_there(place, job_id)
-    with tempfile.TemporaryDirectory(prefix="fedpool-") as scratch:
+    with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="fedpool-") as scratch:
         target = out or Path(scratch) / "model.safetensors"
         found = replay_round(place, job_id, target, round=at, strategy=strategy, leave_out=leave_out or ())
     if as_json:

@@ -230,10 +230,9 @@ class PocEnv(RemoteEnv, NamedClients):
     def _locked(self) -> Iterator[None]:
         with explained(self.home):
             self.home.mkdir(parents=True, exist_ok=True)
-            lock = (self.home / ".lock").open("w")
-        with lock:
-            exclusive.lock(lock.fileno(), str(self.home), _LOG.warning, wait=True)
-            yield
+            with (self.home / ".lock").open("w") as lock:
+                exclusive.lock(lock.fileno(), str(self.home), _LOG.warning, wait=True)
+                yield
 
     def _state(self) -> dict[str, Any]:
         try:

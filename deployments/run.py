@@ -1,8 +1,6 @@
 """`Run`: a handle on one job, and `Result`: what came of it. Both read the store, which is the truth about a job."""
 
 import contextvars
-import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from fedpool.arrays import load_arrays
 from fedpool.deployments.endings import read_endings
 from fedpool.errors import JobCancelled, JobError, JobFailed, StoreError
 from fedpool.paths import JobPaths
+from fedpool.refusals import explained
 from fedpool.store import Store
 from fedpool.tasks.matrix import site_scores
 from fedpool.tensors import Digest
@@ -225,12 +224,11 @@ class Run:
         target = self._downloads / path
         if not target.exists():
             known = records[round]["global"] if round < len(records) else records[round - 1]["next_global"]
-            with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
-                fetched = self._store.fetch(path, Path(folder), Digest(**known))
+            with explained(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(f".{target.name}.{os.getpid()}")
-                shutil.copyfile(fetched, partial)
-                partial.replace(target)
+                # Beside the target, so that it appears there whole.
+                with tempfile.TemporaryDirectory(prefix=".fedpool-", dir=target.parent) as folder:
+                    self._store.fetch(path, Path(folder), Digest(**known)).replace(target)
         return target
 
     def _last_word(self) -> dict[str, Any] | None:

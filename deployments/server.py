@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedpool.errors import ServerError
+from fedpool.refusals import explained
 
 STARTUP_TIMEOUT_S = 180.0
 """Starting takes five to ten seconds on an idle machine; a busy one may need far longer."""
@@ -44,7 +45,8 @@ class PrivateServer:
     """A Prefect server that lives no longer than this object's `with` block."""
 
     def __init__(self) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="fedpool-prefect-")
+        with explained(tempfile.gettempdir()):
+            self._home = tempfile.TemporaryDirectory(prefix="fedpool-prefect-")
         self._output = Path(self._home.name) / "server.log"
         port = free_port()
         self.address = f"http://127.0.0.1:{port}"

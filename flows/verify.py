@@ -19,6 +19,7 @@ from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import sha256_without
 from fedpool.paths import JobPaths
+from fedpool.refusals import explained
 from fedpool.sites.site_round import read_delivery
 from fedpool.storable import storable
 from fedpool.store import Store, check_digest, to_json
@@ -86,7 +87,7 @@ class _Audit:
         self._previous = hashlib.sha256(store.read_bytes(self._paths.job)).hexdigest()
 
     def run(self) -> Verified:
-        with tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:
+        with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:
             while self._store.exists(path := self._paths.record(len(self._records))):
                 self._verify_round(path, Path(folder))
             self._verify_model(num_trained(self._records), self._head)

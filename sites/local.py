@@ -20,6 +20,7 @@ from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
+from fedpool.refusals import explained
 from fedpool.site_order import in_order
 from fedpool.sites.launcher import Zygote
 from fedpool.sites.output import LogLine
@@ -329,9 +330,10 @@ class LocalSites:
 
     def _new_session(self, site: str, slot: int) -> Session:
         assert self._job is not None
-        (self._folder / "sites" / site).mkdir(parents=True, exist_ok=True)
-        sockets = self._sockets / str(self.names.index(site))
-        sockets.mkdir(exist_ok=True)
+        folder, sockets = self._folder / "sites" / site, self._sockets / str(self.names.index(site))
+        for made in (folder, sockets):
+            with explained(made):
+                made.mkdir(parents=True, exist_ok=True)
         environment = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
         work = Work(
             job_id=self._job.job_id,

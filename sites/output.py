@@ -6,6 +6,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from fedpool.errors import StoreRefused
 from fedpool.sites.missing import missing
 from fedpool.storable import storable
 
@@ -16,6 +17,9 @@ _TAIL_LINES = 200
 MAX_LINE_BYTES = 4096
 
 LogLine = Callable[[str], None]
+
+
+_REFUSED = f"{StoreRefused.__module__}.{StoreRefused.__qualname__}: "
 
 
 class Output:
@@ -87,6 +91,9 @@ class Output:
             self._pass(self._partial)
             self._partial = b""
         lines = list(self._tail)
+        # A disk that is full is not the script's fault: where it came upon that says nothing.
+        if lines and lines[-1].startswith(_REFUSED):
+            return f"\n{lines[-1].removeprefix(_REFUSED)}"
         starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
         chosen = lines[starts[0] :] if starts else lines[-5:]
         return "".join(f"\n{line}" for line in [*chosen, *missing(chosen, self._folder)])

@@ -311,6 +311,14 @@ class S3Server:
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reserved.bind(("127.0.0.1", self._port))
 
+    def rotate_keys(self) -> None:
+        """Serve with new keys, which are in `environment` now, and know the old ones no more."""
+        self.stop()
+        key, secret = f"key{secrets.token_hex(4)}", secrets.token_hex(16)
+        self.environment |= {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+        self._rclone_environment["RCLONE_AUTH_KEY"] = f'"{key},{secret}"'
+        self.start()
+
     def close(self) -> None:
         """End the server and remove its folder. Idempotent."""
         if self._process is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from fedpool.errors import IntegrityError, RecipeError
+from fedpool.refusals import explained
 from fedpool.script_files import ScriptFiles, find_files
 
 _CANNOT_UNPACK = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
@@ -99,6 +100,7 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
 
     Raises:
         IntegrityError: the bytes do not have that hash, or a name points outside the folder.
+        StoreRefused: the folder cannot be written to.
     """
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
@@ -117,8 +119,9 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
                 raise IntegrityError(f"the bundle holds {entry.filename!r}, which is not a file inside its folder")
             target = folder / name
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.read(entry))
+                with explained(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(entry))
             except _CANNOT_UNPACK as error:
                 raise IntegrityError(
                     f"the bundle holds {entry.filename!r}, which cannot be unpacked: {error}"

@@ -11,6 +11,7 @@ from typing import IO, Any
 from fedpool.arrays import describe, is_torch, load_arrays, save_and_hash
 from fedpool.checkpoint import fit_names, is_class_path, load_checkpoint, make_model, unwrap
 from fedpool.errors import RecipeError
+from fedpool.refusals import explained
 from fedpool.tensors import Digest, TensorSpec, Writable
 
 _CHUNK_BYTES = 1 << 20
@@ -114,7 +115,10 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
                 f"model: params[{name!r}] is on the meta device, where it has a shape and no values: give their values as "
                 "initial_ckpt, or make the model on the CPU (net.to_empty(device='cpu'), then initialise it)"
             )
-    with tempfile.NamedTemporaryFile(prefix="fedpool-", suffix=".safetensors") as file:
+    with (
+        explained(tempfile.gettempdir()),
+        tempfile.NamedTemporaryFile(prefix="fedpool-", suffix=".safetensors") as file,
+    ):
         try:
             digest = save_and_hash(file, {str(name): value for name, value in params.items()})
         except (RuntimeError, NotImplementedError) as error:  # a kind of tensor that has no bytes of its own

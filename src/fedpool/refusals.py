@@ -1,10 +1,10 @@
-"""Why a store or a disk refuses, in one sentence: what, where, and the remedy. Only what waiting does not heal is here."""
+"""Why a store or a disk refuses, in one sentence: what, where, and the remedy. Only what waiting does not heal is here.
+
+Client scripts import this: what few errors need is imported where they are told.
+"""
 
 import errno
-import getpass
 import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +76,8 @@ _BOTOCORE: Mapping[str, tuple[str, str]] = {
 
 
 def _whose(path: str) -> str:
+    import getpass
+
     try:
         return f"the user {getpass.getuser()}"
     except (KeyError, OSError):  # a container's user may have no name
@@ -83,14 +85,16 @@ def _whose(path: str) -> str:
 
 
 def _full(path: str) -> str:
-    place = Path(path)
-    while not place.exists() and place != place.parent:
+    import shutil
+
+    place = Path(path).absolute()
+    while not (place.exists() and place.is_mount()) and place != place.parent:
         place = place.parent
     try:
         free = shutil.disk_usage(place).free
     except OSError:
         return "the disk is full"
-    return f"the disk is full ({free / 1e6:.1f} MB free in {place})"
+    return f"the disk is full ({free / 1e6:.1f} MB free on {place})"
 
 
 _ERRNOS: Mapping[int, Callable[[str], tuple[str, str]]] = {
@@ -107,7 +111,6 @@ _ERRNOS: Mapping[int, Callable[[str], tuple[str, str]]] = {
     errno.EPERM: lambda path: (f"{_whose(path)} is not allowed to", "choose another folder, or change its permissions"),
     errno.EMFILE: lambda path: ("this process has too many files open", "raise its limit: ulimit -n"),
     errno.ENFILE: lambda path: ("this machine has too many files open", "raise its limit: sysctl fs.file-max"),
-    errno.ENAMETOOLONG: lambda path: ("the path is too long", "choose a shorter folder"),
     errno.EFBIG: lambda path: ("the file is larger than the file system or a limit allows", "raise it: ulimit -f"),
 }
 """Numbers of a local file system's errors -> what is wrong, and the remedy."""
@@ -160,6 +163,8 @@ def _of_s3(error: BaseException) -> tuple[str, str] | None:
 
 def _unknown_host(error: Any) -> str | None:
     """The host of an endpoint that has no address; None when it could be reached, or nobody can tell."""
+    import socket
+
     inner = error.kwargs.get("error")
     while inner is not None:
         if isinstance(inner, socket.gaierror) and inner.errno in (

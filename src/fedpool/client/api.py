@@ -17,6 +17,7 @@ from fedpool.client.ranks import TorchrunHost, find_host
 from fedpool.errors import ClientError, RecipeError
 from fedpool.model import CONTROL, NUM_STEPS, FLModel, ParamsType
 from fedpool.paths import check_name
+from fedpool.refusals import explained
 from fedpool.tensors import beside, split_beside
 
 _EXCLUDED = "excluded"
@@ -323,7 +324,7 @@ class Client:
             extras = model.extras if control is None else {**model.extras, CONTROL: control}
             beside_them = _beside(extras, excluded)
             # Without a host there is nowhere to write: the params are checked and counted all the same.
-            with Path(assignment.update or "/dev/null").open("wb") as file:
+            with explained(assignment.update or "update"), Path(assignment.update or "/dev/null").open("wb") as file:
                 save_arrays(file, sent | beside_them)
             # A DIFF of a parameter that stays here is not a value to go on from; FULL is.
             if excluded and model.params_type is not ParamsType.DIFF:

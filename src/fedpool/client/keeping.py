@@ -14,6 +14,7 @@ from typing import Any
 from fedpool.arrays import ParamsFormat, load_arrays, save_arrays
 from fedpool.client.hosts import Assignment
 from fedpool.errors import ClientError
+from fedpool.refusals import explained
 
 _NONE_COUNTED = -1
 
@@ -77,11 +78,16 @@ def _write(assignment: Assignment, name: str, stem: str, params: Mapping[str, An
                 save_arrays(file, params)
             return
         target = Path(assignment.kept) / f"{assignment.round:05d}" / f"{stem}.safetensors"
-        target.parent.mkdir(parents=True, exist_ok=True)
         # Beside, then into place: the values received from the old file are a map of it.
         partial = target.with_suffix(".partial")
-        with partial.open("wb") as file:
-            save_arrays(file, params)
+        with explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("wb") as file:
+                    save_arrays(file, params)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
     except (TypeError, AttributeError) as error:
         raise ClientError(f"keep({name!r}) takes a dict of name -> array: {error}") from None
     partial.replace(target)
