@@ -133,7 +133,7 @@ def test_a_line_of_10_mb_is_cut(run_job: Callable[..., Run]) -> None:
 def test_a_script_that_fails_before_init_says_so(run_job: Callable[..., Run]) -> None:
     run = run_job("import a_module_that_is_not_installed\n")
     with pytest.raises(
-        JobFailed, match=r"(?s)round 0.*site-1 failed.*No module named 'a_module_that_is_not_installed'"
+        JobFailed, match=r"(?s)round 0.*site-1, site-2 failed.*No module named 'a_module_that_is_not_installed'"
     ):
         run.get_result()
 
