@@ -4,6 +4,9 @@ Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalizati
 (https://arxiv.org/abs/2012.04221). Beside its part in the global model, a site minimises this for its personal v:
 
     F_k(v) + lambda/2 ||v - w_global||^2
+
+The paper starts every v from the initial model. Here a site starts it from the model that it receives first, which is a
+later one where the site is first drawn in a later round.
 """
 
 from collections.abc import Mapping

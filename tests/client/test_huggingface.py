@@ -725,3 +725,54 @@ def test_a_job_of_transformers_scripts_learns(run_job: Callable[..., Run]) -> No
     losses = [metrics["eval_loss"] for metrics in result.metrics]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
+
+
+class TestWeights:
+    """What an update weighs: steps, and for FedNova, which makes up for steps itself, rows."""
+
+    def trained(
+        self, serve: Callable[..., MemoryHost], folder: Path, rows: Any, optimizer: str = "SGD", **config: Any
+    ) -> MemoryHost:
+        host = serve(config=config)
+        model = new_model()
+        made = getattr(torch.optim, optimizer)(model.parameters(), lr=0.1)
+        trainer = new_trainer(folder, model, optimizers=(made, None), lr_scheduler_type="constant")
+        trainer.train_dataset = rows
+        flare.patch(trainer)
+        trainer.train()
+        return host
+
+    def test_fednova_has_the_rows_for_the_weight_and_any_other_recipe_the_steps(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        meta = self.trained(serve, tmp_path, Examples(), algorithm="fednova").updates[0]["meta"]
+        assert (meta["NUM_STEPS_CURRENT_ROUND"], meta["LOCAL_STEPS"]) == (NUM_EXAMPLES, STEPS)
+        meta = self.trained(serve, tmp_path, Examples()).updates[0]["meta"]
+        assert meta["NUM_STEPS_CURRENT_ROUND"] == STEPS and "LOCAL_STEPS" not in meta
+
+    def test_fednova_refuses_an_optimizer_that_scales_by_the_gradients_and_rows_that_cannot_be_counted(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path
+    ) -> None:
+        with pytest.raises(ClientError, match="AdamW scales its steps by the gradients"):
+            self.trained(serve, tmp_path, Examples(), "AdamW", algorithm="fednova")
+        with pytest.raises(ClientError, match="a Stream does not say how many it has"):
+            self.trained(serve, tmp_path, Stream(), algorithm="fednova")
+
+    @pytest.mark.parametrize("algorithm", ["fednova", "scaffold", "none"])
+    def test_without_data_an_update_has_weight_0(
+        self, serve: Callable[..., MemoryHost], tmp_path: Path, algorithm: str
+    ) -> None:
+        nothing = torch.utils.data.Subset(Examples(), [])
+        host = self.trained(serve, tmp_path, nothing, algorithm=algorithm)
+        assert host.updates[0]["meta"]["NUM_STEPS_CURRENT_ROUND"] == 0
+        sent, received = host.params_sent(), new_model().state_dict()
+        assert all(torch.equal(sent[name], received[name]) for name in received)
+        assert algorithm != "fednova" or host.updates[0]["meta"]["LOCAL_STEPS"] == 0
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Rows that nobody has counted."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = Examples()
+        yield from (rows[number] for number in range(len(rows)))

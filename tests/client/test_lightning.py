@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -900,3 +900,66 @@ class TestProximalTerm:
     def test_a_strength_that_is_no_number_from_0_is_refused(self, mu: Any) -> None:
         with pytest.raises(ClientError, match="fedprox_mu in the config must be a finite number from 0, got"):
             proximal_mu({"fedprox_mu": mu})
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Rows that nobody has counted."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from zip(INPUTS, TARGETS, strict=True)
+
+
+def trained_with(serve: Callable[..., MemoryHost], package: ModuleType, folder: Path, data: Any, **config: Any) -> Any:
+    """What the trainer sends of one round of the data, one that shuffles nothing."""
+    host = serve(config=config)
+    trainer = new_trainer(package, folder)
+    flare.patch(trainer)
+    trainer.fit(lightning_net(package), DataLoader(data, batch_size=4))
+    return host
+
+
+class TestWeights:
+    """What an update weighs: steps, and for FedNova, which makes up for steps itself, rows."""
+
+    def test_fednova_has_the_rows_for_the_weight_and_the_reach_of_the_steps(
+        self, serve: Callable[..., MemoryHost], package: ModuleType, tmp_path: Path
+    ) -> None:
+        data = TensorDataset(INPUTS, TARGETS)
+        meta = trained_with(serve, package, tmp_path, data, algorithm="fednova").updates[0]["meta"]
+        assert meta["NUM_STEPS_CURRENT_ROUND"] == BATCHES * 4
+        net = Net()
+        optimizer, scheduler = new_optimizer(net)
+        steps = fedpool.client.LocalSteps(optimizer)
+        for _ in range(EPOCHS):
+            for _ in range(BATCHES):
+                for parameter in net.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+            scheduler.step()
+        assert meta["LOCAL_STEPS"] == steps.close() > EPOCHS * BATCHES
+
+    def test_any_other_recipe_has_the_steps(
+        self, serve: Callable[..., MemoryHost], package: ModuleType, tmp_path: Path
+    ) -> None:
+        meta = trained_with(serve, package, tmp_path, TensorDataset(INPUTS, TARGETS)).updates[0]["meta"]
+        assert meta["NUM_STEPS_CURRENT_ROUND"] == EPOCHS * BATCHES
+
+    def test_rows_that_cannot_be_counted_are_refused(
+        self, serve: Callable[..., MemoryHost], package: ModuleType, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ClientError, match="a Stream does not say how many it has"):
+            trained_with(serve, package, tmp_path, Stream(), algorithm="fednova")
+
+    @pytest.mark.filterwarnings("ignore:Total length of `DataLoader`", "ignore:Total length of `CombinedLoader`")
+    @pytest.mark.parametrize("algorithm", ["fednova", "scaffold", "none"])
+    def test_without_data_an_update_has_weight_0(
+        self, serve: Callable[..., MemoryHost], package: ModuleType, tmp_path: Path, algorithm: str
+    ) -> None:
+        nothing = TensorDataset(INPUTS[:0], TARGETS[:0])
+        host = trained_with(serve, package, tmp_path, nothing, algorithm=algorithm)
+        assert host.updates[0]["meta"]["NUM_STEPS_CURRENT_ROUND"] == 0
+        sent = host.params_sent()
+        assert {name: value for name, value in sent.items() if "::" not in name}.keys() == INITIAL.keys()
+        assert all(torch.equal(sent[name], value) for name, value in INITIAL.items())
+        assert algorithm != "fednova" or host.updates[0]["meta"]["LOCAL_STEPS"] == 0
+        assert algorithm != "scaffold" or not sent["control::layer.weight"].any()
