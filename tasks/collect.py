@@ -6,6 +6,7 @@ other sites still train. A round that closes leaves the sites that have not answ
 """
 
 import asyncio
+import contextlib
 import re
 import time
 from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -224,8 +225,11 @@ async def _part(round: Round, site: str) -> bool:
     before = round.asked.get(site, Asked(0, answered=False))
     attempt = before.attempt
     if not before.answered:
-        while not await round.sites.announce(site, round.number, attempt):
-            attempt += 1
+        with contextlib.suppress(
+            SiteError
+        ):  # at the round's turn it is asked all the same, and what comes of that is noted
+            while not await round.sites.announce(site, round.number, attempt):
+                attempt += 1
     turn = await asyncio.shield(round.turn)
     if turn is None or site not in turn.sites:
         return False
@@ -268,7 +272,7 @@ async def _ask(round: Round, turn: Turn, site: str, attempt: int) -> None:
     logger = get_run_logger()
     answers = round.answers
     assert answers is not None, "begin() comes first"
-    again = _Again(round.retries, round.patience_s if round.sites.have_runs else 0.0)
+    again = Again(round.retries, round.patience_s if round.sites.have_runs else 0.0)
     while True:
         try:
             outcome = await _unless(answers.closed, _answer(round, turn, site, attempt)) or Late(site, attempt)
@@ -288,7 +292,7 @@ async def _ask(round: Round, turn: Turn, site: str, attempt: int) -> None:
             return
 
 
-class _Again:
+class Again:
     """When a site that was lost is asked again: at once, so often as `retries` says; then, within `patience_s` of its first loss,
     after pauses that grow, because a worker that is being restarted may lose its work more than once.
     """

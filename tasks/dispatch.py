@@ -21,7 +21,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
 from prefect.states import Cancelled, Pending, Scheduled
 
 from fedpool.errors import ServerError, SiteError, StoreError, StoreRefused
@@ -30,7 +30,8 @@ from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import Delivery, read_delivery
 from fedpool.store import Store
-from fedpool.tasks.reach import GONE, NO_WORKER, Place, clock_ahead, find_place, read_pools, unreachable
+from fedpool.tasks.reach import GONE, Place, clock_ahead, find_place, read_pools, unreachable
+from fedpool.tasks.waiting import AWAY, Waiting
 
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25
@@ -42,9 +43,6 @@ _API_PATIENCE_S = 600.0
 """How long the Prefect API may be unreachable before the sites count as lost."""
 _PAGE = 200
 
-_AWAY = "Away"
-"""Name of the state of a run whose site could not be reached for too long; no run on the server is ever in it."""
-
 _Key = tuple[str, int, int]
 """Site, round and attempt."""
 
@@ -52,48 +50,6 @@ _Key = tuple[str, int, int]
 @task(name="site-round")
 def _site_round() -> None:
     """Stands for the run at the site in the round's graph; never called."""
-
-
-class _Waiting:
-    """Someone who waits for a site's part of a round.
-
-    Attributes:
-        ended: the state that the run ended in; None when its manifest was there first.
-        patience_s: how long the site may be unreachable.
-        log: told when it becomes unreachable, and when it can be reached again.
-        begun: whether a worker has taken the run, as far as is known.
-        away_since: since when it has been unreachable, as far as is known (`time.monotonic()`).
-    """
-
-    __slots__ = ("away_since", "begun", "ended", "log", "patience_s")
-
-    def __init__(self, patience_s: float, log: LogLine) -> None:
-        self.ended: asyncio.Future[State[Any] | None] = asyncio.get_running_loop().create_future()
-        self.patience_s = patience_s
-        self.log = log
-        self.begun = False
-        self.away_since: float | None = None
-
-    def resolve(self, state: State[Any] | None) -> None:
-        """The wait is over, unless it was before."""
-        if not self.ended.done():
-            self.ended.set_result(state)
-
-    def note(self, hindrance: str | None, pool: str) -> None:
-        """Note whether the site can be reached; once it could not for too long, the wait is over."""
-        if hindrance is None:
-            if self.away_since is not None:
-                self.log("it can be reached again")
-            self.away_since = None
-            return
-        what = f"no worker of work pool {pool} is online" if hindrance == NO_WORKER else f"work pool {pool} is paused"
-        now = time.monotonic()
-        if self.away_since is None:
-            self.away_since = now
-            self.log(f"{what}: waiting for it for up to {self.patience_s:g} s (site_patience_s)")
-        if now - self.away_since >= self.patience_s:
-            message = f"{what}, and did not change that in {self.patience_s:g} s (site_patience_s)"
-            self.resolve(Cancelled(name=_AWAY, message=message))
 
 
 class PoolSites:
@@ -132,7 +88,7 @@ class PoolSites:
         self._places: dict[str, Place] = {}
         self._ahead: timedelta | None = None
         self._runs: dict[_Key, UUID] = {}
-        self._waiting: dict[_Key, _Waiting] = {}
+        self._waiting: dict[_Key, Waiting] = {}
         self._answered: set[_Key] = set()
         self._watch: asyncio.Task[None] | None = None
         self._job: ClientJob | None = None
@@ -152,15 +108,26 @@ class PoolSites:
 
     async def announce(self, site: str, round: int, attempt: int) -> bool:
         """See `Sites.announce`: creates the site's run of the round. Harmless when repeated."""
-        assert self._job is not None and self._store is not None, "open() comes first"
         client = await self._connect()
+        tracking = await self._tracking(client, f"{site}-{attempt}" if attempt else site)
         try:
-            place = await self._place(site)
-        except ObjectNotFound:
+            run = await self._create(client, site, round, attempt, tracking)
+        except (ObjectNotFound, PrefectHTTPStatusError) as error:
+            if isinstance(error, PrefectHTTPStatusError) and error.response.status_code != 404:
+                raise
+            self._places.pop(site, None)  # it may be registered anew
             raise SiteError(
                 site, round, f"it has no deployment site-round/{site}: start its worker, or register it"
             ) from None
-        run = await client.create_flow_run_from_deployment(
+        self._runs[site, round, attempt] = run.id
+        return run.state is None or not run.state.is_final()  # an earlier coordinator's may have ended with it
+
+    async def _create(
+        self, client: PrefectClient, site: str, round: int, attempt: int, tracking: UUID | None
+    ) -> FlowRun:
+        assert self._job is not None and self._store is not None, "open() comes first"
+        place = await self._place(site)
+        run: FlowRun = await client.create_flow_run_from_deployment(
             place.deployment,
             # Else a run is due by this machine's clock, and workers take it when it is due by the server's or their own.
             state=Scheduled(scheduled_time=datetime.now(UTC) - await self._clock_ahead(client)),
@@ -173,10 +140,9 @@ class PoolSites:
             },
             name=f"{self._job.job_id} round {round} {site}" + (f" attempt {attempt}" if attempt else ""),
             idempotency_key=f"{self._job.job_id}/{round}/{site}/{attempt}",
-            parent_task_run_id=await self._tracking(client, f"{site}-{attempt}" if attempt else site),
+            parent_task_run_id=tracking,
         )
-        self._runs[site, round, attempt] = run.id
-        return run.state is None or not run.state.is_final()  # an earlier coordinator's may have ended with it
+        return run
 
     async def unreachable(self, sites: Collection[str]) -> dict[str, str]:
         """See `Sites.unreachable`."""
@@ -201,12 +167,12 @@ class PoolSites:
             await self.announce(*key)
         try:
             await asyncio.to_thread(self._assign, assignment)
-            state = await self._answer(key, deadline, _Waiting(patience_s, log))
+            state = await self._answer(key, deadline, Waiting(patience_s, log))
             if self._cancelled:
                 raise SiteError(site, round, "the job was cancelled")
             if state is not None and not state.is_completed():
-                if state.name == _AWAY:
-                    raise SiteError(site, round, state.message or _AWAY, away=True)
+                if state.name == AWAY:
+                    raise SiteError(site, round, state.message or AWAY, away=True)
                 raise SiteError(site, round, f"{state.name}: {_cause(state, site, round)}", lost=state.is_crashed())
             delivery = await asyncio.to_thread(read_delivery, self._store, self._job.job_id, round, site, attempt)
             self._answered.add(key)
@@ -280,8 +246,8 @@ class PoolSites:
         )
         return run.id
 
-    async def _answer(self, key: _Key, deadline: float | None, waiting: _Waiting) -> State[Any] | None:
-        """Wait for a site's part of a round; see `_Waiting.ended`."""
+    async def _answer(self, key: _Key, deadline: float | None, waiting: Waiting) -> State[Any] | None:
+        """Wait for a site's part of a round; see `Waiting.ended`."""
         self._waiting[key] = waiting
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_sites())
@@ -384,9 +350,9 @@ class PoolSites:
 
     async def _look_at_workers(self) -> None:
         """Give up on sites that stay unreachable: their workers were killed, or stopped, or get no work."""
-        waited = dict(self._waiting)
-        places = {site: await self._place(site) for site, _, _ in waited}
-        pools = await read_pools(await self._connect(), {place.pool for place in places.values()})
+        waited = {key: waiting for key, waiting in self._waiting.items() if key[0] in self._places}
+        places = dict(self._places)
+        pools = await read_pools(await self._connect(), {places[site].pool for site, _, _ in waited})
         for (site, _, _), waiting in waited.items():
             place = places[site]
             hindrance = pools.get(place.pool, GONE).hinders(resident=place.resident, begun=waiting.begun)

@@ -79,7 +79,11 @@ class GatedJob:
         """Block until every site holds, or some; in a certain round, if it is given."""
         suffix = "" if round is None else f"-{round}"
         held = [self._folder / f"training-{site}{suffix}" for site in sites or self._sites]
-        wait_until(lambda: all(path.exists() for path in held), over=lambda: run.get_status() is not JobStatus.RUNNING)
+        wait_until(
+            lambda: all(path.exists() for path in held),
+            timeout_s=400,
+            over=lambda: run.get_status() is not JobStatus.RUNNING,
+        )
 
     def release(self, round: int | None = None) -> None:
         """Let the sites go on, to the end or out of one round."""

@@ -185,6 +185,30 @@ def test_a_paused_pool_is_named_by_the_submission_and_is_a_site_away_to_a_run_in
     wait_until(lambda: told in all_logs(env))
 
 
+def test_a_site_that_is_no_longer_registered_is_named_and_taken_again_once_it_is(env: PocEnv, tmp_path: Path) -> None:
+    async def delete() -> None:
+        async with get_client() as client:
+            await client.delete_deployment((await client.read_deployment_by_name("site-round/c")).id)
+
+    job = GatedJob(tmp_path, SITES, hold=(1, 3), min_clients=2, num_rounds=5)
+    with job.started(env) as run:
+        job.wait_until_held(run, round=1)
+        with temporary_settings(env.settings()):
+            asyncio.run(delete())
+        job.release(1)
+        job.wait_until_held(run, round=3, sites=("a", "b"))
+        worker = worker_of(env, "c")
+        worker.terminate()
+        worker.wait()
+        env.up()
+        job.release(3)
+        result = run.get_result(240)
+    for record in result.rounds[2:4]:
+        (failed,) = record["failed"]
+        assert failed["cause"] == "it has no deployment site-round/c: start its worker, or register it"
+    assert len(result.rounds[4]["accepted"]) == 3
+
+
 SUBMITS = """
 import numpy as np
 from fedpool import FedAvgRecipe, PocEnv

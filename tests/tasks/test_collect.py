@@ -3,7 +3,7 @@
 import pytest
 
 from fedpool.paths import JobPaths
-from fedpool.tasks.collect import Asked, asked_before
+from fedpool.tasks.collect import Again, Asked, asked_before
 
 PATHS = JobPaths("job")
 
@@ -31,3 +31,20 @@ def test_a_site_that_was_lost_is_asked_again_beside_what_it_left() -> None:
 
 def test_a_round_of_which_nothing_is_there_is_begun_from_nothing() -> None:
     assert asked_before(found(PATHS.global_model(3)), lives_on=True) == {}
+
+
+def test_a_site_that_was_lost_is_asked_again_at_once_so_often_as_is_said() -> None:
+    again = Again(retries=2, patience_s=0)
+    assert [again.after_loss(now) for now in (0.0, 500.0, 501.0)] == [0.0, 0.0, None]
+
+
+def test_after_that_it_is_asked_again_after_pauses_that_grow_while_the_patience_lasts() -> None:
+    again = Again(retries=1, patience_s=10)
+    assert [again.after_loss(now) for now in (100.0, 101.0, 103.0, 105.5)] == [0.0, 1.0, 2.0, 4.0]
+    assert again.after_loss(109.5) is None  # the next pause, of 8 s, would end after the patience does
+
+
+def test_the_patience_counts_from_the_first_loss() -> None:
+    again = Again(retries=0, patience_s=10)
+    assert again.after_loss(0.0) == 1.0
+    assert again.after_loss(9.0) is None
