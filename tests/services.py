@@ -99,6 +99,18 @@ class PostgresServer:
             self.close()
             raise
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which `psql` and its kin, which it puts on the PATH, are its superuser."""
+        return {
+            "PGHOST": "127.0.0.1",
+            "PGPORT": str(self._port),
+            "PGUSER": "fedpool",
+            "PGPASSWORD": self._password,
+            "PGDATABASE": "postgres",
+            "PATH": os.pathsep.join([str(self._programs), os.environ.get("PATH", os.defpath)]),
+        }
+
     def new_database(self) -> str:
         """The URL of another empty database with pg_trgm, for tests that must not see each other's tables."""
         self._num_databases += 1
