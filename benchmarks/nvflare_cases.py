@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,10 @@ CASES = (
     Case("*kaplan-meier-he/client*.py", reason=SERVER + "it sends histograms, not a model"),
     Case("*/fedbpt_train.py", reason=SERVER + "it sends what an evolution strategy asks for"),
     Case("examples/*/hello-dp/client.py", reason="needs a download: the data set of OpenML"),
+    Case("*/codon-fm/*", reason="needs data that the example downloads"),
+    Case("*torchrun*", reason="is started by torchrun"),
+    Case("*pt-ddp*", reason="is started by torchrun"),
+    Case("*multi-gpu/pt/*", reason="is started by torchrun"),
     Case("*/bionemo/task_fitting/*", reason="needs data that the example downloads"),
     Case("skills/*", reason="is a template without a model"),
     Case("docs/*", reason="is a fragment of the documentation"),
@@ -130,6 +135,8 @@ def reason_of(path: str, text: str, modules: set[str], missing: list[str]) -> st
     case = case_of(path)
     if case.reason:
         return case.reason
+    if "torch.utils.tensorboard" in text and find_spec("tensorboard") is None:
+        missing = [*missing, "tensorboard"]
     if missing:
         return f"needs a library that is not installed: {', '.join(missing)}"
     if (case.gpu or _GPU.search(text)) and not torch.cuda.is_available():

@@ -39,6 +39,7 @@ SYNTHETIC = Path(__file__).parent / "synthetic"
 TIMEOUT_S = 600
 
 
+_CONFIGS = {"fedprox": {"fedprox_mu": 0.1}, "scaffold": {"algorithm": "scaffold"}, "": {}}
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -168,16 +169,31 @@ def _logged(log: Path, target: Callable[["Settings"], None], settings: "Settings
 
 
 def _alone(settings: "Settings") -> None:
-    """Run a script alone, and keep what it sends: its model."""
+    """Run a script alone until it loads the received model, or sends, and keep its model as it is then."""
+    import torch
+
+    from fedpool.arrays import save_arrays
     from fedpool.client import hosts
 
-    first = hosts.Standalone.next
+    target = settings.data / "alone"
+    first, load = hosts.Standalone.next, torch.nn.Module.load_state_dict
 
-    def kept(self: hosts.Standalone, timeout: float | None) -> Any:
+    def next_kept(self: hosts.Standalone, timeout: float | None) -> Any:
+        self.welcome = dataclasses.replace(self.welcome, config=_CONFIGS[settings.algorithm])
         assignment = first(self, timeout)
-        return assignment and dataclasses.replace(assignment, update=str(settings.data / "alone"))
+        return assignment and dataclasses.replace(assignment, update=str(target))
 
-    hosts.Standalone.next = kept  # type: ignore[method-assign]  # this process is for the one script
+    def load_kept(self: torch.nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(state_dict).__name__ == "InitialParams":  # what a script receives when it is alone
+            with target.open("wb") as file:
+                save_arrays(file, self.state_dict())
+            os._exit(0)
+        return load(self, state_dict, *args, **kwargs)
+
+    # This process is for the one script.
+    hosts.Standalone.next = next_kept  # type: ignore[method-assign]
+    torch.nn.Module.load_state_dict = load_kept  # type: ignore[method-assign]
+    torch.nn.Module.load_state_dict.wrapped_by_fedpool = True  # type: ignore[attr-defined]
     sys.argv = [str(settings.script), *settings.arguments.split()]
     sys.path[:0] = [str(settings.script.parent), *settings.python_path.split(os.pathsep)]
     runpy.run_path(str(settings.script), run_name="__main__")
@@ -230,16 +246,17 @@ def _run_job(settings: "Settings") -> None:
 
     kinds = {"scaffold": ScaffoldRecipe, "fedprox": FedProxRecipe, "": FedAvgRecipe}
     array = {"numpy_key": np.arange(9, dtype=np.float32).reshape(3, 3)}
+    model = array if settings.model == "numpy" else load_arrays(settings.data / "alone", "torch")
     recipe = kinds[settings.algorithm](
         name="check",
         min_clients=NUM_SITES,
         num_rounds=2,
-        model=array if settings.model == "numpy" else load_arrays(settings.data / "alone", "torch"),
+        model=model or array,  # a script that sends back what it gets has no model of its own
         train_script=settings.script,
         train_args=settings.arguments,
         cross_site_eval=settings.cross_site_eval,
         round_timeout=TIMEOUT_S / 2,
-        **({"fedprox_mu": 0.1} if settings.algorithm == "fedprox" else {}),
+        **(_CONFIGS["fedprox"] if settings.algorithm == "fedprox" else {}),
     )
     env = SimEnv(num_clients=NUM_SITES, workspace=settings.data / "runs", progress=False)
     result = recipe.execute(env=env).get_result()

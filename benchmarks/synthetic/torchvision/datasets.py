@@ -1,6 +1,7 @@
 """Data sets of a few random images, with the constructors of torchvision's."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class CIFAR10(_Images):
         target_transform: Any = None,
         download: bool = False,
     ) -> None:
+        if download:
+            Path(root).mkdir(parents=True, exist_ok=True)  # scripts save their models there
         super().__init__(NUM_TRAINED if train else NUM_SCORED, (32, 32, 3), int(train), transform)
 
 
