@@ -25,6 +25,9 @@ MAX_NAMED_BYTES = 64 << 10
 _SECRET = re.compile(r"secret|passw|credential|token(?!iz)|(?<![a-z])key", re.IGNORECASE)
 """Names of files that may hold one, and so do not travel either."""
 
+_SETTING_WORDS = (b"environ", b"putenv", b"unsetenv", b"load_dotenv")
+"""Without any of them a script sets no environment variable, and need not be looked through for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScriptFiles:
@@ -67,7 +70,8 @@ def find_files(script: Path) -> ScriptFiles:
             yield module, [names[file] for file, _ in finder.local_files(module)]
 
     trees = {names[path]: tree for path, tree in finder.trees.items()}
-    early = setting_before_import(names[script], trees, resolve)
+    may_set = any(word in source for source in finder.modules.values() for word in _SETTING_WORDS)
+    early = setting_before_import(names[script], trees, resolve) if may_set else None
     return ScriptFiles(root, finder.modules, tuple(sorted(named)), frozenset(finder.imports), early)
 
 
@@ -95,10 +99,11 @@ class _Finder:
             source = self.modules[file] = file.read_bytes()
             tree = self.trees[file] = _parse(os.path.relpath(file, self._script.parent), source)
             self._packages[file] = file.relative_to(base).parent.parts
-            paths = ScriptPaths(file, tree)
-            self.named.update(paths.existing_files())
-            for folder, first in paths.search_folders():
-                self._folders.setdefault(folder, first)
+            if b"__file__" in source:
+                paths = ScriptPaths(file, tree)
+                self.named.update(paths.existing_files())
+                for folder, first in paths.search_folders():
+                    self._folders.setdefault(folder, first)
             for node in ast.walk(tree):
                 for module in self.imported_modules(file, node):
                     local = list(self.local_files(module))
