@@ -167,15 +167,18 @@ class TorchrunHost:
         return answer
 
     def _part(self) -> None:
-        """The job is over. A store that lives in rank 0's process goes with it: then rank 0 waits for those that follow."""
+        """The job is over. A store that lives in rank 0's process goes with it: then rank 0 waits for those that follow.
+
+        Nobody keeps the store: a process that still held it when its interpreter ended hung there (torch 2.13).
+        """
+        store, self._store = self._reach(), None
         if self._host is None:
-            self._reach().set(f"fedpool/heard/{self._rank}", "")
+            store.set(f"fedpool/heard/{self._rank}", "")
             return
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's
             return
         import torch.distributed as dist
 
-        store = self._reach()
         ranks = range(1, dist.get_world_size())
         follow = [rank for rank in ranks if store.check([f"fedpool/follows/{rank}"])]
         deadline = time.monotonic() + _END_PATIENCE_S
@@ -207,8 +210,10 @@ class TorchrunHost:
 
     def _leave(self) -> None:
         """Rank 0 ends: nobody needs to wait for its next question."""
-        with suppress(RuntimeError):  # the store has ended already, and so have those who waited
-            self._store.set(_LEFT, "")
+        store, self._store = self._store, None
+        if store is not None:
+            with suppress(RuntimeError):  # the store has ended already, and so have those who waited
+                store.set(_LEFT, "")
 
     def _write(self, key: str, value: Any) -> None:
         self._reach().set(key, json.dumps(value))
