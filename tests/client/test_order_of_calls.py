@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedpool.client.api import Client
-from fedpool.client.exchange import Exchange
+from fedpool.client.exchange import Exchange, register
 from fedpool.client.hosts import Standalone
 from fedpool.errors import ClientError
 from fedpool.model import FLModel
@@ -89,7 +89,9 @@ def test_a_script_that_continues_on_what_it_cannot_do_is_told_how_to_say_so(
 
 
 def test_with_a_patched_trainer_the_remedy_is_its_own(tmp_path: Path) -> None:
-    exchange = Exchange(Client(host_of(tmp_path, {"weight": torch.ones(1, 1)})), strict=True)
+    client, trainer = Client(host_of(tmp_path, {"weight": torch.ones(1, 1)})), torch.nn.Identity()
+    assert register(client, trainer, {})
+    exchange = Exchange(client, strict=True)
     exchange.receive_to_score()
     exchange.scored({"loss": 1.0})  # as validate() does, in a script that forgets fit()
     with pytest.raises(ClientError, match=r"In a round of train, call fit\(\) or train\(\) of the patched trainer"):
@@ -102,15 +104,3 @@ def test_standalone_a_script_is_told_the_same() -> None:
     client.receive()
     with pytest.raises(ClientError, match=r"round 0 at site-1: send\(\) was not called"):
         client.is_running()
-
-
-def test_a_rank_above_0_need_not_send(tmp_path: Path) -> None:
-    host = host_of(tmp_path, MODEL, MODEL, silent=True)
-    client = Client(host)
-    rounds = 0
-    while client.is_running():
-        model = client.receive()
-        assert model is not None
-        rounds += 1
-    assert rounds == 2
-    assert len(host.timeouts) == 3
