@@ -45,4 +45,5 @@ def expected(
         positive_meta=strategy.positive_meta if trains else (),
         holes=holes,
         idle=arithmetic.idle_sites,
+        eval_examples=arithmetic.eval_examples,
     )

@@ -26,7 +26,7 @@ from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.causes import evaluation_error
-from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge
+from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge, judge_manifest
 from fedpool.tasks.holes import stored_holes
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
@@ -178,9 +178,7 @@ class _Audit:
             return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry["code"], entry["reason"])
         if entry["sha256"] is not None and "reason" not in entry and self._was_pruned(number, site, attempt):
             self._num_pruned += 1
-            manifest, weight = delivery.manifest, float(delivery.manifest.weight)
-            pruned = (entry.get("norm"), entry.get("scale", 1.0))
-            return Accepted(manifest, delivery.manifest_sha256, weight, None, *pruned)
+            return judge_manifest(site, attempt, delivery, wanted, entry.get("norm"), entry.get("scale", 1.0))
         return judge(self._store, site, attempt, delivery, wanted)
 
     def _was_pruned(self, number: int, site: str, attempt: int) -> bool:

@@ -22,6 +22,7 @@ class Arithmetic:
         exact_products: inner products of updates are symmetric, and the same on every processor; before, they were BLAS's.
         scaled_extras: what limits an update's difference limits what a strategy makes of its extras, too.
         idle_sites: an update that says of itself that no step was taken has weight 0; before, it was rejected.
+        eval_examples: an update's metrics count with the examples that its `meta` says they are of; before, that had no meaning.
     """
 
     number: int
@@ -31,7 +32,7 @@ class Arithmetic:
         """See the class."""
         return self.number >= 2
 
-    exact_products = scaled_extras = idle_sites = natural_order
+    exact_products = scaled_extras = idle_sites = eval_examples = natural_order
 
     def ordered(self, sites: Collection[str]) -> list[str]:
         """Names of sites in their order."""

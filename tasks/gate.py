@@ -22,7 +22,8 @@ class Expected:
     """What an update has to fit.
 
     `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must have: of that, 0
-    says that the site had nothing to train with and its update has weight 0, unless `idle` is false.
+    says that the site had nothing to train with and its update has weight 0, unless `idle` is false. `eval_examples`: whether
+    `meta` may say how many examples the metrics are of, and then has to say it right.
     `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`. `holes` names the
     tensors that may hold infinity where `base` does; None: as of an earlier version, whose sentences its records hold, none may.
     """
@@ -39,6 +40,7 @@ class Expected:
     positive_meta: tuple[str, ...] = ()
     holes: frozenset[str] | None = None
     idle: bool = True
+    eval_examples: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +140,9 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
     """
     manifest = delivery.manifest
     try:
-        _check_claims(site, attempt, manifest, expected)
-        weight = _check_weight(manifest.weight)
-        _check_examples(manifest)
+        weight = _check_manifest(site, attempt, manifest, expected)
         if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):
             return Accepted(manifest, delivery.manifest_sha256, weight, None)
-        if _is_idle(manifest, expected):
-            weight = 0.0
         if manifest.params_type is None or manifest.sha256 is None:
             raise _Refused("no_params", "it holds metrics but no parameters: send params in a training round")
         tensors = _open(store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest, expected.spec)
@@ -162,6 +160,31 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
     except IntegrityError as error:  # it was swapped while it was read
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, "bytes", storable(str(error))[:_MAX_REASON])
     return Accepted(manifest, delivery.manifest_sha256, weight, tensors, norm, scale)
+
+
+def judge_manifest(
+    site: str, attempt: int, delivery: Delivery, expected: Expected, norm: float | None, scale: float
+) -> Accepted | Rejected:
+    """Check an update that was accepted and is not kept any more, as far as its manifest tells: whom it is from, and its weight.
+
+    Args:
+        norm: of its difference, by the word of the round's record; likewise `scale`.
+    """
+    try:
+        weight = _check_manifest(site, attempt, delivery.manifest, expected)
+    except _Refused as refused:
+        reason = storable(str(refused))
+        return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, refused.code, reason)
+    return Accepted(delivery.manifest, delivery.manifest_sha256, weight, None, norm, scale)
+
+
+def _check_manifest(site: str, attempt: int, manifest: UpdateManifest, expected: Expected) -> float:
+    """The weight of an update by its manifest, which must fit what was asked."""
+    _check_claims(site, attempt, manifest, expected)
+    weight = _check_weight(manifest.weight)
+    if expected.eval_examples:
+        _check_examples(manifest)
+    return 0.0 if _is_idle(manifest, expected) else weight
 
 
 def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: Expected) -> None:

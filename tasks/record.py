@@ -49,7 +49,7 @@ def round_record(
         arithmetic: of the job.
     """
     ordered = arithmetic.by_site(sorted(outcomes, key=lambda outcome: outcome.attempt), lambda outcome: outcome.site)
-    accepted = [_accepted(outcome, known_weights) for outcome in ordered if isinstance(outcome, Accepted)]
+    accepted = [_accepted(outcome, known_weights, arithmetic) for outcome in ordered if isinstance(outcome, Accepted)]
     return {
         "protocol": PROTOCOL,
         "job_id": job_id,
@@ -110,10 +110,10 @@ def round_record(
     }
 
 
-def _accepted(outcome: Accepted, known_weights: Mapping[str, float]) -> dict[str, Any]:
+def _accepted(outcome: Accepted, known_weights: Mapping[str, float], arithmetic: Arithmetic) -> dict[str, Any]:
     manifest = outcome.manifest
     weight = outcome.weight
-    num_examples = manifest.meta.get(NUM_EVAL_EXAMPLES)
+    num_examples = manifest.meta.get(NUM_EVAL_EXAMPLES) if arithmetic.eval_examples else None
     if manifest.task == "evaluate" and NUM_STEPS not in manifest.meta:
         weight = known_weights.get(outcome.site, weight)
     return {

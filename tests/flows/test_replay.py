@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedpool import Run
+from fedpool import FedNovaRecipe, Run
 from fedpool.cli import main
 from fedpool.errors import ConfigError, RecipeError, RoundError
 from fedpool.flows.replay import replay_round
@@ -110,6 +110,16 @@ def test_updates_are_kept_as_long_as_the_recipe_says(
     assert (found.num_updates, found.num_pruned) == (12, 3 * (3 - len(kept)))
     assert command("job", "verify", run.job_id, "--store", store.url) == 0
     assert (f"{found.num_pruned} updates were not kept" in capsys.readouterr().out) == (keep != "all")
+
+
+def test_a_site_that_took_no_step_is_verified_when_its_updates_are_gone(
+    run_job: Callable[..., Run], store: Store
+) -> None:
+    script = SCRIPT.replace('metrics={"accuracy": 0.5}', 'meta={"LOCAL_STEPS": 0 if step == 2 else step}')
+    fields = {"min_clients": 3, "model": {"w": np.zeros(4, np.float32)}, "num_rounds": 3}
+    run = run_job(script, kind=FedNovaRecipe, env={"num_clients": 3}, keep_updates="last", **fields)
+    assert [entry["weight"] for entry in run.get_result().rounds[0]["accepted"]] == [1, 0, 1]
+    assert verify_job(store, run.job_id).num_pruned == 6
 
 
 def test_a_job_is_pruned_when_it_has_ended(

@@ -139,6 +139,10 @@ def test_a_number_of_examples_that_is_no_finite_number_from_0_is_rejected(task: 
     assert reason.startswith(f"its meta says NUM_EVAL_EXAMPLES {count}"[:999])
 
 
+def test_in_a_job_of_an_earlier_version_a_number_of_examples_has_no_meaning(store: Store) -> None:
+    assert accepted(store, sent(store, meta={"NUM_EVAL_EXAMPLES": "many"}), eval_examples=False).weight == 5.0
+
+
 @pytest.mark.parametrize("count", [0, 12, 2.5])
 def test_a_number_of_examples_is_no_weight_of_the_update(count: float, store: Store) -> None:
     assert accepted(store, sent(store, meta={"NUM_EVAL_EXAMPLES": count})).weight == 5.0

@@ -8,6 +8,7 @@ import pytest
 
 from fedpool.manifest import UpdateManifest
 from fedpool.store import to_json
+from fedpool.tasks.arithmetic import BEFORE
 from fedpool.tasks.causes import causes
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
 from fedpool.tasks.record import known_weights, of_global_models, round_ms, round_record
@@ -199,3 +200,11 @@ def test_rounds_of_global_models_are_neither_submissions_nor_of_other_models() -
         record([], task="evaluate", following=None),
     ]
     assert of_global_models(rounds) == [rounds[0], rounds[4]]
+
+
+@pytest.mark.parametrize("count", [3, "many"])
+def test_what_a_job_of_an_earlier_version_says_of_examples_had_no_meaning(count: float | str) -> None:
+    entry = accepted("site-1", 2.0, metrics={"acc": 0.5}, meta={"NUM_EVAL_EXAMPLES": count})
+    found = record([entry], arithmetic=BEFORE)
+    assert "num_eval_examples" not in found["accepted"][0]
+    assert found["denominators"] == {"acc": 2.0}
