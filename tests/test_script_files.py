@@ -59,6 +59,12 @@ def test_small_configuration_that_is_named_beside_the_script_travels(expression:
         "hf_token.txt",
         "api-key.json",
         "my_secrets.toml",
+        "secrets/prod.json",
+        "conf/keys/site.txt",
+        "apikey.txt",
+        "service_account.json",
+        "auth.json",
+        "kaggle.json",
     ],
 )
 def test_data_do_not_travel_by_being_named(name: str, tmp_path: Path) -> None:
@@ -74,6 +80,14 @@ def test_a_tokenizer_is_not_a_token(tmp_path: Path) -> None:
         "monkeys.txt": "x",
     }
     assert names(built(tmp_path, files)) == ["client.py", "monkeys.txt", "tokenizer.json"]
+
+
+def test_a_link_travels_by_its_own_name_unless_it_leads_to_what_does_not_travel(tmp_path: Path) -> None:
+    for name, target in (("now.json", "conf/a.json"), ("b.json", "data.csv"), ("c.json", "secrets/c.json")):
+        (tmp_path / name).symlink_to(target)
+    script = f"{HERE}for name in (HERE / 'now.json', HERE / 'b.json', HERE / 'c.json'): open(name)\n"
+    files = {"client.py": script, "conf/a.json": "{}", "data.csv": "1", "secrets/c.json": "{}"}
+    assert names(built(tmp_path, files)) == ["client.py", "now.json"]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,12 @@ NAMED_SUFFIXES = frozenset({".cfg", ".ini", ".json", ".py", ".toml", ".txt", ".y
 MAX_NAMED_BYTES = 64 << 10
 """Size of such a file: a larger one may be data."""
 
-_SECRET = re.compile(r"secret|passw|credential|token(?!iz)|(?<![a-z])key", re.IGNORECASE)
-"""Names of files that may hold one, and so do not travel either."""
+_SECRET = re.compile(
+    r"secret|passw|credential|token(?!iz)|(?<![a-z])key|(api|auth|private|ssh)_?key|(?<![a-z])auth(?![a-z])|service.?account"
+    r"|^kaggle\.json$",
+    re.IGNORECASE,
+)
+"""Names of files, and of folders above them, that may hold one; such files do not travel either."""
 
 _SETTING_WORDS = (b"environ", b"putenv", b"unsetenv", b"load_dotenv")
 """Without any of them a script sets no environment variable, and need not be looked through for it."""
@@ -173,6 +177,10 @@ def _is_installed(module: str, folder: Path) -> bool:
 
 def _travels(path: Path, folder: Path) -> bool:
     """Whether a file that the script names goes with it: code or configuration in its folder, small, and not a secret."""
-    if not path.is_relative_to(folder) or path.suffix.lower() not in NAMED_SUFFIXES or _SECRET.search(path.stem):
-        return False
+    # Where a link leads counts as well as what it is called.
+    for place in (path, path.resolve()):
+        if not place.is_relative_to(folder) or place.suffix.lower() not in NAMED_SUFFIXES:
+            return False
+        if any(_SECRET.search(part) for part in place.relative_to(folder).parts):
+            return False
     return path.stat().st_size <= MAX_NAMED_BYTES

@@ -37,7 +37,7 @@ class ScriptPaths:
         self._values: dict[str, tuple[_Value, bool] | None] = {}
 
     def existing_files(self) -> Iterator[Path]:
-        """Files that expressions of the module stand for."""
+        """Files that expressions of the module stand for, by the names that it has for them: links are not followed."""
         for node in ast.walk(self._tree):
             if isinstance(node, ast.expr) and (path := self._path(node)) is not None and path.is_file():
                 yield path
@@ -54,14 +54,14 @@ class ScriptPaths:
                 continue
             for expression in added:
                 if (path := self._path(expression)) is not None and path.is_dir():
-                    yield path, first
+                    yield path.resolve(), first
 
     def _path(self, node: ast.expr) -> Path | None:
-        """What an expression stands for, if it is built on `__file__` and is there; normalised, links followed."""
+        """What an expression stands for, if it is built on `__file__` and is there; normalised."""
         found = self._value(node)
         if found is None or not found[1] or "\0" in str(found[0]):
             return None
-        path = Path(os.path.realpath(found[0]))
+        path = Path(os.path.normpath(found[0]))
         try:
             path.stat()
         except OSError:  # it is not there, or its name is longer than one can be
