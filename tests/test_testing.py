@@ -85,6 +85,24 @@ def test_a_write_that_was_cut_short_is_written_again(store: Store, faults: Fault
     assert store.read_bytes("there") == b"12345678"
 
 
+@pytest.mark.parametrize("theirs", [b"theirs", b"short", b"much longer"])
+def test_what_another_has_written_between_two_tries_is_not_taken_for_ones_own(
+    theirs: bytes, store: Store, faults: Faults, tmp_path: Path
+) -> None:
+    faults.plan(Fault("fail", match="there", operations=("write",)))
+
+    def come_first() -> None:
+        Store(tmp_path / "store").write_bytes("there", theirs)
+        faults.plan()
+
+    other = threading.Timer(0.3, come_first)
+    other.start()
+    with pytest.raises(StoreError, match="exists already"):
+        store.write_bytes("there", b"ours..")
+    other.join()
+    assert store.read_bytes("there") == theirs
+
+
 def test_a_fetch_that_was_cut_short_is_fetched_again_and_then_an_error(
     store: Store, faults: Faults, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ _FETCHES = 3
 T = TypeVar("T")
 _LARGE_BYTES = 16 << 20
 _OPEN_FILES = 64
+_CHUNK_BYTES = 16 << 20
 _LOG = logging.getLogger("fedpool.store")
 
 
@@ -300,7 +301,7 @@ class Store:
         def put() -> None:
             nonlocal tried
             if self.fs.exists(target):
-                if not tried:
+                if not tried or not self._holds_beginning_of(local, target):
                     raise FileExistsError(target)
                 if self.fs.info(target)["size"] == local.stat().st_size:
                     return
@@ -309,6 +310,21 @@ class Store:
             self.fs.put_file(str(local), target)
 
         self._patiently(path, put, "written")
+
+    def _holds_beginning_of(self, local: Path, target: str) -> bool:
+        """Whether a remote object is what our own try may have left: another coordinator's record may be as long as ours."""
+        size = int(self.fs.info(target)["size"])
+        if size > local.stat().st_size:
+            return False
+        with local.open("rb") as file:
+            for start in range(0, size, _CHUNK_BYTES):
+                ours = file.read(min(_CHUNK_BYTES, size - start))
+                theirs = self.fs.cat_file(target, start=start, end=start + len(ours))
+                if len(theirs) < len(ours):
+                    raise OSError(f"{target} was cut short while it was read")
+                if theirs != ours:
+                    return False
+        return True
 
     def settle(self, path: str) -> None:
         """Have a large local object on disk now, and let go of its cached pages.
