@@ -97,7 +97,18 @@ def take_up(
     known = json.loads(described)
     head, arithmetic = Digest(**known["model"]), arithmetic_of(known)
     described_sha256 = hashlib.sha256(described).hexdigest()
-    job = Job(recipe, job_id, store, sites, head, described_sha256, look_ahead, arithmetic, holes=stored_holes(known))
+    job = Job(
+        recipe,
+        job_id,
+        store,
+        sites,
+        head,
+        described_sha256,
+        look_ahead,
+        arithmetic,
+        holes=stored_holes(known),
+        rules=MetricRules.stored(known),
+    )
     while store.exists(path := paths.record(len(job.records))):
         data = store.read_bytes(path)
         record = store.json_of(path, data)
@@ -170,7 +181,7 @@ async def run_job(job: Job) -> State[Any]:
         await asyncio.to_thread(storage.write_json, job.paths.result, result)
     except StoreError as unwritten:  # what ended the job may keep its result from being written, too
         raise JobFailed(f"job {job.job_id} failed: {error or _failure(unwritten, job)}") from unwritten
-    told = findings(MetricRules.of(recipe), recipe.aggregation_weights, job.records)
+    told = findings(job.rules, recipe.aggregation_weights, job.records)
     job.reporter.report(recipe.name, result, job.records, storage, matrix, findings=told)
     await job.reporter.finish()
     if status == "CANCELLED":
@@ -231,7 +242,7 @@ def _check_metrics(job: Job, records: Sequence[Record]) -> bool:
     Raises:
         RecipeError: what the user asked for depends on them.
     """
-    gap = metric_gap(MetricRules.of(job.recipe), records)
+    gap = metric_gap(job.rules, records)
     if gap is None:
         return False
     if gap.is_fatal:

@@ -34,6 +34,7 @@ from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.causes import causes, uncounted
 from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
 from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Rejected
+from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.publish import copy_model, publish_submitted
 from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.quorum import Quorum
@@ -81,6 +82,7 @@ class Job:
         "reporter",
         "resumed_at",
         "rounds",
+        "rules",
         "sites",
         "state",
         "store",
@@ -98,6 +100,7 @@ class Job:
         look_ahead: int = LOOK_AHEAD,
         arithmetic: Arithmetic = CURRENT,
         holes: frozenset[str] | None = None,
+        rules: MetricRules | None = None,
     ) -> None:
         self.recipe = recipe
         self.job_id = job_id
@@ -107,6 +110,8 @@ class Job:
         self.look_ahead = look_ahead
         self.arithmetic = arithmetic
         self.holes = holes
+        self.rules = rules or MetricRules.of(recipe)
+        """Of metrics: as the job began, whoever goes on with it."""
         self.strategy: Strategy = recipe.strategy(len(sites.names))
         self.head = head
         """The newest global model."""

@@ -1,11 +1,13 @@
 """What a person is told beside the table of a job: a metric that is missing, weights of 0, who failed and why."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fedpool import JobFailed, JobStatus, Run
+from fedpool import FedAvgRecipe, JobFailed, JobStatus, Run, SimEnv
 from fedpool.cli import main
 
 SCRIPT = """
@@ -39,6 +41,27 @@ def test_a_stop_condition_on_a_misspelt_metric_fails_the_job_after_its_first_rou
         JobFailed, match=r"needs the metric 'accuracy'.*reported the metric acuracy: did you mean acuracy\?"
     ):
         run.get_result()
+
+
+def test_a_job_of_an_earlier_version_goes_on_though_a_metric_that_was_chosen_is_missing(
+    run_job: Callable[..., Run], tmp_path: Path
+) -> None:
+    down = tmp_path / "down"
+    down.touch()
+    text = script(fails=f"__import__('pathlib').Path({str(down)!r}).exists()")
+    lost = run_job(text, stop_cond="accuracy >= 0.4", site_retries=0)
+    path = Path(lost.path) / "job.json"
+    described = json.loads(path.read_text())
+    del described["given"]  # earlier versions wrote none
+    path.chmod(0o600)
+    path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    down.unlink()
+    kept = {
+        name: described["recipe"][name] for name in ("name", "min_clients", "num_rounds", "stop_cond", "site_retries")
+    }
+    recipe = FedAvgRecipe(**kept, model={"w": np.zeros(3, np.float32)}, train_script=tmp_path / "client.py")
+    env = SimEnv(num_clients=2, workspace=tmp_path / "runs", progress=False)
+    assert recipe.execute(env, resume=lost.job_id).get_result().num_rounds == 2
 
 
 def test_a_key_metric_that_nobody_chose_is_a_warning_in_the_terminal_and_in_job_show(
