@@ -22,7 +22,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
-from prefect.states import Cancelled, Pending, Scheduled
+from prefect.states import Cancelled, Crashed, Pending, Scheduled
 
 from fedpool.errors import ServerError, SiteError, StoreError, StoreRefused
 from fedpool.manifest import ClientJob, SiteAssignment
@@ -149,6 +149,7 @@ class PoolSites:
         places = {}
         try:
             for site in sites:
+                self._places.pop(site, None)  # it may have been registered anew, with another pool
                 with contextlib.suppress(ObjectNotFound):  # whoever asks it is told
                     places[site] = await self._place(site)
             pools = await read_pools(await self._connect(), {place.pool for place in places.values()})
@@ -329,6 +330,10 @@ class PoolSites:
                 if not waiting.ended.done():
                     waiting.ended.set_exception(ServerError(gone(await self._connect(), self._job_run)))
             return
+        for run_id in waited.keys() - {run.id for run in found}:
+            # Deleted by itself, or with its deployment before a worker had taken it: nobody would ever answer.
+            lost: State[Any] = Crashed(name="Deleted", message="someone has deleted its run from the Prefect server")
+            waited[run_id].resolve(lost)
         for run in found:
             if run.state is None:
                 continue

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
-from prefect.client.schemas.filters import LogFilter
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, LogFilter
 from prefect.settings import temporary_settings
 
 from fedpool import ConfigError, JobFailed, JobStatus, PocEnv, Run
@@ -207,6 +207,30 @@ def test_a_site_that_is_no_longer_registered_is_named_and_taken_again_once_it_is
         (failed,) = record["failed"]
         assert failed["cause"] == "it has no deployment site-round/c: start its worker, or register it"
     assert len(result.rounds[4]["accepted"]) == 3
+
+
+def test_a_site_whose_run_is_deleted_is_asked_again(env: PocEnv, tmp_path: Path) -> None:
+    async def delete(name: str) -> bool:
+        async with get_client() as client:
+            found = await client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
+            for flow_run in found:
+                await client.delete_flow_run(flow_run.id)
+        return bool(found)
+
+    job = GatedJob(tmp_path, SITES, hold=1, num_rounds=3)
+    with job.started(env) as run:
+        job.wait_until_held(run, round=1)
+        set_paused(env, "c", paused=True)
+        try:
+            job.release(1)
+            with temporary_settings(env.settings()):
+                wait_until(lambda: asyncio.run(delete(f"{run.job_id} round 2 c")))
+        finally:
+            set_paused(env, "c", paused=False)
+        result = run.get_result(120)
+    (lost,) = result.rounds[2]["failed"]
+    assert lost["cause"] == "Deleted: someone has deleted its run from the Prefect server"
+    assert [entry["attempt"] for entry in result.rounds[2]["accepted"]] == [0, 0, 1]
 
 
 SUBMITS = """
