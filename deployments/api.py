@@ -55,7 +55,7 @@ def check_server(remedy: str | None = None) -> str:
         with httpx.Client(timeout=timeout, headers=headers, verify=certificates, follow_redirects=True) as client:
             answer = client.get(f"{url.rstrip('/')}/hello")
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise _no_answer(url, _cause(error), remedy) from error
+        raise _no_answer(url, _cause(error), remedy) from None  # the sentence says it; httpx's tracebacks would bury it
     if answer.status_code in (401, 403):
         raise ServerError(
             f"the Prefect server at {url} refused: {answer.status_code} {answer.reason_phrase}. Check "

@@ -37,6 +37,7 @@ from fedpool.deployments.server import (
 )
 from fedpool.errors import ConfigError, RecipeError, ServerError
 from fedpool.loopback import bypass_proxies
+from fedpool.paths import check_folder
 from fedpool.recipe import Recipe
 from fedpool.refusals import explained
 from fedpool.store import Store
@@ -89,7 +90,7 @@ class PocEnv(RemoteEnv, NamedClients):
     @field_validator("home")
     @classmethod
     def _expand(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        return check_folder("home", value.expanduser().absolute())
 
     @model_validator(mode="after")
     def _one_way_to_name_the_store(self) -> Self:

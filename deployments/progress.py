@@ -74,7 +74,18 @@ def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
                     print_findings([gap.text], console)
             if not console.is_terminal and progress.num_committed > shown:
                 shown = progress.num_committed
-                console.print(f"{recipe.name}: {shown} rounds done {_metric(progress, recipe)}", highlight=False)
+                console.print(done_line(recipe.name, shown, _metric(progress, recipe)), highlight=False)
+
+
+def done_line(name: str, num_rounds: int, metric: str) -> str:
+    """How far a job has come, in a line of its own.
+
+    Args:
+        name: of the recipe.
+        num_rounds: that were committed.
+        metric: its name and value; empty while there is none.
+    """
+    return f"{name}: {num_rounds} {'round' if num_rounds == 1 else 'rounds'} done {metric}".rstrip()
 
 
 def summarize(run: Run, recipe: Recipe, console: Console) -> None:

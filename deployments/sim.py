@@ -26,7 +26,7 @@ from fedpool.deployments.server import private_server
 from fedpool.errors import RecipeError
 from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
 from fedpool.loopback import bypass_proxies
-from fedpool.paths import JobPaths
+from fedpool.paths import JobPaths, check_folder
 from fedpool.recipe import Recipe
 from fedpool.sites.devices import missing_device
 from fedpool.sites.handles import allow_scripts
@@ -93,6 +93,11 @@ class SimEnv(NamedClients):
         if value is not None and (wrong := missing_device(value)) is not None:
             raise RecipeError(wrong)
         return value
+
+    @field_validator("workspace")
+    @classmethod
+    def _workspace_can_be_made(cls, value: Path) -> Path:
+        return check_folder("workspace", value)
 
     @field_validator("command")
     @classmethod

@@ -1,11 +1,30 @@
 """Who is missing from a round and why, for people: equal causes are told once, with all the sites and rounds that had them."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fedpool.tasks.record import Record, num_trained
 
-_Cause = tuple[str, str]
-"""What became of a site (`failed`, `rejected`, `probed`, `late` or `not_asked`), and why."""
+
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """What became of a site, and why. Two are equal if they differ only in the site and the round that their texts name.
+
+    Args:
+        kind: `failed`, `rejected`, `probed`, `late` or `not_asked`.
+        why: as people read it.
+        alike: the same, without the names of its own site and round.
+    """
+
+    kind: str
+    why: str = field(compare=False)
+    alike: str
+
+    @classmethod
+    def of(cls, kind: str, why: str, site: str, number: int) -> "_Cause":
+        own_site = rf"(?<![\w.-]){re.escape(site)}(?![\w-]|\.\w)"
+        return cls(kind, why, re.sub(own_site, "\0site", re.sub(rf"\bround {number}\b", "\0round", why)))
 
 
 def causes(record: Record) -> str:
@@ -96,11 +115,11 @@ def round_numbers(numbers: Sequence[int]) -> str:
 def _missing(record: Record) -> Iterator[tuple[str, _Cause]]:
     """Each time that a site was asked in vain, of the sites that the round has nothing of."""
     there = {entry["site"] for entry in record["accepted"]}
-    asked = [(entry["site"], ("failed", entry["cause"])) for entry in record["failed"]]
-    asked += [(entry["site"], ("rejected", f"({entry['code']}): {entry['reason']}")) for entry in record["rejected"]]
-    asked += [(entry["site"], (state, "")) for state in ("probed", "late") for entry in record[state]]
-    asked += [(entry["site"], ("not_asked", entry["reason"])) for entry in record.get("not_asked", ())]
-    yield from ((site, cause) for site, cause in asked if site not in there)
+    asked = [(entry["site"], "failed", entry["cause"]) for entry in record["failed"]]
+    asked += [(entry["site"], "rejected", f"({entry['code']}): {entry['reason']}") for entry in record["rejected"]]
+    asked += [(entry["site"], state, "") for state in ("probed", "late") for entry in record[state]]
+    asked += [(entry["site"], "not_asked", entry["reason"]) for entry in record.get("not_asked", ())]
+    yield from ((site, _Cause.of(kind, why, site, record["round"])) for site, kind, why in asked if site not in there)
 
 
 def _sentence(cause: _Cause, who: str, update: str, sites: Sequence[str]) -> str:
@@ -110,9 +129,9 @@ def _sentence(cause: _Cause, who: str, update: str, sites: Sequence[str]) -> str
         update: what they sent, in words.
         sites: their names.
     """
-    kind, why = cause
+    why = cause.why
     one = len(sites) == 1
-    match kind:
+    match cause.kind:
         case "failed":
             return f"{who} failed: {why}"
         case "rejected":

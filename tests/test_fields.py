@@ -45,6 +45,15 @@ def test_an_unknown_field_names_the_nearest_one(kind: Any, given: dict[str, Any]
     assert words in refusal(kind, given)
 
 
+@pytest.mark.parametrize(("kind", "field"), [(SimEnv, "workspace"), (PocEnv, "home")])
+def test_a_folder_that_is_a_file_or_lies_in_one_is_refused(kind: Any, field: str, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.touch()
+    assert f"{field} '{file}' is a file. Give a folder" in refusal(kind, {field: file})
+    assert f"'{file}/jobs' cannot be there: {file} is a file. Give a folder" in refusal(kind, {field: file / "jobs"})
+    assert getattr(kind(**{field: tmp_path / "new" / "jobs"}), field) == tmp_path / "new" / "jobs"
+
+
 def test_a_field_that_is_like_no_other_names_those_that_there_are(fields: dict[str, Any]) -> None:
     words = refusal(FedAvgRecipe, fields | {"xyzzy": 1})
     assert "xyzzy: there is no such field: there are name, model, train_script" in words

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fedpool import SimEnv
+from fedpool import PocEnv, SimEnv
 from fedpool.arrays import save_and_hash
 from fedpool.errors import RecipeError
 from fedpool.flows.fedavg import FedAvg, FedAvgRecipe
@@ -433,6 +433,28 @@ def test_execute_hands_the_recipe_to_the_environment(fields: dict[str, Any]) -> 
     assert recipe.execute(env=Elsewhere(), wait=False) == (recipe, plain | {"wait": False})
     forked = recipe.execute(Elsewhere(), resume="job-1", fork=True, from_round=2)
     assert forked == (recipe, plain | {"resume": "job-1", "fork": True, "from_round": 2})
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (None, r"env=None is not an environment: give one, such as SimEnv\(num_clients=2\)"),
+        ("sim", "env='sim' is not an environment"),
+        (SimEnv, r"env is the class SimEnv: give an instance, SimEnv\(...\)"),
+    ],
+)
+def test_what_is_not_an_environment_is_refused(fields: dict[str, Any], env: Any, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        FedAvgRecipe(**fields).execute(env=env)
+
+
+def test_an_environment_that_cannot_deploy_is_refused(fields: dict[str, Any]) -> None:
+    env: Any = SimEnv(num_clients=2)
+    with pytest.raises(RecipeError, match="env is a SimEnv, which cannot deploy: give a PocEnv or a ProdEnv"):
+        FedAvgRecipe(**fields).deploy(env)
+    env = PocEnv
+    with pytest.raises(RecipeError, match="env is the class PocEnv: give an instance"):
+        FedAvgRecipe(**fields).deploy(env)
 
 
 def test_a_fork_needs_to_know_of_what(fields: dict[str, Any]) -> None:

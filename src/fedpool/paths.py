@@ -15,11 +15,13 @@ Layout (all safetensors and JSON, nothing pickled)::
     {root}/{job_id}/result.json
 """
 
+import os.path
 import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from fedpool.errors import RecipeError
 
@@ -65,6 +67,20 @@ def check_new_names(what: str, names: Iterable[str]) -> None:
                 f"{what} {other!r} and {what} {name!r} differ only in case, and would share a folder on some file systems: "
                 "give one of them another name"
             )
+
+
+def check_folder(what: str, path: Path) -> Path:
+    """Refuse a folder that cannot be there, because it, or one that it is to lie in, is a file.
+
+    Args:
+        what: the field that names it, for the message.
+    """
+    places = (path.absolute(), *path.absolute().parents)
+    nearest = next(place for place in places if os.path.exists(place))  # noqa: PTH110 (that of Path raises where it may not look)
+    if not nearest.is_dir():
+        where = "is a file" if nearest == places[0] else f"cannot be there: {nearest} is a file"
+        raise RecipeError(f"{what} {str(path)!r} {where}. Give a folder, which need not exist yet")
+    return path
 
 
 def new_job_id(name: str) -> str:

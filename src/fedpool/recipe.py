@@ -26,7 +26,7 @@ from pydantic_core import to_jsonable_python
 
 from fedpool.bundle import Bundle, build_bundle
 from fedpool.conditions import MODE_FIELDS, StopCondition, choose_mode, parse_condition
-from fedpool.environment import DeployingEnvironment, Environment
+from fedpool.environment import DeployingEnvironment, Environment, check_environment
 from fedpool.errors import RecipeError
 from fedpool.exclude import check_excluded, excluded
 from fedpool.fields import Checked
@@ -362,8 +362,9 @@ class Recipe(Checked):
             from_round: the round whose global model a fork starts from; None: its newest.
 
         Raises:
-            RecipeError: the job that is to go on was begun with another recipe or at other sites.
+            RecipeError: the job that is to go on was begun with another recipe or at other sites; no environment was given.
         """
+        check_environment(env, "execute")
         if resume is None and (fork or from_round is not None):
             raise RecipeError("fork and from_round need resume: the id of the job to start from")
         if from_round is not None and not fork:
@@ -387,6 +388,7 @@ class Recipe(Checked):
 
         Returns: the deployment's name, for `prefect deployment run`.
         """
+        check_environment(env, "deploy")
         return env.deploy(self, schedule=schedule, **options)
 
     @property

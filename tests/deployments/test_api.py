@@ -2,6 +2,7 @@
 
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,6 +42,9 @@ def test_a_simulation_says_so_and_leaves_nothing_behind(dead: str, recipe: FedAv
     message = str(caught.value)
     assert message.startswith(f"the Prefect server at {dead} does not answer (") and "\n" not in message
     assert message.endswith("start it, or unset PREFECT_API_URL to have a private server")
+    assert "direct cause" not in "".join(
+        traceback.format_exception(caught.value)
+    )  # a user would read pages of httpx first
     assert [path.name for path in (tmp_path / "runs").glob("*")] == []
 
 

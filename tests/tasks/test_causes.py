@@ -47,6 +47,34 @@ def test_a_site_that_failed_alike_each_time_it_was_asked_is_named_once() -> None
     assert causes(a_round(failed=failed("site-1", "site-1", "site-1"))) == f"site-1 failed: {TRACEBACK}"
 
 
+def test_causes_that_differ_only_in_the_sites_own_name_are_told_once() -> None:
+    sites = ("site-1", "site-2", "site-10")
+    record = a_round(failed=[entry for site in sites for entry in failed(site, cause=f"round 0 at {site}: no send()")])
+    assert causes(record) == "site-1, site-2, site-10 failed: round 0 at site-1: no send()"
+
+
+def test_over_rounds_causes_that_differ_only_in_their_own_round_are_told_once() -> None:
+    records = [a_round(number, failed=failed("a", cause=f"round {number} at a: no send()")) for number in (0, 1, 10)]
+    assert causes_over_rounds(records) == ["a (rounds 0-1, 10) failed: round 0 at a: no send()"]
+
+
+def test_causes_that_name_another_site_or_another_round_are_told_apart() -> None:
+    record = a_round(
+        1,
+        failed=[
+            *failed("site-1", cause="waits for site-2.x"),
+            *failed("site-2", cause="waits for site-2.x"),
+            *failed("site-3", cause="stopped in round 1"),
+            *failed("site-4", cause="stopped in round 0"),
+        ],
+    )
+    assert causes(record) == (
+        "site-1, site-2 failed: waits for site-2.x\n"
+        "site-3 failed: stopped in round 1\n"
+        "site-4 failed: stopped in round 0"
+    )
+
+
 def test_over_rounds_a_cause_is_told_once_with_the_rounds_of_each_site() -> None:
     records = [
         a_round(0, failed=failed("site-1", "site-2")),
