@@ -31,6 +31,7 @@ from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.dispatch import PoolSites
+from fedpool.tasks.holes import stored_holes
 from fedpool.tasks.reach import site_problems
 from fedpool.tensors import Digest
 
@@ -223,10 +224,12 @@ def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
         result = store.read_json(paths.result)
         if result["status"] != "COMPLETED" or not result["num_rounds"]:
             continue
-        if store.read_json(paths.job)["recipe"]["name"] != recipe.name:
+        job = store.read_json(paths.job)
+        if job["recipe"]["name"] != recipe.name:
             continue
         record = store.read_json(paths.record(result["num_rounds"] - 1))
-        model = StoredModel(store, paths.global_model(result["num_rounds"]), Digest(**record["next_global"]))
+        path, digest = paths.global_model(result["num_rounds"]), Digest(**record["next_global"])
+        model = StoredModel(store, path, digest, stored_holes(job))
         if dict(model.spec) != dict(recipe.model.spec):
             raise RecipeError(f"warm_start: the model of job {job_id} has other parameters than the recipe's")
         get_run_logger().info("starting from the final model of job %s", job_id)

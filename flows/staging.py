@@ -18,6 +18,7 @@ from fedpool.recipe import Recipe
 from fedpool.store import Store, to_json
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.arithmetic import CURRENT
+from fedpool.tasks.holes import stored_holes
 from fedpool.tensors import Digest
 
 JOB_FORMAT = 1
@@ -204,7 +205,7 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
     data = store.read_bytes(paths.bundle(client.bundle_sha256))
     if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
         raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")
-    model = StoredModel(store, paths.global_model(0), digest)
+    model = StoredModel(store, paths.global_model(0), digest, stored_holes(record))
     bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
     known = {**kind.recorded(fields), "model": model, "initial_ckpt": None}
     return kind.restore(known, bundle, given=record.get("given"))
@@ -217,16 +218,17 @@ def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
         RecipeError: there is no such model, or it has other parameters than the recipe's.
     """
     paths = JobPaths(parent.job_id)
+    job = store.read_json(paths.job)  # `begin` has found it
     known: Mapping[str, Any] | None = None
-    if parent.round == 0 and store.exists(paths.job):
-        known = store.read_json(paths.job)["model"]
+    if parent.round == 0:
+        known = job["model"]
     elif parent.round > 0 and store.exists(path := paths.record(parent.round - 1)):
         known = store.read_json(path)["next_global"]
     if known is None:
         raise RecipeError(
             f"{store.full(paths.global_model(parent.round))} is no model that job {parent.job_id} committed"
         )
-    model = StoredModel(store, paths.global_model(parent.round), Digest(**known))
+    model = StoredModel(store, paths.global_model(parent.round), Digest(**known), stored_holes(job))
     if dict(model.spec) != dict(recipe.model.spec):
         raise RecipeError(
             f"job {parent.job_id} has a model with other parameters than the recipe's: it cannot be forked"

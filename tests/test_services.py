@@ -21,7 +21,7 @@ from playwright.sync_api import sync_playwright
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from fedpool.arrays import save_and_hash
-from fedpool.errors import IntegrityError, StoreError
+from fedpool.errors import IntegrityError, StoreError, StoreRefused
 from fedpool.store import Store
 from fedpool.tensors import Digest
 from tests.services import CHROMIUM_MISSING, PostgresServer, S3Server, find_chromium
@@ -169,7 +169,7 @@ def test_tensors_are_read_from_s3_by_ranges(store: Store) -> None:
 def test_s3_refuses_a_wrong_secret(s3_server: S3Server) -> None:
     stranger = Store(s3_server.url, secret="wrong", key=s3_server.environment["AWS_ACCESS_KEY_ID"])
     for use in (lambda: stranger.names("job"), lambda: stranger.write_bytes("job/job.json", b"")):
-        with pytest.raises(PermissionError):
+        with pytest.raises(StoreRefused, match="the secret key does not belong to the access key"):
             use()
 
 

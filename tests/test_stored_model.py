@@ -96,7 +96,7 @@ def test_bytes_that_were_changed_are_refused_when_they_are_used(tmp_path: Path, 
     with (tmp_path / "local" / MODEL).open("r+b") as file:
         file.seek(-5, os.SEEK_END)
         file.write(b"!")
-    model = StoredModel(store, MODEL, recipe.model.digest)
+    model = StoredModel(store, MODEL, recipe.model.digest, None)
     with (
         pytest.raises(IntegrityError, match=r"global\.safetensors differs from its manifest"),
         store.staged("copy") as copy,

@@ -187,11 +187,15 @@ def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: b
     return Inspection(Digest(digest.hexdigest(), size), not_finite, extremes, blocks)
 
 
-def not_finite_names(reader: TensorReader, block_elements: int) -> list[str]:
-    """Names of the tensors of a file that hold NaN or infinity, sorted."""
+def not_finite_names(reader: TensorReader, block_elements: int, among: Collection[str] | None = None) -> list[str]:
+    """Names of the tensors of a file that hold NaN or infinity, sorted.
+
+    Args:
+        among: the tensors to read; None for all of them.
+    """
     found: set[str] = set()
     for name, start, stop in reader.blocks(block_elements):
-        if reader.spec[name].kind == "float" and name not in found:
+        if reader.spec[name].kind == "float" and name not in found and (among is None or name in among):
             low, high = _extremes(reader.read_block(name, start, stop), reader.spec[name].dtype)
             if not (math.isfinite(low) and math.isfinite(high)):
                 found.add(name)

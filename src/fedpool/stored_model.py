@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,26 @@ class StoredModel(InitialModel):
 
     Args:
         digest: what the object's record says of it.
+        may_have_holes: names of the tensors that may hold infinity; None: all of them may.
 
     Raises:
         FileNotFoundError: there is no such object.
         IntegrityError: its header is not that of a safetensors file of that size.
     """
 
-    def __init__(self, store: Store, path: str, digest: Digest) -> None:
+    def __init__(self, store: Store, path: str, digest: Digest, may_have_holes: Collection[str] | None) -> None:
         # Not InitialModel's, which holds a file of its own open.
         self.spec = store.tensors(path, digest.size).spec
         self.digest = digest
         self._store = store
         self._path = path
+        self._may_have_holes = may_have_holes
 
     @cached_property
     def holes(self) -> frozenset[str]:
-        """Names of the tensors that hold NaN or infinity; reads all of the object."""
-        return frozenset(
-            not_finite_names(self._store.tensors(self._path, self.digest.size), self._store.block_elements)
-        )
+        """Names of the tensors that hold NaN or infinity; reads those that may."""
+        reader = self._store.tensors(self._path, self.digest.size)
+        return frozenset(not_finite_names(reader, self._store.block_elements, self._may_have_holes))
 
     @property
     def params(self) -> Mapping[str, Any]:
