@@ -1,5 +1,6 @@
 """Metrics of a global model out of what sites report, and what follows from them: the best model, early stopping."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -41,7 +42,10 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float:
     for weight, value in pairs:
         share = weight / heaviest if heaviest else 1.0
         total += share
-        mean += (value - mean) * (share / total) if total else 0.0
+        part = share / total if total else 0.0
+        change = value - mean
+        # Of values at both ends of the range the difference is none: JSON, and so the round's record, has no infinity.
+        mean = mean + change * part if math.isfinite(change) else mean * (1 - part) + value * part
     return mean
 
 

@@ -41,6 +41,12 @@ def test_nothing_reported_is_nothing_scored() -> None:
     assert mean_metrics([(1, {})]) == {}
 
 
+def test_metrics_at_both_ends_of_the_range_have_a_finite_mean() -> None:
+    largest = 1.7e308
+    assert mean_metrics([(1.0, {"acc": largest}), (1.0, {"acc": -largest})]) == {"acc": 0.0}
+    assert mean_metrics([(1.0, {"acc": -largest}), (3.0, {"acc": largest})]) == {"acc": pytest.approx(largest / 2)}
+
+
 def test_names_are_sorted_and_huge_weights_do_not_overflow() -> None:
     found = mean_metrics([(1.7e308, {"b": 1.0, "a": 2.0}), (1.7e308, {"b": 3.0})])
     assert list(found.items()) == [("a", 2.0), ("b", 2.0)]
