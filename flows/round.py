@@ -43,7 +43,7 @@ from fedpool.tasks.report import Reporter
 from fedpool.tasks.retention import drop_updates, outdated
 from fedpool.tasks.sampling import choose_sites
 from fedpool.tasks.strategy import Strategy
-from fedpool.tasks.used import first_weights, last_used
+from fedpool.tasks.used import Counted
 from fedpool.tensors import Digest, TensorReader
 
 LOOK_AHEAD = 2
@@ -70,6 +70,7 @@ class Job:
     # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is nothing for it to walk.
     __slots__ = (
         "arithmetic",
+        "counted",
         "head",
         "head_sha256",
         "holes",
@@ -120,6 +121,7 @@ class Job:
         self.head_sha256 = described_sha256
         """Hash of the newest `round.json`; before the first, of `job.json`."""
         self.records: list[Record] = []
+        self.counted = Counted(recipe.aggregation_weights)
         self.late: set[tuple[int, str, int]] = set()
         """Rounds, sites and attempts of the updates that were late and have not come yet."""
         self.resumed_at = 0
@@ -135,7 +137,8 @@ class Job:
     def before(self, number: int, base: TensorReader) -> Before:
         """What a training round starts from."""
         state = self.store.tensors(self.paths.state(number - 1), self.state.size) if self.state else None
-        weights = first_weights(self.records, self.recipe.aggregation_weights)
+        self.counted.follow(self.records)
+        weights = dict(self.counted.first_weights)
         return Before(base, state, number, holes=self.holes or frozenset(), weights=weights)
 
 
@@ -334,7 +337,8 @@ def _turn(
         quorum = Quorum(max(1, recipe.min_clients - there), recipe.quorum_grace, take)
     shared = job.strategy.shared and step.task == "train"
     state = job.state if shared else None
-    used = last_used(job.records, recipe.aggregation_weights, sites) if shared else {}
+    job.counted.follow(job.records)
+    used = job.counted.used(sites) if shared else {}
     return Turn(
         step.task, head, wanted, state=state, deadline=deadline, quorum=quorum, sites=sites, probes=probes, used=used
     )

@@ -32,7 +32,7 @@ from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import Record, known_weights, num_trained, round_record
 from fedpool.tasks.strategy import Strategy
-from fedpool.tasks.used import first_weights
+from fedpool.tasks.used import Counted
 from fedpool.tensors import Digest, TensorReader
 
 
@@ -79,6 +79,7 @@ class _Audit:
         self._sites = job["sites"]
         self._arithmetic = arithmetic_of(job)
         self._holes = stored_holes(job)
+        self._counted = Counted(self._recipe.aggregation_weights)
         self._strategy: Strategy = self._recipe.strategy(len(self._sites))
         self._state: Digest | None = None
         """What the strategy carries into the next round, by the word of the newest record."""
@@ -203,6 +204,7 @@ class _Audit:
             return said
         scratch, target, state_target = Store(folder), f"model-{number}.safetensors", f"state-{number}.safetensors"
         state = self._reader(self._paths.state(number - 1), self._state) if self._state else None
+        self._counted.follow(self._records)
         try:
             found = aggregate(
                 self._strategy,
@@ -212,7 +214,7 @@ class _Audit:
                     state,
                     number,
                     holes=self._holes or frozenset(),
-                    weights=first_weights(self._records, self._recipe.aggregation_weights),
+                    weights=dict(self._counted.first_weights),
                 ),
                 updates=accepted,
                 factors=self._recipe.aggregation_weights,

@@ -21,33 +21,59 @@ def counting(weights: Mapping[str, float], factors: Mapping[str, float]) -> dict
     return relative({site: steps[site] * shares[site] for site in weights})
 
 
-def last_used(records: Sequence[Record], factors: Mapping[str, float], sites: Collection[str]) -> dict[str, Used]:
-    """site -> its last update that counted: it was accepted, in time, and its weight was not 0."""
-    found = dict.fromkeys(sites, NONE_USED)
-    for record in records:
-        if record["task"] != "train":
-            continue
+class Counted:
+    """What has counted of the sites' updates in a job's rounds so far; each record is looked at once, however many there are.
+
+    Args:
+        factors: see `counting`.
+
+    Attributes:
+        first_weights: site -> weight of its first accepted training update that had any; 0 of a site whose updates have had
+            none so far. Rounds in which no update counted made nothing, and do not matter.
+        last_used: site -> its last update that counted: it was accepted, in time, and its weight was not 0.
+    """
+
+    __slots__ = ("_factors", "_num_seen", "first_weights", "last_used")
+
+    def __init__(self, factors: Mapping[str, float]) -> None:
+        self._factors = factors
+        self._num_seen = 0
+        self.first_weights: dict[str, float] = {}
+        self.last_used: dict[str, Used] = {}
+
+    def follow(self, records: Sequence[Record]) -> None:
+        """Take in the rounds that have been committed since the last time.
+
+        Args:
+            records: of all the job's rounds so far.
+        """
+        for record in records[self._num_seen :]:
+            self._num_seen += 1
+            if record["task"] == "train":
+                self._add(record)
+
+    def used(self, sites: Collection[str]) -> dict[str, Used]:
+        """site -> its last update that counted, or that none has."""
+        return {site: self.last_used.get(site, NONE_USED) for site in sites}
+
+    def _add(self, record: Record) -> None:
         accepted = {entry["site"]: entry for entry in record["accepted"]}
-        counted = counting({site: entry["weight"] for site, entry in accepted.items()}, factors)
+        weights = {site: entry["weight"] for site, entry in accepted.items()}
+        counted = counting(weights, self._factors)
+        if any(counted.values()):
+            self.first_weights |= {site: self.first_weights.get(site) or weight for site, weight in weights.items()}
         for site, weight in counted.items():
-            if weight and site in found:
+            if weight:
                 entry = accepted[site]
-                found[site] = Used(round=record["round"], attempt=entry["attempt"], scale=entry.get("scale", 1.0))
-    return found
+                scale = entry.get("scale", 1.0)
+                self.last_used[site] = Used(round=record["round"], attempt=entry["attempt"], scale=scale)
 
 
 def first_weights(records: Sequence[Record], factors: Mapping[str, float]) -> dict[str, float]:
-    """site -> weight of its first accepted training update that had any; 0 of a site whose updates have had none so far.
-
-    Rounds in which no update counted made nothing, and do not matter.
-    """
-    found: dict[str, float] = {}
-    for record in records:
-        if record["task"] == "train":
-            weights = {entry["site"]: entry["weight"] for entry in record["accepted"]}
-            if any(counting(weights, factors).values()):
-                found |= {site: found.get(site) or weight for site, weight in weights.items()}
-    return found
+    """site -> weight of its first training update that had any; see `Counted`."""
+    counted = Counted(factors)
+    counted.follow(records)
+    return counted.first_weights
 
 
 def job_shares(before: Mapping[str, float], now: Mapping[str, float], factors: Mapping[str, float]) -> Shares:
