@@ -55,7 +55,6 @@ def on_postgres(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFacto
             server.wait()
 
 
-@pytest.mark.timeout(120)
 def test_a_job_whose_scripts_say_nul_fails_with_its_cause(on_postgres: str, run_job: Callable[..., Run]) -> None:
     with temporary_settings({PREFECT_API_URL: on_postgres}):
         run = run_job(NUL, name="says-nul", num_rounds=3)
