@@ -55,15 +55,12 @@ def worker_of(env: PocEnv, site: str) -> psutil.Process:
     return psutil.Process(pid)
 
 
-def set_paused(env: PocEnv, pool: str, *, paused: bool, queue: bool = False) -> None:
-    """Pause a work pool, or its queue, as an operator does."""
+def set_paused(env: PocEnv, pool: str, *, paused: bool) -> None:
+    """Pause a work pool, as an operator does."""
 
     async def update() -> None:
         async with get_client() as client:
-            if queue:
-                await client.update_work_queue((await client.read_work_pool(pool)).default_queue_id, is_paused=paused)
-            else:
-                await client.update_work_pool(pool, WorkPoolUpdate(is_paused=paused))
+            await client.update_work_pool(pool, WorkPoolUpdate(is_paused=paused))
 
     with temporary_settings(env.settings()):
         asyncio.run(update())
@@ -161,13 +158,12 @@ def test_a_paused_pool_is_named_by_the_submission_and_is_a_site_away_to_a_run_in
     env: PocEnv, tmp_path: Path
 ) -> None:
     job = GatedJob(tmp_path, SITES, min_clients=2, num_rounds=6, hold=3, site_patience_s=5)
-    for queue, resume in ((False, "prefect work-pool resume c"), (True, "prefect work-queue resume default --pool c")):
-        set_paused(env, "c", paused=True, queue=queue)
-        try:
-            with pytest.raises(ConfigError, match=f"work pool 'c' is paused: {resume}"):
-                job.recipe.execute(env)
-        finally:
-            set_paused(env, "c", paused=False, queue=queue)
+    set_paused(env, "c", paused=True)
+    try:
+        with pytest.raises(ConfigError, match="work pool 'c' is paused: prefect work-pool resume c"):
+            job.recipe.execute(env)
+    finally:
+        set_paused(env, "c", paused=False)
     with job.started(env) as run:
         job.wait_until_held(run)
         set_paused(env, "c", paused=True)
