@@ -70,7 +70,7 @@ RECIPE = """
     asyncio.get_running_loop()  # a kernel has one
 
     def recipe(**config):
-        config = {"folder": ".", "hold": -1} | config
+        config = {"folder": ".", "hold": []} | config
         return FedAvgRecipe(name="cells", min_clients=2, num_rounds=2, model={"w": np.zeros(3)}, train_script="client.py",
                             per_site_config={"site-1": config, "site-2": config})
 """
@@ -92,14 +92,14 @@ def test_a_simulation_in_a_notebook(prefect_api: str, folder: Path, monkeypatch:
         assert run.get_result().params["w"].tolist() == [2, 2, 2]
         """,
         """
-        run = recipe(hold=0).execute(SimEnv(num_clients=2), wait=False)
+        run = recipe(hold=[0]).execute(SimEnv(num_clients=2), wait=False)
         assert run.get_status() is JobStatus.RUNNING and not run.wait(0.1)
         run.abort()
         try:
             run.get_result()
         except JobCancelled as error:
             print(error)
-        again = recipe(hold=0).execute(SimEnv(num_clients=2), resume=run.job_id, wait=False)
+        again = recipe(hold=[0]).execute(SimEnv(num_clients=2), resume=run.job_id, wait=False)
         again.abort()
         assert again.wait(60) and again.get_status() is JobStatus.CANCELLED
         """,
@@ -123,7 +123,7 @@ def test_a_proof_of_concept_in_a_notebook(folder: Path) -> None:
             'env = PocEnv(num_clients=2, home="home")',
             "assert recipe().execute(env).get_result().params['w'].tolist() == [2, 2, 2]",
             """
-            run = recipe(hold=0).execute(env, wait=False)
+            run = recipe(hold=[0]).execute(env, wait=False)
             assert run.get_status() is JobStatus.RUNNING
             run.abort()
             try:
@@ -134,7 +134,7 @@ def test_a_proof_of_concept_in_a_notebook(folder: Path) -> None:
             """,
             "print(recipe().deploy(env, schedule='0 2 * * 0'))",
             """
-            run = recipe(hold=0).execute(env, wait=False)
+            run = recipe(hold=[0]).execute(env, wait=False)
             for command in (["job", "cancel", run.job_id], ["job", "logs", run.job_id], ["poc", "status"], ["job", "list"]):
                 try:
                     main([*command, "--home", "home"])
