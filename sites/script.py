@@ -72,7 +72,7 @@ class _SeedOnImport(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_seed(module: ModuleType) -> None:
-            from fedpool.client.api import seed_library
+            from fedpool.client.seeding import seed_library
 
             execute(module)
             seed_library(fullname, self._seed)
@@ -88,7 +88,7 @@ def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int
         threads: of torch.
         seed: for the random generators it starts with.
     """
-    from fedpool.client.api import seed_everything
+    from fedpool.client.seeding import seed_everything
 
     sys.meta_path.insert(0, _SeedOnImport(seed))
     sys.argv = [script, *arguments]

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from fedpool.arrays import ParamsFormat, as_bytes, load_arrays, save_and_hash
-from fedpool.client.api import Client, seed_everything, start
+from fedpool.client.api import Client, start
 from fedpool.client.hosts import Assignment, Host, SessionHost, Standalone, Waiting, Welcome
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link, connect
 from fedpool.client.ranks import TorchrunHost, find_host
+from fedpool.client.seeding import seed_everything
 from fedpool.errors import ClientError, FedpoolError
 from fedpool.model import FLModel, ParamsType
 from tests.hosts import MemoryHost, host_of

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.flows.fedavg import FedAvg
-from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.strategy import Update
+from tests.updates import sent_by
 
 # Zero comes without its sign: adding to -0.0 gives 0.0, which is equal and has other bits.
 numbers = st.floats(-1e6, 1e6).map(lambda value: value + 0.0)
@@ -57,17 +57,7 @@ def aggregated(
         for site, weight, params in updates:
             with store.staged(paths.update(0, site)) as file:
                 digest = save_and_hash(file, params)
-            manifest = UpdateManifest(
-                job_id="job",
-                site=site,
-                round=0,
-                task="train",
-                base_sha256="",
-                assignment_sha256="a" * 64,
-                params_type="FULL",
-                weight=weight,
-                seconds=0.0,
-            )
+            manifest = sent_by(site, weight=weight)
             accepted.append(Accepted(manifest, "m" * 64, weight, store.tensors(paths.update(0, site), digest.size)))
         target = paths.global_model(1)
         aggregate(

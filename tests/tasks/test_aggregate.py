@@ -14,7 +14,6 @@ import torch
 from fedpool.arrays import CHUNK_ELEMENTS, difference_norm, inspect_tensors, load_arrays, numpy_dtype, save_and_hash
 from fedpool.errors import RoundError
 from fedpool.flows.fedavg import FedAvg
-from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
@@ -23,6 +22,7 @@ from fedpool.tasks.aggregators import Aggregator, GeometricMedian, Mean, Median,
 from fedpool.tasks.gate import Accepted, Expected, judge
 from fedpool.tasks.strategy import Slice, State, Strategy, Update
 from fedpool.tensors import ITEM_SIZES, Digest, TensorReader
+from tests.updates import sent_by
 
 PATHS = JobPaths("job-1")
 
@@ -52,18 +52,13 @@ class Round:
         """An update of a site."""
         with self.store.staged(PATHS.update(0, site)) as file:
             digest = save_and_hash(file, params)
-        manifest = UpdateManifest(
-            job_id="job-1",
-            site=site,
-            round=0,
-            task="train",
+        manifest = sent_by(
+            site,
             base_sha256=self.digest.sha256,
-            assignment_sha256="a" * 64,
-            params_type=params_type,  # type: ignore[arg-type]  # one of two strings
+            params_type=params_type,
             sha256=digest.sha256,
             size=digest.size,
             weight=weight,
-            seconds=1.0,
         )
         spec = {name: entry for name, entry in self.base.spec.items() if name in params}
         wanted = Expected("job-1", 0, "train", self.digest.sha256, spec, "FULL")

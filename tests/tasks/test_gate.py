@@ -16,6 +16,7 @@ from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
 from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
 from fedpool.tensors import TensorSpec
+from tests.updates import sent_by
 
 PATHS = JobPaths("job-1")
 BASE_SHA256 = "b" * 64
@@ -54,21 +55,12 @@ def expected(**changes: Any) -> Expected:
 
 def sent(store: Store, params: Mapping[str, Any] | None = GOOD, **changes: Any) -> UpdateManifest:
     """What site-1 sent: the update in the store and its manifest."""
-    fields: dict[str, Any] = {
-        "job_id": "job-1",
-        "site": "site-1",
-        "round": 2,
-        "task": "train",
-        "assignment_sha256": "a" * 64,
-        "base_sha256": BASE_SHA256,
-        "weight": 5.0,
-        "seconds": 1.0,
-    }
+    fields: dict[str, Any] = {"round": 2, "base_sha256": BASE_SHA256, "weight": 5.0, "params_type": None}
     if params is not None:
         with store.staged(PATHS.update(2, "site-1")) as file:
             digest = save_and_hash(file, params)
         fields |= {"params_type": "FULL", "sha256": digest.sha256, "size": digest.size}
-    return UpdateManifest(**{**fields, **changes})
+    return sent_by(**{"site": "site-1", **fields, **changes})
 
 
 def rejected(store: Store, manifest: UpdateManifest, **changes: Any) -> tuple[str, str]:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from fedpool.arrays import inspect_tensors, load_arrays, save_and_hash
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.fedopt import FedOpt
-from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
@@ -23,6 +22,7 @@ from fedpool.tasks.aggregators import GeometricMedian, Krum, Mean, Median
 from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
 from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule
 from fedpool.tasks.strategy import Strategy
+from tests.updates import sent_by
 
 PATHS = JobPaths("job-1")
 INF = math.inf
@@ -48,18 +48,13 @@ class Round:
     ) -> Accepted | Rejected:
         with self.store.staged(PATHS.update(0, site)) as file:
             digest = save_and_hash(file, params)
-        manifest = UpdateManifest(
-            job_id="job-1",
-            site=site,
-            round=0,
-            task="train",
+        manifest = sent_by(
+            site,
             base_sha256=self.digest.sha256,
-            assignment_sha256="a" * 64,
-            params_type=params_type,  # type: ignore[arg-type]  # one of two strings
+            params_type=params_type,
             sha256=digest.sha256,
             size=digest.size,
             weight=weight,
-            seconds=1.0,
         )
         wanted = Expected(
             "job-1", 0, "train", self.digest.sha256, self.base.spec, "FULL", self.base, **{"holes": HOLES} | rules

@@ -10,12 +10,12 @@ from safetensors.numpy import load
 
 from fedpool.arrays import save_and_hash
 from fedpool.errors import IntegrityError
-from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.publish import copy_model, publish_submitted, submitted_digest
 from fedpool.tensors import Digest, TensorReader
+from tests.updates import sent_by
 
 PATHS = JobPaths("job-1")
 BASE = {"body": np.zeros(5, np.float32), "head": np.full(2, 7, np.float32)}
@@ -34,17 +34,13 @@ def put(store: Store, path: str, params: dict[str, Any]) -> tuple[Digest, Tensor
 
 def submitted(store: Store, site: str, params: dict[str, Any] | None) -> Accepted:
     digest, tensors = put(store, PATHS.update(3, site), params) if params else (Digest("", 0), None)
-    manifest = UpdateManifest(
-        job_id="job-1",
-        site=site,
+    manifest = sent_by(
+        site,
         round=3,
         task="submit_model",
-        base_sha256="b",
-        assignment_sha256="a",
         params_type="FULL" if params else None,
         sha256=digest.sha256 or None,
         size=digest.size,
-        seconds=1.0,
     )
     return Accepted(manifest, "m", 1.0, tensors)
 

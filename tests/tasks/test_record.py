@@ -13,24 +13,20 @@ from fedpool.tasks.causes import causes
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
 from fedpool.tasks.record import known_weights, of_global_models, round_ms, round_record
 from fedpool.tensors import Digest
+from tests.updates import sent_by
 
 BASE, NEXT = Digest("b" * 64, 10), Digest("n" * 64, 11)
 
 
 def manifest(site: str, **changes: Any) -> UpdateManifest:
     fields: dict[str, Any] = {
-        "job_id": "job-1",
-        "site": site,
         "round": 2,
-        "task": "train",
         "base_sha256": BASE.sha256,
-        "assignment_sha256": "a" * 64,
-        "params_type": "FULL",
         "sha256": "a" * 64,
         "size": 100,
         "seconds": 1.23456,
     }
-    return UpdateManifest(**{**fields, **changes})
+    return sent_by(site, **{**fields, **changes})
 
 
 def accepted(site: str, weight: float = 1.0, **changes: Any) -> Accepted:

@@ -12,7 +12,6 @@ from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.errors import RoundError
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.fedopt import FedOpt
-from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
@@ -20,6 +19,7 @@ from fedpool.tasks.aggregators import Bulyan, GeometricMedian, Krum, Mean, Media
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule, TorchOptimizer, make_optimizer
 from fedpool.tasks.strategy import Strategy
+from tests.updates import sent_by
 
 PATHS = JobPaths("job")
 BASE = {
@@ -56,10 +56,7 @@ class Rounds:
             params = {name: value.abs() if "var" in name else value for name, value in params.items()}
             with self.store.staged(PATHS.update(number, f"site-{site}")) as file:
                 size = save_and_hash(file, params).size
-            manifest = UpdateManifest(
-                job_id="job", site=f"site-{site}", round=number, task="train", base_sha256="", assignment_sha256="",
-                params_type="FULL", seconds=0.0,
-            )  # fmt: skip
+            manifest = sent_by(f"site-{site}", round=number)
             tensors = self.store.tensors(PATHS.update(number, f"site-{site}"), size)
             updates.append(Accepted(manifest, "m" * 64, weights[site], tensors))
         state = None if self.state is None else self.store.tensors(PATHS.state(number - 1), self.state.size)

@@ -1,6 +1,5 @@
 """The client API's state machine: what may be called when, and what a call does. One `Client` lives in a client script."""
 
-import random
 import re
 import sys
 import weakref
@@ -14,6 +13,7 @@ from fedpool.client import keeping
 from fedpool.client.hosts import Assignment, Host, Waiting
 from fedpool.client.meta import received_meta, sent_control, sent_meta
 from fedpool.client.ranks import TorchrunHost, find_host
+from fedpool.client.seeding import seed_everything
 from fedpool.errors import ClientError, RecipeError
 from fedpool.model import CONTROL, NUM_STEPS, FLModel, ParamsType
 from fedpool.paths import check_name
@@ -344,25 +344,6 @@ def _beside(extras: Mapping[str, Mapping[str, Any]], excluded: Collection[str]) 
         for name, value in values.items()
         if name not in excluded
     }
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of the libraries that the script has imported: random, numpy, torch."""
-    random.seed(seed)
-    for library in ("numpy", "torch"):
-        if library in sys.modules:
-            seed_library(library, seed)
-
-
-def seed_library(library: str, seed: int) -> None:
-    """Seed the generator of numpy or of torch, which has been imported."""
-    module = sys.modules[library]
-    if library == "numpy":
-        module.random.seed(seed % 2**32)
-    elif module.accelerator.is_available():
-        module.manual_seed(seed)
-    else:  # the same generator; manual_seed() would take a traceback for each device library, 3 ms together
-        module.default_generator.manual_seed(seed)
 
 
 def _difference(name: str, value: Any, base: Any) -> Any:
