@@ -7,6 +7,7 @@ that did not complete), and the job must end with the bytes of an undisturbed on
 
 import argparse
 import json
+import multiprocessing
 import random
 import re
 import sys
@@ -17,7 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import psutil
@@ -64,6 +67,7 @@ STAGES = {
     "after the commit": ("rounds/00001/round.json", "after"),
 }
 COMPONENTS = ("coordinator", "worker", "session", "API server", "database", "store")
+CONTEXT = multiprocessing.get_context("spawn")
 Trial = tuple[str, str, int]
 """Component, stage and seed."""
 
@@ -225,6 +229,7 @@ def main() -> None:
     parser.add_argument(
         "--record", type=Path, help="file of outcomes: what is there is not tried again, what is tried is added"
     )
+    parser.add_argument("--at-once", type=int, default=2, help="proofs of concept side by side (default 2)")
     parser.add_argument("--write", action="store_true", help="write the matrix to docs/reliability.md")
     arguments = parser.parse_args()
     if arguments.record and arguments.record.exists():
@@ -238,7 +243,9 @@ def main() -> None:
         for component in arguments.components
         for stage in arguments.stages
     ]
-    for component, stage, seed, outcome in _try([trial for trial in trials if trial not in outcomes]):
+    for component, stage, seed, outcome in _side_by_side(
+        [trial for trial in trials if trial not in outcomes], arguments.at_once
+    ):
         outcomes[component, stage, seed] = outcome
         if arguments.record:
             with arguments.record.open("a") as file:
@@ -254,10 +261,35 @@ def main() -> None:
     sys.exit(any(outcome in ("HANG", "OTHER BYTES") for outcome in outcomes.values()))
 
 
+def _side_by_side(trials: Sequence[Trial], at_once: int) -> Iterator[tuple[str, str, int, str]]:
+    """(component, stage, seed, outcome) of every trial, from so many benches at once: most of a trial is waiting."""
+    benches = {}
+    for share in (trials[number::at_once] for number in range(at_once)):
+        if share:
+            found, end = CONTEXT.Pipe(duplex=False)
+            benches[found] = CONTEXT.Process(target=_report, args=(share, end))
+            benches[found].start()
+            end.close()  # a bench that is gone is the end of its pipe
+    running = set(benches)
+    while running:
+        for found in cast(list[Connection], wait(running)):
+            try:
+                yield found.recv()
+            except EOFError:
+                running.remove(found)
+    for bench in benches.values():
+        bench.join()
+    if any(bench.exitcode for bench in benches.values()):
+        sys.exit("a bench broke: its trials are not complete")
+
+
+def _report(trials: Sequence[Trial], end: Connection) -> None:
+    for outcome in _try(trials):
+        end.send(outcome)
+
+
 def _try(trials: Sequence[Trial]) -> Iterator[tuple[str, str, int, str]]:
-    """(component, stage, seed, outcome) of every trial."""
-    if not trials:
-        return
+    """(component, stage, seed, outcome) of every trial, one after the other."""
     with tempfile.TemporaryDirectory(prefix="fedpool-chaos-") as folder, closing(PostgresServer()) as postgres:
         bench = Bench(Path(folder), postgres)
         try:
