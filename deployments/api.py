@@ -33,7 +33,7 @@ def check_server(remedy: str | None = None) -> str:
 
     Raises:
         ServerError: it does not answer, or does not let us in; the message says where it was looked for, and what to do.
-        ConfigError: none is configured.
+        ConfigError: none is configured, or by what is no URL.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, get_current_settings
 
@@ -41,6 +41,10 @@ def check_server(remedy: str | None = None) -> str:
     if not url:
         raise ConfigError(
             "no Prefect server is known: set PREFECT_API_URL to its API, such as http://127.0.0.1:4200/api"
+        )
+    if not _is_url(url):
+        raise ConfigError(
+            f"PREFECT_API_URL={url!r} is not a URL: {_setting()} to one such as http://127.0.0.1:4200/api"
         )
     settings = get_current_settings()
     headers = dict(settings.client.custom_headers)
@@ -64,8 +68,10 @@ def check_server(remedy: str | None = None) -> str:
     if answer.status_code >= 500:
         raise _no_answer(url, f"HTTP {answer.status_code} {answer.reason_phrase}", remedy)
     if answer.status_code >= 400 or not answer.headers.get("content-type", "").startswith("application/json"):
+        other = "" if url.rstrip("/").endswith("/api") else f", so it may be {url.rstrip('/')}/api"
         raise ServerError(
-            f"there is no Prefect API at {url} (HTTP {answer.status_code} {answer.reason_phrase}): the URL of one ends in /api"
+            f"there is no Prefect API at {url} (HTTP {answer.status_code} {answer.reason_phrase}): "
+            f"the URL of one ends in /api{other}"
         )
     return url
 
@@ -78,6 +84,14 @@ async def open_client(remedy: str | None = None) -> AsyncIterator["PrefectClient
     await asyncio.to_thread(check_server, remedy)
     async with get_client() as client:
         yield client
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.host)
 
 
 def _no_answer(url: str, cause: str, remedy: str | None) -> ServerError:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
-from rich.console import Console
 from rich.table import Table
 
 from fedpool.deployments import jobs
@@ -22,6 +21,7 @@ from fedpool.deployments.fate import with_client
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.progress import cross_site_table, print_findings
 from fedpool.deployments.run import JobStatus
+from fedpool.deployments.terminal import open_console
 from fedpool.deployments.which_store import meant_store
 from fedpool.errors import ConfigError, ServerError
 from fedpool.paths import JobPaths, new_job_id
@@ -36,6 +36,9 @@ from fedpool.tasks.tables import report_rows, untold
 _CANCEL_LOOK_S = 3.0
 """How long a command that does not wait looks whether the job has ended."""
 _CANCEL_WAIT_S = 120.0
+
+_OTHER_COLUMNS = 48
+"""What the columns beside a job's id need to be readable; a terminal that is narrower breaks the lines itself."""
 
 job = App(name="job", help="Jobs: what ran, what runs.")
 
@@ -60,14 +63,19 @@ def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = 
         print("there are no jobs in it")
         return
     table = Table()
-    for header in ("job", "recipe", "status", "rounds", "sites", "metrics"):
-        table.add_column(header, no_wrap=header in ("job", "status"))
+    # An id is for the next command: it stays whole, however narrow the terminal is, and the others break their lines.
+    longest = max(len(entry.job_id) for entry in found)
+    table.add_column("job", no_wrap=True, min_width=longest)
+    for header in ("recipe", "status", "rounds", "sites", "metrics"):
+        table.add_column(header, overflow="fold")
     for entry in found:
         rounds = f"{entry.num_committed}/{entry.num_rounds}"
         table.add_row(
             entry.job_id, entry.recipe, _status(entry), rounds, str(len(entry.sites)), _metrics(entry.metrics)
         )
-    Console().print(table)
+    console = open_console()
+    console.width = max(console.width, longest + _OTHER_COLUMNS)
+    console.print(table)
 
 
 @job.command
@@ -80,7 +88,7 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
         endings = {} if result is None else read_endings(place, job_id, result, records)
         print(json.dumps({**_plain(summary), "rounds": list(records), "result": result, "endings": endings}, indent=2))
         return
-    console = Console()
+    console = open_console()
     console.print(f"{job_id}: {_status(summary)}", highlight=False)
     header, rows = report_rows(records)
     table = Table()

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from fedpool.deployments.terminal import open_console
+
 recipe = App(name="recipe", help="Recipes: the algorithms that there are.")
 
 _COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
@@ -29,7 +31,7 @@ def list_() -> None:
     table.add_column("what it is for")
     for name, kind in RECIPES.items():
         table.add_row(name, describe(kind.__doc__ or "").summary.replace("`", ""))
-    Console().print(table, highlight=False, markup=False)
+    open_console().print(table, highlight=False, markup=False)
 
 
 @recipe.command

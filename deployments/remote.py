@@ -14,7 +14,6 @@ from uuid import UUID
 
 import httpx
 from pydantic import ConfigDict, Field
-from rich.console import Console
 
 from fedpool.deployments.api import open_client
 from fedpool.deployments.blocking import run_blocking
@@ -22,6 +21,7 @@ from fedpool.deployments.jobs import check_has_ended
 from fedpool.deployments.overlap import Overlap, chosen, described, limit
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
+from fedpool.deployments.terminal import open_console
 from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
 from fedpool.fields import Checked
 from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
@@ -96,7 +96,7 @@ class RemoteEnv(Checked):
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
-        console = Console(quiet=not self.progress)
+        console = open_console(quiet=not self.progress)
         for note in recipe.bundle.notes:
             console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
         self.prepare(recipe)

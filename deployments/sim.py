@@ -23,6 +23,7 @@ from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
+from fedpool.deployments.terminal import open_console
 from fedpool.errors import RecipeError
 from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
 from fedpool.loopback import bypass_proxies
@@ -166,7 +167,7 @@ class SimEnv(NamedClients):
             num_live,
             remedy="say keep_alive=False and a smaller num_threads",
         )
-        console = Console(quiet=not self.progress)
+        console = open_console(quiet=not self.progress)
         for note in recipe.bundle.notes:
             console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
         sites = LocalSites(
@@ -180,7 +181,7 @@ class SimEnv(NamedClients):
             imports=recipe.bundle.imports,
             origin=_origin(Path(recipe.train_script)),
             commands=commands,
-            show=_show_on(Console() if console.quiet else console) if self.logs == "console" else None,
+            show=_show_on(open_console() if console.quiet else console) if self.logs == "console" else None,
         )
         run = Run(job_id, store, work=lambda: _work(start, store, sites, console), cancel=sites.cancel)
         if wait:

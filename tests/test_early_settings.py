@@ -12,6 +12,16 @@ SETS = {
     "assigned": "import os\nos.environ['HF_HOME'] = '/x'\nimport transformers\n",
     "by another name": "from os import environ\nenviron['HF_HOME'] = '/x'\nimport transformers\n",
     "by an alias": "import os as system\nsystem.environ['HF_HOME'] = '/x'\nimport transformers\n",
+    "imported by another name": "from os import environ as env\nenv['HF_HOME'] = '/x'\nimport transformers\n",
+    "assigned to another name": "import os as o\ne = o.environ\ne['HF_HOME'] = '/x'\nimport transformers\n",
+    "assigned with a type": "import os\ne: dict = os.environ\ne.update(HF_HOME='/x')\nimport transformers\n",
+    "assigned in an expression": "import os\n(e := os.environ)['HF_HOME'] = '/x'\nprint(e)\ne.pop('X')\nimport transformers\n",
+    "merged by another name": "import os\ne = os.environ\ne |= {'HF_HOME': '/x'}\nimport transformers\n",
+    "put by another name": "from os import putenv as put\nput('HF_HOME', '/x')\nimport transformers\n",
+    "a name from a module": "from names import env as e\ne['HF_HOME'] = '/x'\nimport transformers\n",
+    "a name from a module, by a star": "from names import *\nenv['HF_HOME'] = '/x'\nimport transformers\n",
+    "in a function of a module, by another name": "from setters import prepare as go\ngo()\nimport transformers\n",
+    "from a file, by another name": "from dotenv import load_dotenv as load\nload()\nimport transformers\n",
     "a default": "import os\nos.environ.setdefault('HF_HOME', '/x')\nimport transformers\n",
     "several": "import os\nos.environ.update({'CUDA_VISIBLE_DEVICES': '0', 'HF_HOME': '/x'})\nimport transformers\n",
     "several by keyword": "import os\nos.environ.update(HF_HOME='/x')\nimport transformers\n",
@@ -46,6 +56,9 @@ SETS_NOT = {
     "before what is imported already": (
         "import os\nimport transformers\nos.environ['X'] = '1'\ndef main():\n    import transformers\n"
     ),
+    "in a copy": "import os\ne = os.environ.copy()\ne['HF_HOME'] = '/x'\nimport transformers\n",
+    "only read by another name": "from os import environ as env\nhome = env['HOME']\ne = env\nimport transformers\n",
+    "a name that becomes another's": "import os\ne = os.environ\ne = {}\nimport transformers\n",
     "in another dict": "environment = {}\nenvironment['HF_HOME'] = '/x'\nimport transformers\n",
 }
 
@@ -53,6 +66,7 @@ SETS_NOT = {
 def built(folder: Path, script: str):
     (folder / "settings.py").write_text("import os\nos.environ['HF_HOME'] = '/x'\n")
     (folder / "setters.py").write_text("import os\ndef prepare():\n    os.environ['HF_HOME'] = '/x'\n")
+    (folder / "names.py").write_text("import os\nenv = os.environ\n")
     (folder / "client.py").write_text(script)
     return build_bundle(folder / "client.py")
 

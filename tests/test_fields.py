@@ -45,6 +45,18 @@ def test_an_unknown_field_names_the_nearest_one(kind: Any, given: dict[str, Any]
     assert words in refusal(kind, given)
 
 
+@pytest.mark.parametrize(
+    ("kind", "first"), [(FedAvgRecipe, "name"), (SimEnv, "num_clients"), (PocEnv, "num_clients"), (ProdEnv, "store")]
+)
+def test_a_value_without_a_name_is_told_the_first_field(kind: Any, first: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        kind("x", **(fields if kind is FedAvgRecipe else {}))
+    kind = kind.__name__
+    assert str(refused.value) == (
+        f"{kind} takes its fields by name, got 'x' without one: write {kind}({first}=...), if you mean {first}"
+    )
+
+
 @pytest.mark.parametrize(("kind", "field"), [(SimEnv, "workspace"), (PocEnv, "home")])
 def test_a_folder_that_is_a_file_or_lies_in_one_is_refused(kind: Any, field: str, tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"

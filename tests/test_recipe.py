@@ -76,7 +76,9 @@ def test_a_recipe_is_frozen(fields: dict[str, Any]) -> None:
 
 
 def test_positional_arguments_are_refused() -> None:
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(
+        RecipeError, match=r"takes its fields by name, got 'hello' without one: write FedAvgRecipe\(name="
+    ):
         FedAvgRecipe("hello")  # type: ignore[call-arg]  # that is the point
 
 

@@ -1,9 +1,12 @@
 """What a store says when it refuses: one sentence with the remedy, at once; and what it bears with. Against real S3 servers."""
 
 import os
+import socket
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -109,6 +112,67 @@ def test_an_endpoint_that_cannot_be_one_is_told(
     aws.setenv("AWS_ENDPOINT_URL_S3", endpoint.format(host=s3_server.endpoint.removeprefix("http://")))
     with pytest.raises(StoreRefused, match=words):
         Store(s3_server.url).write_bytes("job/a", b"1")
+
+
+@contextmanager
+def alerting(description: int) -> Iterator[str]:
+    """Answers each TLS handshake with a fatal alert, as OpenSSL and load balancers write it; yields its endpoint."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(bytes([21, 3, 3, 0, 2, 2, description]))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"https://127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("alert", "refused"),
+    [(80, False), (112, False), (48, True), (42, True)],
+    ids=["internal error", "unrecognized name", "unknown authority", "bad certificate"],
+)
+def test_an_alert_of_tls_is_tried_again_but_for_one_about_certificates(
+    aws: pytest.MonkeyPatch, s3_server: services.S3Server, alert: int, refused: bool
+) -> None:
+    with alerting(alert) as endpoint:
+        aws.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        store = Store(s3_server.url, config_kwargs={"retries": {"max_attempts": 1}})
+        store.fs.retries = 1
+        store.patience_s = 0.5
+        with pytest.raises(StoreError, match="cannot be written") as caught:
+            store.write_bytes("job/a", b"1")
+    assert isinstance(caught.value, StoreRefused) == refused
+
+
+@pytest.mark.parametrize("remote", [True, False], ids=["S3", "a folder"])
+def test_a_refusal_comes_without_the_tracebacks_of_what_it_came_of(
+    aws: pytest.MonkeyPatch, s3_server: services.S3Server, tmp_path: Path, remote: bool
+) -> None:
+    aws.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o500)
+    Store(tmp_path / "store").write_bytes("job/a", b"1")  # what this imports not everybody may read
+    with pytest.raises(StoreRefused) as caught:
+        if remote:
+            Store(s3_server.url).write_bytes("job/a", b"1")
+        else:
+            with not_as_root():
+                Store(folder).write_bytes("job/a", b"1")
+    told = "".join(traceback.format_exception(caught.value))
+    assert told.count("Traceback") == 1 and told.splitlines()[-1].endswith(str(caught.value))
 
 
 def test_a_file_system_that_is_not_installed_is_told_with_its_remedy() -> None:
@@ -223,6 +287,108 @@ def not_as_root() -> Iterator[None]:
         yield
     finally:
         os.seteuid(user)
+
+
+class _Bucket(BaseHTTPRequestHandler):
+    """The few requests of S3 that a store writes with, and conditional writes as AWS has them, which rclone has not."""
+
+    server: "_BucketServer"
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(self.server.objects.get(self.path))
+
+    def do_GET(self) -> None:
+        self._answer(self.server.objects.get(self.path))
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        condition = self.headers.get("If-None-Match")
+        self.server.conditions.append(condition)
+        if condition and self.server.refuses:
+            self._error(501, "NotImplemented")
+            return
+        self.server.meanwhile()
+        with self.server.lock:
+            if condition == "*" and self.path in self.server.objects:
+                self._error(412, "PreconditionFailed", "<Condition>If-None-Match</Condition>")
+                return
+            self.server.objects[self.path] = body
+        if self.server.loses_answers:
+            self.server.loses_answers -= 1
+            self.close_connection = True
+            return
+        self._answer(b"")
+
+    def _error(self, status: int, code: str, more: str = "") -> None:
+        self._answer(f"<Error><Code>{code}</Code><Message>no</Message>{more}</Error>".encode(), status)
+
+    def _answer(self, body: bytes | None, status: int = 200) -> None:
+        self.send_response(404 if body is None else status)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.send_header("ETag", '"tag"')
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body or b"")
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+class _BucketServer(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Bucket)
+        self.objects: dict[str, bytes] = {}
+        self.conditions: list[str | None] = []
+        self.lock = threading.Lock()
+        self.refuses = False
+        self.loses_answers = 0
+        self.meanwhile: Callable[[], object] = bool
+
+
+@pytest.fixture
+def bucket(aws: pytest.MonkeyPatch) -> Iterator[_BucketServer]:
+    with _BucketServer() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        aws.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_of_two_that_write_at_once_to_s3_one_is_refused(bucket: _BucketServer) -> None:
+    both = threading.Barrier(2)
+    bucket.meanwhile = lambda: both.wait(60)  # both have found nothing there
+
+    def write(text: bytes) -> str:
+        try:
+            Store("s3://bucket").write_bytes("job/round.json", text)
+        except StoreError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as threads:
+        said = sorted(threads.map(write, (b"mine", b"yours")))
+    assert said[0] == "" and "exists already, and nothing in the store is overwritten" in said[1]
+
+
+def test_a_write_whose_answer_was_lost_is_known_again_as_its_own(bucket: _BucketServer) -> None:
+    bucket.loses_answers = 1
+    Store("s3://bucket").write_bytes("job/round.json", b"mine")
+    assert bucket.objects["/bucket/job/round.json"] == b"mine"
+    with pytest.raises(StoreError, match="exists already"):
+        Store("s3://bucket").write_bytes("job/round.json", b"mine")
+
+
+def test_a_server_that_refuses_conditions_is_written_to_without(bucket: _BucketServer) -> None:
+    bucket.refuses = True
+    store = Store("s3://bucket")
+    for number in range(2):
+        store.write_bytes(f"job/{number}", b"1")
+    assert len(bucket.objects) == 2 and bucket.conditions[-2:] == [None, None]
 
 
 def test_a_local_store_says_who_may_not_write_where(tmp_path: Path) -> None:

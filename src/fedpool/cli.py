@@ -17,6 +17,7 @@ from fedpool.deployments.job_command import job
 from fedpool.deployments.migrate_command import migrate
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv, Service
 from fedpool.deployments.recipe_command import recipe
+from fedpool.deployments.terminal import open_console
 from fedpool.errors import FedpoolError
 from fedpool.loopback import bypass_proxies
 from fedpool.refusals import refusal
@@ -206,7 +207,7 @@ def _site_settings(file: Path | None, data: Path | None, **given: Any) -> SiteCo
 
 
 def _show(proof: PocEnv, services: Sequence[Service]) -> None:
-    console = Console()
+    console = open_console()
     if not services:
         console.print(f"nothing is up in {proof.home}", highlight=False)
         return

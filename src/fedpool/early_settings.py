@@ -27,6 +27,10 @@ _READ_WHEN_USED = frozenset(
 """Variables that scripts often set, and that are read later than at an import, or by no import at all."""
 
 _SETTERS = frozenset({"__setitem__", "clear", "pop", "popitem", "setdefault", "update"})
+_ENVIRONS = ("environ", "environb")
+_FUNCTIONS_THAT_SET = ("putenv", "unsetenv", "load_dotenv")
+Aliases = Mapping[str, str]
+"""Name in a file -> what it stands for: a name of `_ENVIRONS` or of `_FUNCTIONS_THAT_SET`."""
 Resolve = Callable[[str, ast.Import | ast.ImportFrom], Iterable[tuple[str, Sequence[str]]]]
 
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -75,6 +79,7 @@ class _Reader:
         self._resolve = resolve
         self._read: set[str] = set()
         self._inside: list[tuple[str, ast.AST]] = []  # functions, with their files
+        self._aliases = self._find_aliases()
         self._setting_functions = self._find_setting_functions()
 
     def module(self, name: str) -> Iterator[_Setting | _Import]:
@@ -87,7 +92,7 @@ class _Reader:
         """What the functions of the modules read so far may do later, settings first."""
         for name, function in self._inside:
             for node in ast.walk(function):
-                yield from _settings(name, node)
+                yield from self._settings(name, node)
         for name, function in self._inside:
             for node in ast.walk(function):
                 yield from self._imports(name, node)
@@ -97,7 +102,7 @@ class _Reader:
             if isinstance(node, _FUNCTIONS):
                 self._inside.append((name, node))
                 continue
-            yield from _settings(name, node)
+            yield from self._settings(name, node)
             yield from self._imports(name, node)
             if isinstance(node, ast.Call) and _called(node) in self._setting_functions:
                 yield _Setting(f"environment variables in {_called(node)}()", f"{name} line {node.lineno}")
@@ -113,6 +118,43 @@ class _Reader:
                 source = node.module if isinstance(node, ast.ImportFrom) and node.module and not node.level else module
                 yield _Import(source, f"{name} line {node.lineno}")
 
+    def _settings(self, name: str, node: ast.AST) -> Iterator[_Setting]:
+        return _settings(name, node, self._aliases[name])
+
+    def _find_aliases(self) -> dict[str, dict[str, str]]:
+        """Other names that files have for the environment and for what sets it: by assignment or import, also from each other."""
+        found: dict[str, dict[str, str]] = {name: {} for name in self._trees}
+        nodes = [
+            (name, node)
+            for name, tree in self._trees.items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.NamedExpr)
+        ]
+        while True:
+            count = sum(map(len, found.values()))
+            for name, node in nodes:
+                if isinstance(node, ast.ImportFrom):
+                    found[name].update(self._imported_aliases(name, node, found))
+                elif node.value is not None and _is_environ(node.value, found[name]):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    found[name].update((target.id, "environ") for target in targets if isinstance(target, ast.Name))
+            if count == sum(map(len, found.values())):
+                return found
+
+    def _imported_aliases(
+        self, name: str, node: ast.ImportFrom, found: Mapping[str, Aliases]
+    ) -> Iterator[tuple[str, str]]:
+        files = [file for _, files in self._resolve(name, node) for file in files]
+        for alias in node.names:
+            if node.module in ("os", "posix", "dotenv") and alias.name in (*_ENVIRONS, *_FUNCTIONS_THAT_SET):
+                yield alias.asname or alias.name, alias.name
+            for file in files:
+                known = found.get(file, {})
+                if alias.name == "*":
+                    yield from known.items()
+                elif alias.name in known:
+                    yield alias.asname or alias.name, known[alias.name]
+
     def _find_setting_functions(self) -> set[str]:
         """Names of functions that set variables, or call one that does."""
         functions = [
@@ -121,6 +163,14 @@ class _Reader:
             for node in ast.walk(tree)
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         ]
+        renamed = [
+            (alias.name, alias.asname)
+            for tree in self._trees.values()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if alias.asname
+        ]
         found: set[str] = set()
         while True:
             more = {
@@ -128,18 +178,19 @@ class _Reader:
                 for name, function in functions
                 if function.name not in found
                 and any(
-                    next(_settings(name, node), None) is not None
+                    next(self._settings(name, node), None) is not None
                     or (isinstance(node, ast.Call) and _called(node) in found)
                     for node in ast.walk(function)
                 )
             }
+            more |= {new for old, new in renamed if old in found | more and new not in found}
             if not more:
                 return found
             found |= more
 
 
-def _settings(name: str, node: ast.AST) -> Iterator[_Setting]:
-    """What a node itself sets in the environment."""
+def _settings(name: str, node: ast.AST, aliases: Aliases) -> Iterator[_Setting]:
+    """What a node itself sets in the environment, in a file with such aliases."""
     targets: Sequence[ast.AST] = ()
     keys: Sequence[ast.AST | None] = ()
     if isinstance(node, ast.Assign | ast.Delete):
@@ -149,17 +200,17 @@ def _settings(name: str, node: ast.AST) -> Iterator[_Setting]:
     elif isinstance(node, ast.Call):
         function = node.func
         first = node.args[0] if node.args else None
-        if isinstance(function, ast.Attribute) and _is_environ(function.value) and function.attr in _SETTERS:
+        called = aliases.get(function.id, function.id) if isinstance(function, ast.Name) else _called(node)
+        if isinstance(function, ast.Attribute) and _is_environ(function.value, aliases) and function.attr in _SETTERS:
             many = function.attr == "update"
             keys = [*_keys(first), *(ast.Constant(keyword.arg) for keyword in node.keywords)] if many else [first]
-        elif _called(node) in ("putenv", "unsetenv"):
-            keys = [first]
-        elif _called(node) == "load_dotenv":
-            keys = [None]
+        elif called in _FUNCTIONS_THAT_SET:
+            keys = [None if called == "load_dotenv" else first]
     for target in targets:
-        if isinstance(target, ast.Subscript) and _is_environ(target.value):
+        if isinstance(target, ast.Subscript) and _is_environ(target.value, aliases):
             keys = [*keys, target.slice]
-        elif _is_environ(target):
+        elif _is_environ(target, aliases) and (isinstance(node, ast.AugAssign) or isinstance(target, ast.Attribute)):
+            # Another value for a name of the environment leaves the environment as it is.
             keys = [*keys, *_keys(getattr(node, "value", None))]
     for key in keys:
         known = key.value if isinstance(key, ast.Constant) else None
@@ -173,9 +224,9 @@ def _keys(values: ast.AST | None) -> list[ast.AST | None]:
     return list(values.keys) if isinstance(values, ast.Dict) else [None] if values is not None else []
 
 
-def _is_environ(node: ast.AST) -> bool:
-    return (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb")) or (
-        isinstance(node, ast.Name) and node.id == "environ"
+def _is_environ(node: ast.AST, aliases: Aliases) -> bool:
+    return (isinstance(node, ast.Attribute) and node.attr in _ENVIRONS) or (
+        isinstance(node, ast.Name) and aliases.get(node.id, node.id) in _ENVIRONS
     )
 
 

@@ -47,6 +47,18 @@ class Checked(BaseModel):
         except ValidationError as error:
             raise fields_error(type(self), error, data) from None
 
+    if not TYPE_CHECKING:  # nor may type checkers accept what is refused here; and signatures are those of the fields
+
+        def __new__(cls, *values: Any, **data: Any) -> Self:
+            if values:
+                fields = cls.model_fields
+                first = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
+                raise RecipeError(
+                    f"{cls.__name__} takes its fields by name, got {_brief(values[0])} without one: "
+                    f"write {cls.__name__}({first}=...), if you mean {first}"
+                )
+            return super().__new__(cls)
+
     # By this pydantic knows that the method is no more than its own, and validates nested and restored models without it.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 

@@ -75,6 +75,12 @@ _BOTOCORE: Mapping[str, tuple[str, str]] = {
 """Classes of botocore's errors -> what is wrong, and the remedy."""
 
 
+_BROKEN = ("TLSV1_UNRECOGNIZED_NAME", "UNEXPECTED_EOF_WHILE_READING")
+"""Reasons of OpenSSL that, like alerts, tell of the moment."""
+_OF_CERTIFICATES = ("CERTIFICATE", "UNKNOWN_CA")
+"""Words in the alerts with which the other side refuses a certificate of ours."""
+
+
 def _whose(path: str) -> str:
     import getpass
 
@@ -141,7 +147,7 @@ def explained(where: str | Path, doing: Doing = "written") -> Iterator[None]:
     except OSError as error:
         if (told := refusal(error, str(error.filename or where), doing)) is None:
             raise
-        raise told from error
+        raise told from None
 
 
 def _of_s3(error: BaseException) -> tuple[str, str] | None:
@@ -152,6 +158,8 @@ def _of_s3(error: BaseException) -> tuple[str, str] | None:
             known = f", {fields['Region']}" if fields.get("Region") else ""
             return f"{what} ({code})", remedy + (known if remedy is _REGION else "")
     kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("botocore")}
+    if "SSLError" in kinds and not _is_final(error):
+        return None
     for name in _BOTOCORE.keys() & kinds:
         return _BOTOCORE[name]
     if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
@@ -159,6 +167,21 @@ def _of_s3(error: BaseException) -> tuple[str, str] | None:
     if "EndpointConnectionError" in kinds and (host := _unknown_host(error)):
         return f"there is no host {host}", "correct AWS_ENDPOINT_URL_S3"
     return None
+
+
+def _is_final(error: Any) -> bool:
+    """Whether a connection by TLS will fail again: one of the certificates is no good, or the other side does not speak TLS.
+
+    Other alerts tell of the moment, as a load balancer's do while what is behind it starts; so does a connection that breaks.
+    """
+    import ssl
+
+    inner = error.kwargs.get("error")
+    causes = [cause for one in chain(inner or error) for cause in (one, getattr(one, "os_error", None))]
+    reason: str | None = next((found for cause in causes if (found := getattr(cause, "reason", None))), None)
+    if reason is None or any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        return True
+    return not ("ALERT" in reason or reason in _BROKEN) or any(word in reason for word in _OF_CERTIFICATES)
 
 
 def _unknown_host(error: Any) -> str | None:
@@ -177,6 +200,10 @@ def _unknown_host(error: Any) -> str | None:
 
 
 def _of_a_disk(error: BaseException, where: str) -> tuple[str, str] | None:
+    import ssl
+
+    if isinstance(error, ssl.SSLError):  # an OSError, whose errno is a number of OpenSSL's
+        return None
     if isinstance(error, OSError) and (explain := _ERRNOS.get(error.errno or 0)):
         return explain(str(error.filename or where))
     if isinstance(error, PermissionError):  # of a backend with errors of its own

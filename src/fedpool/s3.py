@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 PROTOCOLS = ("s3", "s3a")
@@ -30,6 +31,35 @@ def error_code(error: BaseException) -> tuple[str, Mapping[str, Any]] | None:
     response = getattr(error, "response", None)
     fields = response.get("Error") if isinstance(response, Mapping) else None
     return (str(fields.get("Code", "")), fields) if isinstance(fields, Mapping) else None
+
+
+def put_new(file_system: Any, local: Path, target: str, *, conditional: bool) -> bool:
+    """Write an object; where the server has conditional writes, only if there is none.
+
+    Args:
+        file_system: of fsspec; of S3 if conditional.
+        conditional: ask the server for it. Many that do not know of it write all the same.
+
+    Returns: whether to ask it the next time.
+
+    Raises:
+        FileExistsError: the server says that there is one.
+    """
+    if conditional:
+        try:
+            file_system.put_file(str(local), target, mode="create")
+        except FileExistsError:
+            raise
+        except Exception as error:
+            codes = {found[0] for cause in chain(error) if (found := error_code(cause))}
+            if codes & {"PreconditionFailed", "412"}:
+                raise FileExistsError(target) from error
+            if not codes & {"NotImplemented", "501"}:
+                raise
+        else:
+            return True
+    file_system.put_file(str(local), target)
+    return False
 
 
 def with_reason(error: BaseException, file_system: Any, root: str) -> BaseException:

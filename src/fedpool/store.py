@@ -72,6 +72,7 @@ class Store:
         self.patience_s = WRITE_PATIENCE_S
         """How long a remote store may refuse before a write fails."""
         self.url: str = self.fs.unstrip_protocol(self.root)
+        self._is_conditional = protocol in s3.PROTOCOLS
         self.is_local = isinstance(self.fs, LocalFileSystem)
         # Local: 512 KiB of float32, which a processor's cache holds, and few enough that threads do not wait for the
         # interpreter's lock. Remote: as much as makes a request worth its while. Both are multiples of `arrays.CHUNK_ELEMENTS`.
@@ -146,7 +147,7 @@ class Store:
             if refused := refusal(reason, full, doing):
                 # fsspec would hand out this file system, and its credentials, for as long as the process lives.
                 type(self.fs).clear_instance_cache()
-                raise refused from error
+                raise refused from None  # the sentence says it; the backend's tracebacks would bury it
             if isinstance(error, FileNotFoundError) and doing != "written":
                 raise
             raise StoreError(f"{full} cannot be {doing}: {type(error).__name__}: {error}") from error
@@ -307,7 +308,12 @@ class Store:
                     return
                 self.fs.rm_file(target)  # our own, and cut short
             tried = True
-            self.fs.put_file(str(local), target)
+            try:
+                self._is_conditional = s3.put_new(self.fs, local, target, conditional=self._is_conditional)
+            except FileExistsError:
+                # Another writer was faster, or the answer to a request of ours was lost, and the backend has repeated it.
+                if self.fs.info(target)["size"] != local.stat().st_size or not self._holds_beginning_of(local, target):
+                    raise
 
         self._patiently(path, put, "written")
 

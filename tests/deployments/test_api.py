@@ -1,5 +1,6 @@
 """A Prefect server that is not there, or is none: one sentence within seconds, wherever it is asked."""
 
+import re
 import socket
 import time
 import traceback
@@ -67,6 +68,18 @@ def test_a_command_says_so_in_one_line(command: list[str], dead: str, capsys: py
     assert f"the Prefect server at {dead} does not answer" in printed.err and "PREFECT_API_URL" in printed.err
 
 
+@pytest.mark.parametrize(
+    "url", ["foo", "127.0.0.1:4200/api", "localhost:4200", "ftp://host/api", "http:///api", "http://a:b:c"]
+)
+def test_a_setting_that_is_no_url_is_told_as_that(url: str, recipe: FedAvgRecipe, tmp_path: Path) -> None:
+    words = rf"^PREFECT_API_URL='{re.escape(url)}' is not a URL: correct PREFECT_API_URL of the Prefect profile '.*' to one "
+    env = ProdEnv(store=str(tmp_path / "store"), sites=("a", "b"), progress=False)
+    with temporary_settings({PREFECT_API_URL: url}):
+        for ask in (check_server, lambda: env.execute(recipe), lambda: recipe.execute(SimEnv(workspace=tmp_path))):
+            with pytest.raises(ConfigError, match=words):
+                ask()
+
+
 class _Answers(BaseHTTPRequestHandler):
     status, kind = 200, "text/html"
 
@@ -81,22 +94,27 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "path", "words"),
     [
-        (200, "there is no Prefect API at .*: the URL of one ends in /api"),
-        (404, "there is no Prefect API at .*HTTP 404 Not Found"),
-        (401, "refused: 401 Unauthorized. Check PREFECT_API_AUTH_STRING"),
-        (502, "does not answer .HTTP 502 Bad Gateway.: start it"),
+        (
+            200,
+            "",
+            r"there is no Prefect API at .*: the URL of one ends in /api, so it may be http://127.0.0.1:\d+/api$",
+        ),
+        (404, "/", r"there is no Prefect API at .*HTTP 404 Not Found.*, so it may be http://127.0.0.1:\d+/api$"),
+        (404, "/api", r"there is no Prefect API at .*HTTP 404 Not Found.: the URL of one ends in /api$"),
+        (401, "", "refused: 401 Unauthorized. Check PREFECT_API_AUTH_STRING"),
+        (502, "", "does not answer .HTTP 502 Bad Gateway.: start it"),
     ],
 )
-def test_what_answers_and_is_no_prefect_server_is_told_from_one(status: int, words: str) -> None:
+def test_what_answers_and_is_no_prefect_server_is_told_from_one(status: int, path: str, words: str) -> None:
     handler = type("Answers", (_Answers,), {"status": status})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         try:
             with (
-                temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}"}),
+                temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}{path}"}),
                 pytest.raises(ServerError, match=words),
             ):
                 check_server()

@@ -1,7 +1,10 @@
 """`fedpool job`: what ran, read from the store by the command that a user types."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +53,37 @@ def test_list_shows_the_jobs_newest_first(
     assert listed[-1]["metrics"] == {"accuracy": 0.5} or listed[0]["metrics"] == {"accuracy": 0.5}
     table = fedpool(capsys, "job", "list", "--store", str(tmp_path / "runs"))
     assert first.job_id in table and second.job_id in table
+
+
+def printed_to_a_terminal(columns: int, *arguments: str) -> str:
+    """What the command prints to a terminal of that width, without its colours."""
+    ours, its = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedpool.cli", *arguments], env=environment, stdin=its, stdout=its
+    )
+    os.close(its)
+    text = b""
+    with contextlib.suppress(OSError):  # how the end of a terminal reads
+        while chunk := os.read(ours, 1 << 16):
+            text += chunk
+    os.close(ours)
+    assert process.wait(60) == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.decode())
+
+
+def test_list_cuts_nothing_off_a_terminal_and_no_id_on_one(run_job: Callable[..., Run], tmp_path: Path) -> None:
+    script = SCORED.replace('{"accuracy": 0.5}', "{f'metric_with_a_long_name_{n}': n for n in range(6)}")
+    run = run_job(script, name="a-name-as-long-as-a-name-may-be", num_rounds=1, key_metric="metric_with_a_long_name_1")
+    arguments = ("job", "list", "--store", str(tmp_path / "runs"))
+    piped = subprocess.run(
+        [sys.executable, "-m", "fedpool.cli", *arguments], capture_output=True, text=True, check=True
+    )
+    (line,) = [line for line in piped.stdout.splitlines() if run.job_id in line]
+    assert "FedAvgRecipe" in line and "metric_with_a_long_name_5 5" in line and "…" not in piped.stdout
+    for columns in (80, 50):
+        shown = printed_to_a_terminal(columns, *arguments)
+        assert run.job_id in shown and "…" not in shown
 
 
 def test_a_job_that_cannot_be_read_does_not_hide_the_others(
