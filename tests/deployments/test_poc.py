@@ -196,6 +196,25 @@ def test_settings_other_than_those_that_are_up_are_refused(env: PocEnv, home: Pa
     assert env.status() == before
 
 
+@pytest.mark.parametrize(
+    "what",
+    [("work-queue", "default", "--pool", "site-2"), ("work-pool", "site-2")],
+    ids=["queue", "pool"],
+)
+def test_what_an_operator_has_paused_is_named_with_the_command_that_resumes_it(
+    env: PocEnv, hello_pt: FedAvgRecipe, tmp_path: Path, what: tuple[str, ...]
+) -> None:
+    kind, *name = what
+    paused = prefect(env.api_url, tmp_path, kind, "pause", *name)
+    assert paused.returncode == 0, paused.stderr
+    try:
+        with pytest.raises(ConfigError, match=f"work pool 'site-2' is paused: prefect {kind} resume {' '.join(name)}"):
+            hello_pt.execute(env)
+    finally:
+        resumed = prefect(env.api_url, tmp_path, kind, "resume", *name)
+    assert resumed.returncode == 0, resumed.stderr
+
+
 def test_the_logs_say_what_the_processes_print_and_hold_no_keys(env: PocEnv, home: Path) -> None:
     assert "Worker 'site-1' started" in env.log("site-1").read_text()
     with pytest.raises(ConfigError, match="no process 'site-9': there are coordinator, s3, server, site-1"):
