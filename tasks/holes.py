@@ -7,12 +7,13 @@ earlier version names none, and its updates must be finite everywhere.
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fedpool.arrays import torch_block
 from fedpool.tensors import TensorReader, block_ranges
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stored_holes(job: Mapping[str, Any]) -> frozenset[str] | None:
@@ -21,13 +22,13 @@ def stored_holes(job: Mapping[str, Any]) -> frozenset[str] | None:
     return None if names is None else frozenset(names)
 
 
-def holes(value: torch.Tensor) -> torch.Tensor | None:
+def holes(value: "torch.Tensor") -> "torch.Tensor | None":
     """Where a block of floating point numbers is not finite, as booleans; None when it is everywhere."""
     where = ~value.isfinite()
     return where if bool(where.any()) else None
 
 
-def unchanged(update: torch.Tensor, at: torch.Tensor, *, is_difference: bool) -> torch.Tensor:
+def unchanged(update: "torch.Tensor", at: "torch.Tensor", *, is_difference: bool) -> "torch.Tensor":
     """Which of the holes of a block an update leaves as they are: it holds infinity there, or any difference to it."""
     return at if is_difference else at & ~update.isfinite()
 
@@ -43,13 +44,11 @@ def keeps_holes(
         value, before = _block(update, name, start, stop), _block(base, name, start, stop)
         if (where := holes(value)) is None:
             continue
-        same = (
-            value.isnan() & ~before.isfinite() if is_difference else value.to(torch.float64) == before.to(torch.float64)
-        )
+        same = value.isnan() & ~before.isfinite() if is_difference else value.double() == before.double()
         if not bool(same[where].all()):
             return False
     return True
 
 
-def _block(reader: TensorReader, name: str, start: int, stop: int) -> torch.Tensor:
+def _block(reader: TensorReader, name: str, start: int, stop: int) -> "torch.Tensor":
     return torch_block(reader.read_block(name, start, stop), reader.spec[name].dtype)

@@ -119,6 +119,16 @@ def test_a_name_is_loaded_when_it_is_first_used() -> None:
     assert found.stdout.split() == ["False"] * 4
 
 
+@pytest.mark.parametrize(
+    ("module", "unused"),
+    [("fedpool.cli", ("torch", "numpy", "prefect")), ("fedpool.deployments.site_worker", ("torch", "numpy"))],
+)
+def test_a_command_and_a_worker_load_no_framework_that_they_do_not_use(module: str, unused: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([name for name in {unused!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("name", [name for name in FACADE if name.endswith(("Error", "Failed", "Cancelled"))])
 def test_every_error_is_caught_by_catching_the_root(name: str) -> None:
     assert issubclass(getattr(fedpool, name), fedpool.FedpoolError)
