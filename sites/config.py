@@ -1,7 +1,9 @@
 """What only a site knows: its name, its data, its devices. A TOML file, the environment (`FEDPOOL_SITE_...`), or both."""
 
 import os
+import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pydantic_settings import (
 )
 
 from fedpool.errors import ConfigError
-from fedpool.fields import describe_problems
+from fedpool.fields import describe_problems, nearest
 from fedpool.paths import check_new_names
 from fedpool.sites.devices import missing_device
 from fedpool.sites.process import find_program
@@ -24,10 +26,15 @@ CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 """Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type fedpool-site`."""
 
 
+_PREFIX = "FEDPOOL_SITE_"
+_OF_KUBERNETES = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)\w*)?")
+"""What Kubernetes tells every pod of a service named `fedpool-site`."""
+
+
 class SiteConfig(BaseSettings):
     """The settings of a site; what is given beats the environment, which beats the file."""
 
-    model_config = SettingsConfigDict(env_prefix="FEDPOOL_SITE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
 
     name: str = Field(description="name of the site, as recipes know it")
     pool: str | None = Field(None, description="work pool that the site's worker polls; default: the site's name")
@@ -110,8 +117,10 @@ class SiteConfig(BaseSettings):
             given: fields that beat environment and file; None counts as not given.
 
         Raises:
-            ConfigError: the file cannot be read, or a field does not fit; with its name, its value and the remedy.
+            ConfigError: the file cannot be read, or a field does not fit; with its name, its value and the remedy. A variable of
+                the environment has no field.
         """
+        check_variables(os.environ)
         if file is None and (named := os.environ.get(CONFIG_VARIABLE)):
             file = Path(named)
         if file is not None and not file.is_file():
@@ -128,3 +137,22 @@ class SiteConfig(BaseSettings):
         except (OSError, SettingsError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"the configuration of the site cannot be read: {error}") from None
         return settings
+
+
+def check_variables(names: Iterable[str]) -> None:
+    """Check that every variable of a site's settings is one.
+
+    Args:
+        names: of variables; those without the prefix are others'.
+
+    Raises:
+        ConfigError: one is not, and would be ignored; says which one may be meant.
+    """
+    known = [CONFIG_VARIABLE, *(f"{_PREFIX}{field.upper()}" for field in SiteConfig.model_fields)]
+    for name in sorted(names):
+        upper = name.upper()  # in any case, as the settings are read
+        if upper in known or not upper.startswith(_PREFIX) or _OF_KUBERNETES.fullmatch(upper.removeprefix(_PREFIX)):
+            continue
+        meant = nearest(name.upper(), known)
+        hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
+        raise ConfigError(f"the environment sets {name}, which is no setting of a site: {hint}")

@@ -2,7 +2,8 @@
 
 An update may hold them where the global model does, unchanged, and the next global model keeps them to the bit; they are part
 of no mean, norm or difference. A site that sends a finite value in their place fills the hole, as an observer that begins at
-infinity does. Only a tensor that has holes in the initial model can have any later, so `job.json` names those; a job of an
+infinity does; that value counts in the norm of its update, because it moves the mean if all sites fill the hole.
+Only a tensor that has holes in the initial model can have any later, so `job.json` names those; a job of an
 earlier version names none, and its updates must be finite everywhere.
 """
 

@@ -184,7 +184,7 @@ def test_includes_are_files_and_whole_folders_without_caches(tmp_path: Path) -> 
     bundle = built(
         tmp_path,
         {
-            "client.py": "",
+            "client.py": "import fedpool.client\n",
             "labels.txt": "a",
             "conf/a.json": "{}",
             "conf/deep/b.json": "{}",
@@ -198,7 +198,9 @@ def test_includes_are_files_and_whole_folders_without_caches(tmp_path: Path) -> 
 
 def test_an_included_path_that_winds_back_into_the_folder_can_be_unpacked(tmp_path: Path) -> None:
     bundle = built(
-        tmp_path / "home", {"client.py": "", "conf/a.json": "{}", "labels.txt": "a"}, include=("conf/../labels.txt",)
+        tmp_path / "home",
+        {"client.py": "import fedpool.client\n", "conf/a.json": "{}", "labels.txt": "a"},
+        include=("conf/../labels.txt",),
     )
     assert bundle.data is not None
     unpack_bundle(bundle.data, tmp_path / "away", sha256=bundle.sha256)
@@ -209,7 +211,7 @@ def test_an_included_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"include='labels\.txt' does not exist .*relative to the client script's folder"
     ):
-        built(tmp_path, {"client.py": ""}, include=("labels.txt",))
+        built(tmp_path, {"client.py": "import fedpool.client\n"}, include=("labels.txt",))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_a_script_or_module_that_does_not_compile_is_refused_by_name(broken: str
 
 def test_too_large_a_bundle_is_refused_with_its_largest_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BUNDLE_BYTES", 2 << 20)
-    folder_with(tmp_path, {"client.py": "", "small.bin": "x", "large.bin": "x" * (5 << 19)})
+    folder_with(tmp_path, {"client.py": "import fedpool.client\n", "small.bin": "x", "large.bin": "x" * (5 << 19)})
     with pytest.raises(
         RecipeError, match=r"2\.5 MiB, over the limit of 2 MiB \(largest: large\.bin, 2\.5 MiB\).*train_args"
     ):
@@ -254,7 +256,7 @@ def test_too_large_a_bundle_is_refused_with_its_largest_file(tmp_path: Path, mon
 
 def test_too_large_an_include_is_refused_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BUNDLE_BYTES", 1 << 20)
-    folder_with(tmp_path, {"client.py": ""})
+    folder_with(tmp_path, {"client.py": "import fedpool.client\n"})
     with (tmp_path / "data.bin").open("wb") as file:
         file.truncate(32 << 20)
     tracemalloc.start()

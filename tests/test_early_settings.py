@@ -67,7 +67,7 @@ def built(folder: Path, script: str):
     (folder / "settings.py").write_text("import os\nos.environ['HF_HOME'] = '/x'\n")
     (folder / "setters.py").write_text("import os\ndef prepare():\n    os.environ['HF_HOME'] = '/x'\n")
     (folder / "names.py").write_text("import os\nenv = os.environ\n")
-    (folder / "client.py").write_text(script)
+    (folder / "client.py").write_text(f"{script}\n# fedpool\n")
     return build_bundle(folder / "client.py")
 
 

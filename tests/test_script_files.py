@@ -19,6 +19,8 @@ def built(root: Path, files: Mapping[str, str], script: str = "client.py") -> Bu
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    with (root / script).open("a") as file:
+        file.write("\n# fedpool\n")
     return build_bundle(root / script)
 
 

@@ -250,13 +250,16 @@ def difference_norm(
     *,
     model: TensorReader | None = None,
     holes: Collection[str] = (),
+    filled: bool = True,
 ) -> float:
     """L2 norm of an update's difference to a model over all floating point parameters, in float64.
 
     Args:
         base: the model; None when the update is the difference.
         model: the model, where it has holes.
-        holes: names of the tensors in which the model need not be finite; where it is not, there is no difference.
+        holes: names of the tensors in which the model need not be finite. Where neither it nor the update is, there is no
+            difference; where the update is, it is one to 0, which is what the mean takes such a place for.
+        filled: False leaves that out, too.
     """
     import torch
 
@@ -265,10 +268,14 @@ def difference_norm(
         if update.spec[name].kind != "float" or is_beside(name):
             continue
         value = torch_block(update.read_block(name, start, stop), update.spec[name].dtype).to(torch.float64)
-        if base is not None:
-            value -= torch_block(base.read_block(name, start, stop), base.spec[name].dtype).to(torch.float64)
+        at = None
         if model is not None and name in holes:
-            value[~torch_block(model.read_block(name, start, stop), model.spec[name].dtype).isfinite()] = 0.0
+            at = ~torch_block(model.read_block(name, start, stop), model.spec[name].dtype).isfinite()
+        if base is not None:
+            before = torch_block(base.read_block(name, start, stop), base.spec[name].dtype).to(torch.float64)
+            value -= before if at is None else before.masked_fill(at, 0.0)
+        if at is not None:
+            value[at & ~value.isfinite() if base is not None and filled else at] = 0.0
         for chunk in chunks(value):
             total += chunk.square().sum().item()
     return math.sqrt(total)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from fedpool.client_use import missing_client
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.refusals import explained
 from fedpool.script_files import ScriptFiles, find_files
@@ -54,7 +55,8 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
         include: paths relative to the script's folder, and inside it.
 
     Raises:
-        RecipeError: a file is missing, does not compile, lies outside the folder, or the whole exceeds the size limit.
+        RecipeError: a file is missing, does not compile, lies outside the folder, or the whole exceeds the size limit; the script
+            is empty, or was written for NVFlare.
     """
     path = Path(script)
     if not path.is_file():
@@ -76,13 +78,16 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
             f"the bundle of {path.name} would hold {size / 2**20:.1f} MiB, over the limit of {MAX_BUNDLE_BYTES >> 20} MiB "
             f"(largest: {largest}, {sizes[largest] / 2**20:.1f} MiB): leave data at the site and give its path in train_args"
         )
-    data = _zip(contents | {name: file.read_bytes() for name, file in names.items()})
+    contents |= {name: file.read_bytes() for name, file in names.items()}
+    data = _zip(contents)
+    entry = path.relative_to(found.root).as_posix()
+    no_client = missing_client(entry, found.trees, contents.values())
     return Bundle(
-        entry=path.relative_to(found.root).as_posix(),
+        entry=entry,
         sha256=hashlib.sha256(data).hexdigest(),
         imports=() if found.early_setting else tuple(sorted(found.imports)),
         data=data,
-        notes=tuple(_notes(path, found)),
+        notes=(*_notes(path, found), *([no_client] if no_client else [])),
     )
 
 

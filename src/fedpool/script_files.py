@@ -43,6 +43,7 @@ class ScriptFiles:
         named: small files that the script names.
         imports: dotted names of what is imported from elsewhere.
         early_setting: why nothing must be imported for the script beforehand; see `fedpool.early_settings`.
+        trees: name of each file of code, relative to `root` -> its source, parsed.
     """
 
     root: Path
@@ -50,6 +51,7 @@ class ScriptFiles:
     named: tuple[Path, ...]
     imports: frozenset[str]
     early_setting: str | None
+    trees: dict[str, ast.Module]
 
 
 def find_files(script: Path) -> ScriptFiles:
@@ -76,7 +78,7 @@ def find_files(script: Path) -> ScriptFiles:
     trees = {names[path]: tree for path, tree in finder.trees.items()}
     may_set = any(word in source for source in finder.modules.values() for word in _SETTING_WORDS)
     early = setting_before_import(names[script], trees, resolve) if may_set else None
-    return ScriptFiles(root, finder.modules, tuple(sorted(named)), frozenset(finder.imports), early)
+    return ScriptFiles(root, finder.modules, tuple(sorted(named)), frozenset(finder.imports), early, trees)
 
 
 class _Finder:

@@ -264,6 +264,29 @@ def test_a_variate_holds_only_if_its_update_counted(tmp_path: Path, monkeypatch:
     assert left == ["00002/control.safetensors", "00002/control@1.safetensors", "00005/control.safetensors"]
 
 
+@pytest.mark.parametrize("earlier", [True, False], ids=["an earlier version", "this version"])
+def test_what_an_earlier_version_kept_in_a_second_attempt_is_found(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had one file for all attempts of a round; now that is the one of the first attempt, which did not count."""
+    from dataclasses import replace
+
+    host = served(tmp_path, 1, monkeypatch)
+    host.plan = [planned and replace(planned, round=5, used=used(4, attempt=1)) for planned in host.plan]
+    (tmp_path / "kept" / "00004").mkdir(parents=True)
+    variate = {"weight": torch.full((1, 2), 7.0)}
+    with (tmp_path / "kept" / "00004" / "control.safetensors").open("wb") as file:
+        save_and_hash(file, variate if earlier else variate | {beside("before", "weight"): torch.zeros(1, 2)})
+    flare.receive()
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if earlier:
+        assert flare.Scaffold(model, optimizer)._ours["weight"].tolist() == [[7.0, 7.0]]
+    else:
+        with pytest.warns(UserWarning, match="is gone"):
+            assert flare.Scaffold(model, optimizer)._ours["weight"].tolist() == [[0.0, 0.0]]
+
+
 def test_what_is_gone_though_it_counted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 

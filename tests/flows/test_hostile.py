@@ -261,7 +261,7 @@ class HostileSites:
 
 def run_cases(folder: Path, *cases: Case) -> tuple[Store, JobPaths]:
     """Run a job whose every round has a case, and verify it."""
-    (folder / "client.py").write_text("")
+    (folder / "client.py").write_text("import fedpool.client\n")
     recipe = FedAvgRecipe(
         name="hostile", min_clients=1, num_rounds=len(cases), model=MODEL, train_script=folder / "client.py"
     )
@@ -311,7 +311,7 @@ class SwappingRecipe(FedAvgRecipe):
 
 
 def test_an_update_that_is_swapped_after_the_gate_is_left_out(prefect_api: str, tmp_path: Path) -> None:
-    (tmp_path / "client.py").write_text("")
+    (tmp_path / "client.py").write_text("import fedpool.client\n")
     recipe = SwappingRecipe(
         name="hostile", min_clients=1, num_rounds=1, model=MODEL, train_script=tmp_path / "client.py"
     )

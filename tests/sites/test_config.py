@@ -90,6 +90,34 @@ def test_a_file_that_does_not_fit_is_refused_with_field_value_and_remedy(
         SiteConfig.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("FEDPOOL_SITE_NAEM", "FEDPOOL_SITE_NAME"),
+        ("fedpool_site_gpu", "FEDPOOL_SITE_GPUS"),
+        ("FEDPOOL_SITE_CONFIGFILE", "FEDPOOL_SITE_CONFIG_FILE"),
+    ],
+)
+def test_a_variable_that_would_be_ignored_names_the_nearest_one(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(
+        ConfigError, match=rf"the environment sets {name}, which is no setting of a site: did you mean {meant}\?"
+    ):
+        SiteConfig.load(name="a")
+
+
+@pytest.mark.parametrize(
+    "name", ["fedpool_site_gpus", "FEDPOOL_SITE_SERVICE_HOST", "FEDPOOL_SITE_PORT_80_TCP_ADDR", "FEDPOOL_SITES"]
+)
+def test_a_variable_in_any_case_or_of_somebody_else_is_none_of_those(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "0")
+    assert SiteConfig.load(name="a").name == "a"
+
+
 def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"'nowhere.toml' is not a file .looked in {tmp_path}"):
         SiteConfig.load(Path("nowhere.toml"))

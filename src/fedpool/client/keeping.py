@@ -15,6 +15,7 @@ from fedpool.arrays import ParamsFormat, load_arrays, save_arrays
 from fedpool.client.hosts import Assignment
 from fedpool.errors import ClientError
 from fedpool.refusals import explained
+from fedpool.tensors import is_beside
 
 _NONE_COUNTED = -1
 
@@ -57,8 +58,14 @@ def kept_with_update(
     number, attempt, scale = (assignment.used[what] for what in ("round", "attempt", "scale"))
     if number == _NONE_COUNTED or assignment.kept is None:
         return None, 1.0
-    path = Path(assignment.kept) / f"{number:05d}" / f"{_of_attempt(name, attempt)}.safetensors"
+    folder = Path(assignment.kept) / f"{number:05d}"
+    path = folder / f"{_of_attempt(name, attempt)}.safetensors"
     if not path.exists():
+        # An earlier version kept it under its name alone, whatever the attempt, and nothing beside it.
+        if attempt and (earlier := folder / f"{name}.safetensors").exists():
+            values = load_arrays(earlier, params_format)
+            if not any(map(is_beside, values)):
+                return values, float(scale)
         warnings.warn(
             f"what this site kept as {name!r} with its update of round {number} is gone ({path}): it starts anew",
             stacklevel=2,
