@@ -15,7 +15,8 @@ import torch
 NUM_SITES = 2
 
 _GPU = re.compile(
-    r'accelerator="gpu"|^\s*DEVICE = "cuda[^"]*"\s*$|^\s*device = "cuda[^"]*"\s*$|is_available\(\) else None',
+    r'accelerator="gpu"(?! if)|^\s*DEVICE = "cuda[^"]*"\s*$|^\s*device = "cuda[^"]*"\s*$|is_available\(\) else None'
+    r'|init_process_group\("nccl"\)|optim="paged_',
     re.MULTILINE,
 )
 """How scripts ask for a GPU, whether there is one or not."""
@@ -30,6 +31,8 @@ class Case:
         arguments: of the script; `{data}` is the folder that `prepare` fills.
         prepare: makes the data that a script expects.
         beside: folders of the checkout that its modules lie in, beside its own.
+        model: an expression in one of its modules, "net:Net()"; without it the model is what it has when it runs alone.
+        images: how many the made-up data set has; 0 takes a few.
         gpu: whether it needs one.
         reason: why it is not run.
     """
@@ -38,6 +41,8 @@ class Case:
     arguments: str = ""
     prepare: Callable[[Path], None] | None = None
     beside: tuple[str, ...] = ()
+    model: str = ""
+    images: int = 0
     gpu: bool = False
     reason: str = ""
 
@@ -50,6 +55,36 @@ def case_of(path: str) -> Case:
 def _site_indices(data: Path) -> None:
     for site in range(1, NUM_SITES + 1):
         np.save(data / f"site-{site}.npy", np.arange(64))
+
+
+def _folders(data: Path) -> None:
+    """Folders that scripts save their best models in, by an absolute path."""
+    for site in range(1, NUM_SITES + 1):
+        Path(f"/tmp/nvflare/data/site-{site}").mkdir(parents=True, exist_ok=True)
+
+
+def _transactions(data: Path) -> None:
+    """A graph of transactions: its features, its edges, and which are illicit."""
+    import pandas
+
+    generator, size = np.random.default_rng(0), 60
+    features = pandas.DataFrame(generator.normal(size=(size, 4)), columns=[f"feature_{n}" for n in range(4)])
+    features.insert(0, "txId", range(size))
+    features.to_csv(data / "txs_features.csv", index=False)
+    pandas.DataFrame({"txId": range(size), "class": [1, 2, 3] * (size // 3)}).to_csv(
+        data / "txs_classes.csv", index=False
+    )
+    ends = generator.integers(0, size, (2, 3 * size))
+    pandas.DataFrame({"txId1": ends[0], "txId2": ends[1]}).to_csv(data / "txs_edgelist.csv", index=False)
+
+
+def _texts(data: Path) -> None:
+    """The language model, and data sets of its words as `datasets` saves them."""
+    from datasets import Dataset
+
+    _language_model(data)
+    for name in ("validation", *(f"site-{site}/train" for site in range(1, NUM_SITES + 1))):
+        Dataset.from_dict({"text": [f"w{n} w{n + 1} w{n + 2}" for n in range(16)]}).save_to_disk(data / name)
 
 
 def _language_model(data: Path) -> None:
@@ -84,45 +119,65 @@ def _language_model(data: Path) -> None:
 
 
 SERVER = "needs code of the server's that the example brings along: "
+DOWNLOAD = "needs data that the example downloads"
+HUB = "needs a hub"
+_BRIEF = "--train_idx_root {data} --aggregation_epochs 1 --num_workers 0"
 _CIFAR10 = Case(
     "examples/advanced/cifar10/pt/cifar10-*/*/client.py",
-    "--train_idx_root {data} --aggregation_epochs 1 --num_workers 0",
+    _BRIEF,
     _site_indices,
     ("examples/advanced/cifar10/pt/src",),
 )
-_MODEL = "--model_name_or_path {data}/model"
-_SENTENCES = f"{_MODEL} --data_path_train {{data}}/site-1/train.jsonl --data_path_valid {{data}}/site-1/valid.jsonl"
+_E2E = "examples/devops/multicloud/e2e/jobs/cifar10"
+_LAYER = "torch:nn.ModuleDict({'model': nn.Linear(2, 1)})"
 CASES = (
     Case("examples/hello-world/hello-pt/client.py", "--epochs 1 --synthetic_data --train_size 32 --test_size 16 --num_workers 0"),
     Case("examples/hello-world/hello-lightning/client.py", "--synthetic_data"),
-    Case("examples/hello-world/hello-huggingface/client.py", _MODEL + " --data_root {data}", _language_model),
-    Case(
-        "examples/advanced/llm_hf/client.py",
-        _SENTENCES + " --output_path {data}/out --train_mode PEFT",
-        _language_model,
-        gpu=True,
-    ),
-    Case(
-        "examples/tutorials/*/08.*/client.py",
-        _SENTENCES + " --output_path {data}/out",
-        _language_model,
-    ),
-    Case("examples/hello-world/hello-lr/client.py", reason=SERVER + "it sends gradients and a Hessian, not a model"),
+    Case("*/hello-huggingface/client.py", "--model_name_or_path {data}/model --data_root {data}", _language_model),
+    Case("*/swarm_pt/client.py", "--model_path {data}/model --data_dir {data} --local_steps 2 --max_seq_len 8", _texts),
+    Case("*/llm_hf/client.py", gpu=True),
+    Case("*/gnn/finance/client.py", "--data_path {data} --epochs 1", _transactions),
+    Case("*/gnn/protein/client.py", reason="needs a library that is not installed: pyg_lib"),
+    Case("*/05.2_differential_privacy/src/cifar10_fl.py", model="net:Net()"),
+    Case("*/amplify/*", beside=("examples/advanced/amplify/src",)),
+    Case("*/edge/baselines/*", images=6250),
+    Case("*/multi-gpu/lightning/client.py", model="model:LitNet()"),
+    Case("*/recipe-k8s/client.py", "--site-index 0 --num-sites 2 --download"),
+    Case("*/client-api-attach/trainer.py", "--config unused.json"),
+    Case("*/hello-ccwf-attach/*", "--config unused.json"),
+    Case("*/hello-pt-cse/*", prepare=_folders),
+    Case("*/e2e/jobs/cifar10/*", "--data-root {data} --sites site-1,site-2", beside=(f"{_E2E}/app_server/custom",)),
+    Case("*/automodel_*_client.py", "--backend mock --train_file none", lambda _: None, model=_LAYER),
+    Case("*/pt_client_api_torchrun_cpu/*", reason="insists that receive() gives None to ranks above 0"),
+    Case("*/auto-fl-research/tasks/cifar10/client.py", _BRIEF + " --scaffold", _site_indices, ("research/auto-fl-research",)),
+    Case("*/hello-lr/client.py", reason=SERVER + "it sends gradients and a Hessian, not a model"),
     Case("*/newton_raphson_train.py", reason=SERVER + "it sends gradients and a Hessian, not a model"),
     Case("*/kaplan_meier_train*.py", reason=SERVER + "it sends histograms, not a model"),
     Case("*kaplan-meier-he/client*.py", reason=SERVER + "it sends histograms, not a model"),
     Case("*/fedbpt_train.py", reason=SERVER + "it sends what an evolution strategy asks for"),
-    Case("examples/*/hello-dp/client.py", reason="needs a download: the data set of OpenML"),
-    Case("*/codon-fm/*", reason="needs data that the example downloads"),
-    Case("*torchrun*", reason="is started by torchrun"),
-    Case("*pt-ddp*", reason="is started by torchrun"),
-    Case("*multi-gpu/pt/*", reason="is started by torchrun"),
-    Case("*/bionemo/task_fitting/*", reason="needs data that the example downloads"),
+    Case("*/sklearn-kmeans/client.py", reason=SERVER + "it starts from settings, and sends centres and counts"),
+    Case("*/kmeans_fl.py", reason=SERVER + "it starts from settings, and sends centres and counts"),
+    Case("*/sklearn-svm/client.py", reason=SERVER + "it starts from settings, and sends support vectors"),
+    Case("*/sklearn-linear/client.py", reason=SERVER + "it starts from settings"),
+    Case("*/12.1_end_to_end_federated_fraud_detection/nvflare/[!g]*", reason=SERVER + "it prepares data, without a model"),
+    Case("*/12.1_end_to_end_federated_fraud_detection/nvflare/graph_*", reason=SERVER + "it prepares data, without a model"),
+    Case("*/cifar10_fedavg_he/client.py", reason=SERVER + "homomorphic encryption"),
+    Case("*/hello-dp/client.py", reason=DOWNLOAD),
+    Case("*/codon-fm/*", reason=DOWNLOAD),
+    Case("*/bionemo/task_fitting/*", reason=DOWNLOAD),
+    Case("*/monai/*", reason=DOWNLOAD),
+    Case("*/monai_mednist_train.py", reason=DOWNLOAD),
+    Case("research/brats18/*", reason=DOWNLOAD),
+    Case("research/fed-ce/*", reason=DOWNLOAD),
+    Case("research/fsi-fraud-detection/*", reason=DOWNLOAD),
+    Case("research/fedumm/*", reason=HUB),
+    Case("*/tensor-stream/client.py", reason=HUB),
+    Case("*/08.1_fed_bert/client.py", reason=HUB),
     Case("skills/*", reason="is a template without a model"),
     Case("docs/*", reason="is a fragment of the documentation"),
-    Case("*/cifar10_fedavg_he/client.py", reason=SERVER + "homomorphic encryption"),
     _CIFAR10,
 )  # fmt: skip
+"""What is known of single scripts; the first that fits counts."""
 
 
 def reason_of(path: str, text: str, modules: set[str], missing: list[str]) -> str:
@@ -135,6 +190,8 @@ def reason_of(path: str, text: str, modules: set[str], missing: list[str]) -> st
     case = case_of(path)
     if case.reason:
         return case.reason
+    if modules & {"tensorflow", "jax", "flwr"}:
+        return "is of another framework"
     if "torch.utils.tensorboard" in text and find_spec("tensorboard") is None:
         missing = [*missing, "tensorboard"]
     if missing:
@@ -142,9 +199,7 @@ def reason_of(path: str, text: str, modules: set[str], missing: list[str]) -> st
     if (case.gpu or _GPU.search(text)) and not torch.cuda.is_available():
         return "needs a GPU"
     if "from_pretrained" in text and case.prepare is None:
-        return "needs a hub"
-    if modules & {"tensorflow", "jax", "flwr"}:
-        return "is of another framework"
+        return HUB
     return ""
 
 

@@ -3,18 +3,20 @@
 ::
 
     git clone https://github.com/NVIDIA/NVFlare
+    pip install datasets opacus pandas tensorboard torch_geometric trl
     python benchmarks/nvflare_scripts.py NVFlare
 
 Copies are migrated in a scratch folder, and each is run in `SimEnv`, two sites and two rounds. Its initial model is what the
-script itself sends when it runs alone, or one small array where NumPy is all that it uses. Images are made up: `synthetic/` holds
+script itself has when it runs alone, or one small array where NumPy is all that it uses. Images are made up: `synthetic/` holds
 a stand-in for torchvision. Where a script takes its data or its model by arguments, it is given tiny ones (`nvflare_cases.py`). A
-script that cannot run here is listed with the reason.
+script that cannot run here is listed with the reason. Keep the checkout out of /tmp/nvflare, where some of the scripts write.
 """
 
 import argparse
 import ast
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
@@ -26,7 +28,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,7 +50,7 @@ class Settings:
     """How to run one script.
 
     Attributes:
-        model: "numpy", one array of a known name; or "alone", what the script sends when it runs alone.
+        model: "numpy", one array of a known name; "alone", what the script sends when it runs alone; or an expression of `Case`.
         algorithm: "scaffold", "fedprox" or none.
         python_path: where its modules lie, beside its own folder.
     """
@@ -60,6 +62,7 @@ class Settings:
     algorithm: str
     cross_site_eval: bool
     python_path: str
+    images: int
 
 
 @dataclass(frozen=True)
@@ -76,31 +79,52 @@ def main() -> None:
     """Run all that match, print a line for each and a table, and end with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="folder of NVFlare's repository")
-    parser.add_argument("--only", default="*", help="pattern of paths in it")
-    parser.add_argument("--json", type=Path, help="also write the outcomes here")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of paths in it, in the order to run")
+    parser.add_argument("--json", type=Path, help="also write the outcomes here, one after the other")
+    parser.add_argument(
+        "--resume", action="store_true", help="do not run again what has run by the outcomes in the file of --json"
+    )
     arguments = parser.parse_args()
+    if arguments.resume and not arguments.json:
+        parser.error("--resume needs the file of --json")
     found = []
+    before = _outcomes(arguments.json) if arguments.resume else {}
     _CONTEXT.set_forkserver_preload(["fedpool.deployments.sim", "fedpool.flows.job", "torch", "prefect.flow_engine"])
     with _server(), tempfile.TemporaryDirectory(prefix="fedpool-nvflare-") as scratch:
         for number, path in enumerate(_scripts(arguments.checkout, arguments.only)):
-            found.append(_check(arguments.checkout, path, Path(scratch) / str(number)))
+            found.append(before.get(path) or _check(arguments.checkout, path, Path(scratch) / str(number)))
             note(f"{found[-1].outcome:8} {path} {found[-1].detail}")
+            if arguments.json:
+                known = before | {each.path: each for each in found}
+                arguments.json.write_text(json.dumps([vars(each) for each in known.values()], indent=1) + "\n")
     for line in _table(found):
         print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(each) for each in found], indent=1) + "\n")
     sys.exit(any(each.outcome == "failed" for each in found))
 
 
-def _scripts(checkout: Path, pattern: str) -> Iterator[str]:
-    """Client scripts: they import NVFlare's client and take part in rounds."""
+def _scripts(checkout: Path, patterns: Sequence[str]) -> Iterator[str]:
+    """Client scripts: they import NVFlare's client and take part in rounds; those of the first pattern first."""
+    paths = list(_client_scripts(checkout))
+    for pattern, *earlier in (patterns[number::-1] for number in range(len(patterns))):
+        for path in paths:
+            if fnmatch(path, pattern) and not any(fnmatch(path, each) for each in earlier):
+                yield path
+
+
+def _client_scripts(checkout: Path) -> Iterator[str]:
     for folder in FOLDERS:
         for file in sorted((checkout / folder).rglob("*.py")):
             path = file.relative_to(checkout).as_posix()
             text = file.read_text(errors="replace")
             loops = re.search(r"\b(is_running|receive|patch)\(", text)
-            if fnmatch(path, pattern) and "nvflare.client" in text and loops and "nvflare.recipe" not in text:
+            if "nvflare.client" in text and loops and "nvflare.recipe" not in text:
                 yield path
+
+
+def _outcomes(file: Path) -> dict[str, Found]:
+    """Which scripts have run, by an earlier file of outcomes."""
+    found = [Found(**fields) for fields in json.loads(file.read_text())] if file.exists() else []
+    return {each.path: each for each in found if each.outcome == "ran"}
 
 
 def _check(checkout: Path, path: str, scratch: Path) -> Found:
@@ -117,26 +141,31 @@ def _check(checkout: Path, path: str, scratch: Path) -> Found:
         shutil.copytree(folder, scratch / str(number), ignore=shutil.ignore_patterns("*.ipynb", "*.png", "*.gz"))
     left = _migrate(scratch)
     script = scratch / "0" / original.name
-    if mine := [line.removeprefix(f"{script}:") for line in left if re.match(rf"{re.escape(str(script))}:\d", line)]:
-        return Found(path, kind, "left", "line " + "; line ".join(mine))
+    mine = [line.removeprefix(f"{script}:") for line in left if re.match(rf"{re.escape(str(script))}:\d", line)]
+    named = "".join(f"line {line}; " for line in mine).removesuffix("; ")
+    if any("init(config_file=)" not in line for line in mine):
+        return Found(path, kind, "left", named)
     data = scratch / "data"
     data.mkdir()
     if case.prepare:
         case.prepare(data)
-    own = os.pathsep.join(map(str, [SYNTHETIC, *(scratch / str(n) for n in range(1, len(folders)))]))
+    stand_in = [] if kind == "Hugging Face" else [SYNTHETIC]  # transformers would use much more of torchvision
+    own = os.pathsep.join(map(str, [*stand_in, *(scratch / str(n) for n in range(1, len(folders)))]))
     settings = Settings(
         script,
         data,
         case.arguments.format(data=data),
-        "numpy" if kind == "NumPy" or _by_one_array(text) else "alone",
+        case.model or ("numpy" if kind == "NumPy" or _by_one_array(text) else "alone"),
         "scaffold" if "SCAFFOLD_CTRL" in text else "fedprox" if "get_fedprox_mu" in text else "",
         "is_submit_model" in text,
         own,
+        case.images,
     )
-    for target in (_alone, _run_job) if settings.model == "alone" else (_run_job,):
+    before = {"numpy": (), "alone": (_alone,)}.get(settings.model, (_built,))
+    for target in (*before, _run_job):
         if error := _in_a_process(target, settings):
             return Found(path, kind, "failed", f"{target.__name__.strip('_')}: {error}")
-    return Found(path, kind, "ran")
+    return Found(path, kind, "ran", named)
 
 
 def _by_one_array(text: str) -> bool:
@@ -163,6 +192,8 @@ def _logged(log: Path, target: Callable[["Settings"], None], settings: "Settings
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["PYTHONPATH"] = settings.python_path + os.pathsep + os.environ.get("PYTHONPATH", "")
+    if settings.images:
+        os.environ["SYNTHETIC_IMAGES"] = str(settings.images)
     os.chdir(settings.script.parent)
     target(settings)
     sys.stdout.flush()
@@ -197,6 +228,17 @@ def _alone(settings: "Settings") -> None:
     sys.argv = [str(settings.script), *settings.arguments.split()]
     sys.path[:0] = [str(settings.script.parent), *settings.python_path.split(os.pathsep)]
     runpy.run_path(str(settings.script), run_name="__main__")
+
+
+def _built(settings: "Settings") -> None:
+    """Keep the model that an expression of one of the script's modules gives."""
+    from fedpool.arrays import save_arrays
+
+    sys.path[:0] = [str(settings.script.parent), *settings.python_path.split(os.pathsep)]
+    module, _, expression = settings.model.partition(":")
+    model = eval(expression, vars(importlib.import_module(module)))
+    with (settings.data / "alone").open("wb") as file:
+        save_arrays(file, model.state_dict())
 
 
 def _imported(text: str) -> set[str]:
@@ -275,7 +317,7 @@ def _table(found: list[Found]) -> Iterator[str]:
         yield f"| {kind} | {counts.total()} | {' | '.join(str(counts[outcome]) for outcome in outcomes)} |"
     yield ""
     for each in found:
-        if each.outcome != "ran":
+        if each.detail:
             yield f"{each.outcome}: {each.path}: {each.detail}"
 
 

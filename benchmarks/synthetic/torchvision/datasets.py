@@ -1,5 +1,6 @@
 """Data sets of a few random images, with the constructors of torchvision's."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-NUM_TRAINED, NUM_SCORED = 64, 32
+NUM_TRAINED, NUM_SCORED = int(os.environ.get("SYNTHETIC_IMAGES", "64")), 32
 
 
 class _Images(torch.utils.data.Dataset[tuple[Any, int]]):
