@@ -33,7 +33,7 @@ def check_server(remedy: str | None = None) -> str:
 
     Raises:
         ServerError: it does not answer, or does not let us in; the message says where it was looked for, and what to do.
-        ConfigError: none is configured, or by what is no URL.
+        ConfigError: none is configured, or what is configured is not a URL.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, get_current_settings
 

@@ -155,4 +155,4 @@ def check_variables(names: Iterable[str]) -> None:
             continue
         meant = nearest(name.upper(), known)
         hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
-        raise ConfigError(f"the environment sets {name}, which is no setting of a site: {hint}")
+        raise ConfigError(f"the environment sets {name}, which is not a setting of a site: {hint}")

@@ -103,7 +103,7 @@ def test_a_variable_that_would_be_ignored_names_the_nearest_one(
 ) -> None:
     monkeypatch.setenv(name, "x")
     with pytest.raises(
-        ConfigError, match=rf"the environment sets {name}, which is no setting of a site: did you mean {meant}\?"
+        ConfigError, match=rf"the environment sets {name}, which is not a setting of a site: did you mean {meant}\?"
     ):
         SiteConfig.load(name="a")
 
