@@ -46,5 +46,4 @@ def expected(
         holes=holes,
         idle=arithmetic.idle_sites,
         eval_examples=arithmetic.eval_examples,
-        filled=arithmetic.filled,
     )

@@ -23,7 +23,6 @@ class Arithmetic:
         scaled_extras: what limits an update's difference limits what a strategy makes of its extras, too.
         idle_sites: an update that says of itself that no step was taken has weight 0; before, it was rejected.
         eval_examples: an update's metrics count with the examples that its `meta` says they are of; before, that had no meaning.
-        filled: a value in place of an infinity of the global model counts in the norm of an update; before, nothing limited it.
     """
 
     number: int
@@ -32,11 +31,6 @@ class Arithmetic:
     def natural_order(self) -> bool:
         """See the class."""
         return self.number >= 2
-
-    @property
-    def filled(self) -> bool:
-        """See the class."""
-        return self.number >= 3
 
     exact_products = scaled_extras = idle_sites = eval_examples = natural_order
 
@@ -50,7 +44,7 @@ class Arithmetic:
 
 
 BEFORE = Arithmetic(1)
-CURRENT = Arithmetic(3)
+CURRENT = Arithmetic(2)
 
 
 def arithmetic_of(job: Mapping[str, Any]) -> Arithmetic:

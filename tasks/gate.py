@@ -26,7 +26,6 @@ class Expected:
     `meta` may say how many examples the metrics are of, and then has to say it right.
     `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`. `holes` names the
     tensors that may hold infinity where `base` does; None: as of an earlier version, whose sentences its records hold, none may.
-    `filled`: whether what fills a hole counts in the norm.
     """
 
     job_id: str
@@ -42,7 +41,6 @@ class Expected:
     holes: frozenset[str] | None = None
     idle: bool = True
     eval_examples: bool = True
-    filled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +283,7 @@ def _norm_and_scale(
     if limit is None:
         return None, 1.0
     base = expected.base if params_type == "FULL" else None
-    norm = difference_norm(
-        tensors, base, block_elements, model=expected.base, holes=expected.holes or (), filled=expected.filled
-    )
+    norm = difference_norm(tensors, base, block_elements, model=expected.base, holes=expected.holes or ())
     if norm <= limit:
         return norm, 1.0
     if not expected.clip:

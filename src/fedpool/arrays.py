@@ -250,7 +250,6 @@ def difference_norm(
     *,
     model: TensorReader | None = None,
     holes: Collection[str] = (),
-    filled: bool = True,
 ) -> float:
     """L2 norm of an update's difference to a model over all floating point parameters, in float64.
 
@@ -259,7 +258,6 @@ def difference_norm(
         model: the model, where it has holes.
         holes: names of the tensors in which the model need not be finite. Where neither it nor the update is, there is no
             difference; where the update is, it is one to 0, which is what the mean takes such a place for.
-        filled: False leaves that out, too.
     """
     import torch
 
@@ -275,7 +273,7 @@ def difference_norm(
             before = torch_block(base.read_block(name, start, stop), base.spec[name].dtype).to(torch.float64)
             value -= before if at is None else before.masked_fill(at, 0.0)
         if at is not None:
-            value[at & ~value.isfinite() if base is not None and filled else at] = 0.0
+            value[at & ~value.isfinite() if base is not None else at] = 0.0
         for chunk in chunks(value):
             total += chunk.square().sum().item()
     return math.sqrt(total)

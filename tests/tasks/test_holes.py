@@ -19,7 +19,6 @@ from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Krum, Mean, Median
-from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
 from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule
 from fedpool.tasks.strategy import Strategy
@@ -138,13 +137,6 @@ def test_what_fills_a_hole_is_limited_as_any_difference_is(tmp_path: Path) -> No
         outcome = clipped.judge(site, filled, max_norm=5.0, clip=True)
         assert isinstance(outcome, Accepted) and (outcome.norm, outcome.scale) == (50.0, 0.1)
     assert clipped.result()["best"].tolist() == [3.0, -4.0]
-
-
-def test_a_job_that_was_begun_before_goes_on_without_that_limit(tmp_path: Path) -> None:
-    filled = BASE | {"best": torch.tensor([30.0, -40.0])}
-    outcome = Round(tmp_path).judge("a", filled, max_norm=1.0, filled=False)
-    assert isinstance(outcome, Accepted) and outcome.norm == 0.0
-    assert [arithmetic_of(job).filled for job in ({}, {"arithmetic": 2}, {"arithmetic": 3})] == [False, False, True]
 
 
 def test_what_the_sites_make_finite_is_their_mean_and_what_one_of_them_leaves_stays(tmp_path: Path) -> None:
