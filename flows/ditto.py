@@ -5,12 +5,12 @@ Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalizati
 
     F_k(v) + lambda/2 ||v - w_global||^2
 
-The paper starts every v from the initial model. Here a site starts it from the model that it receives first, which is a
-later one where the site is first drawn in a later round.
+The paper starts every v from the initial model, also at a site that is first drawn in a later round. `personal_start="received"`
+starts it there from the model which that site receives first, in which the other sites have had their part.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ class DittoRecipe(FedAvgRecipe):
         It trains two models, and keeps the personal one at the site from round to round.
 
             strength = flare.get_config()["ditto_lambda"]
-            personal.load_state_dict(flare.kept("personal") or received.params)
+            personal.load_state_dict(flare.kept("personal", initial=True))
             (loss + flare.prox_loss(network, anchor, pull)).backward()
             flare.keep("personal", personal.state_dict())
     """
@@ -36,6 +36,20 @@ class DittoRecipe(FedAvgRecipe):
         ge=0,
         allow_inf_nan=False,
     )
+    personal_start: Literal["initial", "received"] = Field(
+        "initial",
+        description="what a site's personal model starts from: the job's initial model (the paper), or the first one received",
+    )
+
+    @classmethod
+    def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Recipe.earlier`."""
+        return {**super().earlier(fields), "personal_start": "received"}
+
+    @property
+    def starts_own_models(self) -> bool:
+        """See `Recipe.starts_own_models`."""
+        return self.personal_start == "initial"
 
     @property
     def client_config(self) -> Mapping[str, Any]:

@@ -127,6 +127,8 @@ def take_up(
     step, _ = next_step(recipe, job.records)
     if step is not None and step.model is not None:
         named[len(job.records)] = step.model
+    if recipe.starts_own_models:
+        named[0] = job.initial
     for number, digest in named.items() if not fresh else ():
         with store.open(path := paths.global_model(number)) as file:
             check_digest(file, digest, where=store.full(path))
@@ -157,7 +159,7 @@ async def run_job(job: Job) -> State[Any]:
         get_run_logger().info("%s", note)
     stopped_by = error = None
     try:
-        await asyncio.to_thread(sites.open, recipe.client_job(job.job_id), storage)
+        await asyncio.to_thread(sites.open, recipe.client_job(job.job_id, job.initial), storage)
         try:
             stopped_by = await _run_rounds(job)
         except Exception as failure:  # noqa: BLE001  # the store says how the job ended, whatever ended it

@@ -74,6 +74,7 @@ class Job:
         "head",
         "head_sha256",
         "holes",
+        "initial",
         "job_id",
         "late",
         "look_ahead",
@@ -114,6 +115,8 @@ class Job:
         self.rules = rules or MetricRules.of(recipe)
         """Of metrics: as the job began, whoever goes on with it."""
         self.strategy: Strategy = recipe.strategy(len(sites.names))
+        self.initial = head
+        """The model of round 0."""
         self.head = head
         """The newest global model."""
         self.state: Digest | None = None

@@ -164,7 +164,7 @@ def stage(
             "template": template,
             "recipe": _described(recipe),
             "given": None if recipe.given is None else sorted(recipe.given),
-            "client": recipe.client_job(job_id).model_dump(mode="json"),
+            "client": recipe.client_job(job_id, digest).model_dump(mode="json"),
             "seed": recipe.seed,
             "arithmetic": CURRENT.number,
             "sites": list(sites),

@@ -107,6 +107,10 @@ def run_site_round(
         if assignment.state_sha256 is not None:
             digest = Digest(assignment.state_sha256, assignment.state_size)
             state = store.fetch(paths.state(round - 1), folder.path, None if trusted else digest)
+        initial = None
+        if job.initial is not None and round > 0:
+            known = Digest(job.initial.sha256, job.initial.size)
+            initial = store.fetch(paths.global_model(0), folder.path, None if trusted else known, again=True)
         work = Assignment(
             round=round,
             total_rounds=job.total_rounds,
@@ -121,6 +125,7 @@ def run_site_round(
             seed=site_seed(job.seed, site, round),
             attempt=attempt,
             used=None if assignment.used is None else assignment.used.model_dump(),
+            initial=str(initial) if initial else None,
         )
         reply = _perform(session, work, restarts=job.restarts, deadline=deadline, log=log)
         update = reply.update

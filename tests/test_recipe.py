@@ -17,6 +17,9 @@ from fedpool.flows.fedprox import FedProxRecipe
 from fedpool.flows.scaffold import ScaffoldRecipe
 from fedpool.recipe import Recipe
 from fedpool.store import to_json
+from fedpool.tensors import Digest
+
+INITIAL = Digest("0" * 64, 1)
 
 
 @pytest.fixture
@@ -149,7 +152,7 @@ def test_one_include_needs_no_list(fields: dict[str, Any], tmp_path: Path) -> No
 def test_train_args_are_split_as_a_shell_would_or_taken_from_a_list(
     train_args: Any, arguments: tuple[str, ...], fields: dict[str, Any]
 ) -> None:
-    assert FedAvgRecipe(**{**fields, "train_args": train_args}).client_job("j").arguments == arguments
+    assert FedAvgRecipe(**{**fields, "train_args": train_args}).client_job("j", INITIAL).arguments == arguments
 
 
 def test_unbalanced_quotes_in_train_args_are_refused(fields: dict[str, Any]) -> None:
@@ -307,7 +310,7 @@ def test_aggregation_weights_are_kept_and_none_means_none(fields: dict[str, Any]
 
 
 def test_one_pattern_of_excluded_vars_needs_no_list(fields: dict[str, Any]) -> None:
-    assert FedAvgRecipe(**{**fields, "exclude_vars": "head"}).client_job("j").exclude == ("head",)
+    assert FedAvgRecipe(**{**fields, "exclude_vars": "head"}).client_job("j", INITIAL).exclude == ("head",)
     assert FedAvgRecipe(**{**fields, "exclude_vars": None}).exclude_vars == ()
 
 
@@ -329,7 +332,7 @@ def test_per_site_config_reaches_its_site_and_its_train_args_replace_the_command
         "site-2": {"train_args": "--lr 'two words'"},
         "site-3": {"train_args": ["x y"]},
     }
-    job = FedAvgRecipe(**{**fields, "train_args": "--lr 1", "per_site_config": config}).client_job("j")
+    job = FedAvgRecipe(**{**fields, "train_args": "--lr 1", "per_site_config": config}).client_job("j", INITIAL)
     assert job.site_config == {"site-1": {"data": "a.csv", "folds": [1, 2]}, "site-2": {}, "site-3": {}}
     assert job.arguments == ("--lr", "1")
     assert job.site_arguments == {"site-2": ("--lr", "two words"), "site-3": ("x y",)}
@@ -354,10 +357,13 @@ def test_per_site_config_that_cannot_work_is_refused(
 def test_config_is_for_all_sites_and_a_sites_own_values_win_over_it(fields: dict[str, Any]) -> None:
     own = {"site-1": {"lr": 0.5}}
     common = {**fields, "config": {"lr": 0.1, "data": {"path": "/data"}}, "per_site_config": own}
-    job = FedAvgRecipe(**common).client_job("j")
+    job = FedAvgRecipe(**common).client_job("j", INITIAL)
     assert job.config == {"lr": 0.1, "data": {"path": "/data"}}
     assert job.site_config == own
-    assert FedProxRecipe(**common, fedprox_mu=0.1).client_job("j").config == {**job.config, "fedprox_mu": 0.1}
+    assert FedProxRecipe(**common, fedprox_mu=0.1).client_job("j", INITIAL).config == {
+        **job.config,
+        "fedprox_mu": 0.1,
+    }
 
 
 def test_config_that_cannot_work_is_refused(fields: dict[str, Any]) -> None:
@@ -385,7 +391,7 @@ def test_per_site_config_of_none_is_empty(fields: dict[str, Any]) -> None:
 
 def test_what_the_sites_are_told_is_what_the_recipe_says(fields: dict[str, Any]) -> None:
     recipe = FedAvgRecipe(**{**fields, "params_transfer_type": "DIFF", "seed": 7, "threads_per_site": 2})
-    job = recipe.client_job("hello-1")
+    job = recipe.client_job("hello-1", INITIAL)
     assert (job.job_id, job.total_rounds, job.transfer, job.seed, job.threads) == ("hello-1", 3, "DIFF", 7, 2)
     assert (job.entry, job.bundle_sha256, job.imports) == ("client.py", recipe.bundle.sha256, ("json",))
 

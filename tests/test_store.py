@@ -146,6 +146,19 @@ def test_a_fetched_object_is_a_local_file_with_its_bytes(store: Store, tmp_path:
         assert store.fetch("job/rounds/model", tmp_path, digest).read_bytes() == b"model"
 
 
+def test_a_copy_that_was_fetched_before_is_taken_again_unless_it_has_changed(store: Store, tmp_path: Path) -> None:
+    store.write_bytes("job/model", b"model")
+    digest = digest_of(b"model")
+    first = store.fetch("job/model", tmp_path, digest, again=True)
+    if not store.is_local:
+        first.write_bytes(b"spoilt")
+        assert store.fetch("job/model", tmp_path, digest, again=True).read_bytes() == b"model"
+        store.remove("job/model")
+        assert store.fetch("job/model", tmp_path, digest, again=True).read_bytes() == b"model"
+        with pytest.raises(FileNotFoundError):
+            store.fetch("job/model", tmp_path, digest)
+
+
 def test_a_fetched_object_that_differs_from_its_manifest_is_refused(store: Store, tmp_path: Path) -> None:
     store.write_bytes("job/model", b"model")
     with pytest.raises(

@@ -25,7 +25,7 @@ def train(network: torch.nn.Module, anchor: dict, pull: float) -> None:
 while flare.is_running():
     received = flare.receive()
     model.load_state_dict(received.params)
-    personal.load_state_dict(flare.kept("personal") or received.params)
+    personal.load_state_dict(flare.kept("personal", initial=True))
     metrics = {"accuracy": digits.accuracy(model), "personal_accuracy": digits.accuracy(personal)}
     if flare.is_evaluate():
         flare.send(flare.FLModel(metrics=metrics))

@@ -28,6 +28,13 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class Stored(Value):
+    """An object in the store, by its content."""
+
+    sha256: str
+    size: int = Field(ge=0)
+
+
 class ClientJob(Value):
     """What every site needs to know of a job, once."""
 
@@ -47,6 +54,12 @@ class ClientJob(Value):
     restarts: int = Field(description="how often a script that fails is started again with the same assignment", ge=0)
     seed: int
     threads: int
+    # Left out where there is none: a site of an earlier version knows no such field.
+    initial: Stored | None = Field(
+        None,
+        description="the model of round 0, for a recipe whose sites start one of their own from it",
+        exclude_if=_is_none,
+    )
 
 
 class Used(Value):

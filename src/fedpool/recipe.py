@@ -31,9 +31,10 @@ from fedpool.errors import RecipeError
 from fedpool.exclude import check_excluded, excluded
 from fedpool.fields import Checked
 from fedpool.initial import InitialModel, initial_model
-from fedpool.manifest import ClientJob
+from fedpool.manifest import ClientJob, Stored
 from fedpool.paths import check_name, check_new_names
 from fedpool.script_values import check_values, site_arguments, split_arguments
+from fedpool.tensors import Digest
 from fedpool.weights import check_weights
 
 SERVER = "server"
@@ -298,8 +299,17 @@ class Recipe(Checked):
         """`stop_cond`, parsed."""
         return parse_condition(self.stop_cond) if self.stop_cond else None
 
-    def client_job(self, job_id: str) -> ClientJob:
-        """What the sites of a job need to know."""
+    @property
+    def starts_own_models(self) -> bool:
+        """Whether sites start models of their own from the job's initial one, in whatever round they are first drawn."""
+        return False
+
+    def client_job(self, job_id: str, initial: Digest) -> ClientJob:
+        """What the sites of a job need to know.
+
+        Args:
+            initial: the model that the job's first round starts from.
+        """
         return ClientJob(
             job_id=job_id,
             total_rounds=self.num_rounds,
@@ -318,6 +328,7 @@ class Recipe(Checked):
             seed=self.seed,
             threads=self.threads_per_site,
             restarts=self.site_retries,
+            initial=Stored(sha256=initial.sha256, size=initial.size) if self.starts_own_models else None,
         )
 
     def check_sites(self, sites: Sequence[str]) -> None:

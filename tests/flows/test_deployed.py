@@ -17,6 +17,7 @@ from fedpool.flows.deployed import form_fields
 from fedpool.flows.entrypoints import cross_site, fedavg, fedeval
 from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import restore, stage
+from fedpool.tensors import Digest
 
 
 @pytest.fixture
@@ -73,13 +74,13 @@ def test_a_staged_job_is_the_same_recipe_again(recipe: FedAvgRecipe, tmp_path: P
     Path(recipe.train_script).unlink()  # the bundle takes its place
     again = restore(FedAvgRecipe, "job-1", store)
     assert again.model.digest == digest == recipe.model.digest
-    assert again.client_job("x") == recipe.client_job("x")
+    assert again.client_job("x", Digest("0" * 64, 1)) == recipe.client_job("x", Digest("0" * 64, 1))
     assert again.model_dump(mode="json") == recipe.model_dump(mode="json")
 
 
 def test_a_revised_recipe_is_checked_anew_and_keeps_its_script(recipe: FedAvgRecipe) -> None:
     revised = recipe.revise(num_rounds=7, train_args="--batch 9")
-    assert revised.num_rounds == 7 and revised.client_job("x").arguments == ("--batch", "9")
+    assert revised.num_rounds == 7 and revised.client_job("x", Digest("0" * 64, 1)).arguments == ("--batch", "9")
     assert revised.bundle is recipe.bundle and revised.model is recipe.model and recipe.num_rounds == 3
     with pytest.raises(ValidationError, match="num_rounds"):
         recipe.revise(num_rounds=0)

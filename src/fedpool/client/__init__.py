@@ -156,13 +156,17 @@ def keep(name: str, params: Mapping[str, Any]) -> None:
     _current().keep(name, params)
 
 
-def kept(name: str) -> dict[str, Any] | None:
+def kept(name: str, *, initial: bool = False) -> dict[str, Any] | None:
     """What this site kept under a name in an earlier round; None when there is nothing.
+
+    Args:
+        initial: where there is nothing, give the model that a site's own one starts from: the job's initial model with a
+            recipe that says so (`DittoRecipe(personal_start="initial")`), else the received one.
 
     Raises:
         ClientError: outside a round.
     """
-    return _current().kept(name)
+    return _current().kept(name, initial=initial)
 
 
 def is_train(ctx: _Client | None = None) -> bool:

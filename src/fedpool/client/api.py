@@ -218,9 +218,15 @@ class Client:
         """Keep tensors at this site; see `fedpool.client.keep`."""
         keeping.keep(self._in_round("keep", name), name, params)
 
-    def kept(self, name: str) -> dict[str, Any] | None:
+    def kept(self, name: str, *, initial: bool = False) -> dict[str, Any] | None:
         """What this site has kept; see `fedpool.client.kept`."""
-        return keeping.kept(self._in_round("kept", name), name, self._params_format())
+        assignment, params_format = self._in_round("kept", name), self._params_format()
+        found = keeping.kept(assignment, name, params_format)
+        if found is not None or not initial:
+            return found
+        if assignment.initial is None:
+            return self._host.params(assignment, params_format)
+        return load_arrays(assignment.initial, params_format)
 
     def keep_with_update(self, name: str, params: Mapping[str, Any]) -> None:
         """Keep tensors that hold only if this round's update counts."""

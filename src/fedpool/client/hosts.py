@@ -35,7 +35,8 @@ class Assignment:
 
     `model` and `update` are local paths: the global model to read, the file to write. `extras` is the path of what the
     algorithm sends beside the model, `kept` the folder of what stays at the site, `exclude` has the patterns of parameters
-    that do. `seed` is None where nothing is seeded (standalone). `silent` ranks send nothing. `used` are the fields
+    that do; `initial` is the path of the job's initial model, where it is not `model` and sites start one of their own from it.
+    `seed` is None where nothing is seeded (standalone). `silent` ranks send nothing. `used` are the fields
     of `fedpool.manifest.Used`: which of the site's updates counted last.
     """
 
@@ -52,6 +53,7 @@ class Assignment:
     silent: bool = False
     attempt: int = 0
     used: Mapping[str, Any] | None = None
+    initial: str | None = None
 
 
 class Host(Protocol):
