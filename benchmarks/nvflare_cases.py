@@ -33,6 +33,7 @@ class Case:
         beside: folders of the checkout that its modules lie in, beside its own.
         model: an expression in one of its modules, "net:Net()"; without it the model is what it has when it runs alone.
         images: how many the made-up data set has; 0 takes a few.
+        shape: of the one array that scripts exchange which use nothing but NumPy.
         gpu: whether it needs one.
         reason: why it is not run.
     """
@@ -43,6 +44,7 @@ class Case:
     beside: tuple[str, ...] = ()
     model: str = ""
     images: int = 0
+    shape: tuple[int, ...] = (3, 3)
     gpu: bool = False
     reason: str = ""
 
@@ -134,6 +136,7 @@ CASES = (
     Case("examples/hello-world/hello-pt/client.py", "--epochs 1 --synthetic_data --train_size 32 --test_size 16 --num_workers 0"),
     Case("examples/hello-world/hello-lightning/client.py", "--synthetic_data"),
     Case("*/hello-huggingface/client.py", "--model_name_or_path {data}/model --data_root {data}", _language_model),
+    Case("*/swarm_external_process_pass_through/*", shape=(1024, 1024)),
     Case("*/swarm_pt/client.py", "--model_path {data}/model --data_dir {data} --local_steps 2 --max_seq_len 8", _texts),
     Case("*/llm_hf/client.py", gpu=True),
     Case("*/gnn/finance/client.py", "--data_path {data} --epochs 1", _transactions),

@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -63,6 +64,7 @@ class Settings:
     cross_site_eval: bool
     python_path: str
     images: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def _check(checkout: Path, path: str, scratch: Path) -> Found:
         "is_submit_model" in text,
         own,
         case.images,
+        case.shape,
     )
     before = {"numpy": (), "alone": (_alone,)}.get(settings.model, (_built,))
     for target in (*before, _run_job):
@@ -287,7 +290,7 @@ def _run_job(settings: "Settings") -> None:
     from fedpool.arrays import load_arrays
 
     kinds = {"scaffold": ScaffoldRecipe, "fedprox": FedProxRecipe, "": FedAvgRecipe}
-    array = {"numpy_key": np.arange(9, dtype=np.float32).reshape(3, 3)}
+    array = {"numpy_key": np.arange(math.prod(settings.shape), dtype=np.float32).reshape(settings.shape)}
     model = array if settings.model == "numpy" else load_arrays(settings.data / "alone", "torch")
     recipe = kinds[settings.algorithm](
         name="check",
