@@ -267,9 +267,8 @@ def probe(store: Store) -> None:
         raise
     except StoreError as error:
         raise StoreError(
-            f"the store {store.url} cannot be written to ({type(error).__name__}: {error}): check its address, and that the "
-            "credentials are in the environment"
-        ) from error
+            f"{error}: check the address of the store, {store.url}, and that its credentials are in the environment"
+        ) from None
 
 
 async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool: str) -> None:

@@ -200,7 +200,7 @@ class Bench:
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         process.kill()
-    psutil.wait_procs(processes, timeout=30)
+    psutil.wait_procs(processes, timeout=120)
 
 
 def table(outcomes: Mapping[Trial, str]) -> str:

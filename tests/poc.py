@@ -73,7 +73,7 @@ class GatedJob:
             yield run
         finally:
             run.abort()
-            assert run.wait(120)
+            assert run.wait(300)
 
     def wait_until_held(self, run: Run, *, round: int | None = None, sites: Sequence[str] | None = None) -> None:
         """Block until every site holds, or some; in a certain round, if it is given."""
@@ -133,7 +133,7 @@ class Worker:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(30)
+                self.process.wait(300)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -361,7 +361,7 @@ def bucket(aws: pytest.MonkeyPatch) -> Iterator[_BucketServer]:
 
 def test_of_two_that_write_at_once_to_s3_one_is_refused(bucket: _BucketServer) -> None:
     both = threading.Barrier(2)
-    bucket.meanwhile = lambda: both.wait(60)  # both have found nothing there
+    bucket.meanwhile = lambda: both.wait(300)  # both have found nothing there
 
     def write(text: bytes) -> str:
         try:

@@ -90,7 +90,7 @@ input()
         folders = killed.stdout.readline().split()
         killed.kill()
     assert len(started) > 4
-    _, alive = psutil.wait_procs(started, timeout=30)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive
     for folder in folders:  # which nobody was left to remove
         shutil.rmtree(folder)

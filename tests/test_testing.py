@@ -136,7 +136,7 @@ def test_an_operation_is_held_until_the_plan_changes(store: Store, faults: Fault
     faults.wait_until_held()
     assert writing.is_alive() and store.exists("there")  # it has had its effect
     faults.plan()
-    writing.join(10)
+    writing.join(120)
     assert not writing.is_alive()
     with pytest.raises(TimeoutError, match=r"was held in 0\.1 s"):
         faults.wait_until_held(0.1)

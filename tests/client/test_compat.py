@@ -55,7 +55,7 @@ while flare.is_running(ctx=ctx):
 flare.shutdown(ctx=ctx)
 print(names)
 """
-        ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+        ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=400)
         assert ran.returncode == 0, ran.stderr
         assert "fedpool: log a = 1.5\nfedpool: log b = 2.5\n" in ran.stdout
         assert ran.stdout.endswith("('site-1', 'standalone', 'train', 'site-1')\n")

@@ -22,7 +22,7 @@ HEAVY = (
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, timeout=400)
 
 
 @pytest.mark.parametrize("module", ["fedpool", "fedpool.client", "fedpool.client.tracking"])

@@ -752,10 +752,10 @@ class TestRanks:
                 text=True,
                 cwd=tmp_path,
                 env={**environment, **session},
-                timeout=120,
+                timeout=400,
             )
             assert ran.returncode == 0, ran.stderr
-            host.join(10)
+            host.join(120)
         zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
         assert zero == one
         assert zero["site"] == "site-7"

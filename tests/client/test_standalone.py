@@ -65,7 +65,12 @@ def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProce
         name: value for name, value in os.environ.items() if not name.startswith(("FEDPOOL_", "RANK", "WORLD_SIZE"))
     }
     return subprocess.run(
-        [sys.executable, str(path), *arguments], capture_output=True, text=True, cwd=folder, env=environment, timeout=60
+        [sys.executable, str(path), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=400,
     )
 
 

@@ -208,7 +208,7 @@ def torchrun(
         text=True,
         cwd=folder,
         env={**environment, "OMP_NUM_THREADS": "1", **variables},
-        timeout=120,
+        timeout=400,
     )
 
 
@@ -221,7 +221,7 @@ def run_session(
         host.start()
         variables = {ADDRESS_VARIABLE: f"{short}/s", KEY_VARIABLE: b"secret".hex()}
         ran = torchrun(folder, script, str(folder), num_ranks=num_ranks, **variables)
-        host.join(10)
+        host.join(120)
     return host, ran
 
 

@@ -116,7 +116,7 @@ def test_of_a_job_that_is_cancelled_no_ending_is_named(run_job: Callable[..., Ru
     while not begun.exists() and not run.wait(0.05):
         pass
     run.abort()
-    assert run.wait(60)
+    assert run.wait(300)
     assert result_of(run)["endings"] == {}
 
 

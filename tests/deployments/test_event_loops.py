@@ -52,7 +52,7 @@ def test_what_a_coroutine_raises_is_raised_in_the_caller() -> None:
 def notebook(folder: Path, *cells: str) -> list[str]:
     """Run the cells of a notebook in a real kernel; returns what each has printed. Raises when one raises."""
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell)) for cell in cells])
-    NotebookClient(made, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(made, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     return ["".join(_text(output) for output in cell.outputs) for cell in made.cells]
 
 
@@ -101,7 +101,7 @@ def test_a_simulation_in_a_notebook(prefect_api: str, folder: Path, monkeypatch:
             print(error)
         again = recipe(hold=[0]).execute(SimEnv(num_clients=2), resume=run.job_id, wait=False)
         again.abort()
-        assert again.wait(60) and again.get_status() is JobStatus.CANCELLED
+        assert again.wait(300) and again.get_status() is JobStatus.CANCELLED
         """,
         """
         try:
@@ -140,7 +140,7 @@ def test_a_proof_of_concept_in_a_notebook(folder: Path) -> None:
                     main([*command, "--home", "home"])
                 except SystemExit as end:
                     assert not end.code, command
-            assert run.wait(120) and run.get_status() is JobStatus.CANCELLED
+            assert run.wait(300) and run.get_status() is JobStatus.CANCELLED
             """,
             "env.down()",
         )
@@ -157,7 +157,7 @@ def test_a_simulation_in_an_async_function(run_job: Callable[..., Run]) -> None:
         run = run_job()
         aborted = run_job(wait=False)
         aborted.abort()
-        assert aborted.wait(60)
+        assert aborted.wait(300)
         return run.get_status()
 
     assert asyncio.run(main()) is JobStatus.COMPLETED

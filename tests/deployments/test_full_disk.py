@@ -155,7 +155,7 @@ def test_a_download_that_does_not_fit_leaves_nothing_half_written(disk: Disk, re
     run = Run(
         "full-20261129-120000-abcdef", store, work=lambda: None, cancel=lambda: None, downloads=disk.path / "runs"
     )
-    assert run.wait(60)
+    assert run.wait(300)
     disk.resize(300)
     record = [{"global": {"sha256": digest.sha256, "size": digest.size}}]
     with pytest.raises(StoreError, match=rf"cannot be written: the disk is full \(.* on {disk.path}\)"):

@@ -68,7 +68,7 @@ def printed_to_a_terminal(columns: int, *arguments: str) -> str:
         while chunk := os.read(ours, 1 << 16):
             text += chunk
     os.close(ours)
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     return re.sub(r"\x1b\[[0-9;]*m", "", text.decode())
 
 

@@ -12,7 +12,7 @@ AFTER = SCRIPT.replace("nvflare.client", "fedpool.client")
 
 def fedpool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedpool.cli", "migrate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def kill(pid: int) -> None:
     """End a process at once, and wait until it is gone."""
     process = psutil.Process(pid)
     process.kill()
-    process.wait(10)
+    process.wait(300)
 
 
 def kill_coordinators(env: PocEnv) -> None:
@@ -270,7 +270,7 @@ def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhi
         kill_coordinators(env)
         job.release()
         store, paths = env.open_store(), JobPaths(run.job_id)
-        wait_until(lambda: all(store.exists(paths.manifest(1, site)) for site in SITES), timeout_s=60)
+        wait_until(lambda: all(store.exists(paths.manifest(1, site)) for site in SITES), timeout_s=400)
         with pytest.raises(JobFailed, match="was lost after 1 committed rounds: its run ended without a result"):
             run.get_result(120)
     again = job.recipe.execute(env, resume=run.job_id)
@@ -369,7 +369,7 @@ def test_a_hung_site_is_not_waited_for_and_a_rejection_is_an_event(env: PocEnv, 
         found: list[dict[str, Any]] = httpx.post(f"{env.api_url}/events/filter", json=wanted).json()["events"]
         return found
 
-    wait_until(lambda: bool(events()), timeout_s=60)
+    wait_until(lambda: bool(events()), timeout_s=400)
     assert events()[0]["resource"]["prefect.resource.id"] == "fedpool.site.site-3"
     assert events()[0]["payload"]["code"] == "not_finite"
 
@@ -400,7 +400,7 @@ def test_a_cancelled_job_is_gone_in_seconds_and_the_sites_take_the_next_one(
             assert done.returncode == 0, done.stdout
         began = time.monotonic()
         wait_until_gone(scripts_of, env.home, 30)
-        assert run.wait(30)
+        assert run.wait(300)
         assert time.monotonic() - began < 30  # under 10 on an idle machine
         assert run.get_status() is JobStatus.CANCELLED
         with pytest.raises(JobCancelled, match="cancelled after 1 rounds"):
@@ -459,7 +459,7 @@ def test_a_deployment_runs_by_its_schedule(env: PocEnv, tmp_path: Path) -> None:
         return any(j.job_id.startswith("hourly") and j.status is JobStatus.COMPLETED for j in list_jobs(store))
 
     try:
-        wait_until(completed, timeout_s=150)
+        wait_until(completed, timeout_s=400)
     finally:
         done = prefect(env.api_url, tmp_path, "deployment", "delete", "federated-job/hourly")
     assert done.returncode == 0, done.stdout

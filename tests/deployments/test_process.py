@@ -68,7 +68,7 @@ def output_of(process: subprocess.Popen[str], timeout_s: float = 120) -> str:
         return process.communicate(timeout=timeout_s)[0]
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)
-        raise AssertionError(f"it hangs:\n{process.communicate(timeout=10)[0]}") from None
+        raise AssertionError(f"it hangs:\n{process.communicate(timeout=120)[0]}") from None
 
 
 def tmp(folder: Path) -> Path:
@@ -94,7 +94,7 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def test_a_job_brings_its_own_server_names_its_address_and_takes_it_down(tmp_path: Path) -> None:
     process = start(tmp_path, hang_at=-1)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert "status COMPLETED" in output
     address = output.split("Prefect UI while this runs: ")[1].split()[0]
@@ -118,7 +118,7 @@ def test_ctrl_c_ends_the_sessions_and_leaves_a_job_that_says_it_was_cancelled(
     assert job_process.returncode != 0 and "cancelled after 1 rounds" in output
     result = json.loads(next(tmp_path.glob("fedpool-runs/*/result.json")).read_text())
     assert result["status"] == "CANCELLED" and result["final"]["round"] == 1
-    assert psutil.wait_procs(started, timeout=30)[1] == []
+    assert psutil.wait_procs(started, timeout=120)[1] == []
     assert not list(tmp(tmp_path).iterdir())
 
 
@@ -126,7 +126,7 @@ def test_a_killed_coordinator_leaves_no_process_behind(job_process: subprocess.P
     started = family(job_process)
     job_process.kill()
     job_process.wait()
-    assert psutil.wait_procs(started, timeout=60)[1] == []
+    assert psutil.wait_procs(started, timeout=400)[1] == []
 
 
 def test_a_killed_zygote_fails_the_round_and_its_scripts_are_gone(job_process: subprocess.Popen[str]) -> None:
@@ -137,4 +137,4 @@ def test_a_killed_zygote_fails_the_round_and_its_scripts_are_gone(job_process: s
     zygote.kill()
     output = output_of(job_process)
     assert "status FAILED" in output and "killed by SIGKILL" in output
-    assert psutil.wait_procs(scripts, timeout=60)[1] == []
+    assert psutil.wait_procs(scripts, timeout=400)[1] == []

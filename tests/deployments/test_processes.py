@@ -28,7 +28,7 @@ def test_stop_ends_a_process_and_what_it_started(tmp_path: Path) -> None:
     processes = Processes(tmp_path)
     parent, child = started(processes)
     processes.stop(["parent"])
-    gone, alive = psutil.wait_procs([parent, child], timeout=30)
+    gone, alive = psutil.wait_procs([parent, child], timeout=120)
     assert len(gone) == 2 and not alive
     assert processes.find("parent") is None
     processes.stop(["parent"])  # harmless
@@ -43,7 +43,7 @@ def test_from_a_shells_background_processes_still_hear_sigint(tmp_path: Path) ->
         signal.signal(signal.SIGINT, before)
     assert processes.find("parent") is not None
     parent.send_signal(signal.SIGINT)
-    parent.wait(30)
+    parent.wait(300)
     child.kill()
     assert "KeyboardInterrupt" in processes.log("parent").read_text()
 
@@ -53,7 +53,7 @@ def test_a_process_that_ends_meanwhile_is_a_family_of_one(tmp_path: Path) -> Non
     parent, child = started(processes)
     child.kill()
     processes.stop(["parent"])
-    psutil.wait_procs([parent, child], timeout=30)
+    psutil.wait_procs([parent, child], timeout=120)
     assert _family(parent) == [parent]
 
 

@@ -142,7 +142,8 @@ def test_a_store_that_cannot_be_written_to_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     message = refused(env(store=str(tmp_path / "file" / "store")), recipe, StoreError)
-    assert f"file://{tmp_path}/file/store cannot be written to (NotADirectoryError" in message
+    assert message.startswith(f"{tmp_path}/file/store/ cannot be written: NotADirectoryError: ")
+    assert f"check the address of the store, file://{tmp_path}/file/store, and that its credentials" in message
 
 
 def test_everything_that_is_missing_is_said_at_once(

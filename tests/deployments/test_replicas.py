@@ -33,7 +33,7 @@ def started(folder: Path, environment: dict[str, str], *command: str) -> Iterato
         yield process
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(300)
 
 
 @pytest.fixture
@@ -94,6 +94,6 @@ def test_a_job_and_a_schedule_run_across_two_api_servers(replicas: list[str], tm
         store = env.open_store()
         wait_until(
             lambda: any(j.job_id.startswith("hourly") and j.status is JobStatus.COMPLETED for j in list_jobs(store)),
-            timeout_s=200,
+            timeout_s=400,
         )
     wait_until_gone(processes_of, tmp_path / "coordinator")

@@ -90,7 +90,7 @@ def jobs_called(env: PocEnv, name: str) -> list[JobSummary]:
 
 
 def wait_until_held(folder: Path) -> None:
-    wait_until(lambda: all((folder / f"training-{site}").exists() for site in SITES), timeout_s=180)
+    wait_until(lambda: all((folder / f"training-{site}").exists() for site in SITES), timeout_s=400)
 
 
 @pytest.mark.slow
@@ -103,12 +103,12 @@ def test_a_schedule_skips_what_is_due_while_the_last_run_is_under_way(env: PocEn
         def skipped() -> list[FlowRun]:
             return [run for run in runs_of(env, deployment) if run.state_name == "Cancelled"]
 
-        wait_until(lambda: len(skipped()) >= 3, timeout_s=180)
+        wait_until(lambda: len(skipped()) >= 3, timeout_s=400)
         assert {run.state.message for run in skipped() if run.state} == {"Deployment concurrency limit reached."}
         assert len(jobs_called(env, "often")) == 1  # nothing was staged, and no process was started for them
         job.release()
         wait_until(lambda: jobs_called(env, "often")[0].status is JobStatus.COMPLETED)
-        wait_until(lambda: len(jobs_called(env, "often")) >= 2, timeout_s=180)  # the next that is due is not skipped
+        wait_until(lambda: len(jobs_called(env, "often")) >= 2, timeout_s=400)  # the next that is due is not skipped
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_with_queue_a_run_waits_for_the_one_before(env: PocEnv, tmp_path: Path) 
         wait_until(lambda: state_of(env, second) == "AwaitingConcurrencySlot")
         assert len(jobs_called(env, "queued")) == 1
         job.release()
-        wait_until(lambda: state_of(env, first) == state_of(env, second) == "Completed", timeout_s=240)
+        wait_until(lambda: state_of(env, first) == state_of(env, second) == "Completed", timeout_s=400)
         assert len(jobs_called(env, "queued")) == 2
 
 
@@ -134,11 +134,11 @@ def test_with_cancel_a_run_ends_the_one_before(env: PocEnv, tmp_path: Path) -> N
         first = start(env, deployment)
         wait_until_held(tmp_path)
         second = start(env, deployment)
-        wait_until(lambda: state_of(env, first) == "Cancelled", timeout_s=240)
+        wait_until(lambda: state_of(env, first) == "Cancelled", timeout_s=400)
         (ended,) = (found for found in jobs_called(env, "newest") if found.status is not None)
         assert ended.status is JobStatus.CANCELLED
         job.release()
-        wait_until(lambda: state_of(env, second) == "Completed", timeout_s=240)
+        wait_until(lambda: state_of(env, second) == "Completed", timeout_s=400)
         assert [found.status for found in jobs_called(env, "newest")] == [JobStatus.CANCELLED, JobStatus.COMPLETED]
 
 

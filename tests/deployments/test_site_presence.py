@@ -78,14 +78,14 @@ def test_a_worker_that_is_stopped_leaves_no_record_and_no_claim(start: Callable[
     holder = claim_to("leaving")
     assert holder is not None and (holder.pid, holder.host) == (worker.process.pid, socket.gethostname())
     worker.process.terminate()
-    assert worker.process.wait(30) == 0
+    assert worker.process.wait(300) == 0
     assert workers_of("leaving") == [] and claim_to("leaving") is None
 
 
 def test_a_second_worker_of_a_site_is_refused_and_the_first_goes_on(start: Callable[..., Worker]) -> None:
     first = start("taken").wait_until_started()
     second = start("taken")
-    assert second.process.wait(120) == 1
+    assert second.process.wait(300) == 1
     assert f"site 'taken' {SERVED} process {first.process.pid} on {socket.gethostname()}" in second.log
     assert "stop that one first" in second.log and "Traceback" not in second.log
     assert not list(second.folder.glob(".fedpool-*"))
@@ -116,7 +116,7 @@ def test_on_another_machine_a_worker_lives_by_its_heartbeats(start: Callable[...
     first = start("moved").wait_until_started()
     seem_elsewhere("moved")
     second = start("moved")
-    assert second.process.wait(120) == 1
+    assert second.process.wait(300) == 1
     assert f"process {first.process.pid} on another has served this site: looking for its heartbeats" in second.log
     assert f"{SERVED} process {first.process.pid} on another" in second.log
     first.process.send_signal(signal.SIGSTOP)
@@ -125,7 +125,7 @@ def test_on_another_machine_a_worker_lives_by_its_heartbeats(start: Callable[...
     finally:
         first.process.send_signal(signal.SIGCONT)
     # The first, which has slept through it, finds out by itself.
-    assert first.process.wait(120) == 1
+    assert first.process.wait(300) == 1
     assert f"{SERVED} process {third.process.pid} on" in first.log
     assert third.process.poll() is None and len(workers_of("moved")) == 1
 

@@ -274,7 +274,7 @@ def test_sigterm_in_mid_training_ends_worker_and_script_and_hands_the_run_back(
     run = job.ask()
     job.wait_until_training()
     worker.process.terminate()
-    worker.process.wait(30)
+    worker.process.wait(300)
     assert worker.process.returncode == 0 and "KeyboardInterrupt" not in worker.log
     wait_until_gone(processes_of, worker.folder)
     wait_until_gone(scripts_of, tmp_path)
@@ -311,7 +311,7 @@ def test_prefects_own_command_starts_a_site_worker_too(site_worker: Callable[...
     assert final_state(job.ask()).is_completed()
     job.end()
     worker.process.terminate()
-    worker.process.wait(30)
+    worker.process.wait(300)
     wait_until_gone(processes_of, tmp_path / "folder")
     assert not list((tmp_path / "folder").glob(".fedpool-*"))
 

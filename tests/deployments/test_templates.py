@@ -260,13 +260,13 @@ class ProcessPool:
 
     def fedpool(self, *arguments: str) -> str:
         return subprocess.run(
-            [FEDPOOL, *arguments], env=self.environment, check=True, capture_output=True, text=True, timeout=120
+            [FEDPOOL, *arguments], env=self.environment, check=True, capture_output=True, text=True, timeout=400
         ).stdout
 
     def close(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(60)
+            self.process.wait(300)
         finally:
             self.process.kill()
 
@@ -322,7 +322,7 @@ async def run_deployment(name: str, parameters: dict[str, Any]) -> State[Any]:
     async with get_client() as client:
         deployment = await client.read_deployment_by_name(name)
         run = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
-    return await asyncio.wait_for(ended(run.id), 90)
+    return await asyncio.wait_for(ended(run.id), 400)
 
 
 @pytest.mark.slow
@@ -388,7 +388,7 @@ def test_job_variables_that_no_server_has_checked_change_nothing(pool: ProcessPo
                 work_pool_name=pool.name,
                 job_variables={"command": f"touch {canary}", "env": {"FEDPOOL_SITE_COMMAND": f"touch {canary}"}},
             )
-        return await asyncio.wait_for(ended(run.id), 90)
+        return await asyncio.wait_for(ended(run.id), 400)
 
     assert asyncio.run(attack()).is_completed() and job.update()
     assert not canary.exists()
@@ -462,9 +462,9 @@ def test_a_round_can_be_stopped_and_leaves_no_process(start: Start, tmp_path: Pa
         process.send_signal(signal.SIGTERM)
     else:
         asyncio.run(cancel())
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
-    wait_until(lambda: not any(child.is_running() for child in family), timeout_s=10)
+    wait_until(lambda: not any(child.is_running() for child in family), timeout_s=400)
     state = asyncio.run(ended(run_id))
     assert state.name == ("Crashed" if how == "signal" else "Cancelled")
     assert job.update() is None
@@ -477,7 +477,7 @@ def test_the_settings_can_be_a_file_that_the_environment_names(start: Start, tmp
     file.write_text('name = "site-7"\n')
     run_id = create_run(StagedJob(tmp_path).parameters)
     process = start(run_id, FEDPOOL_SITE_CONFIG_FILE=str(file))
-    process.communicate(timeout=60)
+    process.communicate(timeout=400)
     assert "this is site-7" in (asyncio.run(ended(run_id)).message or "")
 
 
@@ -485,7 +485,7 @@ def test_the_settings_can_be_a_file_that_the_environment_names(start: Start, tmp
 def test_of_settings_that_do_not_fit_the_server_learns_no_value(start: Start, tmp_path: Path) -> None:
     run_id = create_run(StagedJob(tmp_path).parameters)
     process = start(run_id, FEDPOOL_SITE_NAME=SITE, FEDPOOL_SITE_IDLE_TIMEOUT_S="secret")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 1
     assert "idle_timeout_s" in output and "secret" in output
     state = asyncio.run(ended(run_id))
@@ -494,6 +494,6 @@ def test_of_settings_that_do_not_fit_the_server_learns_no_value(start: Start, tm
 
 def test_without_a_worker_there_is_nothing_to_run(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    ran = subprocess.run([FEDPOOL, "site", "run"], env=environment, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([FEDPOOL, "site", "run"], env=environment, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 1
     assert "`fedpool site start` is a site's own worker" in ran.stderr

@@ -125,7 +125,7 @@ def test_an_aborted_job_shows_as_cancelled_and_so_do_its_rounds(run_job: Callabl
     while not training.exists():
         assert not run.wait(0.05)
     run.abort()
-    assert run.wait(60)
+    assert run.wait(300)
     seen = asyncio.run(read(run))
     assert seen["job"].state_name == "Cancelled"
     assert [r.state_name for r in seen["rounds"]] == ["Cancelled", "Cancelled"]  # it trained; it was announced ahead

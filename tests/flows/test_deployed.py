@@ -124,7 +124,7 @@ def test_a_schedule_that_is_none_is_refused_with_what_would_do(schedule: str | t
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreError, match="cannot be written to"):
+    with pytest.raises(StoreError, match="cannot be written"):
         probe(Store(tmp_path / "file" / "store"))
     probe(Store(tmp_path / "store"))
     assert list((tmp_path / "store").iterdir()) == []

@@ -76,7 +76,7 @@ def begin(launcher: Launcher, folder: Path, end: str = "pass") -> tuple[Script, 
 
 
 def family_of(folder: Path) -> list[psutil.Process]:
-    wait_until(lambda: all((folder / name).exists() for name in NAMES), timeout_s=60)
+    wait_until(lambda: all((folder / name).exists() for name in NAMES), timeout_s=400)
     return [psutil.Process(int((folder / name).read_text())) for name in NAMES]
 
 
@@ -89,7 +89,7 @@ def code_of(script: Script) -> int:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    left = psutil.wait_procs(processes, timeout=30)[1]
+    left = psutil.wait_procs(processes, timeout=120)[1]
     for process in left:
         process.kill()
     assert left == []

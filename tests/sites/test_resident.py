@@ -163,7 +163,7 @@ def test_a_script_that_fails_after_the_job_is_named_in_its_log_and_in_the_store(
         assert here.perform(work, round)
     work.end()
     path = work.paths.ending(1, "a")
-    wait_until(lambda: work.store.exists(path), timeout_s=60)
+    wait_until(lambda: work.store.exists(path), timeout_s=400)
     how = work.store.read_json(path)["how"]
     assert how.startswith("the script ended with exit code 1\nTraceback")
     assert how.endswith("ValueError: no space left")
@@ -269,7 +269,7 @@ def test_the_end_of_a_job_is_seen_from_its_result(site: Callable[..., Site], job
     waiting = here.perform_aside(work, 1)  # announced, and never comes
     work.end()
     assert waiting.wait() is False
-    wait_until((here.folder / "ended").exists, timeout_s=20)  # the script was told
+    wait_until((here.folder / "ended").exists, timeout_s=400)  # the script was told
     wait_until_gone(scripts_of, here.folder, 20)
 
 
