@@ -235,7 +235,7 @@ def resume(
     """Go on with a job that was lost, has failed or was cancelled, from its last committed round; ends with 1 when it fails."""
     from fedpool.deployments.prod import ProdEnv
     from fedpool.deployments.sim import SimEnv
-    from fedpool.flows.recipes import recipe_of
+    from fedpool.flows.stored import recipe_of
 
     place = _store(store, home)
     jobs.check_is_there(place, job_id)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedpool.deployments.fate import Server, fates
 from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, IntegrityError
+from fedpool.flows.recipes import class_name
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.record import Record, num_trained, of_global_models
@@ -120,7 +121,7 @@ def _summary(store: Store, job_id: str, record: dict[str, Any]) -> JobSummary:
     try:
         return JobSummary(
             job_id=job_id,
-            recipe=record["recipe"]["type"],
+            recipe=class_name(record["recipe"]["type"]),
             status=JobStatus(result["status"]) if result else None,
             num_committed=num_trained(records),
             num_rounds=record["recipe"].get("num_rounds", 0),

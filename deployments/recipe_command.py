@@ -24,12 +24,12 @@ _LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")
 def list_() -> None:
     """The recipes, each in one sentence."""
     from fedpool.flows.catalogue import describe  # loads torch, which `fedpool --help` can do without
-    from fedpool.flows.recipes import RECIPES
+    from fedpool.flows.recipes import built_in
 
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it is for")
-    for name, kind in RECIPES.items():
+    for name, kind in built_in().items():
         table.add_row(name, describe(kind.__doc__ or "").summary.replace("`", ""))
     open_console().print(table, highlight=False, markup=False)
 

@@ -310,15 +310,16 @@ async def _deploy(
 ) -> UUID:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.utilities.callables import parameter_schema
-    from prefect.utilities.importtools import import_object
 
-    flow = import_object(recipe.entrypoint)
+    from fedpool.flows.deployed import deployed, entrypoint_of
+
+    flow = deployed(type(recipe))
     most, options = limit(overlap)
     deployment: UUID = await client.create_deployment(
         flow_id=await client.create_flow(flow),
         name=name,
         work_pool_name=pool,
-        entrypoint=recipe.entrypoint,
+        entrypoint=entrypoint_of(type(recipe)),
         parameters=parameters,
         parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
         enforce_parameter_schema=True,

@@ -22,7 +22,7 @@ from fedpool.errors import ConfigError
 from fedpool.flows.averaging import AveragingRecipe
 from fedpool.flows.evaluation import EvaluationRecipe
 from fedpool.flows.fedavg import FedAvgRecipe
-from fedpool.flows.recipes import RECIPES
+from fedpool.flows.recipes import BUILT_IN, built_in, class_name
 from fedpool.recipe import Recipe
 from fedpool.tasks.aggregators import PARAMETERS, Aggregator, make_aggregator
 
@@ -110,7 +110,7 @@ def pages(docs: Path = DOCS) -> Mapping[str, str]:
     """
     file = docs / "fidelity.md"
     measured = figures(file.read_text()) if file.exists() else {}
-    recipes = {page_name(kind): _recipe_page(kind, measured) for kind in RECIPES.values()}
+    recipes = {page_name(kind): _recipe_page(kind, measured) for kind in built_in().values()}
     return {"README": _index(), **recipes, "fields": _fields_page(), "aggregators": _aggregators_page(measured)}
 
 
@@ -124,13 +124,15 @@ def find(name: str) -> str:
     wanted = re.sub(r"[-_\s]", "", name).lower().removesuffix("recipe")
     if wanted not in found:
         others = "fields, aggregators"
-        raise ConfigError(f"there is no recipe {name!r}: there are {', '.join(RECIPES)}, and the pages {others}")
+        raise ConfigError(
+            f"there is no recipe {name!r}: there are {', '.join(map(class_name, BUILT_IN.values()))}, and the pages {others}"
+        )
     return found[wanted]
 
 
 def _index() -> str:
     rows = []
-    for kind in RECIPES.values():
+    for kind in built_in().values():
         paper = describe(_module_doc(kind)).paper
         rows.append(
             (f"[`{kind.__name__}`]({page_name(kind)}.md)", describe(kind.__doc__ or "").summary, paper or "none")
@@ -198,7 +200,7 @@ def _fields_page() -> str:
 
 
 def _aggregators_page(measured: Mapping[str, tuple[str, str]]) -> str:
-    use = [f"[`{k.__name__}`]({page_name(k)}.md)" for k in RECIPES.values() if issubclass(k, AveragingRecipe)]
+    use = [f"[`{k.__name__}`]({page_name(k)}.md)" for k in built_in().values() if issubclass(k, AveragingRecipe)]
     own = {name: field for name, field in AveragingRecipe.model_fields.items() if name not in Recipe.model_fields}
     kinds: dict[type[Aggregator], list[str]] = {}
     for name in PARAMETERS:

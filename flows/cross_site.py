@@ -3,7 +3,7 @@
 `model` is the server's. A training recipe does the same after its training, with `cross_site_eval=True`.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -26,7 +26,5 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
     Raises:
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.cross_site"
 
     cross_site_eval: Literal[True] = Field(True, exclude=True)

@@ -7,7 +7,7 @@ Chang et al. 2018, "Distributed deep learning networks among institutions for me
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -49,8 +49,6 @@ class CyclicRecipe(Recipe):
     Client script, as in examples/algorithms/plain.py:
         That of federated averaging.
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.cyclic"
 
     min_clients: int = Field(
         1, description="accepted updates that a round needs: the one of the site's turn", ge=1, le=1

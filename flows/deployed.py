@@ -3,12 +3,16 @@
 `deployed(FedAvgRecipe)` makes a flow named `federated-job` whose parameters are the recipe's fields, with their bounds and
 descriptions, and a few of its own. Each run is a new job, made from a job that was staged as its template and never runs itself;
 or, when `job_id` names a job, that very job, from where it is. The store and the sites' work pools are all it needs.
+
+A class that is not fedpool's own has no flow in a module: its deployments load `own(NAMES)`, which knows the names of the class's
+own fields, because Prefect checks parameters by their names. The class itself is that of the template, or of the job.
 """
 
 import asyncio
 import inspect
 import re
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from prefect import Flow
@@ -23,8 +27,10 @@ from pydantic import AfterValidator, Field
 from fedpool.errors import ConfigError, RecipeError
 from fedpool.flows import overlap
 from fedpool.flows.job import run_job, take_up
+from fedpool.flows.recipes import flow_name
 from fedpool.flows.round import LOOK_AHEAD
-from fedpool.flows.staging import has_completed, restore, stage
+from fedpool.flows.staging import has_completed, stage
+from fedpool.flows.stored import recipe_of
 from fedpool.initial import InitialModel
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
@@ -38,13 +44,22 @@ from fedpool.tensors import Digest
 _SITES_POLL_S = 2.0
 """How often to look whether enough sites can take part."""
 
+_Parameter = tuple[str, Any, Any, str]
+"""Of a form: its name, type, default and description."""
+
 _REQUIRED = inspect.Parameter.empty
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{8}-\d{6}-[0-9a-f]{6}")
 """What `new_job_id` makes."""
 
+_LEFT_OUT = "<as in the template>"
+"""Of a parameter that a run of `own_flow` was not given, as the form of `prefect deploy` shows it."""
+
 _STAGED = frozenset({"name", "model", "train_script", "initial_ckpt", "include"})
 """Fields that are in the template and not in the form: files and objects of whoever deployed."""
+
+_SHARED = tuple(name for name in Recipe.model_fields if name not in _STAGED)
+"""What the forms of all recipes have, but for those that fix a field."""
 
 
 def form_fields(kind: type[Recipe]) -> list[str]:
@@ -52,18 +67,40 @@ def form_fields(kind: type[Recipe]) -> list[str]:
     return [name for name, field in kind.model_fields.items() if name not in _STAGED and not field.exclude]
 
 
-def deployed(kind: type[Recipe]) -> "Flow[..., Any]":
-    """The flow of a recipe class. Keep it in a module, so that its entrypoint loads from any folder."""
+def entrypoint_of(kind: type[Recipe]) -> str:
+    """The path by which the coordinator finds the flow of a recipe's deployments; see `fedpool.flows.entrypoints`."""
+    own = ",".join(sorted(set(form_fields(kind)) - set(_SHARED)))
+    return f"fedpool.flows.entrypoints.{flow_name(kind) or f'own({own})'}"
 
+
+def deployed(kind: type[Recipe]) -> "Flow[..., Any]":
+    """The flow of a recipe class.
+
+    Raises:
+        RecipeError: a field has the name of a parameter that every deployment has.
+    """
+    return _flow(kind, f"Run a {kind.__name__} at sites behind work pools.", [*_common(), *_form(kind)])
+
+
+def own_flow(names: Sequence[str]) -> "Flow[..., Any]":
+    """The flow of every recipe class that has fields of these names beside those of all recipes."""
+    form = [(name, Any, _LEFT_OUT, "") for name in (*_SHARED, *names)]
+    return _flow(None, "Run a recipe of an own class at sites behind work pools.", [*_common(), *form])
+
+
+def _flow(kind: type[Recipe] | None, head: str, own: Sequence[_Parameter]) -> "Flow[..., Any]":
     async def federated_job(**given: Any) -> State[Any]:
-        return await _run(kind, **given)
+        return await _run(kind, **{name: value for name, value in given.items() if value != _LEFT_OUT})
 
     # Prefect reads the form's types and bounds off the signature, and its descriptions off the docstring.
-    parameters = _parameters(kind)
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        (inspect.Parameter(name, keyword_only, annotation=annotation, default=default), description)
+        for name, annotation, default, description in own
+    ]
     federated_job.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter for parameter, _ in parameters], return_annotation=State[Any]
     )
-    head = f"Run a {kind.__name__} at sites behind work pools."
     lines = [f"    {parameter.name}: {description}" for parameter, description in parameters]
     federated_job.__doc__ = "\n".join([head, "", "Args:", *lines])
     made: Flow[..., Any] = Flow(
@@ -84,9 +121,9 @@ def _run_name() -> str:
     return str(flow_run.get_parameters().get("job_id") or deployment.get_name() or "job")
 
 
-def _parameters(kind: type[Recipe]) -> list[tuple[inspect.Parameter, str]]:
-    """The form: parameters with their descriptions."""
-    own: list[tuple[str, Any, Any, str]] = [
+def _common() -> list[_Parameter]:
+    """What every form has."""
+    return [
         ("template", str, "", "id of the staged job that this one is made from"),
         ("store", str, _REQUIRED, "URL of the store; its credentials are in the environment"),
         ("sites", Annotated[list[str], Field(min_length=1)], _REQUIRED, "names of the sites that take part"),
@@ -105,21 +142,25 @@ def _parameters(kind: type[Recipe]) -> list[tuple[inspect.Parameter, str]]:
             "cancel the runs of this deployment that are still under way, and begin when they have ended",
         ),
     ]
+
+
+def _form(kind: type[Recipe]) -> Iterator[_Parameter]:
+    """A recipe's fields."""
+    taken = {name for name, *_ in _common()}
     for name in form_fields(kind):
+        if name in taken:
+            raise RecipeError(
+                f"{kind.__name__} has a field {name!r}, which is the name of a parameter of every deployment: rename it"
+            )
         field = kind.model_fields[name]
         bounds = [entry for entry in field.metadata if not isinstance(entry, AfterValidator)]
         annotation = Annotated[(field.annotation, *bounds)] if bounds else field.annotation
         default = _REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
-        own.append((name, annotation, default, field.description or ""))
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    return [
-        (inspect.Parameter(name, keyword_only, annotation=annotation, default=default), description)
-        for name, annotation, default, description in own
-    ]
+        yield name, annotation, default, field.description or ""
 
 
 async def _run(
-    kind: type[Recipe],
+    kind: type[Recipe] | None,
     *,
     template: str,
     store: str,
@@ -134,7 +175,8 @@ async def _run(
     if cancel_earlier and job_id is None:
         await overlap.cancel_earlier()
     if job_id is None or _is_run_again():  # else whoever has submitted the job has looked
-        await _wait_for_sites(sites, int(fields["min_clients"]), float(fields["site_patience_s"]))
+        needed, patience_s = await asyncio.to_thread(_needs, storage, job_id or template, fields)
+        await _wait_for_sites(sites, needed, patience_s)
     staged = job_id or await asyncio.to_thread(_begun_before, storage)
     if staged is None:
         recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
@@ -142,13 +184,29 @@ async def _run(
         await asyncio.to_thread(stage, recipe, staged, storage, tuple(sites))
         await _name_after(staged)
     else:
-        recipe = await asyncio.to_thread(restore, kind, staged, storage)
+        recipe = await asyncio.to_thread(recipe_of, staged, storage, kind)
     get_run_logger().info("job %s lies in %s", staged, storage.full(staged))
     with storage.held(staged):
         if await asyncio.to_thread(has_completed, storage, staged):
             return Completed(message=f"job {staged} had come to its end")
         job = await asyncio.to_thread(take_up, recipe, staged, storage, PoolSites(sites), look_ahead)
         return await overlap.outlasting_its_slot(run_job(job))
+
+
+def _needs(store: Store, staged: str, fields: Mapping[str, Any]) -> tuple[int, float]:
+    """How many sites every round needs, and the seconds to wait for them: the run's values, else those of what was staged."""
+    path = JobPaths(staged).job
+    if "min_clients" in fields and "site_patience_s" in fields:
+        known = fields
+    elif store.exists(path):
+        known = {**store.read_json(path)["recipe"], **fields}
+    else:
+        raise _no_template(store, staged)
+    return int(known["min_clients"]), float(known["site_patience_s"])
+
+
+def _no_template(store: Store, template: str) -> RecipeError:
+    return RecipeError(f"there is no staged job {template!r} in {store.url}: deploy the recipe again")
 
 
 def _is_run_again() -> bool:
@@ -198,7 +256,7 @@ async def _name_after(job_id: str) -> None:
 
 
 def _remade(
-    kind: type[Recipe], template: str, store: Store, sites: list[str], warm_start: bool, fields: dict[str, Any]
+    kind: type[Recipe] | None, template: str, store: Store, sites: list[str], warm_start: bool, fields: dict[str, Any]
 ) -> Recipe:
     """The recipe of a template, with the fields that this run changes.
 
@@ -206,9 +264,9 @@ def _remade(
         RecipeError: there is no such template, or what it would become cannot run.
     """
     try:
-        recipe = restore(kind, template, store).revise(**fields)
+        recipe = recipe_of(template, store, kind).revise(**fields)
     except FileNotFoundError:
-        raise RecipeError(f"there is no staged job {template!r} in {store.url}: deploy the recipe again") from None
+        raise _no_template(store, template) from None
     recipe.check_sites(sites)
     if warm_start and (model := _last_model(recipe, store)) is not None:
         recipe = recipe.revise(model=model)

@@ -6,8 +6,6 @@ Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Langua
     m <- outer_momentum m + delta; w <- w + outer_lr (delta + outer_momentum m)
 """
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from fedpool.flows.averaging import AveragingRecipe
@@ -24,8 +22,6 @@ class DiLoCoRecipe(AveragingRecipe):
         That of federated averaging. The inner optimizer is the script's own, in the paper AdamW for 500 steps. Make it
         once, before the loop, and its state goes on from round to round.
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.diloco"
 
     outer_lr: float = Field(0.7, description="learning rate of the outer optimizer", gt=0, allow_inf_nan=False)
     outer_momentum: float = Field(0.9, description="Nesterov momentum of the outer optimizer", ge=0, lt=1)

@@ -10,7 +10,7 @@ starts it there from the model which that site receives first, in which the othe
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -28,8 +28,6 @@ class DittoRecipe(FedAvgRecipe):
             (loss + flare.prox_loss(network, anchor, pull)).backward()
             flare.keep("personal", personal.state_dict())
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.ditto"
 
     ditto_lambda: float = Field(
         description="pull of the personal model to the global one; 0: purely local; the paper tries 0.05 to 2",

@@ -1,26 +1,21 @@
-"""The flows that deployments load, one for each recipe. Apart from the recipes, which cost no Prefect."""
+"""The flows that deployments load, made when they are loaded: `fedpool.flows.entrypoints.fedavg` for a recipe of fedpool's own,
+`fedpool.flows.entrypoints.own(server_lr)` for any other, with the names of the fields that it adds to those of all recipes.
+"""
 
-from fedpool.flows.cross_site import CrossSiteEvalRecipe
-from fedpool.flows.cyclic import CyclicRecipe
-from fedpool.flows.deployed import deployed
-from fedpool.flows.diloco import DiLoCoRecipe
-from fedpool.flows.ditto import DittoRecipe
-from fedpool.flows.fedavg import FedAvgRecipe
-from fedpool.flows.fedbn import FedBNRecipe
-from fedpool.flows.fedeval import FedEvalRecipe
-from fedpool.flows.fednova import FedNovaRecipe
-from fedpool.flows.fedopt import FedOptRecipe
-from fedpool.flows.fedprox import FedProxRecipe
-from fedpool.flows.scaffold import ScaffoldRecipe
+import re
+from typing import Any
 
-cross_site = deployed(CrossSiteEvalRecipe)
-cyclic = deployed(CyclicRecipe)
-diloco = deployed(DiLoCoRecipe)
-ditto = deployed(DittoRecipe)
-fedavg = deployed(FedAvgRecipe)
-fedbn = deployed(FedBNRecipe)
-fedeval = deployed(FedEvalRecipe)
-fednova = deployed(FedNovaRecipe)
-fedopt = deployed(FedOptRecipe)
-fedprox = deployed(FedProxRecipe)
-scaffold = deployed(ScaffoldRecipe)
+from fedpool.flows.deployed import deployed, own_flow
+from fedpool.flows.recipes import BUILT_IN, find_installed
+
+_OWN = re.compile(r"own\(((?:[^\W\d]\w*(?:,[^\W\d]\w*)*)?)\)")
+
+
+def __getattr__(name: str) -> Any:
+    if found := _OWN.fullmatch(name):
+        return own_flow(found[1].split(",") if found[1] else ())
+    if name not in BUILT_IN:
+        raise AttributeError(f"there is no flow {__name__}.{name}: there are {', '.join(BUILT_IN)} and own(NAMES)")
+    kind = find_installed(BUILT_IN[name])
+    assert kind is not None, "it is one of fedpool's own"
+    return deployed(kind)

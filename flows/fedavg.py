@@ -7,7 +7,6 @@ McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Dec
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 from fedpool.flows.averaging import Averaging, AveragingRecipe
 from fedpool.tasks.aggregators import Aggregator, Mean
@@ -47,8 +46,6 @@ class FedAvgRecipe(AveragingRecipe):
     Raises:
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedavg"
 
     def strategy(self, num_sites: int) -> FedAvg:
         """See `Recipe.strategy`."""

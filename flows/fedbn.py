@@ -6,7 +6,7 @@ model that it receives.
 """
 
 import re
-from typing import ClassVar, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -25,8 +25,6 @@ class FedBNRecipe(FedAvgRecipe):
     Client script, as in examples/algorithms/plain.py:
         That of federated averaging.
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedbn"
 
     @model_validator(mode="after")
     def _exclude_normalisation(self) -> Self:

@@ -4,7 +4,7 @@ The result has each site's metrics with its weight, and the pooled ones: means w
 number of rows that a site has scored, or without it by `NUM_STEPS_CURRENT_ROUND`; the denominators stand beside them.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -23,8 +23,6 @@ class FedEvalRecipe(EvaluationRecipe):
     Raises:
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedeval"
 
     cross_site_eval: Literal[False] = Field(False, exclude=True)
     keep_updates: Literal["all"] = Field("all", exclude=True)

@@ -6,7 +6,7 @@ Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -63,8 +63,6 @@ class FedNovaRecipe(Recipe):
             meta = {"NUM_STEPS_CURRENT_ROUND": len(digits.labels), "LOCAL_STEPS": steps.count}
             flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, meta=meta))
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fednova"
 
     @property
     def client_config(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ Defaults are those of the papers: FedAdagrad has no momentum (beta1 is 0), and t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -63,8 +63,6 @@ class FedOptRecipe(AveragingRecipe):
     Client script, as in examples/algorithms/plain.py:
         That of federated averaging: the server alone differs.
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedopt"
 
     server_optimizer: str = Field(
         "adam",

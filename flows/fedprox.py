@@ -7,7 +7,7 @@ minimises its loss with a term beside it; the server is that of federated averag
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -24,8 +24,6 @@ class FedProxRecipe(FedAvgRecipe):
             mu = flare.get_config()["fedprox_mu"]
             loss = loss + flare.prox_loss(model, received.params, mu)
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.fedprox"
 
     fedprox_mu: float = Field(
         description="weight of the proximal term; the paper tries 0.001 to 1", ge=0, allow_inf_nan=False

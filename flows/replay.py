@@ -11,8 +11,8 @@ from fedpool.arrays import torch_block
 from fedpool.errors import RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.fedavg import FedAvg
-from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import num_trained
+from fedpool.flows.stored import recipe_of
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
 from fedpool.sites.site_round import read_delivery

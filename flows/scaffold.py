@@ -10,7 +10,7 @@ to each gradient g of its S local steps, and sends what its c_i changed by.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -88,8 +88,6 @@ class ScaffoldRecipe(Recipe):
             control = flare.Scaffold(model, optimizer)  # corrects the optimizer's steps from here on
             flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, extras=control.extras()))
     """
-
-    entrypoint: ClassVar[str] = "fedpool.flows.entrypoints.scaffold"
 
     server_lr: float = Field(1.0, description="learning rate of the server", gt=0, allow_inf_nan=False)
 

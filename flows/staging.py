@@ -12,6 +12,7 @@ from typing import Any
 
 from fedpool.bundle import Bundle
 from fedpool.errors import IntegrityError, RecipeError
+from fedpool.flows.recipes import class_name, full_type, type_of
 from fedpool.manifest import ClientJob
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
@@ -109,6 +110,9 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
     recorded = type(recipe).recorded(described["recipe"])
     there = {"sites": sorted(described["sites"]), "script": described["bundle_sha256"], **recorded}
     here = {"sites": sorted(sites), "script": recipe.bundle.sha256, **_described(recipe)}
+    there["type"] = full_type(there["type"])
+    if ":" not in there["type"]:  # a class of the user's, in a job of an earlier version
+        here["type"] = class_name(here["type"])
     model = store.tensors(paths.global_model(0), described["model"]["size"])
     there["model"] = {name: str(entry) for name, entry in model.spec.items()}
     here["model"] = {name: str(entry) for name, entry in recipe.model.spec.items()}
@@ -124,7 +128,12 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
 
 def _described(recipe: Recipe) -> dict[str, Any]:
     """A recipe as `job.json` holds it."""
-    return {"type": type(recipe).__name__, **recipe.model_dump(mode="json")}
+    return {"type": type_of(type(recipe)), **recipe.model_dump(mode="json")}
+
+
+def _told(full: str, other: str) -> str:
+    """A class as people are shown it, by its name, unless that is the other's, too."""
+    return full if class_name(full) == class_name(other) else class_name(full)
 
 
 def _brief(value: object) -> str:
@@ -195,13 +204,13 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
     record = store.read_json(paths.job)
     try:
         fields = dict(record["recipe"])
-        found = fields.pop("type")
+        found = full_type(str(fields.pop("type")))
         client = ClientJob.model_validate(record["client"], strict=False)
         digest = Digest(**record["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{store.full(paths.job)} does not describe a job: {error}") from None
-    if found != kind.__name__:
-        raise RecipeError(f"job {job_id} has a {found}, not a {kind.__name__}")
+    if found != type_of(kind):
+        raise RecipeError(f"job {job_id} has a {_told(found, type_of(kind))}, not a {_told(type_of(kind), found)}")
     data = store.read_bytes(paths.bundle(client.bundle_sha256))
     if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
         raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")

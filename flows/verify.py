@@ -16,8 +16,8 @@ from fedpool.arrays import not_finite_names
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
-from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import sha256_without
+from fedpool.flows.stored import recipe_of
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
 from fedpool.sites.site_round import read_delivery

@@ -1,6 +1,8 @@
 """The public names: what `fedpool` and `fedpool.client` export, and that a change of it is a decision."""
 
+import dataclasses
 import importlib
+import inspect
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import fedpool
 import fedpool.client
 
 FACADE = [
+    "Aggregator",
     "ClientError",
     "ConfigError",
     "CrossSiteEvalRecipe",
@@ -41,8 +44,12 @@ FACADE = [
     "ServerError",
     "SimEnv",
     "SiteError",
+    "State",
     "Store",
     "StoreError",
+    "Strategy",
+    "Update",
+    "weighted_mean",
 ]
 
 CLIENT = [
@@ -132,3 +139,70 @@ def test_a_command_and_a_worker_load_no_framework_that_they_do_not_use(module: s
 @pytest.mark.parametrize("name", [name for name in FACADE if name.endswith(("Error", "Failed", "Cancelled"))])
 def test_every_error_is_caught_by_catching_the_root(name: str) -> None:
     assert issubclass(getattr(fedpool, name), fedpool.FedpoolError)
+
+
+def test_what_an_algorithm_of_the_users_is_written_against_stays_as_it_is() -> None:
+    def fields(kind: type) -> list[str]:
+        return [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+
+    def methods(kind: type) -> dict[str, str]:
+        return {
+            name: "property" if isinstance(value, property) else ", ".join(inspect.signature(value).parameters)
+            for name, value in vars(kind).items()
+            if not name.startswith("_") and (callable(value) or isinstance(value, property))
+        }
+
+    assert fields(fedpool.State) == ["params", "slots", "round", "averaged", "shares"]
+    assert fields(fedpool.Update) == ["site", "weight", "params", "extras", "meta", "scale"]
+    assert methods(fedpool.Strategy) == {
+        "slots": "property",
+        "surveys": "property",
+        "init": "self, params, averaged",
+        "choose": "self, seed, round, sites, count",
+        "survey": "self, geometry",
+        "apply": "self, state, updates",
+    }
+    assert (fedpool.Strategy.extras, fedpool.Strategy.positive_meta, fedpool.Strategy.shared) == ((), (), False)
+    assert methods(fedpool.Aggregator) == {
+        "fewest": "property",
+        "survey": "self, geometry",
+        "combine": "self, name, state, updates",
+        "check": "self, num_updates",
+    }
+    assert list(inspect.signature(fedpool.weighted_mean).parameters) == ["values"]
+    assert inspect.signature(fedpool.Recipe.strategy).parameters.keys() == {"self", "num_sites"}
+    assert isinstance(fedpool.Recipe.client_config, property) and isinstance(fedpool.Recipe.starts_own_models, property)
+    assert list(fedpool.Recipe.model_fields) == [
+        "name",
+        "model",
+        "train_script",
+        "train_args",
+        "min_clients",
+        "num_rounds",
+        "clients_per_round",
+        "initial_ckpt",
+        "params_transfer_type",
+        "aggregation_weights",
+        "exclude_vars",
+        "key_metric",
+        "key_metric_mode",
+        "stop_cond",
+        "patience",
+        "seed",
+        "config",
+        "per_site_config",
+        "round_timeout",
+        "quorum_grace",
+        "over_sample",
+        "max_update_norm",
+        "clip_updates",
+        "max_rejections",
+        "round_retries",
+        "site_retries",
+        "site_patience_s",
+        "keep_updates",
+        "final_evaluation",
+        "cross_site_eval",
+        "include",
+        "threads_per_site",
+    ]

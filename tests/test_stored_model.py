@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedpool import FedAvgRecipe, IntegrityError, Recipe
-from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import begin, check_unchanged, stage
+from fedpool.flows.stored import recipe_of
 from fedpool.initial import initial_model
 from fedpool.paths import JobPaths
 from fedpool.store import Store

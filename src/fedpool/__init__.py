@@ -6,6 +6,7 @@ Names are resolved when first used (PEP 562), so that a client script, which imp
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedpool.flows import recipes
 from fedpool.startup import collector_off
 
 if TYPE_CHECKING:
@@ -27,20 +28,13 @@ if TYPE_CHECKING:
         SiteError,
         StoreError,
     )
-    from fedpool.flows.cross_site import CrossSiteEvalRecipe
-    from fedpool.flows.cyclic import CyclicRecipe
-    from fedpool.flows.diloco import DiLoCoRecipe
-    from fedpool.flows.ditto import DittoRecipe
-    from fedpool.flows.fedavg import FedAvgRecipe
-    from fedpool.flows.fedbn import FedBNRecipe
-    from fedpool.flows.fedeval import FedEvalRecipe
-    from fedpool.flows.fednova import FedNovaRecipe
-    from fedpool.flows.fedopt import FedOptRecipe
-    from fedpool.flows.fedprox import FedProxRecipe
-    from fedpool.flows.scaffold import ScaffoldRecipe
+    from fedpool.flows.recipes import *  # noqa: F403  # for type checkers: which they are is said there, and only there
     from fedpool.model import FLModel, ParamsType
     from fedpool.recipe import Recipe
     from fedpool.store import Store
+    from fedpool.tasks.aggregators import Aggregator
+    from fedpool.tasks.mean import weighted_mean
+    from fedpool.tasks.strategy import State, Strategy, Update
 
 _HOMES = {
     "fedpool.deployments.poc": ("PocEnv",),
@@ -61,37 +55,21 @@ _HOMES = {
         "SiteError",
         "StoreError",
     ),
-    "fedpool.flows.cross_site": ("CrossSiteEvalRecipe",),
-    "fedpool.flows.cyclic": ("CyclicRecipe",),
-    "fedpool.flows.diloco": ("DiLoCoRecipe",),
-    "fedpool.flows.ditto": ("DittoRecipe",),
-    "fedpool.flows.fedavg": ("FedAvgRecipe",),
-    "fedpool.flows.fedbn": ("FedBNRecipe",),
-    "fedpool.flows.fedeval": ("FedEvalRecipe",),
-    "fedpool.flows.fednova": ("FedNovaRecipe",),
-    "fedpool.flows.fedopt": ("FedOptRecipe",),
-    "fedpool.flows.fedprox": ("FedProxRecipe",),
-    "fedpool.flows.scaffold": ("ScaffoldRecipe",),
     "fedpool.model": ("FLModel", "ParamsType"),
     "fedpool.recipe": ("Recipe",),
     "fedpool.store": ("Store",),
+    "fedpool.tasks.aggregators": ("Aggregator",),
+    "fedpool.tasks.mean": ("weighted_mean",),
+    "fedpool.tasks.strategy": ("State", "Strategy", "Update"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME |= dict.fromkeys(recipes.__all__, recipes.__name__)
 
 __all__ = [
+    "Aggregator",
     "ClientError",
     "ConfigError",
-    "CrossSiteEvalRecipe",
-    "CyclicRecipe",
-    "DiLoCoRecipe",
-    "DittoRecipe",
     "FLModel",
-    "FedAvgRecipe",
-    "FedBNRecipe",
-    "FedEvalRecipe",
-    "FedNovaRecipe",
-    "FedOptRecipe",
-    "FedProxRecipe",
     "FedpoolError",
     "IntegrityError",
     "JobCancelled",
@@ -106,13 +84,18 @@ __all__ = [
     "Result",
     "RoundError",
     "Run",
-    "ScaffoldRecipe",
     "ServerError",
     "SimEnv",
     "SiteError",
+    "State",
     "Store",
     "StoreError",
+    "Strategy",
+    "Update",
+    "weighted_mean",
 ]
+__all__ += recipes.__all__
+__all__.sort()
 
 
 def __getattr__(name: str) -> Any:

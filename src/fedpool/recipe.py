@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -54,9 +54,6 @@ class Recipe(Checked):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-
-    entrypoint: ClassVar[str]
-    """Module path of the flow that a deployment of the recipe runs."""
 
     name: str = Field(description="name of the job: letters, digits, '.', '_' and '-'", max_length=64)
     model: Annotated[SkipValidation[Any], PlainSerializer(_model_form)] = Field(

@@ -12,7 +12,7 @@ from rich.console import Console
 from fedpool import JobStatus, Run
 from fedpool.deployments.endings import read_endings
 from fedpool.deployments.progress import summarize
-from fedpool.flows.recipes import recipe_of
+from fedpool.flows.stored import recipe_of
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from fedpool.cli import main
-from fedpool.flows.recipes import RECIPES
+from fedpool.flows.recipes import built_in
 
 
 def fedpool(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -19,7 +19,7 @@ def fedpool(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_list_has_every_recipe_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     lines = fedpool(capsys, "recipe", "list").splitlines()
-    assert [line.split()[0] for line in lines if line[0] != " "] == ["recipe", *RECIPES]
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["recipe", *built_in()]
     assert any(line.startswith("FedAvgRecipe ") and "start here" in line for line in lines)
 
 
@@ -46,7 +46,7 @@ def test_show_leaves_nothing_out_in_a_terminal_of_any_width(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    for name in RECIPES:
+    for name in built_in():
         assert "…" not in fedpool(capsys, "recipe", "show", name)
 
 
@@ -55,7 +55,7 @@ def test_an_unknown_recipe_ends_with_1_and_names_those_that_there_are(capsys: py
         main(["recipe", "show", "fedsgd"])
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert "there is no recipe 'fedsgd'" in error and all(name in error for name in RECIPES)
+    assert "there is no recipe 'fedsgd'" in error and all(name in error for name in built_in())
 
 
 def test_it_does_not_load_prefect() -> None:

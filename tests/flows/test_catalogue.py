@@ -13,12 +13,12 @@ import pytest
 from fedpool import ConfigError, CyclicRecipe, FedEvalRecipe, FedProxRecipe, Recipe
 from fedpool.flows.averaging import AveragingRecipe
 from fedpool.flows.catalogue import FIGURES, aggregator, describe, figures, find, page_name, pages, script
-from fedpool.flows.recipes import RECIPES
+from fedpool.flows.recipes import BUILT_IN, built_in
 from fedpool.tasks.aggregators import PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "recipes"
-KINDS = list(RECIPES.values())
+KINDS = list(built_in().values())
 
 
 def code_of(markdown: str) -> list[str]:
@@ -121,7 +121,7 @@ def test_a_docstring_gives_up_its_paper_its_code_and_its_formal_sections() -> No
 @pytest.mark.parametrize("kind", [FedEvalRecipe, CyclicRecipe])
 def test_the_index_has_a_line_for_each_recipe(kind: type[Recipe]) -> None:
     lines = [line for line in pages()["README"].splitlines() if line.startswith("| [`")]
-    assert len(lines) == len(RECIPES)
+    assert len(lines) == len(BUILT_IN)
     summary = describe(kind.__doc__ or "").summary
     assert [line for line in lines if line.startswith(f"| [`{kind.__name__}`]({page_name(kind)}.md) | {summary} |")]
 

@@ -15,8 +15,8 @@ from fedpool.deployments.remote import parse_schedule, probe
 from fedpool.errors import StoreError
 from fedpool.flows.deployed import form_fields
 from fedpool.flows.entrypoints import cross_site, fedavg, fedeval
-from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import restore, stage
+from fedpool.flows.stored import recipe_of
 from fedpool.tensors import Digest
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedpool.errors import IntegrityError
-from fedpool.flows.recipes import recipe_of
 from fedpool.flows.staging import check_unchanged
+from fedpool.flows.stored import recipe_of
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
