@@ -5,19 +5,19 @@ say comes later, and lies beside what they sent in their last round.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedpool.errors import StoreError
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
 from fedpool.storable import storable
 from fedpool.store import Store
-from fedpool.tasks.record import Record
+from fedpool.tasks.job_record import JobResult
+from fedpool.tasks.record import RoundRecord
 
 _MAX_BYTES = 1 << 16
 
 
-def read_endings(store: Store, job_id: str, result: Mapping[str, Any], records: Sequence[Record]) -> dict[str, str]:
+def read_endings(store: Store, job_id: str, result: JobResult, records: Sequence[RoundRecord]) -> dict[str, str]:
     """site -> how its script failed, as far as is known now.
 
     Args:
@@ -25,12 +25,11 @@ def read_endings(store: Store, job_id: str, result: Mapping[str, Any], records: 
         records: of all its rounds.
     """
     paths = JobPaths(job_id)
-    found: dict[str, str] = dict(result.get("endings", {}))  # jobs of an earlier version have none
+    found: dict[str, str] = dict(result.endings)
     last = {
-        entry["site"]: (record["round"], entry["attempt"])
+        entry.site: (record.round, entry.attempt)
         for record in records
-        for kind in ("accepted", "rejected", "probed", "late")
-        for entry in record[kind]
+        for entry in (*record.accepted, *record.rejected, *record.probed, *record.late)
     }
     for round, attempt in sorted(set(last.values())):
         folder = paths.sites(round, attempt)

@@ -29,6 +29,7 @@ from fedpool.recipe import Recipe
 from fedpool.refusals import explained
 from fedpool.store import Store
 from fedpool.tasks.findings import findings
+from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.matrix import matrix_metrics
 from fedpool.tasks.tables import report_rows, untold
@@ -83,10 +84,12 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
     """A job's rounds and models."""
     place = _store(store, home, quiet=as_json)
     summary, records, result = jobs.read_job(place, job_id, partial(_server, home))
-    described = place.read_json(JobPaths(job_id).job)
+    described = JobRecord.read(place, JobPaths(job_id).job)
     if as_json:
         endings = {} if result is None else read_endings(place, job_id, result, records)
-        print(json.dumps({**_plain(summary), "rounds": list(records), "result": result, "endings": endings}, indent=2))
+        rounds = [record.as_json() for record in records]
+        said = None if result is None else result.as_json()
+        print(json.dumps({**_plain(summary), "rounds": rounds, "result": said, "endings": endings}, indent=2))
         return
     console = open_console()
     console.print(f"{job_id}: {_status(summary)}", highlight=False)
@@ -97,10 +100,10 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    if result is not None and result["error"]:
-        console.print(result["error"], style="red", markup=False, highlight=False, soft_wrap=True)
-    told = findings(MetricRules.stored(described), described["recipe"].get("aggregation_weights", {}), records)
-    print_findings(untold(told, result["error"] if result else None), console)
+    if result is not None and result.error:
+        console.print(result.error, style="red", markup=False, highlight=False, soft_wrap=True)
+    told = findings(MetricRules.stored(described), described.fields.get("aggregation_weights", {}), records)
+    print_findings(untold(told, result.error if result else None), console)
     if result is None and summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
         print("it has no result: its process was lost before it could write one")
     if result is None and summary.status is None:
@@ -108,18 +111,18 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
     if summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
         console.print(f"go on with it: fedpool job resume {job_id}", highlight=False, soft_wrap=True)
     if result is not None:
-        if result.get("evaluation_error"):
-            print_findings(result["evaluation_error"].splitlines()[:1], console)
+        if result.evaluation_error:
+            print_findings(result.evaluation_error.splitlines()[:1], console)
         print_findings(tell_endings(read_endings(place, job_id, result, records)), console)
-        for which in ("final", "best"):
+        for which, model in (("final", result.final), ("best", result.best)):
             console.print(
-                f"{which} model: {place.address(JobPaths(job_id).global_model(result[which]['round']))}",
+                f"{which} model: {place.address(JobPaths(job_id).global_model(model.round))}",
                 highlight=False,
                 soft_wrap=True,
             )
-        if result["cross_site"]:
+        if result.cross_site:
             matrix = place.read_json(JobPaths(job_id).cross_site)
-            for metric in matrix_metrics(matrix, first=result["key_metric"])[:1]:
+            for metric in matrix_metrics(matrix, first=result.key_metric)[:1]:
                 console.print(cross_site_table(matrix, metric))
 
 
@@ -239,12 +242,12 @@ def resume(
 
     place = _store(store, home)
     jobs.check_is_there(place, job_id)
-    described = place.read_json(JobPaths(job_id).job)
-    recipe, sites = recipe_of(job_id, place), tuple(described["sites"])
-    with _server(home) if not described["simulated"] else nullcontext():
+    described = JobRecord.read(place, JobPaths(job_id).job)
+    recipe, sites = recipe_of(job_id, place), described.sites
+    with _server(home) if not described.simulated else nullcontext():
         env = (
             SimEnv(clients=sites, workspace=Path(place.root))
-            if described["simulated"]
+            if described.simulated
             else ProdEnv(store=place.url, sites=sites)
         )
         run = recipe.execute(env, resume=job_id, fork=fork, from_round=from_round)

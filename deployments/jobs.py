@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedpool.deployments.fate import Server, fates
 from fedpool.deployments.run import JobStatus
@@ -12,7 +12,8 @@ from fedpool.errors import ConfigError, IntegrityError
 from fedpool.flows.recipes import class_name
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.record import Record, num_trained, of_global_models
+from fedpool.tasks.job_record import JobRecord, JobResult
+from fedpool.tasks.record import RoundRecord, num_trained, of_global_models
 from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 
 if TYPE_CHECKING:
@@ -63,10 +64,10 @@ def list_jobs(store: Store, server: Server | None = None) -> list[JobSummary]:
     for name in store.names(""):
         if not name.startswith(".") and store.exists(f"{name}/job.json"):
             try:
-                record = store.read_json(f"{name}/job.json")
-                if not record.get("template"):
-                    simulated[name] = bool(record.get("simulated"))
-                    found.append(_summary(store, name, record))
+                job = JobRecord.read(store, f"{name}/job.json")
+                if not job.template:
+                    simulated[name] = job.simulated
+                    found.append(_summary(store, name, job))
             except IntegrityError as error:  # one of many: the others are to be seen all the same
                 found.append(JobSummary(name, "?", None, 0, 0, [], {}, unreadable=str(error)))
     lost = fates(store, [(job.job_id, simulated[job.job_id]) for job in found if not job.ended], server)
@@ -87,7 +88,7 @@ def check_is_there(store: Store, job_id: str) -> None:
 
 def read_job(
     store: Store, job_id: str, server: Server | None = None
-) -> tuple[JobSummary, list[Record], dict[str, Any] | None]:
+) -> tuple[JobSummary, list[RoundRecord], JobResult | None]:
     """A job: its summary, its rounds' records, and its result if it has ended.
 
     Args:
@@ -98,13 +99,13 @@ def read_job(
     """
     paths = JobPaths(job_id)
     try:
-        record = store.read_json(paths.job)
+        job = JobRecord.read(store, paths.job)
     except FileNotFoundError:
         raise _unknown(store, job_id) from None
-    result = store.read_json(paths.result) if store.exists(paths.result) else None
-    summary = _summary(store, job_id, record)
+    result = _result(store, paths)
+    summary = _summary(store, job_id, job)
     if result is None:
-        fate = fates(store, [(job_id, bool(record.get("simulated")))], server).get(job_id)
+        fate = fates(store, [(job_id, job.simulated)], server).get(job_id)
         summary = replace(summary, status=fate)
     return summary, list(_records(store, paths)), result
 
@@ -114,29 +115,30 @@ def _unknown(store: Store, job_id: str) -> ConfigError:
     return ConfigError(f"there is no job {job_id!r} in {store.url}: the newest are {known}")
 
 
-def _summary(store: Store, job_id: str, record: dict[str, Any]) -> JobSummary:
+def _summary(store: Store, job_id: str, job: JobRecord) -> JobSummary:
     paths = JobPaths(job_id)
-    result = store.read_json(paths.result) if store.exists(paths.result) else None
+    result = _result(store, paths)
     records = list(_records(store, paths))
-    try:
-        return JobSummary(
-            job_id=job_id,
-            recipe=class_name(record["recipe"]["type"]),
-            status=JobStatus(result["status"]) if result else None,
-            num_committed=num_trained(records),
-            num_rounds=record["recipe"].get("num_rounds", 0),
-            sites=record["sites"],
-            ended=result is not None,
-            metrics=next((entry["metrics"] for entry in reversed(of_global_models(records)) if entry["metrics"]), {}),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{store.full(paths.job)} does not describe a job: {error}") from None
+    return JobSummary(
+        job_id=job_id,
+        recipe=class_name(job.kind),
+        status=JobStatus(result.status) if result else None,
+        num_committed=num_trained(records),
+        num_rounds=job.fields.get("num_rounds", 0),
+        sites=list(job.sites),
+        ended=result is not None,
+        metrics=next((record.metrics for record in reversed(of_global_models(records)) if record.metrics), {}),
+    )
 
 
-def _records(store: Store, paths: JobPaths) -> Iterator[Record]:
+def _result(store: Store, paths: JobPaths) -> JobResult | None:
+    return JobResult.read(store, paths.result) if store.exists(paths.result) else None
+
+
+def _records(store: Store, paths: JobPaths) -> Iterator[RoundRecord]:
     number = 0
     while store.exists(paths.record(number)):
-        yield store.read_json(paths.record(number))
+        yield RoundRecord.read(store, paths.record(number))
         number += 1
 
 

@@ -98,7 +98,7 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
             console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return
     result = run.get_result(0)
-    header, rows = report_rows(result.rounds)
+    header, rows = report_rows(result.records)
     table = Table(
         title=f"{recipe.name}: a round's metrics are the score of the model that it started from", title_justify="left"
     )
@@ -113,7 +113,7 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
         console.print(f"stopped early: {result.stopped_by}", highlight=False)
     if result.evaluation_error:
         print_findings(result.evaluation_error.splitlines()[:1], console)
-    print_findings(findings(MetricRules.of(recipe), recipe.aggregation_weights, result.rounds), console)
+    print_findings(findings(MetricRules.of(recipe), recipe.aggregation_weights, result.records), console)
     print_findings(tell_endings(result.endings), console)
     final = result.metrics[result.num_rounds] if len(result.metrics) > result.num_rounds else {}
     console.print(f"final model{_scores(final)}: {result.path}", highlight=False, soft_wrap=True)
@@ -140,7 +140,7 @@ def cross_site_table(matrix: Matrix, metric: str) -> Table:
 
 
 def _metric(progress: Progress, recipe: Recipe) -> str:
-    metrics: Mapping[str, float] = progress.last_record["metrics"] if progress.last_record else {}
+    metrics: Mapping[str, float] = progress.last_record.metrics if progress.last_record else {}
     return f"{recipe.key_metric} {metrics[recipe.key_metric]:.4f}" if recipe.key_metric in metrics else ""
 
 

@@ -3,7 +3,7 @@
 import contextvars
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -16,8 +16,9 @@ from fedpool.errors import JobCancelled, JobError, JobFailed, StoreError
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
 from fedpool.store import Store
+from fedpool.tasks.job_record import JobResult
 from fedpool.tasks.matrix import site_scores
-from fedpool.tensors import Digest
+from fedpool.tasks.record import RoundRecord
 
 
 class JobStatus(StrEnum):
@@ -38,7 +39,7 @@ class Result:
         path: of the final model, safetensors; fetched to this machine where the store is remote.
         best_path: of the best model by the recipe's key metric; the final one when nothing was scored.
         metrics: one dict per global model, from the initial one (index 0) to the last that was scored; empty when none was.
-        rounds: the rounds' records, as in `round.json`, evaluations and submissions included.
+        records: of all rounds, evaluations and submissions included.
         num_rounds: training rounds that were committed.
         best_round: the round that the best model is the start of: 0 is the initial model, `num_rounds` the final one.
         stopped_by: what stopped the job early, or None.
@@ -52,13 +53,18 @@ class Result:
     path: Path
     best_path: Path
     metrics: list[dict[str, float]]
-    rounds: list[dict[str, Any]] = field(repr=False)
+    records: list[RoundRecord] = field(repr=False)
     num_rounds: int
     best_round: int
     stopped_by: str | None
     evaluation_error: str | None = None
     endings: dict[str, str] = field(default_factory=dict)
     cross_site: dict[str, dict[str, dict[str, float | None]]] | None = None
+
+    @cached_property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The records as they lie in the store, in `round.json`."""
+        return [record.as_json() for record in self.records]
 
     @cached_property
     def params(self) -> dict[str, Any]:
@@ -68,17 +74,17 @@ class Result:
     @cached_property
     def denominators(self) -> dict[str, float]:
         """metric -> what its mean over the sites, of the final model, is over: their weights, added up."""
-        return dict(self._final.get("denominators", {}))
+        return dict(self._final.denominators) if self._final else {}
 
     @cached_property
     def site_metrics(self) -> dict[str, dict[str, float | None]]:
         """site -> its metrics of the final model, and under `NUM_STEPS_CURRENT_ROUND` the weight that they count with."""
-        return {entry["site"]: site_scores(entry) for entry in self._final.get("accepted", ())}
+        return {entry.site: site_scores(entry) for entry in self._final.accepted} if self._final else {}
 
     @property
-    def _final(self) -> Mapping[str, Any]:
-        """The record of the round that scored the final model; empty when none did."""
-        return self.rounds[self.num_rounds] if len(self.rounds) > self.num_rounds else {}
+    def _final(self) -> RoundRecord | None:
+        """The record of the round that scored the final model; None when none did."""
+        return self.records[self.num_rounds] if len(self.records) > self.num_rounds else None
 
     @cached_property
     def best_params(self) -> dict[str, Any]:
@@ -92,7 +98,7 @@ class Progress:
 
     num_committed: int
     num_answered: int
-    last_record: Mapping[str, Any] | None
+    last_record: RoundRecord | None
 
 
 class Run:
@@ -121,7 +127,7 @@ class Run:
         self._cancel = cancel
         self._downloads = downloads.absolute()
         self._error: BaseException | None = None
-        self._committed: list[dict[str, Any]] = []
+        self._committed: list[RoundRecord] = []
         self._reading = threading.Lock()  # two threads that both find a record must not both keep it
         self._done = threading.Event()
         # In the caller's context: settings, tags and a surrounding flow of Prefect's are the job's too.
@@ -140,7 +146,7 @@ class Run:
             return JobStatus.RUNNING
         result = self._last_word()
         if result:
-            return JobStatus(result["status"])
+            return JobStatus(result.status)
         return JobStatus.CANCELLED if isinstance(self._error, JobCancelled) else JobStatus.FAILED
 
     def get_result(self, timeout: float | None = None) -> Result:
@@ -163,23 +169,23 @@ class Run:
             if self._error is not None:
                 raise self._error
             raise JobFailed(f"job {self.job_id} ended without a result")
-        if result["status"] == JobStatus.FAILED:
-            raise JobFailed(f"job {self.job_id} failed: {result['error']}")
-        if result["status"] == JobStatus.CANCELLED:
-            raise JobCancelled(f"job {self.job_id} was cancelled after {result['num_rounds']} rounds")
-        records = self._read_records(result["num_records"])
+        if result.status == JobStatus.FAILED:
+            raise JobFailed(f"job {self.job_id} failed: {result.error}")
+        if result.status == JobStatus.CANCELLED:
+            raise JobCancelled(f"job {self.job_id} was cancelled after {result.num_rounds} rounds")
+        records = self._read_records(result.num_records)
         return Result(
             job_id=self.job_id,
-            path=self._local(result["final"]["round"], records),
-            best_path=self._local(result["best"]["round"], records),
-            metrics=_scores(records[: result["num_rounds"] + 1]),
-            rounds=records,
-            num_rounds=result["num_rounds"],
-            best_round=result["best"]["round"],
-            stopped_by=result["stopped_by"],
-            evaluation_error=result.get("evaluation_error"),  # jobs of an earlier version say nothing of it
+            path=self._local(result.final.round, records),
+            best_path=self._local(result.best.round, records),
+            metrics=_scores(records[: result.num_rounds + 1]),
+            records=records,
+            num_rounds=result.num_rounds,
+            best_round=result.best.round,
+            stopped_by=result.stopped_by,
+            evaluation_error=result.evaluation_error,
             endings=read_endings(self._store, self.job_id, result, records),
-            cross_site=self._store.read_json(self._paths.cross_site) if result["cross_site"] else None,
+            cross_site=self._store.read_json(self._paths.cross_site) if result.cross_site else None,
         )
 
     def abort(self) -> None:
@@ -203,7 +209,7 @@ class Run:
         """How far the job is."""
         with self._reading:
             while self._store.exists(self._paths.record(len(self._committed))):
-                self._committed.append(self._store.read_json(self._paths.record(len(self._committed))))
+                self._committed.append(RoundRecord.read(self._store, self._paths.record(len(self._committed))))
             number = len(self._committed)
             last = self._committed[-1] if self._committed else None
         return Progress(number, len(self._store.names(self._paths.sites(number))), last)
@@ -216,22 +222,23 @@ class Run:
         finally:
             self._done.set()
 
-    def _local(self, round: int, records: Sequence[Mapping[str, Any]]) -> Path:
+    def _local(self, round: int, records: Sequence[RoundRecord]) -> Path:
         """Where a global model lies on this machine; one in a remote store is fetched first."""
         path = self._paths.global_model(round)
         if self._store.is_local:
             return Path(self._store.full(path))
         target = self._downloads / path
         if not target.exists():
-            known = records[round]["global"] if round < len(records) else records[round - 1]["next_global"]
+            known = records[round].base if round < len(records) else records[round - 1].next_global
+            assert known is not None, "the newest model is the work of the last round"
             with explained(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 # Beside the target, so that it appears there whole.
                 with tempfile.TemporaryDirectory(prefix=".fedpool-", dir=target.parent) as folder:
-                    self._store.fetch(path, Path(folder), Digest(**known)).replace(target)
+                    self._store.fetch(path, Path(folder), known).replace(target)
         return target
 
-    def _last_word(self) -> dict[str, Any] | None:
+    def _last_word(self) -> JobResult | None:
         """The result of an ended job; None when it left none, or when the store refuses us and we know the end."""
         try:
             return self._read_result()
@@ -240,16 +247,16 @@ class Run:
                 raise
             return None
 
-    def _read_result(self) -> dict[str, Any] | None:
-        return self._store.read_json(self._paths.result) if self._store.exists(self._paths.result) else None
+    def _read_result(self) -> JobResult | None:
+        return JobResult.read(self._store, self._paths.result) if self._store.exists(self._paths.result) else None
 
-    def _read_records(self, count: int) -> list[dict[str, Any]]:
-        return [self._store.read_json(self._paths.record(number)) for number in range(count)]
+    def _read_records(self, count: int) -> list[RoundRecord]:
+        return [RoundRecord.read(self._store, self._paths.record(number)) for number in range(count)]
 
 
-def _scores(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def _scores(records: Sequence[RoundRecord]) -> list[dict[str, float]]:
     """The metrics of the models that rounds are the starts of, up to the last that has any."""
-    scores = [dict(record["metrics"]) for record in records]
+    scores = [dict(record.metrics) for record in records]
     while scores and not scores[-1]:
         scores.pop()
     return scores

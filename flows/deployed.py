@@ -28,18 +28,18 @@ from fedpool.errors import ConfigError, RecipeError
 from fedpool.flows import overlap
 from fedpool.flows.job import run_job, take_up
 from fedpool.flows.recipes import flow_name
-from fedpool.flows.round import LOOK_AHEAD
 from fedpool.flows.staging import has_completed, stage
 from fedpool.flows.stored import recipe_of
+from fedpool.flows.under_way import LOOK_AHEAD
 from fedpool.initial import InitialModel
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.dispatch import PoolSites
-from fedpool.tasks.holes import stored_holes
+from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.reach import site_problems
-from fedpool.tensors import Digest
+from fedpool.tasks.record import RoundRecord
 
 _SITES_POLL_S = 2.0
 """How often to look whether enough sites can take part."""
@@ -279,15 +279,15 @@ def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
         paths = JobPaths(job_id)
         if not store.exists(paths.result):
             continue
-        result = store.read_json(paths.result)
-        if result["status"] != "COMPLETED" or not result["num_rounds"]:
+        result = JobResult.read(store, paths.result)
+        if result.status != "COMPLETED" or not result.num_rounds:
             continue
-        job = store.read_json(paths.job)
-        if job["recipe"]["name"] != recipe.name:
+        job = JobRecord.read(store, paths.job)
+        if job.fields["name"] != recipe.name:
             continue
-        record = store.read_json(paths.record(result["num_rounds"] - 1))
-        path, digest = paths.global_model(result["num_rounds"]), Digest(**record["next_global"])
-        model = StoredModel(store, path, digest, stored_holes(job))
+        digest = RoundRecord.read(store, paths.record(result.num_rounds - 1)).next_global
+        assert digest is not None, "a round that trained has made a model"
+        model = StoredModel(store, paths.global_model(result.num_rounds), digest, job.may_be_infinite)
         if dict(model.spec) != dict(recipe.model.spec):
             raise RecipeError(f"warm_start: the model of job {job_id} has other parameters than the recipe's")
         get_run_logger().info("starting from the final model of job %s", job_id)

@@ -7,9 +7,7 @@ Persists no Prefect result: whatever lasts is in the store.
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,22 +17,22 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError, StoreError
-from fedpool.flows.plan import best_model, next_step, num_expected
-from fedpool.flows.round import LOOK_AHEAD, Job, RoundSignals
+from fedpool.flows.plan import Step, best_model, next_step, num_expected
 from fedpool.flows.round_run import run_round
-from fedpool.flows.staging import JOB_FORMAT, Parent, check_unchanged, sha256_without, stage
+from fedpool.flows.staging import check_unchanged, stage
+from fedpool.flows.under_way import LOOK_AHEAD, Job, RoundSignals
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.local import Sites
 from fedpool.storable import storable
 from fedpool.store import Store, check_digest
-from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.findings import findings
-from fedpool.tasks.holes import stored_holes
-from fedpool.tasks.key_metric import MetricRules, metric_gap
+from fedpool.tasks.job_record import JOB_FORMAT, JobOutcome, JobRecord, JobResult, Parent, ScoredModel
+from fedpool.tasks.key_metric import metric_gap
+from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.matrix import cross_site_matrix
-from fedpool.tasks.record import Record, num_trained
+from fedpool.tasks.record import RoundRecord, num_trained
 from fedpool.tensors import Digest
 
 _MAX_ERROR = 1 << 18
@@ -92,64 +90,59 @@ def take_up(
         RecipeError: the job has another recipe or other sites.
     """
     paths = JobPaths(job_id)
-    described = store.read_bytes(paths.job)
+    data = store.read_bytes(paths.job)
     check_unchanged(recipe, job_id, store, sites.names)
-    known = json.loads(described)
-    head, arithmetic = Digest(**known["model"]), arithmetic_of(known)
-    described_sha256 = hashlib.sha256(described).hexdigest()
-    job = Job(
-        recipe,
-        job_id,
-        store,
-        sites,
-        head,
-        described_sha256,
-        look_ahead,
-        arithmetic,
-        holes=stored_holes(known),
-        rules=MetricRules.stored(known),
-    )
-    while store.exists(path := paths.record(len(job.records))):
-        data = store.read_bytes(path)
-        record = store.json_of(path, data)
-        step, _ = next_step(recipe, job.records)
-        follows = step is not None and record["task"] == step.task and record["previous_sha256"] == job.head_sha256
-        if step is None or not follows or Digest(**record["global"]) != (step.model or job.head):
-            raise IntegrityError(f"{store.full(path)} does not follow from the round before it: verify the job")
-        job.records.append(record)
-        job.head_sha256 = hashlib.sha256(data).hexdigest()
-        if record["next_global"]:
-            job.head = Digest(**record["next_global"])
-            job.state = Digest(**record["state"]) if record["state"] else None
-    job.resumed_at = len(job.records)
-    trained = num_trained(job.records)
-    named = {trained: job.head}
-    step, _ = next_step(recipe, job.records)
-    if step is not None and step.model is not None:
-        named[len(job.records)] = step.model
-    if recipe.starts_own_models:
-        named[0] = job.initial
-    for number, digest in named.items() if not fresh else ():
-        with store.open(path := paths.global_model(number)) as file:
-            check_digest(file, digest, where=store.full(path))
-    if job.state is not None and not fresh:
-        with store.open(path := paths.state(trained - 1)) as file:
-            check_digest(file, job.state, where=store.full(path))
+    described = JobRecord.from_bytes(data, store.full(paths.job))
+    ledger = _read_ledger(recipe, store, Ledger.of(described, hashlib.sha256(data).hexdigest()))
+    step, _ = next_step(recipe, ledger.records)
+    if not fresh:
+        _check_named(recipe, store, ledger, step)
     if step is None or step.model is None:
-        _remove_unnamed(job)
-    for path in (paths.result, paths.cross_site, paths.state(trained)):
+        _remove_unnamed(store, ledger)
+    for path in (paths.result, paths.cross_site, paths.state(ledger.num_trained)):
         store.remove(path)
-    return job
+    return Job(recipe, store, sites, ledger, look_ahead)
 
 
-def _remove_unnamed(job: Job) -> None:
+def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
+    """All that a job has committed; raises `IntegrityError` at the first record that does not follow from those before it."""
+    paths = JobPaths(ledger.job.job_id)
+    while store.exists(path := paths.record(ledger.number)):
+        data = store.read_bytes(path)
+        record = RoundRecord.from_bytes(data, store.full(path))
+        step, _ = next_step(recipe, ledger.records)
+        if step is None or record.task != step.task or record.base != (step.model or ledger.head):
+            raise IntegrityError(f"{store.full(path)} does not follow from the round before it: verify the job")
+        try:
+            ledger = ledger.advance(record, hashlib.sha256(data).hexdigest())
+        except IntegrityError as error:
+            raise IntegrityError(f"{store.full(path)} {error}: verify the job") from None
+    return ledger
+
+
+def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None) -> None:
+    """Check that the models and the state that the rest of the job needs are what was committed."""
+    paths, trained = JobPaths(ledger.job.job_id), ledger.num_trained
+    named = {paths.global_model(trained): ledger.head}
+    if step is not None and step.model is not None:
+        named[paths.global_model(ledger.number)] = step.model
+    if recipe.starts_own_models:
+        named[paths.global_model(0)] = ledger.job.model
+    if ledger.state is not None:
+        named[paths.state(trained - 1)] = ledger.state
+    for path, digest in named.items():
+        with store.open(path) as file:
+            check_digest(file, digest, where=store.full(path))
+
+
+def _remove_unnamed(store: Store, ledger: Ledger) -> None:
     """Remove the models that the round under way, which is lost, has made for those after it."""
-    number = len(job.records) + 1
-    while job.store.exists(job.paths.global_model(number)):
+    paths, number = JobPaths(ledger.job.job_id), ledger.number + 1
+    while store.exists(paths.global_model(number)):
         number += 1
     # The last first: no gap is left by one who is killed here.
-    for unnamed in reversed(range(len(job.records) + 1, number)):
-        job.store.remove(job.paths.global_model(unnamed))
+    for unnamed in reversed(range(ledger.number + 1, number)):
+        store.remove(paths.global_model(unnamed))
 
 
 async def run_job(job: Job) -> State[Any]:
@@ -159,7 +152,7 @@ async def run_job(job: Job) -> State[Any]:
         get_run_logger().info("%s", note)
     stopped_by = error = None
     try:
-        await asyncio.to_thread(sites.open, recipe.client_job(job.job_id, job.initial), storage)
+        await asyncio.to_thread(sites.open, recipe.client_job(job.job_id, job.ledger.job.model), storage)
         try:
             stopped_by = await _run_rounds(job)
         except Exception as failure:  # noqa: BLE001  # the store says how the job ended, whatever ended it
@@ -167,11 +160,11 @@ async def run_job(job: Job) -> State[Any]:
         except asyncio.CancelledError:
             # Someone cancels the run, or ends this process, and waits for nothing: the sites learn of it from the result.
             sites.cancel()
-            storage.write_json(job.paths.result, _result(job, "CANCELLED", None, "cancelled"))
+            storage.write_json(job.paths.result, _result(job, "CANCELLED", None, "cancelled").as_json())
             raise
     finally:
         await sites.end()
-    status = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
+    status: JobOutcome = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
     for site, how in sites.endings.items():
         get_run_logger().warning("%s: after its last round, %s", site, how)
     matrix = None
@@ -180,7 +173,7 @@ async def run_job(job: Job) -> State[Any]:
         cross_site = await asyncio.to_thread(storage.write_json, job.paths.cross_site, matrix)
     result = _result(job, status, stopped_by, error, cross_site if matrix is not None else None)
     try:
-        await asyncio.to_thread(storage.write_json, job.paths.result, result)
+        await asyncio.to_thread(storage.write_json, job.paths.result, result.as_json())
     except StoreError as unwritten:  # what ended the job may keep its result from being written, too
         raise JobFailed(f"job {job.job_id} failed: {error or _failure(unwritten, job)}") from unwritten
     told = findings(job.rules, recipe.aggregation_weights, job.records)
@@ -216,15 +209,15 @@ async def _run_rounds(job: Job) -> str | None:
             for ahead in range(number, end):
                 if ahead not in runs:
                     runs[ahead] = _begin(job, ahead)
-            job.rounds[number].turn.set_result(step)
+            job.rounds[number].step.set_result(step)
             await _committed(job, number, runs[number])
             has_gap = has_gap or _check_metrics(job, job.records[-1:])
             step, stopped_by = next_step(recipe, job.records)
             job.reporter.progress(100 * len(job.records) / max(1, num_expected(recipe, job.records, num_sites)))
     finally:
         for signals in job.rounds.values():
-            if not signals.turn.done():
-                signals.turn.set_result(None)
+            if not signals.step.done():
+                signals.step.set_result(None)
         # The run of a committed round may still be reporting its end to Prefect.
         await asyncio.gather(*runs.values(), return_exceptions=True)
     job.reporter.progress(100)
@@ -238,7 +231,7 @@ async def _run_rounds(job: Job) -> str | None:
     return stopped_by
 
 
-def _check_metrics(job: Job, records: Sequence[Record]) -> bool:
+def _check_metrics(job: Job, records: Sequence[RoundRecord]) -> bool:
     """Whether the metrics that the recipe goes by are missing from some rounds, which the log then says.
 
     Raises:
@@ -271,32 +264,35 @@ async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:
 
 
 def _result(
-    job: Job, status: str, stopped_by: str | None, error: str | None, cross_site: Digest | None = None
-) -> dict[str, Any]:
+    job: Job, status: JobOutcome, stopped_by: str | None, error: str | None, cross_site: Digest | None = None
+) -> JobResult:
     """What `result.json` holds: how the job ended, its final and its best model with their scores."""
     recipe = job.recipe
     final = num_trained(job.records)
 
-    def describe(round: int) -> dict[str, Any]:
-        record = job.records[round] if round < len(job.records) else {}
-        scores = {name: record.get(name, {}) for name in ("metrics", "denominators")}
-        return {"round": round, "path": job.store.full(job.paths.global_model(round)), **scores}
+    def scored(round: int) -> ScoredModel:
+        record = job.records[round] if round < len(job.records) else None
+        return ScoredModel(
+            round=round,
+            path=job.store.full(job.paths.global_model(round)),
+            metrics=record.metrics if record else {},
+            denominators=record.denominators if record else {},
+        )
 
-    result = {
-        "format": JOB_FORMAT,
-        "job_id": job.job_id,
-        "status": status,
-        "error": error,
-        "stopped_by": stopped_by,
-        "evaluation_error": evaluation_error(job.records),
-        "endings": dict(job.sites.endings),
-        "num_rounds": final,
-        "num_records": len(job.records),
-        "key_metric": recipe.key_metric,
-        "key_metric_mode": recipe.key_metric_mode,
-        "final": describe(final),
-        "best": describe(best_model(recipe, job.records)),
-        "cross_site": None if cross_site is None else asdict(cross_site),
-        "last_record_sha256": job.head_sha256,
-    }
-    return result | {"sha256": sha256_without(result)}
+    return JobResult(
+        format=JOB_FORMAT,
+        job_id=job.job_id,
+        status=status,
+        error=error,
+        stopped_by=stopped_by,
+        evaluation_error=evaluation_error(job.records),
+        endings=dict(job.sites.endings),
+        num_rounds=final,
+        num_records=len(job.records),
+        key_metric=recipe.key_metric,
+        key_metric_mode=recipe.key_metric_mode,
+        final=scored(final),
+        best=scored(best_model(recipe, job.records)),
+        cross_site=cross_site,
+        last_record_sha256=job.ledger.sha256,
+    ).sealed()

@@ -19,12 +19,12 @@ from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Median
-from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.gate import Accepted, judge
-from fedpool.tasks.holes import stored_holes
+from fedpool.tasks.job_record import JobRecord
+from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import first_weights
-from fedpool.tensors import Digest, TensorReader
+from fedpool.tensors import TensorReader
 
 STRATEGIES: Mapping[str, Strategy] = {
     "mean": FedAvg(),
@@ -83,31 +83,31 @@ def replay_round(
         raise RoundError(f"job {job_id} has committed no such round")
     if not store.exists(paths.record(round)):
         raise RoundError(f"round {round} of job {job_id} is not committed")
-    record = store.read_json(paths.record(round))
-    if record["task"] != "train":
+    record = RoundRecord.read(store, paths.record(round))
+    if record.task != "train" or record.next_global is None:
         raise RoundError(f"round {round} of job {job_id} is no training: it made no model")
-    there = [entry["site"] for entry in record["accepted"]]
+    there = [entry.site for entry in record.accepted]
     if unknown := in_order(set(leave_out) - set(there)):
         raise RecipeError(f"{', '.join(unknown)} sent nothing that round {round} used: these did: {', '.join(there)}")
-    base = store.tensors(paths.global_model(round), record["global"]["size"])
-    described = store.read_json(paths.job)
-    own: Strategy = recipe.strategy(len(described["sites"]))
-    holes, arithmetic = stored_holes(described), arithmetic_of(described)
-    wanted = expected(recipe, own, job_id, round, "train", Digest(**record["global"]), base, holes, arithmetic)
+    base = store.tensors(paths.global_model(round), record.base.size)
+    job = JobRecord.read(store, paths.job)
+    own: Strategy = recipe.strategy(len(job.sites))
+    holes, arithmetic = job.may_be_infinite, job.how
+    wanted = expected(recipe, own, job_id, round, "train", record.base, base, holes, arithmetic)
     updates = []
-    for entry in record["accepted"]:
-        if entry["site"] in leave_out:
+    for entry in record.accepted:
+        if entry.site in leave_out:
             continue
-        if not store.exists(paths.update(round, entry["site"], entry["attempt"])):
+        if not store.exists(paths.update(round, entry.site, entry.attempt)):
             raise RoundError(f"the updates of round {round} were not kept (keep_updates): it cannot be replayed")
-        delivery = read_delivery(store, job_id, round, entry["site"], entry["attempt"])
-        outcome = judge(store, entry["site"], entry["attempt"], delivery, wanted)
+        delivery = read_delivery(store, job_id, round, entry.site, entry.attempt)
+        outcome = judge(store, entry.site, entry.attempt, delivery, wanted)
         if not isinstance(outcome, Accepted):
-            raise RoundError(f"{entry['site']}'s update is not what it was ({outcome.reason}): verify the job")
+            raise RoundError(f"{entry.site}'s update is not what it was ({outcome.reason}): verify the job")
         updates.append(outcome)
     if not updates:
         raise RecipeError("no update is left: leave out fewer sites")
-    earlier = [store.read_json(paths.record(number)) for number in range(round)]
+    earlier = [RoundRecord.read(store, paths.record(number)) for number in range(round)]
     scratch = Store(target.absolute().parent)
     state_target = f".{target.name}.state"
     try:
@@ -130,7 +130,7 @@ def replay_round(
     finally:
         scratch.remove(state_target)
     made = scratch.tensors(target.name, digest.size)
-    committed = store.tensors(paths.global_model(round + 1), record["next_global"]["size"])
+    committed = store.tensors(paths.global_model(round + 1), record.next_global.size)
     return Replayed(
         round=round,
         sites=[update.site for update in updates],
@@ -142,8 +142,8 @@ def replay_round(
 
 def _state(store: Store, paths: JobPaths, round: int) -> TensorReader | None:
     """What the strategy carried into a round."""
-    said = store.read_json(paths.record(round - 1))["state"] if round > 0 else None
-    return store.tensors(paths.state(round - 1), said["size"]) if said else None
+    said = RoundRecord.read(store, paths.record(round - 1)).state if round > 0 else None
+    return store.tensors(paths.state(round - 1), said.size) if said else None
 
 
 def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> float:

@@ -18,7 +18,8 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 
 from fedpool.errors import FedpoolError, ServerError
-from fedpool.flows.round import Job, federated_round
+from fedpool.flows.round import federated_round
+from fedpool.flows.under_way import Job
 from fedpool.storable import storable
 from fedpool.tasks.dispatch import gone
 from fedpool.tasks.states import report_state

@@ -5,35 +5,25 @@ Costs no Prefect, because an environment looks here before anything runs.
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from fedpool.bundle import Bundle
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.flows.recipes import class_name, full_type, type_of
-from fedpool.manifest import ClientJob
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
-from fedpool.store import Store, to_json
+from fedpool.store import Store
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.arithmetic import CURRENT
-from fedpool.tasks.holes import stored_holes
+from fedpool.tasks.job_record import JobRecord, JobResult, Parent
+from fedpool.tasks.record import RoundRecord
 from fedpool.tensors import Digest
-
-JOB_FORMAT = 1
 
 _NOT_COMPARED = {"train_script", "initial_ckpt"}
 """Fields of a recipe that may differ when a job goes on: what they name is in the store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """What a job is a fork of: another one, and the round whose global model it starts from."""
-
-    job_id: str
-    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +55,14 @@ def begin(recipe: Recipe, store: Store, *, resume: str | None, fork: bool, from_
         raise RecipeError(f"there is no job {resume!r} in {store.url}")
     if not fork:
         return Start(recipe, resume, True, None)
-    parent = Parent(resume, num_trained(store, resume) if from_round is None else from_round)
+    parent = Parent(job_id=resume, round=num_trained(store, resume) if from_round is None else from_round)
     return Start(_fork(recipe, parent, store), new_job_id(recipe.name), False, parent)
-
-
-def sha256_without(result: Mapping[str, Any]) -> str:
-    """What `result.json` says of itself: the hash of what it would be without the field `sha256`."""
-    return hashlib.sha256(to_json({name: value for name, value in result.items() if name != "sha256"})).hexdigest()
 
 
 def num_trained(store: Store, job_id: str) -> int:
     """How many training rounds a job has committed: its newest global model is the one of that round."""
     number, paths = 0, JobPaths(job_id)
-    while store.exists(path := paths.record(number)) and store.read_json(path)["task"] == "train":
+    while store.exists(path := paths.record(number)) and RoundRecord.read(store, path).task == "train":
         number += 1
     return number
 
@@ -93,7 +78,7 @@ def num_committed(store: Store, job_id: str) -> int:
 def has_completed(store: Store, job_id: str) -> bool:
     """Whether a job has come to its end, so that there is nothing to go on with."""
     path = JobPaths(job_id).result
-    return store.exists(path) and store.read_json(path)["status"] == "COMPLETED"
+    return store.exists(path) and JobResult.read(store, path).status == "COMPLETED"
 
 
 def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[str]) -> None:
@@ -106,14 +91,14 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
         RecipeError: something differs; names all of it.
     """
     paths = JobPaths(job_id)
-    described = store.read_json(paths.job)
-    recorded = type(recipe).recorded(described["recipe"])
-    there = {"sites": sorted(described["sites"]), "script": described["bundle_sha256"], **recorded}
+    job = JobRecord.read(store, paths.job)
+    recorded = type(recipe).recorded(job.recipe)
+    there = {"sites": sorted(job.sites), "script": job.bundle_sha256, **recorded}
     here = {"sites": sorted(sites), "script": recipe.bundle.sha256, **_described(recipe)}
     there["type"] = full_type(there["type"])
     if ":" not in there["type"]:  # a class of the user's, in a job of an earlier version
         here["type"] = class_name(here["type"])
-    model = store.tensors(paths.global_model(0), described["model"]["size"])
+    model = store.tensors(paths.global_model(0), job.model.size)
     there["model"] = {name: str(entry) for name, entry in model.spec.items()}
     here["model"] = {name: str(entry) for name, entry in recipe.model.spec.items()}
     differing = sorted(
@@ -163,29 +148,26 @@ def stage(
     digest: Digest = recipe.model.digest
     with store.staged(paths.global_model(0)) as file:
         recipe.model.write_to(file)
-    store.write_json(
-        paths.job,
-        {
-            "format": JOB_FORMAT,
-            "job_id": job_id,
-            "parent": asdict(parent) if parent else None,
-            "simulated": simulated,
-            "template": template,
-            "recipe": _described(recipe),
-            "given": None if recipe.given is None else sorted(recipe.given),
-            "client": recipe.client_job(job_id, digest).model_dump(mode="json"),
-            "seed": recipe.seed,
-            "arithmetic": CURRENT.number,
-            "sites": list(sites),
-            "bundle_sha256": recipe.bundle.sha256,
-            "model": {"sha256": digest.sha256, "size": digest.size},
-            "holes": sorted(recipe.model.holes),
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("fedpool", "prefect", "torch", "numpy", "safetensors")},
-            },
+    job = JobRecord(
+        job_id=job_id,
+        parent=parent,
+        simulated=simulated,
+        template=template,
+        recipe=_described(recipe),
+        given=None if recipe.given is None else tuple(sorted(recipe.given)),
+        client=recipe.client_job(job_id, digest),
+        seed=recipe.seed,
+        arithmetic=CURRENT.number,
+        sites=sites,
+        bundle_sha256=recipe.bundle.sha256,
+        model=digest,
+        holes=tuple(sorted(recipe.model.holes)),
+        versions={
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("fedpool", "prefect", "torch", "numpy", "safetensors")},
         },
     )
+    store.write_json(paths.job, job.as_json())
     return digest
 
 
@@ -201,23 +183,17 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
         RecipeError: the job has another kind of recipe.
     """
     paths = JobPaths(job_id)
-    record = store.read_json(paths.job)
-    try:
-        fields = dict(record["recipe"])
-        found = full_type(str(fields.pop("type")))
-        client = ClientJob.model_validate(record["client"], strict=False)
-        digest = Digest(**record["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{store.full(paths.job)} does not describe a job: {error}") from None
+    job = JobRecord.read(store, paths.job)
+    client, found = job.client, full_type(job.kind)
     if found != type_of(kind):
         raise RecipeError(f"job {job_id} has a {_told(found, type_of(kind))}, not a {_told(type_of(kind), found)}")
     data = store.read_bytes(paths.bundle(client.bundle_sha256))
     if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
         raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")
-    model = StoredModel(store, paths.global_model(0), digest, stored_holes(record))
+    model = StoredModel(store, paths.global_model(0), job.model, job.may_be_infinite)
     bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
-    known = {**kind.recorded(fields), "model": model, "initial_ckpt": None}
-    return kind.restore(known, bundle, given=record.get("given"))
+    known = {**kind.recorded(job.fields), "model": model, "initial_ckpt": None}
+    return kind.restore(known, bundle, given=job.given)
 
 
 def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
@@ -227,17 +203,17 @@ def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
         RecipeError: there is no such model, or it has other parameters than the recipe's.
     """
     paths = JobPaths(parent.job_id)
-    job = store.read_json(paths.job)  # `begin` has found it
-    known: Mapping[str, Any] | None = None
+    job = JobRecord.read(store, paths.job)  # `begin` has found it
+    known: Digest | None = None
     if parent.round == 0:
-        known = job["model"]
+        known = job.model
     elif parent.round > 0 and store.exists(path := paths.record(parent.round - 1)):
-        known = store.read_json(path)["next_global"]
+        known = RoundRecord.read(store, path).next_global
     if known is None:
         raise RecipeError(
             f"{store.full(paths.global_model(parent.round))} is no model that job {parent.job_id} committed"
         )
-    model = StoredModel(store, paths.global_model(parent.round), Digest(**known), stored_holes(job))
+    model = StoredModel(store, paths.global_model(parent.round), known, job.may_be_infinite)
     if dict(model.spec) != dict(recipe.model.spec):
         raise RecipeError(
             f"job {parent.job_id} has a model with other parameters than the recipe's: it cannot be forked"

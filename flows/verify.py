@@ -6,31 +6,37 @@ sites must be the one that its owner submitted. Every round must be the one that
 """
 
 import hashlib
-import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedpool.arrays import not_finite_names
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
-from fedpool.flows.staging import sha256_without
 from fedpool.flows.stored import recipe_of
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
-from fedpool.sites.site_round import read_delivery
+from fedpool.sites.site_round import Delivery, read_delivery
 from fedpool.storable import storable
 from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
-from fedpool.tasks.arithmetic import arithmetic_of
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge, judge_manifest
-from fedpool.tasks.holes import stored_holes
+from fedpool.tasks.job_record import JobRecord, JobResult
+from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
-from fedpool.tasks.record import Record, known_weights, num_trained, round_record
+from fedpool.tasks.record import (
+    AcceptedEntry,
+    Entry,
+    ProbedEntry,
+    RejectedEntry,
+    RoundRecord,
+    SubmittedModel,
+    known_weights,
+    round_record,
+)
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
 from fedpool.tensors import Digest, TensorReader
@@ -67,45 +73,37 @@ class _Audit:
     def __init__(self, store: Store, job_id: str) -> None:
         self._store = store
         self._paths = JobPaths(job_id)
-        self._records: list[Record] = []
         self._num_updates = self._num_pruned = 0
-        job = store.read_json(self._paths.job)
+        data = store.read_bytes(self._paths.job)
         try:
             self._recipe = recipe_of(job_id, store)
         except RecipeError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
         except FileNotFoundError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
-        self._sites = job["sites"]
-        self._arithmetic = arithmetic_of(job)
-        self._holes = stored_holes(job)
+        job = JobRecord.from_bytes(data, store.full(self._paths.job))
+        self._ledger = Ledger.of(job, hashlib.sha256(data).hexdigest())
+        self._arithmetic = job.how
+        self._holes = job.may_be_infinite
         self._counted = Counted(self._recipe.aggregation_weights)
-        self._strategy: Strategy = self._recipe.strategy(len(self._sites))
-        self._state: Digest | None = None
-        """What the strategy carries into the next round, by the word of the newest record."""
-        self._head: Digest = Digest(**job["model"])
-        """The newest global model, by the word of what came before it."""
-        self._previous = hashlib.sha256(store.read_bytes(self._paths.job)).hexdigest()
+        self._strategy: Strategy = self._recipe.strategy(len(job.sites))
 
     def run(self) -> Verified:
         with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:
-            while self._store.exists(path := self._paths.record(len(self._records))):
+            while self._store.exists(path := self._paths.record(self._ledger.number)):
                 self._verify_round(path, Path(folder))
-            self._verify_model(num_trained(self._records), self._head)
+            self._verify_model(self._ledger.num_trained, self._ledger.head)
         status = self._verify_result()
-        return Verified(len(self._records), self._num_updates, self._num_pruned, status)
+        return Verified(self._ledger.number, self._num_updates, self._num_pruned, status)
 
     def _verify_round(self, path: str, folder: Path) -> None:
-        number = len(self._records)
+        number = self._ledger.number
         data = self._store.read_bytes(path)
-        try:
-            record = json.loads(data)
-        except ValueError as error:
-            raise self._differs(path, f"is no JSON: {error}") from None
-        step, _ = next_step(self._recipe, self._records)
+        record = RoundRecord.from_bytes(data, self._store.full(path))
+        step, _ = next_step(self._recipe, self._ledger.records)
         if step is None:
             raise self._differs(path, "is of a round that had not to follow: the job was at its end")
-        base = self._verify_model(number, step.model or self._head)
+        base = self._verify_model(number, step.model or self._ledger.head)
         if number == 0 and self._holes not in (
             None,
             holes := frozenset(not_finite_names(base, self._store.block_elements)),
@@ -113,36 +111,31 @@ class _Audit:
             raise self._differs(
                 self._paths.job, f"says holes {sorted(self._holes or ())}, but {sorted(holes)} is what follows"
             )
-        try:
-            rebuilt = self._rebuilt(number, step, record, base, folder)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._differs(path, f"does not describe a round: {type(error).__name__}: {error}") from None
-        for name in sorted(record.keys() | rebuilt.keys()):
-            if (said := record.get(name)) != (found := rebuilt.get(name)):
+        says, follows = record.as_json(), self._rebuilt(number, step, record, base, folder).as_json()
+        for name in sorted(says.keys() | follows.keys()):
+            if (said := says.get(name)) != (found := follows.get(name)):
                 raise self._differs(path, f"says {name} {_brief(said)}, but {_brief(found)} is what follows")
-        if to_json(record) != data:
+        if record.to_bytes() != data:
             raise self._differs(path, "is not in the form that records are written in")
-        self._records.append(record)
-        self._previous = hashlib.sha256(data).hexdigest()
-        if record["next_global"]:
-            self._head = Digest(**record["next_global"])
-            self._state = Digest(**record["state"]) if record["state"] else None
+        self._ledger = self._ledger.advance(record, hashlib.sha256(data).hexdigest())
 
-    def _rebuilt(self, number: int, step: Step, record: Record, base: TensorReader, folder: Path) -> dict[str, Any]:
+    def _rebuilt(self, number: int, step: Step, record: RoundRecord, base: TensorReader, folder: Path) -> RoundRecord:
         """The record as it follows from what else is in the store."""
-        recipe, job_id, head = self._recipe, self._paths.job_id, step.model or self._head
+        recipe, job_id, head = self._recipe, self._paths.job_id, step.model or self._ledger.head
         wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base, self._holes, self._arithmetic)
-        outcomes: list[Outcome] = [Failed(**entry) for entry in record["failed"]]
-        outcomes += [Late(**entry) for entry in record["late"]]
-        for entry in record["rejected"]:
-            outcomes.append(self._judged(number, entry, wanted))
-        for entry in (*record["accepted"], *record["probed"]):
+        outcomes: list[Outcome] = [
+            Failed(entry.site, entry.attempt, entry.cause, entry.away) for entry in record.failed
+        ]
+        outcomes += [Late(entry.site, entry.attempt) for entry in record.late]
+        outcomes += [self._judged_again(number, entry, wanted) for entry in record.rejected]
+        passed: list[AcceptedEntry | ProbedEntry] = [*record.accepted, *record.probed]
+        for entry in passed:
             outcome = self._judged(number, entry, wanted)
             if isinstance(outcome, Rejected):
                 what = self._paths.update if outcome.manifest else self._paths.manifest
-                path = what(number, entry["site"], entry["attempt"])
+                path = what(number, entry.site, entry.attempt)
                 raise self._differs(path, f"was accepted, but is to be rejected ({outcome.code}): {outcome.reason}")
-            outcomes.append(Probed(outcome) if entry in record["probed"] else outcome)
+            outcomes.append(Probed(outcome) if isinstance(entry, ProbedEntry) else outcome)
         accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
         following = self._following(number, base, accepted, record, folder) if step.task == "train" else None
         models = self._submitted(base, accepted, record) if step.task == "submit_model" else None
@@ -151,22 +144,44 @@ class _Audit:
             round=number,
             task=step.task,
             outcomes=outcomes,
-            not_asked={entry["site"]: entry["reason"] for entry in record.get("not_asked", ())},
-            known_weights=known_weights(self._records),
+            not_asked={entry.site: entry.reason for entry in record.not_asked},
+            known_weights=known_weights(self._ledger.records),
             owner=step.owner,
             origin=step.origin,
             base=head,
             following=following.model if following else None,
             state=following.state if following else None,
             models=models,
-            previous_sha256=self._previous,
-            timings=record["timings"],
+            previous_sha256=self._ledger.sha256,
+            timings=record.timings,
             arithmetic=self._arithmetic,
         )
 
-    def _judged(self, number: int, entry: Record, wanted: Expected) -> Accepted | Rejected:
-        """An update, judged anew."""
-        site, attempt = entry["site"], entry["attempt"]
+    def _judged(self, number: int, entry: AcceptedEntry | ProbedEntry, wanted: Expected) -> Accepted | Rejected:
+        """An update that was accepted, judged anew."""
+        site, attempt = entry.site, entry.attempt
+        delivery = self._delivered(number, entry)
+        if isinstance(delivery, Rejected):
+            return delivery
+        if entry.sha256 is not None and self._was_pruned(number, site, attempt):
+            self._num_pruned += 1
+            norm, scale = (entry.norm, entry.scale) if isinstance(entry, AcceptedEntry) else (None, None)
+            return judge_manifest(site, attempt, delivery, wanted, norm, 1.0 if scale is None else scale)
+        return judge(self._store, site, attempt, delivery, wanted)
+
+    def _judged_again(self, number: int, entry: RejectedEntry, wanted: Expected) -> Accepted | Rejected:
+        """An update that was rejected, judged anew."""
+        site, attempt = entry.site, entry.attempt
+        delivery = self._delivered(number, entry)
+        if isinstance(delivery, Rejected):
+            return delivery
+        if entry.code == "changed":  # which is over: what the gate had seen is not there any more
+            return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry.code, entry.reason)
+        return judge(self._store, site, attempt, delivery, wanted)
+
+    def _delivered(self, number: int, entry: Entry) -> Delivery | Rejected:
+        """What a site sent; or that it cannot be read."""
+        site, attempt = entry.site, entry.attempt
         self._num_updates += 1
         try:
             delivery = read_delivery(self._store, self._paths.job_id, number, site, attempt)
@@ -175,12 +190,7 @@ class _Audit:
         except IntegrityError as error:
             return Rejected(site, attempt, None, None, "manifest", storable(str(error)))
         self._verify_assignment(number, site, attempt, delivery.manifest.assignment_sha256)
-        if entry.get("code") == "changed":  # which is over: what the gate had seen is not there any more
-            return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry["code"], entry["reason"])
-        if entry["sha256"] is not None and "reason" not in entry and self._was_pruned(number, site, attempt):
-            self._num_pruned += 1
-            return judge_manifest(site, attempt, delivery, wanted, entry.get("norm"), entry.get("scale", 1.0))
-        return judge(self._store, site, attempt, delivery, wanted)
+        return delivery
 
     def _was_pruned(self, number: int, site: str, attempt: int) -> bool:
         """Whether an update is missing by the word of the recipe, or of whoever pruned the job."""
@@ -194,17 +204,19 @@ class _Audit:
             raise self._differs(path, "is not what the site says that it was asked")
 
     def _following(
-        self, number: int, base: TensorReader, accepted: list[Accepted], record: Record, folder: Path
+        self, number: int, base: TensorReader, accepted: list[Accepted], record: RoundRecord, folder: Path
     ) -> Aggregated:
         """Digests of what the round came to, recomputed; compared with what is stored, tensor by tensor."""
-        said = Aggregated(Digest(**record["next_global"]), Digest(**record["state"]) if record["state"] else None)
+        if record.next_global is None:
+            raise self._differs(self._paths.record(number), "says that it trained, and names no model that came of it")
+        said = Aggregated(record.next_global, record.state)
         if said.state and (self._num_pruned == 0 or self._store.exists(self._paths.state(number))):
             self._reader(self._paths.state(number), said.state)
         if any(update.tensors is None for update in accepted):  # not all of them were kept
             return said
         scratch, target, state_target = Store(folder), f"model-{number}.safetensors", f"state-{number}.safetensors"
-        state = self._reader(self._paths.state(number - 1), self._state) if self._state else None
-        self._counted.follow(self._records)
+        state = self._carried(number)
+        self._counted.follow(self._ledger.records)
         try:
             found = aggregate(
                 self._strategy,
@@ -235,15 +247,24 @@ class _Audit:
                 (folder / here).unlink()
         return found
 
-    def _submitted(self, base: TensorReader, accepted: list[Accepted], record: Record) -> list[dict[str, Any]]:
+    def _carried(self, number: int) -> TensorReader | None:
+        """What the strategy carried into a round."""
+        state = self._ledger.state
+        return self._reader(self._paths.state(number - 1), state) if state else None
+
+    def _submitted(self, base: TensorReader, accepted: list[Accepted], record: RoundRecord) -> list[SubmittedModel]:
         """The models that are scored in the rounds to come, by what the sites have submitted."""
-        best = unscored_best(self._recipe, self._records, self._sites)
-        said = {entry["owner"]: Digest(entry["sha256"], entry["size"]) for entry in record["models"]}
+        best = unscored_best(self._recipe, self._ledger.records, self._ledger.job.sites)
+        said = {model.owner: model.digest for model in record.models or ()}
         models = [] if best is None else [best]
         for update in self._arithmetic.by_site(accepted, lambda update: update.site):
             if update.manifest.params_type is None:  # the site has no model of its own
                 continue
             if update.tensors is None:  # it was not kept
+                if update.site not in said:
+                    raise self._differs(
+                        self._paths.record(record.round), f"names no model of {update.site}, which submitted one"
+                    )
                 digest = said[update.site]
             else:
                 digest = submitted_digest(base, update.tensors, self._store.block_elements)
@@ -265,35 +286,33 @@ class _Audit:
         path = self._paths.result
         if not self._store.exists(path):
             return None
-        result = self._store.read_json(path)
+        result = JobResult.read(self._store, path)
         follows = {
-            "sha256": sha256_without(result),
+            "sha256": result.own_sha256(),
             "job_id": self._paths.job_id,
-            "num_rounds": num_trained(self._records),
-            "num_records": len(self._records),
-            "last_record_sha256": self._previous,
-            "cross_site": self._verify_cross_site() if result.get("status") == "COMPLETED" else None,
+            "num_rounds": self._ledger.num_trained,
+            "num_records": self._ledger.number,
+            "last_record_sha256": self._ledger.sha256,
+            "cross_site": self._verify_cross_site() if result.status == "COMPLETED" else None,
         }
-        if "evaluation_error" in result:  # jobs of an earlier version have none
-            follows["evaluation_error"] = evaluation_error(self._records)
+        if "evaluation_error" in result.model_fields_set:  # jobs of an earlier version have none
+            follows["evaluation_error"] = evaluation_error(self._ledger.records)
         for name, found in follows.items():
-            if result.get(name) != found:
-                raise self._differs(
-                    path, f"says {name} {_brief(result.get(name))}, but {_brief(found)} is what follows"
-                )
-        return str(result.get("status"))
+            if (said := getattr(result, name)) != found:
+                raise self._differs(path, f"says {name} {_brief(said)}, but {_brief(found)} is what follows")
+        return result.status
 
-    def _verify_cross_site(self) -> dict[str, Any] | None:
+    def _verify_cross_site(self) -> Digest | None:
         """Digest of the scores across sites, as they follow from the rounds; None for a recipe that asks for none."""
         if not self._recipe.cross_site_eval:
             return None
         path = self._paths.cross_site
-        follows = to_json(cross_site_matrix(self._records, best_model(self._recipe, self._records)))
+        follows = to_json(cross_site_matrix(self._ledger.records, best_model(self._recipe, self._ledger.records)))
         if not self._store.exists(path):
             raise self._differs(path, "is missing")
         if self._store.read_bytes(path) != follows:
             raise self._differs(path, "is not what follows from the rounds")
-        return asdict(Digest(hashlib.sha256(follows).hexdigest(), len(follows)))
+        return Digest(hashlib.sha256(follows).hexdigest(), len(follows))
 
     def _differs(self, path: str, how: str) -> IntegrityError:
         return IntegrityError(f"{self._store.full(path)} {how}")

@@ -9,10 +9,10 @@ from prefect.logging import get_run_logger
 
 from fedpool.site_order import in_order
 from fedpool.sites.local import Sites
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
 
 
-def silent(records: Sequence[Record]) -> frozenset[str]:
+def silent(records: Sequence[RoundRecord]) -> frozenset[str]:
     """Sites that did not answer when they were last to take part, because they could not be reached or were late.
 
     Args:
@@ -20,16 +20,16 @@ def silent(records: Sequence[Record]) -> frozenset[str]:
     """
     found: set[str] = set()
     for record in records:
-        answered = {entry["site"] for kind in ("accepted", "rejected", "probed") for entry in record[kind]}
-        answered |= {entry["site"] for entry in record["failed"] if not entry.get("away")}
-        missing = {entry["site"] for entry in record["failed"] if entry.get("away")}
-        missing |= {entry["site"] for kind in ("late", "not_asked") for entry in record.get(kind, ())}
-        found = (found - answered) | (missing - {entry["site"] for entry in record["accepted"]})
+        answered = {entry.site for entry in (*record.accepted, *record.rejected, *record.probed)}
+        answered |= {entry.site for entry in record.failed if not entry.away}
+        missing = {entry.site for entry in record.failed if entry.away}
+        missing |= {entry.site for entry in (*record.late, *record.not_asked)}
+        found = (found - answered) | (missing - {entry.site for entry in record.accepted})
     return frozenset(found)
 
 
 def left_out(
-    records: Sequence[Record],
+    records: Sequence[RoundRecord],
     chosen: Collection[str],
     unreachable: Mapping[str, str],
     *,
@@ -52,7 +52,7 @@ def left_out(
 
 
 async def unasked(
-    records: Sequence[Record], sites: Sites, chosen: Collection[str], *, probes: Collection[str], needed: int
+    records: Sequence[RoundRecord], sites: Sites, chosen: Collection[str], *, probes: Collection[str], needed: int
 ) -> dict[str, str]:
     """site -> why a round does not ask it, from the records and a look at the sites that were missing; see `left_out`."""
     missing = silent(records) & set(chosen)
@@ -65,9 +65,9 @@ async def unasked(
     return found
 
 
-def how_to_resume(record: Record) -> str:
+def how_to_resume(record: RoundRecord) -> str:
     """What to do about the sites that could not be reached in a round, as a line of its own; empty when there are none."""
-    away = {entry["site"] for entry in record["failed"] if entry.get("away")}
-    away |= {entry["site"] for entry in record.get("not_asked", ())}
-    names = ", ".join(in_order(away - {entry["site"] for entry in record["accepted"]}))
-    return f"\nonce {names} can be reached again: fedpool job resume {record['job_id']}" if names else ""
+    away = {entry.site for entry in record.failed if entry.away}
+    away |= {entry.site for entry in record.not_asked}
+    names = ", ".join(in_order(away - {entry.site for entry in record.accepted}))
+    return f"\nonce {names} can be reached again: fedpool job resume {record.job_id}" if names else ""

@@ -3,9 +3,9 @@
 `job.json` says which by the number `arithmetic`; one without it was begun before there was a choice, and goes on as it began.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Self, TypeVar
 
 from fedpool.site_order import by_site, in_order
 
@@ -34,6 +34,17 @@ class Arithmetic:
 
     exact_products = scaled_extras = idle_sites = eval_examples = natural_order
 
+    @classmethod
+    def numbered(cls, number: int) -> Self:
+        """A version by its number.
+
+        Raises:
+            ValueError: it is of a later version than this one knows.
+        """
+        if number not in (1, 2):
+            raise ValueError(f"arithmetic {number} is not known here: a later version of fedpool wrote this job")
+        return cls(number)
+
     def ordered(self, sites: Collection[str]) -> list[str]:
         """Names of sites in their order."""
         return in_order(sites) if self.natural_order else sorted(sites)
@@ -45,18 +56,3 @@ class Arithmetic:
 
 BEFORE = Arithmetic(1)
 CURRENT = Arithmetic(2)
-
-
-def arithmetic_of(job: Mapping[str, Any]) -> Arithmetic:
-    """That of a job.
-
-    Args:
-        job: its `job.json`.
-
-    Raises:
-        ValueError: it is of a later version than this one knows.
-    """
-    number = job.get("arithmetic", BEFORE.number)
-    if number not in (BEFORE.number, CURRENT.number):
-        raise ValueError(f"arithmetic {number!r} is not known here: a later version of fedpool wrote this job")
-    return Arithmetic(number)

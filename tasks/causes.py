@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedpool.tasks.record import Record, num_trained
+from fedpool.tasks.record import RoundRecord, num_trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class _Cause:
         return cls(kind, why, re.sub(own_site, "\0site", re.sub(rf"\bround {number}\b", "\0round", why)))
 
 
-def causes(record: Record) -> str:
+def causes(record: RoundRecord) -> str:
     """Why sites are missing from a round, one paragraph for each cause."""
     sites: dict[_Cause, list[str]] = {}
     for site, cause in _missing(record):
@@ -42,14 +42,14 @@ def causes(record: Record) -> str:
     )
 
 
-def causes_over_rounds(records: Sequence[Record]) -> list[str]:
+def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
     """Why sites are missing from some rounds: a paragraph for each cause, with the sites that had it and their rounds."""
     rounds: dict[_Cause, dict[str, list[int]]] = {}
     for record in records:
         for site, cause in _missing(record):
             known = rounds.setdefault(cause, {}).setdefault(site, [])
-            if record["round"] not in known:
-                known.append(record["round"])
+            if record.round not in known:
+                known.append(record.round)
     told = []
     for cause, of_site in rounds.items():
         together: dict[str, list[str]] = {}
@@ -61,26 +61,26 @@ def causes_over_rounds(records: Sequence[Record]) -> list[str]:
     return told
 
 
-def evaluation_error(records: Sequence[Record]) -> str | None:
+def evaluation_error(records: Sequence[RoundRecord]) -> str | None:
     """Why the final model has no score although sites were asked for one; None when it has, or nobody was asked."""
     number = num_trained(records)
-    if number == len(records) or records[number]["metrics"]:
+    if number == len(records) or records[number].metrics:
         return None
     why = causes(records[number])
     return f"round {number} was to score the final model, and no site sent metrics" + (f"\n{why}" if why else "")
 
 
-def uncounted(record: Record, factors: Mapping[str, float]) -> str | None:
+def uncounted(record: RoundRecord, factors: Mapping[str, float]) -> str | None:
     """Why a round that trained left the model as it was, although updates were accepted; None where it did not.
 
     Args:
         factors: the recipe's `aggregation_weights`.
     """
-    accepted = record["accepted"]
-    if record["task"] != "train" or any(entry["weight"] and factors.get(entry["site"], 1.0) for entry in accepted):
+    accepted = record.accepted
+    if record.task != "train" or any(entry.weight and factors.get(entry.site, 1.0) for entry in accepted):
         return None
-    sent = [entry["site"] for entry in accepted if not entry["weight"]]
-    given = [entry["site"] for entry in accepted if entry["weight"]]
+    sent = [entry.site for entry in accepted if not entry.weight]
+    given = [entry.site for entry in accepted if entry.weight]
     why = [f"{', '.join(sent)} sent NUM_STEPS_CURRENT_ROUND 0"] if sent else []
     why += [f"aggregation_weights is 0 for {', '.join(given)}"] if given else []
     return (
@@ -91,12 +91,12 @@ def uncounted(record: Record, factors: Mapping[str, float]) -> str | None:
     )
 
 
-def uncounted_over_rounds(records: Sequence[Record], factors: Mapping[str, float]) -> list[str]:
+def uncounted_over_rounds(records: Sequence[RoundRecord], factors: Mapping[str, float]) -> list[str]:
     """As `uncounted`, of all rounds: a sentence for each cause."""
     rounds: dict[str, list[int]] = {}
     for record in records:
         if (why := uncounted(record, factors)) is not None:
-            rounds.setdefault(why, []).append(record["round"])
+            rounds.setdefault(why, []).append(record.round)
     return [f"{round_numbers(numbers)}: {why}" for why, numbers in rounds.items()]
 
 
@@ -112,14 +112,15 @@ def round_numbers(numbers: Sequence[int]) -> str:
     return f"round {shown}" if len(numbers) == 1 else f"rounds {shown}"
 
 
-def _missing(record: Record) -> Iterator[tuple[str, _Cause]]:
+def _missing(record: RoundRecord) -> Iterator[tuple[str, _Cause]]:
     """Each time that a site was asked in vain, of the sites that the round has nothing of."""
-    there = {entry["site"] for entry in record["accepted"]}
-    asked = [(entry["site"], "failed", entry["cause"]) for entry in record["failed"]]
-    asked += [(entry["site"], "rejected", f"({entry['code']}): {entry['reason']}") for entry in record["rejected"]]
-    asked += [(entry["site"], state, "") for state in ("probed", "late") for entry in record[state]]
-    asked += [(entry["site"], "not_asked", entry["reason"]) for entry in record.get("not_asked", ())]
-    yield from ((site, _Cause.of(kind, why, site, record["round"])) for site, kind, why in asked if site not in there)
+    there = {entry.site for entry in record.accepted}
+    asked = [(entry.site, "failed", entry.cause) for entry in record.failed]
+    asked += [(entry.site, "rejected", f"({entry.code}): {entry.reason}") for entry in record.rejected]
+    asked += [(entry.site, "probed", "") for entry in record.probed]
+    asked += [(entry.site, "late", "") for entry in record.late]
+    asked += [(entry.site, "not_asked", entry.reason) for entry in record.not_asked]
+    yield from ((site, _Cause.of(kind, why, site, record.round)) for site, kind, why in asked if site not in there)
 
 
 def _sentence(cause: _Cause, who: str, update: str, sites: Sequence[str]) -> str:

@@ -185,6 +185,11 @@ class Round:
             self.answers = Answers(time.monotonic(), turn.quorum, turn.probes)
         self.turn.set_result(turn)
 
+    def end(self) -> None:
+        """The round waits for no more."""
+        if self.answers is not None:
+            self.answers.end()
+
 
 async def collect(round: Round, chosen: Sequence[str]) -> list[Outcome]:
     """Have every chosen site do its part once it is the round's turn.

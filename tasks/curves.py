@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.tables import metric_names, values
 
 MAX_CURVES = 8
@@ -49,7 +49,7 @@ class Curve:
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
 
 
-def curves(records: Sequence[Record], *, first: str) -> list[Curve]:
+def curves(records: Sequence[RoundRecord], *, first: str) -> list[Curve]:
     """A picture per metric or logged scalar of a job, at most `MAX_CURVES`; none of one that never had a finite value.
 
     Args:
@@ -57,7 +57,7 @@ def curves(records: Sequence[Record], *, first: str) -> list[Curve]:
     """
     drawn: dict[str, Curve] = {}
     for name in sorted(metric_names(records), key=lambda name: (name != first, name)):
-        known = [(record["round"], values(record)[name]) for record in records if name in values(record)]
+        known = [(record.round, values(record)[name]) for record in records if name in values(record)]
         points = [(round, value) for round, value in known if abs(value) <= _LARGEST]  # so neither NaN nor infinity
         if points and len(drawn) < MAX_CURVES:
             key = _key(name, drawn)

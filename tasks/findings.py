@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from fedpool.tasks.causes import causes_over_rounds, uncounted_over_rounds
 from fedpool.tasks.key_metric import MetricRules, metric_gap
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
 
 
-def findings(rules: MetricRules, factors: Mapping[str, float], records: Sequence[Record]) -> list[str]:
+def findings(rules: MetricRules, factors: Mapping[str, float], records: Sequence[RoundRecord]) -> list[str]:
     """Warnings first, then who is missing from which rounds, and why.
 
     Args:

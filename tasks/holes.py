@@ -7,20 +7,13 @@ Only a tensor that has holes in the initial model can have any later, so `job.js
 earlier version names none, and its updates must be finite everywhere.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedpool.arrays import torch_block
 from fedpool.tensors import TensorReader, block_ranges
 
 if TYPE_CHECKING:
     import torch
-
-
-def stored_holes(job: Mapping[str, Any]) -> frozenset[str] | None:
-    """Names of the tensors that may have holes, as a `job.json` has them; None for a job of an earlier version."""
-    names = job.get("holes")
-    return None if names is None else frozenset(names)
 
 
 def holes(value: "torch.Tensor") -> "torch.Tensor | None":

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from fedpool.conditions import parse_condition
 from fedpool.fields import nearest
 from fedpool.recipe import Recipe
-from fedpool.tasks.record import Record
+from fedpool.tasks.job_record import JobRecord
+from fedpool.tasks.record import RoundRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,10 @@ class MetricRules:
         return cls(recipe.key_metric, recipe.stop_cond, recipe.patience, recipe.given)
 
     @classmethod
-    def stored(cls, job: Record) -> Self:
+    def stored(cls, job: JobRecord) -> Self:
         """The rules of a job, as its `job.json` has them."""
-        fields: dict[str, Any] = job["recipe"]
-        return cls(fields["key_metric"], fields.get("stop_cond"), fields.get("patience"), job.get("given"))
+        fields = job.fields
+        return cls(fields["key_metric"], fields.get("stop_cond"), fields.get("patience"), job.given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Gap:
     is_fatal: bool
 
 
-def metric_gap(rules: MetricRules, records: Sequence[Record]) -> Gap | None:
+def metric_gap(rules: MetricRules, records: Sequence[RoundRecord]) -> Gap | None:
     """What is missing from the first training round in which any site reported a metric; None when nothing is.
 
     A recipe that says nothing about metrics may also have none at all.
@@ -50,7 +51,7 @@ def metric_gap(rules: MetricRules, records: Sequence[Record]) -> Gap | None:
     Args:
         records: of the rounds that are committed.
     """
-    training = [record for record in records if record["task"] == "train"]
+    training = [record for record in records if record.task == "train"]
     scored = next((record for record in training if _reported(record)), None)
     needs = _needs(rules)
     if not training or (scored is None and not needs):
@@ -80,16 +81,16 @@ def _needs(rules: MetricRules) -> dict[str, str]:
     return needs
 
 
-def _reported(record: Record) -> set[str]:
+def _reported(record: RoundRecord) -> set[str]:
     """Names of the metrics that sites sent; one that was not a finite number was sent, too."""
-    return {name for entry in record["accepted"] for name in entry["metrics"]}
+    return {name for entry in record.accepted for name in entry.metrics}
 
 
-def _who_reported(metric: str, record: Record) -> str:
+def _who_reported(metric: str, record: RoundRecord) -> str:
     names = sorted(_reported(record))
-    logged = {name for entry in record["accepted"] for name in entry["logged"]}
+    logged = {name for entry in record.accepted for name in entry.logged}
     what = f"the metrics {', '.join(names)}" if len(names) > 1 else f"the metric {names[0]}" if names else "no metric"
-    said = f"In round {record['round']} sites reported {what}"
+    said = f"In round {record.round} sites reported {what}"
     if (meant := nearest(metric, names)) is not None:
         return f"{said}: did you mean {meant}? Give the name that the script sends"
     if metric in logged:

@@ -2,40 +2,40 @@
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
-from typing import Any
 
 from fedpool.model import NUM_STEPS
 from fedpool.recipe import SERVER, SERVER_BEST
 from fedpool.site_order import by_site, in_order, natural_key
 from fedpool.tasks.metrics import mean_metrics
-from fedpool.tasks.record import Record, metrics_weight
+from fedpool.tasks.record import AcceptedEntry, RoundRecord
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 """data site -> owner of the model -> metrics, and under `NUM_STEPS_CURRENT_ROUND` the weight that they count with."""
 
 
-def cross_site_matrix(records: Sequence[Record], best: int) -> dict[str, dict[str, dict[str, float | None]]]:
+def cross_site_matrix(records: Sequence[RoundRecord], best: int) -> dict[str, dict[str, dict[str, float | None]]]:
     """The matrix of a job's rounds; a site that has not scored a model leaves a hole: it has no entry there.
 
     Args:
         best: the round that the best global model is the start of. When that is a training round, its scores are those that
             sites sent in it, unless it was scored anew.
     """
-    scored = [record for record in records if record["task"] == "evaluate"]
-    found: dict[str, dict[str, dict[str, float | None]]] = {site: {} for record in scored for site in record["sites"]}
-    if records[best]["task"] == "train" and not any(record["model"]["owner"] == SERVER_BEST for record in scored):
-        scored.append({**records[best], "model": {"owner": SERVER_BEST}})
-    for record in scored:
-        for entry in record["accepted"]:
-            if entry["metrics"]:
-                row = found.setdefault(entry["site"], {})
-                row[record["model"]["owner"]] = site_scores(entry)
+    scored = [record for record in records if record.task == "evaluate"]
+    found: dict[str, dict[str, dict[str, float | None]]] = {site: {} for record in scored for site in record.sites}
+    whose = [(record.model.owner, record) for record in scored]
+    if records[best].task == "train" and not any(owner == SERVER_BEST for owner, _ in whose):
+        whose.append((SERVER_BEST, records[best]))
+    for owner, record in whose:
+        for entry in record.accepted:
+            if entry.metrics:
+                row = found.setdefault(entry.site, {})
+                row[owner] = site_scores(entry)
     return {site: found[site] for site in in_order(found)}
 
 
-def site_scores(entry: Mapping[str, Any]) -> dict[str, float | None]:
+def site_scores(entry: AcceptedEntry) -> dict[str, float | None]:
     """What a site reported of a model, and the weight that it counts with, out of an accepted update's entry in a record."""
-    return {**entry["metrics"], NUM_STEPS: metrics_weight(entry)}
+    return {**entry.metrics, NUM_STEPS: entry.metrics_weight}
 
 
 def owners(matrix: Matrix) -> list[str]:

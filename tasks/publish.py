@@ -13,6 +13,7 @@ from fedpool.store import Store
 from fedpool.tasks.aggregate import UpdateChanged
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted
+from fedpool.tasks.record import SubmittedModel
 from fedpool.tensors import Digest, TensorReader, Writable, block_ranges, file_order, write_and_hash
 
 
@@ -43,12 +44,12 @@ def publish_submitted(
     updates: Sequence[Accepted],
     first: int,
     arithmetic: Arithmetic = CURRENT,
-) -> tuple[list[dict[str, Any]], list[UpdateChanged]]:
+) -> tuple[list[SubmittedModel], list[UpdateChanged]]:
     """Write each submitted model as the global model of a round, from round `first` on, in the order of the sites.
 
     Returns: an entry of the record's `models` for each; and what was to be written, but is not what the gate has seen.
     """
-    models: list[dict[str, Any]] = []
+    models: list[SubmittedModel] = []
     changed: list[UpdateChanged] = []
     for update in arithmetic.by_site(updates, lambda update: update.site):
         if update.tensors is None:  # it has no model of its own
@@ -63,9 +64,9 @@ def publish_submitted(
     return models, changed
 
 
-def model_entry(update: Accepted, digest: Digest) -> dict[str, Any]:
+def model_entry(update: Accepted, digest: Digest) -> SubmittedModel:
     """What a round's record says of a model that was submitted in it."""
-    return {"owner": update.site, "round": update.manifest.round, "sha256": digest.sha256, "size": digest.size}
+    return SubmittedModel(owner=update.site, round=update.manifest.round, sha256=digest.sha256, size=digest.size)
 
 
 def submitted_digest(base: TensorReader, update: TensorReader, block_elements: int) -> Digest:

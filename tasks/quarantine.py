@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
 
 
-def quarantined(records: Sequence[Record], max_rejections: int | None) -> frozenset[str]:
+def quarantined(records: Sequence[RoundRecord], max_rejections: int | None) -> frozenset[str]:
     """Sites whose last `max_rejections` updates were all rejected.
 
     Such a site is still asked, as a probe: an update that passes the gate is not used, and lets the site in again. A round in
@@ -19,8 +19,8 @@ def quarantined(records: Sequence[Record], max_rejections: int | None) -> frozen
         return frozenset()
     in_a_row: dict[str, int] = {}
     for record in records:
-        passed = {entry["site"] for entry in (*record["accepted"], *record["probed"])}
-        for site in {entry["site"] for entry in record["rejected"]} - passed:
+        passed = {entry.site for entry in (*record.accepted, *record.probed)}
+        for site in {entry.site for entry in record.rejected} - passed:
             in_a_row[site] = in_a_row.get(site, 0) + 1
         for site in passed:
             in_a_row.pop(site, None)

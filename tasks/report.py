@@ -8,7 +8,7 @@ warning in the job's log and never fails the job.
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Literal
 from urllib.parse import quote
 from uuid import UUID
@@ -28,8 +28,9 @@ from prefect.logging import get_run_logger
 from fedpool.store import Store
 from fedpool.tasks.curves import curves
 from fedpool.tasks.heatmap import heat_map
+from fedpool.tasks.job_record import JobResult
 from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
-from fedpool.tasks.record import Record, of_global_models
+from fedpool.tasks.record import RoundRecord, of_global_models
 from fedpool.tasks.tables import final_report, round_table
 
 _PROGRESS_INTERVAL_S = 1.0
@@ -52,19 +53,19 @@ class Reporter:
         self._wanted = percent
         self._later(self._move())
 
-    def table(self, record: Record) -> None:
+    def table(self, record: RoundRecord) -> None:
         """The table of a round."""
         self._later(
             acreate_table_artifact(
-                round_table(record), key="round-table", description=f"round {record['round']}: {record['task']}"
+                round_table(record), key="round-table", description=f"round {record.round}: {record.task}"
             )
         )
 
     def report(
         self,
         name: str,
-        result: Mapping[str, Any],
-        records: Sequence[Record],
+        result: JobResult,
+        records: Sequence[RoundRecord],
         store: Store,
         matrix: Matrix | None = None,
         *,
@@ -74,14 +75,14 @@ class Reporter:
 
         Args:
             name: of the job.
-            result: as in `result.json`.
+            result: of the job.
             store: that the models lie in.
             matrix: the scores across sites, where there are any.
             findings: what the tables do not show; see `fedpool.tasks.findings`.
         """
-        pictures = curves(of_global_models(records), first=result["key_metric"])
+        pictures = curves(of_global_models(records), first=result.key_metric)
         if matrix is not None:
-            self._across_sites(name, matrix, first=result["key_metric"], mode=result["key_metric_mode"])
+            self._across_sites(name, matrix, first=result.key_metric, mode=result.key_metric_mode)
         markdown = final_report(
             name, result, records, pictures=[picture.key for picture in pictures], findings=findings
         )
@@ -93,12 +94,12 @@ class Reporter:
             ),
             *(
                 acreate_link_artifact(
-                    link_to(store, model["path"]),
-                    link_text=model["path"],
+                    link_to(store, model.path),
+                    link_text=model.path,
                     key=f"{which}-model",
-                    description=f"{which} model of {name}: the start of round {model['round']}",
+                    description=f"{which} model of {name}: the start of round {model.round}",
                 )
-                for which, model in (("final", result["final"]), ("best", result["best"]))
+                for which, model in (("final", result.final), ("best", result.best))
             ),
         )
 

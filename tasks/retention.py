@@ -8,26 +8,26 @@ from typing import Literal
 
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
 
 KeepUpdates = Literal["all", "last", "none"]
 
 
-def outdated(records: Sequence[Record], keep: KeepUpdates) -> Sequence[Record]:
+def outdated(records: Sequence[RoundRecord], keep: KeepUpdates) -> Sequence[RoundRecord]:
     """The rounds whose updates are not kept, oldest first: evaluations have none.
 
     Models that sites have submitted go with all but "all": each lies in the store once more, as the model of a round.
     """
-    training = [record for record in records if record["task"] == "train"]
-    submitted = [record for record in records if record["task"] == "submit_model" and keep != "all"]
+    training = [record for record in records if record.task == "train"]
+    submitted = [record for record in records if record.task == "submit_model" and keep != "all"]
     return [*training[: len(training) - {"all": len(training), "last": 1, "none": 0}[keep]], *submitted]
 
 
-def drop_updates(store: Store, job_id: str, record: Record) -> int:
+def drop_updates(store: Store, job_id: str, record: RoundRecord) -> int:
     """Remove the accepted updates of a round that is committed, and the state that it started from; returns the bytes freed."""
-    paths, number = JobPaths(job_id), record["round"]
-    sent = [entry for entry in (*record["accepted"], *record["probed"]) if entry["sha256"] is not None]
-    gone = [paths.update(number, entry["site"], entry["attempt"]) for entry in sent]
+    paths, number = JobPaths(job_id), record.round
+    sent = [entry for entry in (*record.accepted, *record.probed) if entry.sha256 is not None]
+    gone = [paths.update(number, entry.site, entry.attempt) for entry in sent]
     freed = 0
     if number > 0:
         gone.append(paths.state(number - 1))

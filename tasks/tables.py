@@ -1,50 +1,51 @@
 """Rounds as tables and a job as a report: pure functions of the rounds' records, for the UI and the terminal alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fedpool.recipe import SERVER
 from fedpool.site_order import by_site
-from fedpool.tasks.record import Record
+from fedpool.tasks.job_record import JobResult
+from fedpool.tasks.record import RoundRecord
 
 
-def metric_names(records: Sequence[Record]) -> list[str]:
+def metric_names(records: Sequence[RoundRecord]) -> list[str]:
     """Names of all metrics and logged scalars of some rounds, sorted."""
-    return sorted({name for record in records for name in (*record["metrics"], *record["logged"])})
+    return sorted({name for record in records for name in (*record.metrics, *record.logged)})
 
 
-def values(record: Record) -> dict[str, float]:
+def values(record: RoundRecord) -> dict[str, float]:
     """Metrics and logged scalars of a round; a metric wins over a scalar of its name."""
-    return {**record["logged"], **record["metrics"]}
+    return {**record.logged, **record.metrics}
 
 
-def round_table(record: Record) -> list[dict[str, Any]]:
+def round_table(record: RoundRecord) -> list[dict[str, Any]]:
     """One row per site: site, state, examples (its weight), metrics and logged scalars, seconds, bytes."""
     names = metric_names([record])
     rows: list[dict[str, Any]] = []
-    for entry in record["accepted"]:
-        own = values(entry)
+    for entry in record.accepted:
+        own = {**entry.logged, **entry.metrics}
         shown = {name: "" if own.get(name) is None else f"{own[name]:.4f}" for name in names}
-        state = "accepted" if entry["weight"] or record["task"] != "train" else "accepted, but its weight is 0"
+        state = "accepted" if entry.weight or record.task != "train" else "accepted, but its weight is 0"
         rows.append(
-            {"site": entry["site"], "state": state, "examples": f"{entry['weight']:g}", **shown}
-            | {"seconds": f"{entry['seconds']:.2f}", "bytes": str(entry["size"])}
+            {"site": entry.site, "state": state, "examples": f"{entry.weight:g}", **shown}
+            | {"seconds": f"{entry.seconds:.2f}", "bytes": str(entry.size)}
         )
-    for state, why in (("rejected", "reason"), ("failed", "cause")):
-        rows += [{"site": entry["site"], "state": f"{state}: {entry[why].splitlines()[0]}"} for entry in record[state]]
-    rows += [{"site": entry["site"], "state": f"not asked: {entry['reason']}"} for entry in record.get("not_asked", ())]
-    for state in ("late", "probed"):
-        rows += [{"site": entry["site"], "state": state} for entry in record[state]]
+    rows += [{"site": entry.site, "state": f"rejected: {_first_line(entry.reason)}"} for entry in record.rejected]
+    rows += [{"site": entry.site, "state": f"failed: {_first_line(entry.cause)}"} for entry in record.failed]
+    rows += [{"site": entry.site, "state": f"not asked: {entry.reason}"} for entry in record.not_asked]
+    rows += [{"site": entry.site, "state": "late"} for entry in record.late]
+    rows += [{"site": entry.site, "state": "probed"} for entry in record.probed]
     return by_site(rows, lambda row: str(row["site"]))
 
 
-def task_and_owner(record: Record) -> str:
+def task_and_owner(record: RoundRecord) -> str:
     """What a round was for: its task, and whose model was scored where it is not the one that the round is the start of."""
-    owner = record["model"]["owner"]
-    return record["task"] if owner == SERVER else f"{record['task']} {owner}"
+    owner = record.model.owner
+    return record.task if owner == SERVER else f"{record.task} {owner}"
 
 
-def report_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def report_rows(records: Sequence[RoundRecord]) -> tuple[list[str], list[list[str]]]:
     """Header and one row per round: round, task, accepted of asked, metrics, seconds."""
     names = metric_names(records)
     header = ["round", "task", "sites", *names, "seconds"]
@@ -53,11 +54,11 @@ def report_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         known = values(record)
         rows.append(
             [
-                str(record["round"]),
+                str(record.round),
                 task_and_owner(record),
-                f"{len(record['accepted'])}/{len(record['sites'])}",
+                f"{len(record.accepted)}/{len(record.sites)}",
                 *(f"{known[name]:.4f}" if name in known else "" for name in names),
-                f"{record['timings']['round_s']:.2f}",
+                f"{record.timings.round_s:.2f}",
             ]
         )
     return header, rows
@@ -65,8 +66,8 @@ def report_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 def final_report(
     name: str,
-    result: Mapping[str, Any],
-    records: Sequence[Record],
+    result: JobResult,
+    records: Sequence[RoundRecord],
     *,
     pictures: Sequence[str] = (),
     findings: Sequence[str] = (),
@@ -77,25 +78,24 @@ def final_report(
         pictures: keys of the artifacts that show the metrics over the rounds.
         findings: what the table does not show; see `fedpool.tasks.findings`.
     """
-    lines = [f"# {name}: {result['status'].lower()}", ""]
-    if result["error"]:
-        lines += ["```", result["error"], "```", ""]
-    for which in ("final", "best"):
-        model = result[which]
-        scores = ", ".join(f"{key} {value:.4f}" for key, value in model["metrics"].items()) or "not scored"
-        lines.append(f"- **{which} model**: the start of round {model['round']}, {scores}: `{model['path']}`")
-    if result["stopped_by"]:
-        lines.append(f"- stopped early: {result['stopped_by']}")
-    if result.get("evaluation_error"):
+    lines = [f"# {name}: {result.status.lower()}", ""]
+    if result.error:
+        lines += ["```", result.error, "```", ""]
+    for which, model in (("final", result.final), ("best", result.best)):
+        scores = ", ".join(f"{key} {value:.4f}" for key, value in model.metrics.items()) or "not scored"
+        lines.append(f"- **{which} model**: the start of round {model.round}, {scores}: `{model.path}`")
+    if result.stopped_by:
+        lines.append(f"- stopped early: {result.stopped_by}")
+    if result.evaluation_error:
         lines += [
             "- **the final model is not scored**:",
             "",
             "```",
-            result["evaluation_error"].splitlines()[0],
+            result.evaluation_error.splitlines()[0],
             "```",
             "",
         ]
-    for site, how in result.get("endings", {}).items():
+    for site, how in result.endings.items():
         lines += [f"- **{site} failed after its last round**:", "", "```", how, "```", ""]
     if pictures:
         lines.append(f"- curves: the artifacts {', '.join(f'`{key}`' for key in pictures)}")
@@ -104,9 +104,13 @@ def final_report(
     # What metrics are called is up to the sites.
     header = [" ".join(cell.split()).replace("|", "\\|") for cell in header]
     lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    if told := untold(findings, result["error"]):
+    if told := untold(findings, result.error):
         lines += ["", "```", "\n".join(told), "```"]
     return "\n".join(lines)
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0]
 
 
 def untold(findings: Sequence[str], error: str | None) -> list[str]:

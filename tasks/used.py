@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from fedpool.manifest import Used
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.strategy import Shares, relative
 
 NONE_USED = Used(round=-1)
@@ -41,7 +41,7 @@ class Counted:
         self.first_weights: dict[str, float] = {}
         self.last_used: dict[str, Used] = {}
 
-    def follow(self, records: Sequence[Record]) -> None:
+    def follow(self, records: Sequence[RoundRecord]) -> None:
         """Take in the rounds that have been committed since the last time.
 
         Args:
@@ -49,27 +49,27 @@ class Counted:
         """
         for record in records[self._num_seen :]:
             self._num_seen += 1
-            if record["task"] == "train":
+            if record.task == "train":
                 self._add(record)
 
     def used(self, sites: Collection[str]) -> dict[str, Used]:
         """site -> its last update that counted, or that none has."""
         return {site: self.last_used.get(site, NONE_USED) for site in sites}
 
-    def _add(self, record: Record) -> None:
-        accepted = {entry["site"]: entry for entry in record["accepted"]}
-        weights = {site: entry["weight"] for site, entry in accepted.items()}
+    def _add(self, record: RoundRecord) -> None:
+        accepted = {entry.site: entry for entry in record.accepted}
+        weights = {site: entry.weight for site, entry in accepted.items()}
         counted = counting(weights, self._factors)
         if any(counted.values()):
             self.first_weights |= {site: self.first_weights.get(site) or weight for site, weight in weights.items()}
         for site, weight in counted.items():
             if weight:
                 entry = accepted[site]
-                scale = entry.get("scale", 1.0)
-                self.last_used[site] = Used(round=record["round"], attempt=entry["attempt"], scale=scale)
+                scale = 1.0 if entry.scale is None else entry.scale
+                self.last_used[site] = Used(round=record.round, attempt=entry.attempt, scale=scale)
 
 
-def first_weights(records: Sequence[Record], factors: Mapping[str, float]) -> dict[str, float]:
+def first_weights(records: Sequence[RoundRecord], factors: Mapping[str, float]) -> dict[str, float]:
     """site -> weight of its first training update that had any; see `Counted`."""
     counted = Counted(factors)
     counted.follow(records)

@@ -1,0 +1,116 @@
+"""A job that is under way: what its rounds share, and how its loop and the runs of its rounds talk."""
+
+import asyncio
+from collections.abc import Sequence
+
+from fedpool.flows.plan import Step
+from fedpool.paths import JobPaths
+from fedpool.recipe import Recipe
+from fedpool.sites.local import Sites
+from fedpool.store import Store
+from fedpool.tasks.aggregate import Before
+from fedpool.tasks.arithmetic import Arithmetic
+from fedpool.tasks.key_metric import MetricRules
+from fedpool.tasks.ledger import Ledger
+from fedpool.tasks.record import RoundRecord
+from fedpool.tasks.report import Reporter
+from fedpool.tasks.strategy import Strategy
+from fedpool.tasks.used import Counted
+from fedpool.tensors import TensorReader
+
+LOOK_AHEAD = 2
+"""Rounds that are begun ahead of the one that trains: beginning one takes Prefect longer than a short round does."""
+
+
+class RoundSignals:
+    """How a job's loop and the run of a round talk: `step` tells the round what to do, `committed` tells the loop.
+
+    `created`, that its run is there or could not be created, tells the next round, which the server would serve no sooner.
+    """
+
+    __slots__ = ("committed", "created", "step")
+
+    def __init__(self) -> None:
+        self.created = asyncio.Event()
+        self.step: asyncio.Future[Step | None] = asyncio.get_running_loop().create_future()
+        """None when the job ends before the round's turn."""
+        self.committed = asyncio.Event()
+
+
+class Job:
+    """A job that is under way: what its rounds share, and what they have committed so far."""
+
+    # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is nothing for it to walk.
+    __slots__ = (
+        "counted",
+        "late",
+        "ledger",
+        "look_ahead",
+        "paths",
+        "recipe",
+        "reporter",
+        "resumed_at",
+        "rounds",
+        "rules",
+        "sites",
+        "store",
+        "strategy",
+    )
+
+    def __init__(
+        self, recipe: Recipe, store: Store, sites: Sites, ledger: Ledger, look_ahead: int = LOOK_AHEAD
+    ) -> None:
+        self.recipe = recipe
+        self.paths = JobPaths(ledger.job.job_id)
+        self.store = store
+        self.sites = sites
+        self.look_ahead = look_ahead
+        self.rules = MetricRules.stored(ledger.job)
+        """Of metrics: as the job began, whoever goes on with it."""
+        self.strategy: Strategy = recipe.strategy(len(sites.names))
+        self.ledger = ledger
+        """What is committed; each commit puts another in its place."""
+        self.resumed_at = ledger.number
+        """The round in which an earlier coordinator left the job, if there was one: parts of it may be done."""
+        self.counted = Counted(recipe.aggregation_weights)
+        self.late: set[tuple[int, str, int]] = set()
+        """Rounds, sites and attempts of the updates that were late and have not come yet."""
+        self.rounds: dict[int, RoundSignals] = {}
+        self.reporter = Reporter()
+
+    @property
+    def job_id(self) -> str:
+        """Its folder in the store."""
+        return self.ledger.job.job_id
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.recipe.name
+
+    @property
+    def records(self) -> Sequence[RoundRecord]:
+        """Of all rounds that are committed."""
+        return self.ledger.records
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How its numbers come about."""
+        return self.ledger.job.how
+
+    @property
+    def holes(self) -> frozenset[str] | None:
+        """See `JobRecord.holes`."""
+        return self.ledger.job.may_be_infinite
+
+    def before(self, number: int, base: TensorReader) -> Before:
+        """What a training round starts from."""
+        state = self.ledger.state
+        self.counted.follow(self.records)
+        return Before(
+            base,
+            self.store.tensors(self.paths.state(number - 1), state.size) if state else None,
+            number,
+            holes=self.holes or frozenset(),
+            weights=dict(self.counted.first_weights),
+        )
