@@ -140,11 +140,11 @@ class RoundRecord(Written):
     round: int
     task: Task
     sites: tuple[str, ...]
-    accepted: tuple[AcceptedEntry, ...] = ()
-    rejected: tuple[RejectedEntry, ...] = ()
-    failed: tuple[FailedEntry, ...] = ()
-    probed: tuple[ProbedEntry, ...] = ()
-    late: tuple[LateEntry, ...] = ()
+    accepted: tuple[AcceptedEntry, ...]
+    rejected: tuple[RejectedEntry, ...]
+    failed: tuple[FailedEntry, ...]
+    probed: tuple[ProbedEntry, ...]
+    late: tuple[LateEntry, ...]
     not_asked: tuple[NotAskedEntry, ...] = Field((), exclude_if=is_empty)
     metrics: dict[str, float]
     denominators: dict[str, float]

@@ -55,7 +55,7 @@ class Written(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise IntegrityError(f"{where} does not describe {cls.what}: {_first(error)}") from None
+            raise IntegrityError(f"{where} {_first(error, cls.what)}") from None
 
     @classmethod
     def read(cls, store: Store, path: str) -> Self:
@@ -68,6 +68,9 @@ class Written(BaseModel):
         return cls.from_bytes(store.read_bytes(path), store.full(path))
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValidationError, what: str) -> str:
     found = error.errors(include_url=False, include_context=False)[0]
-    return f"{'.'.join(str(part) for part in found['loc']) or 'it'}: {found['msg']}"
+    if found["type"] == "json_invalid":
+        return f"is not JSON: {found['msg'].removeprefix('Invalid JSON: ')}"
+    place = ".".join(str(part) for part in found["loc"])
+    return f"does not describe {what}: {place + ': ' if place else ''}{found['msg']}"

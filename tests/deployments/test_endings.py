@@ -16,6 +16,7 @@ from fedpool.flows.stored import recipe_of
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
+from fedpool.tasks.job_record import JobResult
 from fedpool.tasks.tables import final_report
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
@@ -72,7 +73,7 @@ def test_a_script_that_fails_after_its_last_round_is_named_and_the_job_completes
     assert written["endings"] == result.endings
     assert f"site-2: after its last round, {how}" in caplog.text
     assert f"- **site-2 failed after its last round**:\n\n```\n{how[:20]}" in final_report(
-        "test", written, result.rounds
+        "test", JobResult.read(Store(str(Path(run.path).parent)), f"{run.job_id}/result.json"), result.records
     )
     shown = StringIO()
     folder = Path(run.path)

@@ -112,7 +112,7 @@ def test_a_site_that_is_gone_costs_one_round_of_ten_and_is_asked_again_once_it_i
     assert all(not_asked(result.rounds[number]) == [{"site": "c", "reason": "no worker online"}] for number in left)
     for number in range(2, 7):
         assert result.rounds[number]["timings"]["round_s"] < first["timings"]["round_s"] / 2
-    row = next(row for row in round_table(result.rounds[2]) if row["site"] == "c")
+    row = next(row for row in round_table(result.records[2]) if row["site"] == "c")
     assert row["state"] == "not asked: no worker online"
     assert [len(record["accepted"]) for record in result.rounds[8:]] == [3, 3]  # it is back
     assert verify_job(env.open_store(), run.job_id).status == "COMPLETED"

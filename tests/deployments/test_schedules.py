@@ -26,6 +26,7 @@ from fedpool.flows.overlap import believe_the_store, outlasting_its_slot
 from fedpool.flows.staging import has_completed
 from fedpool.paths import JobPaths, new_job_id
 from tests.poc import GatedJob, processes_of, wait_until, wait_until_gone
+from tests.records import result_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -171,7 +172,9 @@ def test_a_run_that_loses_its_slot_goes_on_to_its_end(prefect_api: str, tmp_path
             (renewal,) = (thread for thread in threading.enumerate() if thread.name.endswith(str(lease)))
             await asyncio.to_thread(renewal.join, 60)
             lost.set()
-            await asyncio.to_thread(Store(store).write_json, JobPaths(job_id).result, {"status": "COMPLETED"})
+            await asyncio.to_thread(
+                Store(store).write_json, JobPaths(job_id).result, result_of({"job_id": job_id}).as_json()
+            )
 
         async with amaintain_concurrency_lease(lease, 300, raise_on_lease_renewal_failure=True):
             await outlasting_its_slot(work())

@@ -12,6 +12,7 @@ from fedpool.cli import main
 from fedpool.deployments.endings import read_endings
 from fedpool.paths import JobPaths
 from fedpool.store import Store
+from fedpool.tasks.job_record import JobResult
 from tests.poc import processes_of, wait_until, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -70,8 +71,8 @@ def test_scripts_know_the_same_as_in_simulation_and_the_last_one_is_named_that_f
     assert list(local.endings) == ["site-2"]
 
     store = Store(str(Path(remote.path).parent))
-    described = store.read_json(JobPaths(remote.job_id).result)
-    wait_until(lambda: bool(read_endings(store, remote.job_id, described, result.rounds)), timeout_s=120)
+    described = JobResult.read(store, JobPaths(remote.job_id).result)
+    wait_until(lambda: bool(read_endings(store, remote.job_id, described, result.records)), timeout_s=120)
     assert remote.get_result().endings == local.endings == {"site-2": "the script ended with exit code 3"}
     show = ["job", "show", remote.job_id, "--home", str(tmp_path / "poc")]
     with pytest.raises(SystemExit, match=r"^0$"):

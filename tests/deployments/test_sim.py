@@ -395,4 +395,4 @@ def test_progress_read_by_many_threads_counts_each_round_once(run_job: Callable[
         thread.join()
     progress = run.get_progress()
     assert progress.num_committed == 4
-    assert progress.last_record is not None and progress.last_record["round"] == 3
+    assert progress.last_record is not None and progress.last_record.round == 3

@@ -71,7 +71,7 @@ def test_a_job_whose_scripts_say_nul_fails_with_its_cause(on_postgres: str, run_
     assert failed.state is not None and r"my own\x00 error" in (failed.state.message or "")
     messages = {log.message for log in logs}
     assert r"site-1: printed\x00 here" in messages and r"site-1: logged\x00 = 1" in messages
-    assert run.get_progress().last_record["metrics"] == {r"a\x00b": 0.5}  # type: ignore[index]
+    assert run.get_progress().last_record.metrics == {r"a\x00b": 0.5}  # type: ignore[union-attr]
 
 
 async def _read() -> tuple[list[FlowRun], list[Log]]:

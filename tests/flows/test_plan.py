@@ -10,26 +10,30 @@ import pytest
 from fedpool import CrossSiteEvalRecipe, FedAvgRecipe, FedEvalRecipe
 from fedpool.flows.plan import Step, asks_everyone, best_model, next_step, num_expected, unscored_best
 from fedpool.recipe import Recipe
+from fedpool.tasks.record import RoundRecord, SubmittedModel
 from fedpool.tensors import Digest
+from tests.records import record_of
 
 SITES = ("site-1", "site-2")
-Records = list[dict[str, Any]]
+Records = list[RoundRecord]
 
 
-def a_round(number: int, task: str = "train", *, accuracy: float | None = None, **changes: Any) -> dict[str, Any]:
-    return {
-        "round": number,
-        "task": task,
-        "metrics": {} if accuracy is None else {"accuracy": accuracy},
-        "accepted": [{"site": site} for site in SITES],
-        "global": {"sha256": str(number) * 64, "size": number},
-        **changes,
-    }
+def a_round(number: int, task: str = "train", *, accuracy: float | None = None, **changes: Any) -> RoundRecord:
+    return record_of(
+        {
+            "round": number,
+            "task": task,
+            "metrics": {} if accuracy is None else {"accuracy": accuracy},
+            "accepted": [{"site": site} for site in SITES],
+            "global": {"sha256": str(number) * 64, "size": number},
+            **changes,
+        }
+    )
 
 
-def submission(number: int, *owners: str) -> dict[str, Any]:
+def submission(number: int, *owners: str, accuracy: float | None = None) -> RoundRecord:
     models = [{"owner": owner, "round": number, "sha256": owner * 8, "size": 1} for owner in owners]
-    return a_round(number, "submit_model", models=models)
+    return a_round(number, "submit_model", accuracy=accuracy, models=models)
 
 
 @pytest.fixture
@@ -135,7 +139,7 @@ def test_the_best_model_is_one_of_the_servers(make: Callable[..., Recipe]) -> No
         a_round(0, accuracy=0.2),
         a_round(1, accuracy=0.4),
         a_round(2, "evaluate", accuracy=0.3),
-        {**submission(3, "site-1"), "metrics": {"accuracy": 0.8}},
+        submission(3, "site-1", accuracy=0.8),
         a_round(4, "evaluate", accuracy=0.9),
     ]
     assert best_model(make(cross_site_eval=True), records) == 1
@@ -145,7 +149,7 @@ def test_a_best_model_is_scored_anew_only_when_a_site_has_not_scored_it(make: Ca
     recipe = make(cross_site_eval=True)
     records: Records = [a_round(0, accuracy=0.2), a_round(1, accuracy=0.4), a_round(2, "evaluate", accuracy=0.3)]
     assert unscored_best(recipe, records, SITES) is None
-    entry = {"owner": "server-best", "round": 1, "sha256": "1" * 64, "size": 1}
+    entry = SubmittedModel(owner="server-best", round=1, sha256="1" * 64, size=1)
     assert unscored_best(recipe, records, (*SITES, "site-3")) == entry
-    records[2]["metrics"] = {"accuracy": 0.5}  # the final model is the best
+    records[2] = a_round(2, "evaluate", accuracy=0.5)  # the final model is the best
     assert unscored_best(recipe, records, (*SITES, "site-3")) is None

@@ -190,11 +190,11 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a record that is none": (
         lambda job: edit(job / R.format(2), lambda record: record.pop("accepted")),
-        r"00002/round\.json does not describe a round: KeyError",
+        r"00002/round\.json does not describe a round: accepted: Field required",
     ),
     "a record that is no JSON": (
         lambda job: (job / R.format(2)).write_text("{"),
-        r"00002/round\.json is no JSON",
+        r"00002/round\.json is not JSON",
     ),
     "the form of a record": (
         lambda job: (job / R.format(2)).write_bytes((job / R.format(2)).read_bytes() + b"\n"),

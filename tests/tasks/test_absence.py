@@ -3,12 +3,12 @@
 from typing import Any
 
 from fedpool.tasks.absence import how_to_resume, left_out, silent
+from fedpool.tasks.record import RoundRecord
+from tests.records import record_of
 
-NONE: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ("accepted", "rejected", "failed", "probed", "late")}
 
-
-def record(**kinds: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"job_id": "job-1", **NONE, **kinds}
+def record(**kinds: list[dict[str, Any]]) -> RoundRecord:
+    return record_of(kinds)
 
 
 def sites(*names: str, **fields: Any) -> list[dict[str, Any]]:

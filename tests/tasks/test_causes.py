@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 
 from fedpool.tasks.causes import causes, causes_over_rounds, round_numbers, uncounted, uncounted_over_rounds
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
+from tests.records import record_of
 
 TRACEBACK = (
     'the script ended with exit code 1\nTraceback (most recent call last):\n  File "client.py", line 5\nKeyError: 1'
 )
 
 
-def a_round(number: int = 0, **changes: Any) -> Record:
-    known = {"accepted": [], "rejected": [], "failed": [], "probed": [], "late": []}
-    return {"round": number, "task": "train", **known, **changes}
+def a_round(number: int = 0, **changes: Any) -> RoundRecord:
+    return record_of({"round": number, **changes})
 
 
 def failed(*sites: str, cause: str = TRACEBACK) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def test_a_round_in_which_nothing_counts_says_by_whose_word() -> None:
         a_round(accepted=accepted(a=0.0), task="evaluate"),
     ],
 )
-def test_a_site_without_data_beside_others_is_nothing_to_speak_of(record: Record) -> None:
+def test_a_site_without_data_beside_others_is_nothing_to_speak_of(record: RoundRecord) -> None:
     assert uncounted(record, {}) is None
 
 

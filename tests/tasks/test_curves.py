@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import math
 from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
@@ -18,15 +17,17 @@ from fedpool import Run
 from fedpool.store import Store
 from fedpool.tasks import report
 from fedpool.tasks.curves import MAX_CURVES, Curve, curves, draw
+from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.report import link_to
+from tests.records import record_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 VALUES = st.floats(min_value=-1e100, max_value=1e100)
 
 
-def record(number: int, metrics: dict[str, float], logged: dict[str, float] | None = None) -> dict[str, Any]:
-    return {"round": number, "metrics": metrics, "logged": logged or {}}
+def record(number: int, metrics: dict[str, float], logged: dict[str, float] | None = None) -> RoundRecord:
+    return record_of({"round": number, "metrics": metrics, "logged": logged or {}})
 
 
 def texts(svg: str) -> list[str]:
@@ -41,7 +42,7 @@ def line(svg: str) -> list[tuple[float, float]]:
     return [(float(left), float(height)) for left, height in places]
 
 
-def drawn(*records: dict[str, Any], first: str = "accuracy") -> list[Curve]:
+def drawn(*records: RoundRecord, first: str = "accuracy") -> list[Curve]:
     return curves(records, first=first)
 
 
@@ -75,7 +76,7 @@ def test_values_that_hardly_differ_are_told_apart_by_their_labels() -> None:
     assert len(set(labels)) == len(labels) >= 4
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e101])
+@pytest.mark.parametrize("value", [1e101, -1e101])
 def test_what_cannot_be_drawn_is_left_out(value: float) -> None:
     assert drawn(record(0, {"loss": value})) == []
     (curve,) = drawn(record(0, {"loss": value}), record(1, {"loss": 2.0}))

@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 
 from fedpool.tasks.key_metric import MetricRules, metric_gap
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
+from tests.records import job_of, record_of
 
 
-def a_round(number: int, *metrics: str, task: str = "train", logged: tuple[str, ...] = (), **values: Any) -> Record:
+def a_round(
+    number: int, *metrics: str, task: str = "train", logged: tuple[str, ...] = (), **values: Any
+) -> RoundRecord:
     entry = {"metrics": dict.fromkeys(metrics, 0.5) | values, "logged": dict.fromkeys(logged, 1.0)}
-    return {"round": number, "task": task, "accepted": [entry]}
+    return record_of({"round": number, "task": task, "accepted": [entry]})
 
 
 def rules(**changes: Any) -> MetricRules:
@@ -76,7 +79,7 @@ def test_an_evaluation_alone_goes_by_no_metric() -> None:
 
 def test_a_job_of_an_earlier_version_is_warned_at_most() -> None:
     stored = {"recipe": {"key_metric": "accuracy", "stop_cond": "accuracy >= 0.8", "patience": 2}}
-    gap = metric_gap(MetricRules.stored(stored), [a_round(0, "loss")])
+    gap = metric_gap(MetricRules.stored(job_of(stored)), [a_round(0, "loss")])
     assert gap is not None and not gap.is_fatal
-    given = MetricRules.stored(stored | {"given": ["stop_cond"]})
+    given = MetricRules.stored(job_of(stored | {"given": ["stop_cond"]}))
     assert (gap := metric_gap(given, [a_round(0, "loss")])) is not None and gap.is_fatal

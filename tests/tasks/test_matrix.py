@@ -1,33 +1,39 @@
 """The cross-site matrix: what follows from the rounds' records, and how it is shown."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 
 from fedpool.tasks.matrix import cross_site_matrix, matrix_metrics, matrix_rows, owners, pooled, site_scores
+from fedpool.tasks.record import RoundRecord
+from tests.records import record_of
 
 NUM = "NUM_STEPS_CURRENT_ROUND"
 
 
-def scored(round: int, owner: str, scores: dict[str, float | None], *, task: str = "evaluate") -> dict[str, Any]:
+def scored(
+    round: int, owner: str, scores: Mapping[str, float | None], *, task: str = "evaluate", origin: int | None = None
+) -> RoundRecord:
     """A round in which sites report an accuracy; one whose score is None has failed."""
-    return {
-        "round": round,
-        "task": task,
-        "model": {"owner": owner, "round": round},
-        "sites": sorted(scores),
-        "accepted": [
-            {"site": site, "weight": float(at + 1), "metrics": {"acc": score}}
-            for at, (site, score) in enumerate(sorted(scores.items()))
-            if score is not None
-        ],
-    }
+    return record_of(
+        {
+            "round": round,
+            "task": task,
+            "model": {"owner": owner, "round": round if origin is None else origin},
+            "sites": sorted(scores),
+            "accepted": [
+                {"site": site, "weight": float(at + 1), "metrics": {"acc": score}}
+                for at, (site, score) in enumerate(sorted(scores.items()))
+                if score is not None
+            ],
+        }
+    )
 
 
 ROUNDS = [
     scored(0, "server", {"a": 0.9, "b": 0.7}, task="train"),
     scored(1, "server", {"a": 0.5, "b": 0.25}),
-    {**scored(2, "server", {"a": 0.1, "b": 0.1}), "task": "submit_model"},
+    scored(2, "server", {"a": 0.1, "b": 0.1}, task="submit_model"),
     scored(3, "b", {"a": 0.75, "b": None}),
 ]
 
@@ -45,7 +51,7 @@ def test_a_best_model_of_the_training_has_the_scores_that_it_got_there() -> None
 
 
 def test_a_best_model_that_was_scored_anew_has_the_new_scores() -> None:
-    again = {**scored(3, "server-best", {"a": 0.8, "b": 0.8}), "model": {"owner": "server-best", "round": 0}}
+    again = scored(3, "server-best", {"a": 0.8, "b": 0.8}, origin=0)
     matrix = cross_site_matrix([*ROUNDS[:3], again], best=0)
     assert {site: row["server-best"]["acc"] for site, row in matrix.items()} == {"a": 0.8, "b": 0.8}
 
@@ -72,4 +78,7 @@ def test_its_metrics_are_sorted_after_the_one_that_matters_most() -> None:
 
 
 def test_a_sites_scores_have_their_weight_beside_them() -> None:
-    assert site_scores({"site": "a", "weight": 7.0, "metrics": {"acc": 0.5}}) == {"acc": 0.5, NUM: 7.0}
+    assert site_scores(record_of({"accepted": [{"weight": 7.0, "metrics": {"acc": 0.5}}]}).accepted[0]) == {
+        "acc": 0.5,
+        NUM: 7.0,
+    }

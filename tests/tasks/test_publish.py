@@ -50,11 +50,11 @@ def test_models_are_published_to_the_bit_in_the_order_of_their_sites(store: Stor
     models = {site: {"body": np.arange(5, dtype=np.float64) + at, "head": BASE["head"]} for at, site in enumerate("ba")}
     updates = [submitted(store, site, params) for site, params in models.items()]
     entries, changed = publish_submitted(store, PATHS, base, updates, 4)
-    assert [(entry["owner"], entry["round"]) for entry in entries] == [("a", 3), ("b", 3)] and changed == []
+    assert [(entry.owner, entry.round) for entry in entries] == [("a", 3), ("b", 3)] and changed == []
     for number, entry, site in ((4, entries[0], "a"), (5, entries[1], "b")):
         assert store.read_bytes(PATHS.global_model(number)) == store.read_bytes(PATHS.update(3, site))
         (update,) = (update for update in updates if update.site == site)
-        assert (entry["sha256"], entry["size"]) == (update.manifest.sha256, update.manifest.size)
+        assert (entry.sha256, entry.size) == (update.manifest.sha256, update.manifest.size)
 
 
 def test_parameters_that_stay_at_the_sites_are_the_jobs_own(store: Store) -> None:
@@ -64,7 +64,7 @@ def test_parameters_that_stay_at_the_sites_are_the_jobs_own(store: Store) -> Non
     made = load(store.read_bytes(PATHS.global_model(4)))
     assert made["body"].tolist() == [1] * 5 and made["head"].tolist() == [7, 7]
     assert update.tensors is not None
-    assert submitted_digest(base, update.tensors, 2) == Digest(entry["sha256"], entry["size"])
+    assert submitted_digest(base, update.tensors, 2) == Digest(entry.sha256, entry.size)
 
 
 def test_a_site_without_a_model_is_left_out(store: Store) -> None:
@@ -78,7 +78,7 @@ def test_a_model_that_was_cut_short_takes_no_round_from_the_next(store: Store) -
     updates = [submitted(store, site, BASE) for site in ("a", "b")]
     os.truncate(store.full(PATHS.update(3, "a")), updates[0].manifest.size - 1)
     entries, changed = publish_submitted(store, PATHS, base, updates, 4)
-    assert [entry["owner"] for entry in entries] == ["b"] and [found.site for found in changed] == ["a"]
+    assert [entry.owner for entry in entries] == ["b"] and [found.site for found in changed] == ["a"]
     assert store.exists(PATHS.global_model(4)) and not store.exists(PATHS.global_model(5))
 
 

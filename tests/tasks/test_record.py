@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 
 from fedpool.manifest import UpdateManifest
-from fedpool.store import to_json
 from fedpool.tasks.arithmetic import BEFORE
 from fedpool.tasks.causes import causes
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected
-from fedpool.tasks.record import known_weights, of_global_models, round_ms, round_record
+from fedpool.tasks.record import (
+    RoundRecord,
+    SubmittedModel,
+    Timings,
+    WhoseModel,
+    known_weights,
+    of_global_models,
+    round_ms,
+    round_record,
+)
 from fedpool.tensors import Digest
 from tests.updates import sent_by
 
@@ -33,7 +41,7 @@ def accepted(site: str, weight: float = 1.0, **changes: Any) -> Accepted:
     return Accepted(manifest(site, **changes), "m" * 64, weight, None)
 
 
-def record(outcomes: Sequence[Outcome], **changes: Any) -> dict[str, Any]:
+def record(outcomes: Sequence[Outcome], **changes: Any) -> RoundRecord:
     fields: dict[str, Any] = {
         "job_id": "job-1",
         "round": 2,
@@ -44,7 +52,7 @@ def record(outcomes: Sequence[Outcome], **changes: Any) -> dict[str, Any]:
         "following": NEXT,
         "state": None,
         "previous_sha256": "p" * 64,
-        "timings": {"round_s": 1.23456},
+        "timings": Timings(train_s=1.0, aggregate_s=0.235, round_s=1.235),
     }
     return round_record(**{**fields, **changes})
 
@@ -60,9 +68,9 @@ OUTCOMES: Sequence[Outcome] = (
 
 def test_it_names_everyone_who_was_asked_and_what_became_of_them_in_sorted_order() -> None:
     made = record(OUTCOMES)
-    assert made["sites"] == ["site-1", "site-2", "site-3", "site-4", "site-5"]
-    assert [entry["site"] for entry in made["accepted"]] == ["site-1", "site-4"]
-    assert made["rejected"] == [
+    assert made.sites == ("site-1", "site-2", "site-3", "site-4", "site-5")
+    assert [entry.site for entry in made.accepted] == ["site-1", "site-4"]
+    assert made.as_json()["rejected"] == [
         {
             "site": "site-2",
             "attempt": 1,
@@ -72,12 +80,14 @@ def test_it_names_everyone_who_was_asked_and_what_became_of_them_in_sorted_order
             "reason": "w: expected [2], got [3]",
         }
     ]
-    assert made["failed"] == [{"site": "site-3", "attempt": 0, "cause": "the script ended with exit code 1\nTraceback"}]
-    assert made["late"] == [{"site": "site-5", "attempt": 0}]
+    assert made.as_json()["failed"] == [
+        {"site": "site-3", "attempt": 0, "cause": "the script ended with exit code 1\nTraceback"}
+    ]
+    assert made.as_json()["late"] == [{"site": "site-5", "attempt": 0}]
 
 
 def test_an_accepted_update_is_recorded_with_hash_weight_metrics_and_seconds() -> None:
-    assert record(OUTCOMES)["accepted"][1] == {
+    assert record(OUTCOMES).as_json()["accepted"][1] == {
         "site": "site-4",
         "attempt": 0,
         "sha256": "a" * 64,
@@ -93,29 +103,30 @@ def test_an_accepted_update_is_recorded_with_hash_weight_metrics_and_seconds() -
 
 def test_its_metrics_are_the_weighted_means_over_accepted_updates() -> None:
     made = record(OUTCOMES)
-    assert made["metrics"] == pytest.approx({"acc": 0.8})
-    assert made["logged"] == {"lr": 0.1}
+    assert made.metrics == pytest.approx({"acc": 0.8})
+    assert made.logged == {"lr": 0.1}
 
 
 def test_it_is_chained_to_the_round_before_and_the_models_around_it() -> None:
     made = record(OUTCOMES)
-    assert made["previous_sha256"] == "p" * 64
-    assert made["global"] == {"sha256": "b" * 64, "size": 10}
-    assert made["next_global"] == {"sha256": "n" * 64, "size": 11}
-    assert (made["protocol"], made["job_id"], made["round"], made["task"]) == (3, "job-1", 2, "train")
+    assert made.previous_sha256 == "p" * 64
+    assert made.base == BASE
+    assert made.next_global == NEXT
+    assert (made.protocol, made.job_id, made.round, made.task) == (3, "job-1", 2, "train")
 
 
 def test_an_evaluation_makes_no_next_model() -> None:
-    assert record(OUTCOMES, following=None)["next_global"] is None
+    assert record(OUTCOMES, following=None).next_global is None
 
 
 def test_it_is_json() -> None:
     made = record(OUTCOMES)
-    assert json.loads(to_json(made)) == made
+    assert json.loads(made.to_bytes()) == made.as_json()
+    assert RoundRecord.from_bytes(made.to_bytes(), "here") == made
 
 
 def test_times_are_kept_to_the_millisecond() -> None:
-    assert record([])["timings"] == {"round_s": 1.235}
+    assert round_ms(1.23456) == 1.235
     assert round_ms(0.0004) == 0.0
 
 
@@ -126,8 +137,8 @@ def test_a_score_without_a_weight_counts_as_much_as_the_sites_last_training() ->
         accepted("site-3", 4.0, task="evaluate", metrics={}, meta={"NUM_STEPS_CURRENT_ROUND": 4}),
     ]
     made = record(outcomes, task="evaluate", known_weights={"site-1": 3.0, "site-3": 9.0})
-    assert [entry["weight"] for entry in made["accepted"]] == [3.0, 1.0, 4.0]
-    assert made["metrics"] == pytest.approx({"acc": 0.6})
+    assert [entry.weight for entry in made.accepted] == [3.0, 1.0, 4.0]
+    assert made.metrics == pytest.approx({"acc": 0.6})
 
 
 def test_scores_count_with_the_examples_that_they_are_of_where_a_site_says_so() -> None:
@@ -137,17 +148,17 @@ def test_scores_count_with_the_examples_that_they_are_of_where_a_site_says_so() 
         accepted("site-3", 5.0, metrics={"acc": 0.1}, meta={"NUM_EVAL_EXAMPLES": 0}),
     ]
     made = record(outcomes)
-    assert [entry["weight"] for entry in made["accepted"]] == [7.0, 10.0, 5.0]  # of the updates, as ever
-    assert [entry.get("num_eval_examples") for entry in made["accepted"]] == [30.0, None, 0.0]
-    assert made["metrics"] == pytest.approx({"acc": 0.6})
-    assert made["denominators"] == {"acc": 40.0}
-    assert made["logged"] == pytest.approx({"lr": (7 * 0.1 + 10 * 0.3) / 17})
+    assert [entry.weight for entry in made.accepted] == [7.0, 10.0, 5.0]  # of the updates, as ever
+    assert [entry.num_eval_examples for entry in made.accepted] == [30.0, None, 0.0]
+    assert made.metrics == pytest.approx({"acc": 0.6})
+    assert made.denominators == {"acc": 40.0}
+    assert made.logged == pytest.approx({"lr": (7 * 0.1 + 10 * 0.3) / 17})
     made = record(
         [accepted("site-1", task="evaluate", metrics={"acc": 0.5}, meta={"NUM_EVAL_EXAMPLES": 30})],
         task="evaluate",
         known_weights={"site-1": 3.0},
     )
-    assert made["denominators"] == {"acc": 30.0}
+    assert made.denominators == {"acc": 30.0}
 
 
 def test_known_weights_are_those_of_the_last_accepted_training_update() -> None:
@@ -170,21 +181,21 @@ def test_the_causes_name_each_missing_site_and_why() -> None:
 def test_a_site_that_answered_when_it_was_asked_again_is_not_missing() -> None:
     made = record([Failed("site-1", 0, "it was lost"), accepted("site-1", attempt=1)])
     assert causes(made) == ""
-    assert [entry["attempt"] for entry in (*made["failed"], *made["accepted"])] == [0, 1]
+    assert [entry.attempt for entry in (*made.failed, *made.accepted)] == [0, 1]
 
 
 def test_it_says_what_each_mean_is_over() -> None:
     made = record(OUTCOMES)
-    assert made["metrics"] == {"acc": pytest.approx(0.8)}
-    assert made["denominators"] == {"acc": 4.0}
+    assert made.metrics == {"acc": pytest.approx(0.8)}
+    assert made.denominators == {"acc": 4.0}
 
 
 def test_it_says_whose_model_was_given_out_and_which_were_submitted() -> None:
-    assert record([])["model"] == {"owner": "server", "round": 2} and "models" not in record([])
+    assert record([]).model == WhoseModel(owner="server", round=2) and "models" not in record([]).as_json()
     made = record([], task="evaluate", owner="site-1", origin=1, following=None)
-    assert made["model"] == {"owner": "site-1", "round": 1}
-    entry = {"owner": "site-1", "round": 2, "sha256": "a" * 64, "size": 100}
-    assert record([], task="submit_model", following=None, models=[entry])["models"] == [entry]
+    assert made.model == WhoseModel(owner="site-1", round=1)
+    entry = SubmittedModel(owner="site-1", round=2, sha256="a" * 64, size=100)
+    assert record([], task="submit_model", following=None, models=[entry]).models == (entry,)
 
 
 def test_rounds_of_global_models_are_neither_submissions_nor_of_other_models() -> None:
@@ -202,5 +213,5 @@ def test_rounds_of_global_models_are_neither_submissions_nor_of_other_models() -
 def test_what_a_job_of_an_earlier_version_says_of_examples_had_no_meaning(count: float | str) -> None:
     entry = accepted("site-1", 2.0, metrics={"acc": 0.5}, meta={"NUM_EVAL_EXAMPLES": count})
     found = record([entry], arithmetic=BEFORE)
-    assert "num_eval_examples" not in found["accepted"][0]
-    assert found["denominators"] == {"acc": 2.0}
+    assert found.accepted[0].num_eval_examples is None
+    assert found.denominators == {"acc": 2.0}

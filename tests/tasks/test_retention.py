@@ -1,13 +1,12 @@
 """How long updates are kept: which rounds' are outdated, and when."""
 
-from typing import Any
-
 import pytest
 
 from fedpool.tasks.retention import KeepUpdates, outdated
+from tests.records import record_of
 
-RECORDS: list[dict[str, Any]] = [
-    {"round": round, "task": task}
+RECORDS = [
+    record_of({"round": round, "task": task})
     for round, task in enumerate(["train", "train", "evaluate", "submit_model", "evaluate"])
 ]
 
@@ -16,4 +15,4 @@ RECORDS: list[dict[str, Any]] = [
 def test_submitted_models_go_with_updates_because_they_lie_in_the_store_once_more(
     keep: KeepUpdates, rounds: list[int]
 ) -> None:
-    assert [record["round"] for record in outdated(RECORDS, keep)] == rounds
+    assert [record.round for record in outdated(RECORDS, keep)] == rounds

@@ -4,31 +4,35 @@ from typing import Any
 
 import pytest
 
+from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.tables import final_report, metric_names, report_rows, round_table, values
+from tests.records import record_of, result_of
 
 
 def site(name: str, **changes: Any) -> dict[str, Any]:
     return {"site": name, "size": 1024, "weight": 30.0, "metrics": {}, "logged": {}, "seconds": 1.5, **changes}
 
 
-def record(number: int = 0, **changes: Any) -> dict[str, Any]:
-    return {
-        "round": number,
-        "task": "train",
-        "model": {"owner": "server", "round": number},
-        "sites": ["site-1", "site-2", "site-3"],
-        "accepted": [site("site-3"), site("site-1", metrics={"accuracy": 0.5, "loss": None}, logged={"lr": 0.1})],
-        "rejected": [],
-        "failed": [
-            {"site": "site-2", "cause": "the script ended with exit code 1\nTraceback (most recent call last):"}
-        ],
-        "late": [],
-        "probed": [],
-        "metrics": {"accuracy": 0.5},
-        "logged": {"lr": 0.1},
-        "timings": {"round_s": 2.345},
-        **changes,
-    }
+def record(number: int = 0, **changes: Any) -> RoundRecord:
+    return record_of(
+        {
+            "round": number,
+            "task": "train",
+            "model": {"owner": "server", "round": number},
+            "sites": ["site-1", "site-2", "site-3"],
+            "accepted": [site("site-3"), site("site-1", metrics={"accuracy": 0.5, "loss": None}, logged={"lr": 0.1})],
+            "rejected": [],
+            "failed": [
+                {"site": "site-2", "cause": "the script ended with exit code 1\nTraceback (most recent call last):"}
+            ],
+            "late": [],
+            "probed": [],
+            "metrics": {"accuracy": 0.5},
+            "logged": {"lr": 0.1},
+            "timings": {"round_s": 2.345},
+            **changes,
+        }
+    )
 
 
 RESULT: dict[str, Any] = {
@@ -71,7 +75,9 @@ def test_a_failed_or_rejected_site_is_in_the_table_with_the_first_line_of_its_ca
 
 
 def test_a_reports_table_has_a_row_per_round_and_a_column_per_metric() -> None:
-    header, rows = report_rows([record(), record(1, task="evaluate", metrics={"accuracy": 0.75, "loss": 2}, logged={})])
+    header, rows = report_rows(
+        [record(), record(1, task="evaluate", metrics={"accuracy": 0.75, "loss": 2.0}, logged={})]
+    )
     assert header == ["round", "task", "sites", "accuracy", "loss", "lr", "seconds"]
     assert rows == [
         ["0", "train", "2/3", "0.5000", "", "0.1000", "2.35"],
@@ -86,7 +92,7 @@ def test_a_metric_wins_over_a_logged_scalar_of_its_name() -> None:
 
 
 def test_the_report_names_outcome_models_scores_and_rounds() -> None:
-    report = final_report("hello", RESULT, [record()])
+    report = final_report("hello", result_of(RESULT), [record()])
     assert report.startswith("# hello: completed\n")
     assert "- **final model**: the start of round 2, accuracy 0.7500, loss 0.2500: `runs/job/2`" in report
     assert "- **best model**: the start of round 1, accuracy 0.8000: `runs/job/1`" in report
@@ -100,15 +106,15 @@ def test_the_report_names_outcome_models_scores_and_rounds() -> None:
 
 def test_the_report_names_the_artifacts_that_hold_the_curves() -> None:
     assert "- curves: the artifacts `curve-a`, `curve-b`" in final_report(
-        "hello", RESULT, [], pictures=["curve-a", "curve-b"]
+        "hello", result_of(RESULT), [], pictures=["curve-a", "curve-b"]
     )
-    assert "curves" not in final_report("hello", RESULT, [])
+    assert "curves" not in final_report("hello", result_of(RESULT), [])
 
 
 def test_the_report_says_what_the_table_does_not_show_unless_the_error_does() -> None:
     found = ["site-1 (round 0) failed: why", "the key metric is missing"]
-    assert final_report("hello", RESULT, [], findings=found).endswith("\n```\n" + "\n".join(found) + "\n```")
-    told = final_report("hello", {**RESULT, "error": "the key metric is missing"}, [], findings=found)
+    assert final_report("hello", result_of(RESULT), [], findings=found).endswith("\n```\n" + "\n".join(found) + "\n```")
+    told = final_report("hello", result_of({**RESULT, "error": "the key metric is missing"}), [], findings=found)
     assert told.count("the key metric is missing") == 1 and found[0] in told
 
 
@@ -120,7 +126,7 @@ def test_an_update_that_did_not_count_says_so_in_the_table() -> None:
 
 def test_a_metrics_name_cannot_break_the_reports_table() -> None:
     assert "| sites | a\\|b c | seconds |" in final_report(
-        "hello", RESULT, [record(metrics={"a|b\nc": 1.0}, logged={})]
+        "hello", result_of(RESULT), [record(metrics={"a|b\nc": 1.0}, logged={})]
     )
 
 
@@ -140,4 +146,4 @@ def test_a_metrics_name_cannot_break_the_reports_table() -> None:
     ],
 )
 def test_the_report_says_how_a_job_ended(changes: dict[str, Any], words: str) -> None:
-    assert words in final_report("hello", {**RESULT, **changes}, [])
+    assert words in final_report("hello", result_of({**RESULT, **changes}), [])

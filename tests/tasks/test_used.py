@@ -4,36 +4,37 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 from fedpool.manifest import Used
-from fedpool.tasks.record import Record
+from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.used import NONE_USED, Counted, first_weights
+from tests.records import record_of
 
 
-class Looked(Sequence[Record]):
+class Looked(Sequence[RoundRecord]):
     """Records that count how often one of them is looked at."""
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        self.records: list[RoundRecord] = []
         self.num_looks = 0
 
     def __len__(self) -> int:
         return len(self.records)
 
     @overload
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> RoundRecord: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: slice) -> Sequence[RoundRecord]: ...
     def __getitem__(self, index: Any) -> Any:
         found = self.records[index]
         self.num_looks += len(found) if isinstance(index, slice) else 1
         return found
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[RoundRecord]:
         return iter(self[:])
 
 
-def a_round(number: int, task: str = "train", **weights: float) -> Record:
+def a_round(number: int, task: str = "train", **weights: float) -> RoundRecord:
     accepted = [{"site": site, "weight": weight, "attempt": number % 2} for site, weight in weights.items()]
-    return {"task": task, "round": number, "accepted": accepted}
+    return record_of({"task": task, "round": number, "accepted": accepted})
 
 
 ROUNDS = (
