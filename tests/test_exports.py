@@ -128,7 +128,12 @@ def test_a_name_is_loaded_when_it_is_first_used() -> None:
 
 @pytest.mark.parametrize(
     ("module", "unused"),
-    [("fedpool.cli", ("torch", "numpy", "prefect")), ("fedpool.deployments.site_worker", ("torch", "numpy"))],
+    [
+        ("fedpool.cli", ("torch", "numpy", "prefect")),
+        ("fedpool.deployments.site_worker", ("torch", "numpy")),
+        ("fedpool.flows.verify", ("prefect",)),
+        ("fedpool.flows.replay", ("prefect",)),
+    ],
 )
 def test_a_command_and_a_worker_load_no_framework_that_they_do_not_use(module: str, unused: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print([name for name in {unused!r} if name in sys.modules])"
