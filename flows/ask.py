@@ -52,7 +52,7 @@ async def ask(job: Job, number: int) -> tuple[Asking | None, list[Outcome]]:
     before: Mapping[str, Asked] = {}
     if number == job.resumed_at:
         found = await asyncio.to_thread(job.store.tree, job.paths.round(number))
-        before = asked_before(found, lives_on=job.sites.have_runs)
+        before = asked_before(found, lives_on=job.sites.traits.outlive)
     round = _round(job, number, before)
     collecting = asyncio.create_task(collect(round, ahead))
     asking = None

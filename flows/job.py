@@ -23,7 +23,7 @@ from fedpool.flows.staging import check_unchanged, stage
 from fedpool.flows.under_way import LOOK_AHEAD, Job, RoundSignals
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
-from fedpool.sites.local import Sites
+from fedpool.sites.sites import Sites
 from fedpool.storable import storable
 from fedpool.store import Store, check_digest
 from fedpool.tasks.causes import evaluation_error
@@ -64,7 +64,7 @@ async def federated_job(
     with storage.held(job_id):
         try:
             if not resume:
-                stage_job = partial(stage, simulated=not sites.have_runs, parent=parent)
+                stage_job = partial(stage, simulated=sites.traits.simulated, parent=parent)
                 await asyncio.to_thread(stage_job, recipe, job_id, storage, sites.names)
             job = await asyncio.to_thread(partial(take_up, fresh=not resume), recipe, job_id, storage, sites)
         except BaseException:

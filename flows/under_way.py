@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fedpool.flows.plan import Step
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
-from fedpool.sites.local import Sites
+from fedpool.sites.sites import Sites
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before
 from fedpool.tasks.arithmetic import Arithmetic

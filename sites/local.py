@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
@@ -29,65 +29,9 @@ from fedpool.sites.scratch import Scratch
 from fedpool.sites.session import Session, Work
 from fedpool.sites.site_log import SiteLog
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
+from fedpool.sites.sites import SIMULATED, Traits
 from fedpool.sites.sockets import make_socket_folder
 from fedpool.store import Store
-
-
-@runtime_checkable  # Prefect asks for the type of a flow's parameters
-class Sites(Protocol):
-    """How a job reaches its sites; the coordinator knows no more of them than this."""
-
-    names: tuple[str, ...]
-    num_slots: int
-    have_runs: ClassVar[bool]
-    """Whether a site's part of a round is a Prefect run of its own."""
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether someone asked for the job to end."""
-        ...
-
-    def open(self, job: ClientJob, store: Store) -> None:
-        """Get ready for a job whose bundle is in the store."""
-        ...
-
-    async def announce(self, site: str, round: int, attempt: int) -> bool:
-        """Tell a site that its part in a round will come, so that it is ready; not every round that is announced comes.
-
-        Returns: False when that attempt is over: an earlier coordinator's, which ended with it.
-        """
-        ...
-
-    async def unreachable(self, sites: Collection[str]) -> Mapping[str, str]:
-        """Those of some sites that cannot be reached now, each with the reason in a few words."""
-        ...
-
-    async def perform(
-        self, assignment: SiteAssignment, *, deadline: float | None, patience_s: float, log: LogLine
-    ) -> Delivery:
-        """Have a site do an assignment. Given up when cancelled: then the site goes on by itself, and nobody waits for it.
-
-        Args:
-            patience_s: how long a site that cannot be reached is waited for.
-
-        Raises:
-            SiteError: it failed, or missed the deadline (`time.monotonic()`).
-            IntegrityError: what it left as a manifest is none.
-        """
-        ...
-
-    @property
-    def endings(self) -> Mapping[str, str]:
-        """site -> how its script failed after its last round, once `end` was called, as far as is known by then."""
-        ...
-
-    def cancel(self) -> None:
-        """Stop what is under way: whoever waits for a site gets a `SiteError`."""
-        ...
-
-    async def end(self) -> None:
-        """The job is over: tell the scripts, and leave nothing of them behind."""
-        ...
 
 
 class LocalSites:
@@ -107,7 +51,7 @@ class LocalSites:
         commands: what runs the scripts of the sites that are not forked, e.g. site -> "torchrun --nproc-per-node 2".
     """
 
-    have_runs: ClassVar[bool] = False
+    traits: ClassVar[Traits] = SIMULATED
 
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from prefect.logging import get_run_logger
 
 from fedpool.site_order import in_order
-from fedpool.sites.local import Sites
+from fedpool.sites.sites import Sites
 from fedpool.tasks.record import RoundRecord
 
 

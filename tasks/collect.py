@@ -21,8 +21,8 @@ from prefect.states import Cancelled
 
 from fedpool.errors import IntegrityError, SiteError
 from fedpool.manifest import SiteAssignment, Task, Used
-from fedpool.sites.local import Sites
 from fedpool.sites.site_round import read_delivery
+from fedpool.sites.sites import Sites
 from fedpool.storable import storable
 from fedpool.store import Store
 from fedpool.tasks.events import emit_rejected
@@ -197,7 +197,7 @@ async def collect(round: Round, chosen: Sequence[str]) -> list[Outcome]:
     Returns: what came of it, once all have answered, failed or timed out, or the round has closed; empty when the turn never
         came.
     """
-    if round.sites.have_runs:
+    if round.sites.traits.have_runs:
         calls: list[Coroutine[Any, Any, Any]] = [_follow_run(round, site) for site in chosen]
     elif len(chosen) <= MAX_SITE_TASKS:
         calls = [_ask_site.with_options(task_run_name=site)(round, site) for site in chosen]
@@ -277,7 +277,7 @@ async def _ask(round: Round, turn: Turn, site: str, attempt: int) -> None:
     logger = get_run_logger()
     answers = round.answers
     assert answers is not None, "begin() comes first"
-    again = Again(round.retries, round.patience_s if round.sites.have_runs else 0.0)
+    again = Again(round.retries, round.patience_s if round.sites.traits.come_back else 0.0)
     while True:
         try:
             outcome = await _unless(answers.closed, _answer(round, turn, site, attempt)) or Late(site, attempt)

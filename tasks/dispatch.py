@@ -29,6 +29,7 @@ from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import Delivery, read_delivery
+from fedpool.sites.sites import ELSEWHERE, Traits
 from fedpool.store import Store
 from fedpool.tasks.reach import GONE, Place, clock_ahead, find_place, read_pools, unreachable
 from fedpool.tasks.waiting import AWAY, Waiting
@@ -59,7 +60,7 @@ class PoolSites:
         names: of the sites; each has a deployment `site-round/NAME`.
     """
 
-    have_runs: ClassVar[bool] = True
+    traits: ClassVar[Traits] = ELSEWHERE
 
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (

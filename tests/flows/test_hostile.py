@@ -30,6 +30,7 @@ from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import MAX_MANIFEST_BYTES, Delivery, read_delivery
+from fedpool.sites.sites import SIMULATED
 from fedpool.store import Store
 
 MODEL = {
@@ -224,7 +225,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
 class HostileSites:
     """Two sites behind a store: site-1 is honest, site-2 sends what a case says, one in each round."""
 
-    have_runs = False
+    traits = SIMULATED
     num_slots = 2
     names = ("site-1", "site-2")
     cancelled = False
