@@ -6,7 +6,7 @@ Chang et al. 2018, "Distributed deep learning networks among institutions for me
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
 from fedpool.site_order import in_order
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import Slice, State, Strategy, Update
+from fedpool.tasks.strategy import State, Strategy, Update
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Cyclic(Strategy):
             turns = random.Random(f"cyclic/{seed}/{cycle}").sample(sorted(sites), len(sites))
         return (turns[position],) if turns else ()
 
-    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+    def apply(self, state: State, updates: Sequence[Update]) -> State:
         """See `Strategy.apply`."""
         params = {
             name: weighted_mean((update.weight, update.params[name]) for update in updates) for name in state.params
         }
-        return params, replace(state, params=params, round=state.round + 1)
+        return state.after(params)
 
 
 class CyclicRecipe(Recipe):

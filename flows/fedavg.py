@@ -6,11 +6,11 @@ McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Dec
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fedpool.flows.averaging import Averaging, AveragingRecipe
 from fedpool.tasks.aggregators import Aggregator, Mean
-from fedpool.tasks.strategy import Slice, State, Update
+from fedpool.tasks.strategy import State, Update
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class FedAvg(Averaging):
 
     rule: Aggregator = field(default_factory=Mean)
 
-    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+    def apply(self, state: State, updates: Sequence[Update]) -> State:
         """See `Strategy.apply`."""
         params = {name: self.rule.combine(name, state, updates) for name in state.params}
-        return params, replace(state, params=params, round=state.round + 1)
+        return state.after(params)
 
 
 class FedAvgRecipe(AveragingRecipe):

@@ -5,7 +5,7 @@ Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS
 from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import Slice, State, Strategy, Update
+from fedpool.tasks.strategy import State, Strategy, Update
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FedNova(Strategy):
 
     positive_meta = (LOCAL_STEPS,)
 
-    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+    def apply(self, state: State, updates: Sequence[Update]) -> State:
         """See `Strategy.apply`."""
         steps = {update.site: _steps(update) for update in updates}
         effective = float(weighted_mean((u.weight, _scalar(steps[u.site])) for u in updates))
@@ -39,7 +39,7 @@ class FedNova(Strategy):
             params[name] = weighted_mean(
                 (update.weight, before.lerp(update.params[name], effective / steps[update.site])) for update in updates
             )
-        return params, replace(state, params=params, round=state.round + 1)
+        return state.after(params)
 
 
 def _steps(update: Update) -> float:

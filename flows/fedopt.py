@@ -14,7 +14,7 @@ Defaults are those of the papers: FedAdagrad has no momentum (beta1 is 0), and t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -22,7 +22,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from fedpool.flows.averaging import Averaging, AveragingRecipe
 from fedpool.tasks.optimizers import Schedule, ServerOptimizer, make_optimizer
-from fedpool.tasks.strategy import Slice, State, Update
+from fedpool.tasks.strategy import State, Update
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FedOpt(Averaging):
         """See `Strategy.slots`."""
         return self.optimizer.slots
 
-    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+    def apply(self, state: State, updates: Sequence[Update]) -> State:
         """See `Strategy.apply`."""
         params = {}
         slots: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in self.slots}
@@ -52,7 +52,7 @@ class FedOpt(Averaging):
             params[name], after = self.optimizer.step(before, aggregate - before, here, state.round)
             for slot, value in after.items():
                 slots[slot][name] = value
-        return params, replace(state, params=params, slots=slots, round=state.round + 1)
+        return state.after(params, slots)
 
 
 class FedOptRecipe(AveragingRecipe):

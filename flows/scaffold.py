@@ -9,7 +9,7 @@ to each gradient g of its S local steps, and sends what its c_i changed by.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from pydantic import Field
 from fedpool.model import ALGORITHM, CONTROL, SCAFFOLD
 from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
+from fedpool.tasks.strategy import Shares, State, Strategy, Update
 
 Weighted = bool | Literal["model"]
 
@@ -45,7 +45,7 @@ class Scaffold(Strategy):
         """See `Strategy.slots`."""
         return {CONTROL: 0.0}
 
-    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+    def apply(self, state: State, updates: Sequence[Update]) -> State:
         """See `Strategy.apply`."""
         params: dict[str, torch.Tensor] = {}
         control: dict[str, torch.Tensor] = {}
@@ -56,7 +56,7 @@ class Scaffold(Strategy):
                 continue
             params[name] = mean if self.lr == 1 else state.params[name].lerp(mean, self.lr)
             control[name] = self._control(name, state, updates)
-        return params, replace(state, params=params, slots={CONTROL: control}, round=state.round + 1)
+        return state.after(params, {CONTROL: control})
 
     def _control(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
         """The next c."""

@@ -211,8 +211,8 @@ def _next_block(
         made = block.data
     else:
         updates = [_update(strategy, block, update, weight, arithmetic) for update, weight in senders]
-        after, state = strategy.apply(state, updates)
-        made = as_bytes(_with_holes(narrow(after[name], block), block, [update for update, _ in senders]))
+        state = strategy.apply(state, updates)
+        made = as_bytes(_with_holes(narrow(state.params[name], block), block, [update for update, _ in senders]))
     if slots is not None:
         for slot, values in state.slots.items():
             if name in values:

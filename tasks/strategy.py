@@ -9,7 +9,7 @@ A strategy is given slice after slice of the model, never the whole, so memory d
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -56,6 +56,15 @@ class State:
     round: int = 0
     averaged: frozenset[str] = frozenset()
     shares: Shares = Shares()
+
+    def after(self, params: Slice, slots: Mapping[str, Slice] | None = None) -> "State":
+        """The state that the next round starts from.
+
+        Args:
+            params: the next global model.
+            slots: their next values; None where there are none, or they stay.
+        """
+        return replace(self, params=params, slots=self.slots if slots is None else slots, round=self.round + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +145,8 @@ class Strategy(ABC):
         return self
 
     @abstractmethod
-    def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
-        """The next global model and state.
+    def apply(self, state: State, updates: Sequence[Update]) -> State:
+        """The state after a round, with the next global model; see `State.after`.
 
         Args:
             state: of the round before.

@@ -52,10 +52,10 @@ def run(strategy: Strategy, start: Array, models: Array, weights: Array, **extra
             for k in range(len(round_models))
         ]
         now = {update.site: update.weight for update in updates}
-        params, state = strategy.apply(replace(state, shares=job_shares(known, now, {})), updates)
+        state = strategy.apply(replace(state, shares=job_shares(known, now, {})), updates)
         known = {**now, **known}
         assert state.round == number + 1
-        found.append(params["w"].numpy())
+        found.append(state.params["w"].numpy())
     return found
 
 
@@ -179,7 +179,7 @@ def test_scaffold_does_what_a_naive_reference_does(seed: int, lr: float) -> None
             for k in range(SITES)
         ]
         alike = {update.site: 1.0 for update in updates}
-        _, state = strategy.apply(replace(state, shares=job_shares(alike if number else {}, alike, {})), updates)
+        state = strategy.apply(replace(state, shares=job_shares(alike if number else {}, alike, {})), updates)
         c = c + changes[number].sum(axis=0) / 6
     np.testing.assert_allclose(state.slots[CONTROL]["w"].numpy(), c, rtol=1e-9, atol=1e-9)
 
@@ -206,8 +206,8 @@ def test_what_is_no_floating_point_number_is_averaged_and_has_no_slot(name: str)
         Update("a", 1.0, {"n": torch.tensor([2.0], dtype=torch.float64)}, {}, {LOCAL_STEPS: 1}),
         Update("b", 3.0, {"n": torch.tensor([6.0], dtype=torch.float64)}, {}, {LOCAL_STEPS: 9}),
     ]
-    params, after = strategy.apply(state, updates)
-    assert params["n"].tolist() == [5.0]
+    after = strategy.apply(state, updates)
+    assert after.params["n"].tolist() == [5.0]
     assert all("n" not in values for values in after.slots.values())
 
 
@@ -228,8 +228,8 @@ def test_the_same_inputs_give_the_same_bits_and_are_left_as_they_were(name: str,
         shares = job_shares({}, {update.site: update.weight for update in updates}, {})
         state: State = replace(strategy.init({"w": start}), shares=shares)
         for _ in range(3):
-            params, state = strategy.apply(state, updates)
-        found.append([params["w"].clone(), *(slot["w"].clone() for slot in state.slots.values())])
+            state = strategy.apply(state, updates)
+        found.append([state.params["w"].clone(), *(slot["w"].clone() for slot in state.slots.values())])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(before, models, strict=True))
 
@@ -315,7 +315,7 @@ def test_scaffolds_variate_is_the_weighted_mean_of_the_sites_whoever_takes_part(
             for site, change, scale in zip(sites, changes, scales, strict=True)
             if weights[site]
         ]
-        _, state = strategy.apply(replace(state, shares=job_shares(known, now, {})), updates)
+        state = strategy.apply(replace(state, shares=job_shares(known, now, {})), updates)
         known = {**now, **known}
         for site, change, scale in zip(sites, changes, scales, strict=True):
             own[site] += scale * change * (weights[site] > 0)

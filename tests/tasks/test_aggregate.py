@@ -20,7 +20,7 @@ from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import Aggregator, GeometricMedian, Mean, Median, NormClippedMean
 from fedpool.tasks.gate import Accepted, Expected, judge
-from fedpool.tasks.strategy import Slice, State, Strategy, Update
+from fedpool.tasks.strategy import State, Strategy, Update
 from fedpool.tensors import ITEM_SIZES, Digest, TensorReader
 from tests.updates import sent_by
 
@@ -332,12 +332,12 @@ def test_a_strategy_reads_one_parameter_of_one_block_from_sites_in_sorted_order(
     class Last(Strategy):
         """Takes the last site's model."""
 
-        def apply(self, state: State, updates: Sequence[Update]) -> tuple[Slice, State]:
+        def apply(self, state: State, updates: Sequence[Update]) -> State:
             (name,) = state.params
             seen.append(([update.site for update in updates], list(updates[0].params), len(updates[0].params)))
             with pytest.raises(KeyError):
                 _ = updates[0].params["another"]
-            return {name: updates[-1].params[name]}, state
+            return state.after({name: updates[-1].params[name]})
 
     round = Round(tmp_path, {"a": f32(0), "b": f32(0)})
     for site, value in (("site-3", 3.0), ("site-1", 1.0), ("site-2", 2.0)):
