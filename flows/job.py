@@ -116,7 +116,9 @@ def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
         try:
             ledger = ledger.advance(record, hashlib.sha256(data).hexdigest())
         except IntegrityError as error:
-            raise IntegrityError(f"{store.full(path)} {error}: verify the job") from None
+            raise IntegrityError(
+                f"{store.full(path)} does not follow from the round before it: it {error}; verify the job"
+            ) from None
     return ledger
 
 

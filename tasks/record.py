@@ -4,12 +4,14 @@ A field that is None in a job of an earlier version, or that a round has no use 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedpool.manifest import PROTOCOL, Task
 from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
+from fedpool.paths import check_name
 from fedpool.recipe import SERVER
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
@@ -17,17 +19,20 @@ from fedpool.tasks.metrics import denominators, mean_metrics
 from fedpool.tensors import Digest
 from fedpool.written import Written, is_empty, is_false, is_none
 
+SiteName = Annotated[str, AfterValidator(partial(check_name, "site"))]
+"""Paths in the store are made of it."""
+
 
 class SiteEntry(Written):
     """What a record says of a site."""
 
-    site: str
+    site: SiteName
 
 
 class Entry(SiteEntry):
     """What came of asking a site, once."""
 
-    attempt: int
+    attempt: int = Field(ge=0)
 
 
 class UpdateEntry(Entry):
@@ -139,7 +144,7 @@ class RoundRecord(Written):
     job_id: str
     round: int
     task: Task
-    sites: tuple[str, ...]
+    sites: tuple[SiteName, ...]
     accepted: tuple[AcceptedEntry, ...]
     rejected: tuple[RejectedEntry, ...]
     failed: tuple[FailedEntry, ...]

@@ -18,6 +18,8 @@ from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.job_record import JobResult
 from fedpool.tasks.tables import final_report
+from tests.records import record_of
+from tests.records import result_of as ended
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -123,8 +125,7 @@ def test_of_a_job_that_is_cancelled_no_ending_is_named(run_job: Callable[..., Ru
 
 def test_what_a_site_says_of_its_ending_need_not_be_sound(tmp_path: Path) -> None:
     store, paths = Store(str(tmp_path)), JobPaths("job-1")
-    record: dict[str, Any] = {"round": 0, "rejected": [], "probed": [], "late": []}
-    record["accepted"] = [{"site": f"site-{number}", "attempt": 0} for number in (1, 2, 3, 4, 10)]
+    record = record_of({"accepted": [{"site": f"site-{number}"} for number in (1, 2, 3, 4, 10)]})
     for site, data in (
         ("site-10", b'{"how": "exit code 3"}'),
         ("site-2", b"no JSON"),
@@ -132,7 +133,7 @@ def test_what_a_site_says_of_its_ending_need_not_be_sound(tmp_path: Path) -> Non
         ("site-4", b"[]"),
     ):
         store.write_bytes(paths.ending(0, site), data)
-    found = read_endings(store, "job-1", {}, [record])
+    found = read_endings(store, "job-1", ended({}), [record])
     assert list(found) == ["site-2", "site-3", "site-4", "site-10"]
     assert found["site-10"] == "exit code 3"
     assert "cannot be read" in found["site-2"] and "cannot be read" in found["site-4"]

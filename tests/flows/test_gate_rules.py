@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,8 @@ from fedpool import JobFailed, Run
 from fedpool.flows.verify import verify_job
 from fedpool.store import Store
 from fedpool.tasks.quarantine import quarantined
+from fedpool.tasks.record import RoundRecord
+from tests.records import record_of
 
 # site-2 sends a difference of L2 norm 50 in the rounds that it is told, others one of norm 5.
 SCRIPT = """
@@ -122,14 +123,8 @@ def test_a_quorum_of_sites_in_quarantine_is_none(run_job: Callable[..., Run]) ->
         run.get_result()
 
 
-def entry(site: str) -> dict[str, Any]:
-    return {"site": site}
-
-
-def round_of(**kinds: list[str]) -> dict[str, Any]:
-    return {
-        kind: [entry(site) for site in kinds.get(kind, [])] for kind in ("accepted", "rejected", "probed", "failed")
-    }
+def round_of(**kinds: list[str]) -> RoundRecord:
+    return record_of({kind: [{"site": site} for site in sites] for kind, sites in kinds.items()})
 
 
 def test_quarantine_counts_rejections_in_a_row() -> None:

@@ -19,6 +19,7 @@ from fedpool.cli import main
 from fedpool.errors import IntegrityError
 from fedpool.flows.verify import Verified, verify_job
 from fedpool.store import Store, to_json
+from tests.records import record_of
 
 # site-3 sends a NaN in round 1 and fails in round 2; the others add the number of their site.
 SCRIPT = """
@@ -117,6 +118,12 @@ def forge(job: Path) -> None:
     edit(job / "rounds/00000/round.json", lambda record: record["accepted"][0].update(claims))
 
 
+def as_accepted(rejected: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a record that says of a rejected update that it was accepted."""
+    claims = {name: rejected[name] for name in ("site", "attempt", "sha256", "manifest_sha256")}
+    return {**record_of({"accepted": [claims]}).as_json()["accepted"][0], **claims}
+
+
 R = "rounds/0000{}/round.json"
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of the initial model": (
@@ -171,7 +178,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a rejected update that was let in": (
         lambda job: edit(
             job / R.format(1),
-            lambda record: record.update(accepted=[*record["accepted"], *record["rejected"]], rejected=[]),
+            lambda record: record.update(
+                accepted=[*record["accepted"], *(as_accepted(entry) for entry in record["rejected"])], rejected=[]
+            ),
         ),
         r"00001/sites/site-3/update\.safetensors was accepted, but is to be rejected \(not_finite\)",
     ),
