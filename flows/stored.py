@@ -6,6 +6,7 @@ from fedpool.flows.staging import restore
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store
+from fedpool.tasks.job_record import JobRecord
 
 
 def recipe_of(job_id: str, store: Store, kind: type[Recipe] | None = None) -> Recipe:
@@ -20,8 +21,7 @@ def recipe_of(job_id: str, store: Store, kind: type[Recipe] | None = None) -> Re
         RecipeError: it is of another class than `kind`.
     """
     path = JobPaths(job_id).job
-    described = store.read_json(path).get("recipe")
-    full = full_type(str(described.get("type"))) if isinstance(described, dict) else "none"
+    full = full_type(JobRecord.read(store, path).kind)
     kind = kind or find_installed(full)
     if kind is None:
         known = ", ".join(map(class_name, BUILT_IN.values()))
