@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedpool.deployments import jobs
 from fedpool.deployments.blocking import run_blocking
+from fedpool.deployments.code_permission import permission
 from fedpool.deployments.endings import read_endings, tell_endings
 from fedpool.deployments.fate import with_client
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
@@ -49,6 +50,10 @@ StoreUrl = Annotated[
     Parameter(
         help="URL of the store; default: FEDPOOL_STORE, else that of the proof of concept that is up, else fedpool-runs"
     ),
+]
+AllowCode = Annotated[
+    list[str] | None,
+    Parameter(help="sha256 of code that came with the job and may be run here; can be repeated", negative=""),
 ]
 Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 
@@ -127,13 +132,20 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
 
 
 @job.command
-def verify(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
+def verify(
+    job_id: str,
+    *,
+    allow_code: AllowCode = None,
+    store: StoreUrl = None,
+    home: Home = DEFAULT_HOME,
+    as_json: Json = False,
+) -> None:
     """Check every hash of a job, and recompute every aggregate from the stored updates; ends with 1 at the first difference."""
     from fedpool.flows.verify import verify_job
 
     place = _store(store, home, quiet=as_json)
     jobs.check_is_there(place, job_id)
-    found = verify_job(place, job_id)
+    found = verify_job(place, job_id, allow=permission(allow_code))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
@@ -191,6 +203,7 @@ def replay(
     ] = None,
     leave_out: Annotated[list[str] | None, Parameter(help="a site to do without; can be repeated")] = None,
     out: Annotated[Path | None, Parameter(help="safetensors file to write the model to")] = None,
+    allow_code: AllowCode = None,
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
@@ -202,7 +215,15 @@ def replay(
     jobs.check_is_there(place, job_id)
     with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="fedpool-") as scratch:
         target = out or Path(scratch) / "model.safetensors"
-        found = replay_round(place, job_id, target, round=at, strategy=strategy, leave_out=leave_out or ())
+        found = replay_round(
+            place,
+            job_id,
+            target,
+            round=at,
+            strategy=strategy,
+            leave_out=leave_out or (),
+            allow=permission(allow_code),
+        )
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
@@ -232,6 +253,7 @@ def resume(
     *,
     fork: Annotated[bool, Parameter(help="make a new job from a model of this one instead", negative="")] = False,
     from_round: Annotated[int | None, Parameter(help="round whose global model a fork starts from")] = None,
+    allow_code: AllowCode = None,
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -243,7 +265,7 @@ def resume(
     place = _store(store, home)
     jobs.check_is_there(place, job_id)
     described = JobRecord.read(place, JobPaths(job_id).job)
-    recipe, sites = recipe_of(job_id, place), described.sites
+    recipe, sites = recipe_of(job_id, place, allow=permission(allow_code)), described.sites
     with _server(home) if not described.simulated else nullcontext():
         env = (
             SimEnv(clients=sites, workspace=Path(place.root))
@@ -265,6 +287,7 @@ def stage_(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write a recipe to the store as the template of a deployment, and print its id; for prefect.yaml."""
+    from fedpool.flows.own_code import check_travels
     from fedpool.flows.staging import stage
 
     path, _, name = source.partition(":")
@@ -277,6 +300,7 @@ def stage_(
     if not isinstance(found, Recipe):
         raise ConfigError(f"{path} has no recipe called {name or 'recipe'!r}: name it as FILE:NAME")
     found.check_sites(sites)
+    check_travels(found)
     job_id = new_job_id(found.name)
     stage(found, job_id, _store(store, home, quiet=True), tuple(sites), template=True)
     print(job_id)

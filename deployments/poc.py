@@ -23,7 +23,7 @@ from typing import Any, Self
 import httpx
 from pydantic import Field, field_validator, model_validator
 
-from fedpool import exclusive
+from fedpool import allowed_code, exclusive
 from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.processes import Processes
 from fedpool.deployments.remote import RemoteEnv
@@ -174,7 +174,9 @@ class PocEnv(RemoteEnv, NamedClients):
                 self._start_server(state)
             if self._processes.find(_COORDINATOR) is None:
                 command = ["-m", "prefect", "worker", "start", "--type", "process", "--name", "coordinator"]
-                self._start_worker(state, _COORDINATOR, [*command, "--pool", self.coordinator_pool])
+                # Whoever may submit a job here may run a program here anyway.
+                allowed = {allowed_code.VARIABLE: allowed_code.ANY}
+                self._start_worker(state, _COORDINATOR, [*command, "--pool", self.coordinator_pool], allowed)
             for name in self.names:
                 if self._processes.find(_SITE_PREFIX + name) is None:
                     folder = self.home / "sites" / name
@@ -298,7 +300,9 @@ class PocEnv(RemoteEnv, NamedClients):
         process = self._processes.start(_SERVER, [*server_command(port), "stay"], environment)
         wait_until_up(f"{state['address']}/api", process, self._processes.log(_SERVER))
 
-    def _start_worker(self, state: Mapping[str, Any], name: str, command: Sequence[str]) -> None:
+    def _start_worker(
+        self, state: Mapping[str, Any], name: str, command: Sequence[str], more: Mapping[str, str] = {}
+    ) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
         environment |= {
             "PREFECT_HOME": str(self.home / "prefect"),
@@ -311,6 +315,7 @@ class PocEnv(RemoteEnv, NamedClients):
             "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
             "DO_NOT_TRACK": "1",
             **state["environment"],
+            **more,
         }
         self._processes.start(name, [sys.executable, *command], environment)
 

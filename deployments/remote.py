@@ -4,9 +4,11 @@ Everything that can be known to be missing is said before anything is submitted.
 """
 
 import asyncio
+import hashlib
+import json
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ from fedpool.deployments.run import Run
 from fedpool.deployments.terminal import open_console
 from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
 from fedpool.fields import Checked
+from fedpool.flows.own_code import check_travels
+from fedpool.flows.recipes import flow_name
 from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, new_job_id
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 
 COORDINATOR_POOL = "fedpool-coordinator"
 _AD_HOC = "execute"
-"""Prefix of the deployments that `execute` uses, one per recipe class; a recipe's own deployment is left alone."""
+"""Prefix of the deployments that `execute` uses, one for each form; a recipe's own deployment is left alone."""
 
 
 class RemoteEnv(Checked):
@@ -96,6 +100,7 @@ class RemoteEnv(Checked):
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        check_travels(recipe)
         console = open_console(quiet=not self.progress)
         for note in recipe.bundle.notes:
             console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -121,9 +126,7 @@ class RemoteEnv(Checked):
                     await asyncio.to_thread(store.remove, JobPaths(job_id).result)
                 else:
                     await asyncio.to_thread(stage, recipe, job_id, store, names, parent=start.parent)
-                deployment = await _deploy(
-                    client, recipe, f"{_AD_HOC}-{type(recipe).__name__}", pool=self.coordinator_pool, parameters={}
-                )
+                deployment = await _deploy(client, recipe, None, pool=self.coordinator_pool, parameters={})
                 run = await client.create_flow_run_from_deployment(
                     deployment,
                     name=job_id,
@@ -166,6 +169,7 @@ class RemoteEnv(Checked):
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        check_travels(recipe)
         overlap = chosen(overlap, scheduled=schedule is not None)
         schedules = [parse_schedule(entry) for entry in ([] if schedule is None else _listed(schedule))]
         self.prepare(recipe)
@@ -301,7 +305,7 @@ async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool:
 async def _deploy(
     client: "PrefectClient",
     recipe: Recipe,
-    name: str,
+    name: str | None,
     *,
     pool: str,
     parameters: dict[str, Any],
@@ -313,15 +317,16 @@ async def _deploy(
 
     from fedpool.flows.deployed import deployed, entrypoint_of
 
-    flow = deployed(type(recipe))
+    flow, entrypoint = deployed(type(recipe)), entrypoint_of(type(recipe))
+    schema = parameter_schema(flow).model_dump_for_openapi()
     most, options = limit(overlap)
     deployment: UUID = await client.create_deployment(
         flow_id=await client.create_flow(flow),
-        name=name,
+        name=name or _ad_hoc_name(type(recipe), entrypoint, schema),
         work_pool_name=pool,
-        entrypoint=entrypoint_of(type(recipe)),
+        entrypoint=entrypoint,
         parameters=parameters,
-        parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
+        parameter_openapi_schema=schema,
         enforce_parameter_schema=True,
         schedules=[DeploymentScheduleCreate.from_schedule(schedule) for schedule in schedules],
         concurrency_limit=most,
@@ -330,6 +335,14 @@ async def _deploy(
         tags=["fedpool"],
     )
     return deployment
+
+
+def _ad_hoc_name(kind: type[Recipe], entrypoint: str, schema: Mapping[str, Any]) -> str:
+    """The name of the deployment by which `execute` runs a class of recipes. Classes of one name may have different forms."""
+    name = f"{_AD_HOC}-{kind.__name__}"
+    if flow_name(kind) is not None:
+        return name
+    return f"{name}-{hashlib.sha256(json.dumps([entrypoint, schema], sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -25,6 +25,7 @@ from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.deployments.terminal import open_console
 from fedpool.errors import RecipeError
+from fedpool.flows.own_code import why_it_stays
 from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, check_folder
@@ -170,6 +171,14 @@ class SimEnv(NamedClients):
         console = open_console(quiet=not self.progress)
         for note in recipe.bundle.notes:
             console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        if why := why_it_stays(recipe):
+            console.print(
+                f"{why}. Until then its jobs run here alone: the fedpool command cannot verify, replay or resume them",
+                style="yellow",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
         sites = LocalSites(
             names,
             num_slots=num_slots,

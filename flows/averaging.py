@@ -1,6 +1,6 @@
 """What the recipes share that average whole models: the choice of the aggregator."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -101,6 +101,11 @@ class AveragingRecipe(Recipe):
             min_clients=self.min_clients,
         )
         return self
+
+    @property
+    def functions(self) -> Sequence[str]:
+        """See `Recipe.functions`."""
+        return (self.aggregator,) if ":" in self.aggregator else ()
 
     @property
     def rule(self) -> Aggregator:

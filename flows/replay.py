@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fedpool.allowed_code import Permission, by_environment
 from fedpool.arrays import torch_block
 from fedpool.errors import RecipeError, RoundError
 from fedpool.flows.expected import expected
@@ -60,6 +61,7 @@ def replay_round(
     round: int | None = None,
     strategy: str | None = None,
     leave_out: Collection[str] = (),
+    allow: Permission = by_environment,
 ) -> Replayed:
     """Aggregate the accepted updates of a round once more.
 
@@ -68,13 +70,15 @@ def replay_round(
         round: None for the job's last training round.
         strategy: a name out of `STRATEGIES`; None for the recipe's own.
         leave_out: sites to do without.
+        allow: is asked before code is run that came with the job; see `recipe_of`.
 
     Raises:
+        ConfigError: the job's code may not be run.
         RecipeError: a strategy or a site that is not there, or nothing is left.
         RoundError: the round is not committed, or its updates were not kept.
         IntegrityError: an update is not what its record says.
     """
-    recipe, paths = recipe_of(job_id, store), JobPaths(job_id)
+    recipe, paths = recipe_of(job_id, store, allow=allow), JobPaths(job_id)
     if strategy is not None and strategy not in STRATEGIES:
         raise RecipeError(f"there is no strategy {strategy!r}: known are {', '.join(STRATEGIES)}")
     if round is None:

@@ -12,13 +12,14 @@ from typing import Any
 
 from fedpool.bundle import Bundle
 from fedpool.errors import IntegrityError, RecipeError
+from fedpool.flows.own_code import code_of
 from fedpool.flows.recipes import class_name, full_type, type_of
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.arithmetic import CURRENT
-from fedpool.tasks.job_record import JobRecord, JobResult, Parent
+from fedpool.tasks.job_record import JobRecord, JobResult, NamedCode, Parent
 from fedpool.tasks.record import RoundRecord
 from fedpool.tensors import Digest
 
@@ -95,9 +96,11 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
     recorded = type(recipe).recorded(job.recipe)
     there = {"sites": sorted(job.sites), "script": job.bundle_sha256, **recorded}
     here = {"sites": sorted(sites), "script": recipe.bundle.sha256, **_described(recipe)}
-    there["type"] = full_type(there["type"])
-    if ":" not in there["type"]:  # a class of the user's, in a job of an earlier version
-        here["type"] = class_name(here["type"])
+    if ":" in there["type"]:
+        there["code"], here["code"] = (code and code.sha256 for code in (job.code, code_of(recipe)))
+    else:  # of an earlier version, which had no code with it
+        there["type"] = full_type(there["type"])
+        here["type"] = here["type"] if ":" in there["type"] else class_name(here["type"])
     model = store.tensors(paths.global_model(0), job.model.size)
     there["model"] = {name: str(entry) for name, entry in model.spec.items()}
     here["model"] = {name: str(entry) for name, entry in recipe.model.spec.items()}
@@ -145,6 +148,9 @@ def stage(
     """
     paths = JobPaths(job_id)
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
+    code = code_of(recipe)
+    if code is not None:
+        store.write_bytes(paths.code(code.sha256), code.data)
     digest: Digest = recipe.model.digest
     with store.staged(paths.global_model(0)) as file:
         recipe.model.write_to(file)
@@ -160,6 +166,7 @@ def stage(
         arithmetic=CURRENT.number,
         sites=sites,
         bundle_sha256=recipe.bundle.sha256,
+        code=None if code is None else NamedCode(sha256=code.sha256, modules=code.modules),
         model=digest,
         holes=tuple(sorted(recipe.model.holes)),
         versions={

@@ -1,29 +1,77 @@
-"""The recipe of a job that lies in the store, made of what lies there."""
+"""The recipe of a job that lies in the store, made of what lies there: its class as well, where that came with the job."""
 
+import hashlib
+import sys
+from typing import Any
+
+from fedpool.allowed_code import Permission, Request, by_environment
+from fedpool.code import Code, is_loaded, load_code
 from fedpool.errors import IntegrityError
-from fedpool.flows.recipes import BUILT_IN, class_name, find_installed, full_type
+from fedpool.flows.recipes import BUILT_IN, GROUP, class_name, find_installed, full_type
 from fedpool.flows.staging import restore
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store
-from fedpool.tasks.job_record import JobRecord
+from fedpool.tasks.job_record import JobRecord, NamedCode
 
 
-def recipe_of(job_id: str, store: Store, kind: type[Recipe] | None = None) -> Recipe:
+def recipe_of(
+    job_id: str, store: Store, kind: type[Recipe] | None = None, *, allow: Permission = by_environment
+) -> Recipe:
     """The recipe of a job, as the store holds it.
 
     Args:
         kind: what its class has to be, if that is known.
+        allow: is asked before code is run that came with the job, and refuses by raising.
 
     Raises:
         FileNotFoundError: there is no such job.
         IntegrityError: what lies there is not what its `job.json` says, or of a class that is not known here.
-        RecipeError: it is of another class than `kind`.
+        RecipeError: it is of another class than `kind`, or its code cannot be imported in this process.
+        ConfigError: its code may not be run.
     """
     path = JobPaths(job_id).job
-    full = full_type(JobRecord.read(store, path).kind)
-    kind = kind or find_installed(full)
+    record = JobRecord.read(store, path)
+    full = full_type(record.kind)
+    code = None if record.code is None else _stored_code(job_id, store, record.code)
+    if code is not None and not is_loaded(code):
+        where = store.full(JobPaths(job_id).code(code.sha256))
+        allow(Request(job_id, full, code.modules, tuple(code.files), code.sha256, where))
+        load_code(code)
+    kind = kind or _own_class(full, code, store.full(path)) or find_installed(full)
     if kind is None:
         known = ", ".join(map(class_name, BUILT_IN.values()))
-        raise IntegrityError(f"{store.full(path)} has a recipe of class {full!r}: known are {known}")
+        raise IntegrityError(
+            f"{store.full(path)} has a recipe of class {full!r}: known are {known}, and what installed packages register "
+            f"({GROUP}). The code of another class is in its jobs if it is defined in a module beside the script that was run"
+        )
     return restore(kind, job_id, store)
+
+
+def _stored_code(job_id: str, store: Store, named: NamedCode) -> Code:
+    """The code that a job has brought.
+
+    Raises:
+        IntegrityError: it is not there, or not what `job.json` says.
+    """
+    path = JobPaths(job_id).code(named.sha256)
+    try:
+        data = store.read_bytes(path)
+    except FileNotFoundError:
+        raise IntegrityError(f"{store.full(path)} is missing") from None
+    if hashlib.sha256(data).hexdigest() != named.sha256:
+        raise IntegrityError(f"{store.full(path)} is not what its name says")
+    return Code(named.modules, named.sha256, data)
+
+
+def _own_class(full: str, code: Code | None, where: str) -> type[Recipe] | None:
+    """The class of a recipe out of the job's own code, which is loaded; None when it is of another module."""
+    module, _, name = full.partition(":")
+    if code is None or module not in code.modules:
+        return None
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, Recipe)):
+        raise IntegrityError(f"{where} names {full}, which is not a recipe: it is {found!r}")
+    return found

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpool.allowed_code import Permission, by_environment
 from fedpool.arrays import not_finite_names
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
@@ -59,24 +60,28 @@ class Verified:
     status: str | None
 
 
-def verify_job(store: Store, job_id: str) -> Verified:
+def verify_job(store: Store, job_id: str, *, allow: Permission = by_environment) -> Verified:
     """Verify all that the store holds of a job.
 
+    Args:
+        allow: is asked before code is run that came with the job; see `recipe_of`.
+
     Raises:
+        ConfigError: that code may not be run.
         IntegrityError: something is not what it says; the message names the first such object, and how it differs.
         FileNotFoundError: there is no such job.
     """
-    return _Audit(store, job_id).run()
+    return _Audit(store, job_id, allow).run()
 
 
 class _Audit:
-    def __init__(self, store: Store, job_id: str) -> None:
+    def __init__(self, store: Store, job_id: str, allow: Permission) -> None:
         self._store = store
         self._paths = JobPaths(job_id)
         self._num_updates = self._num_pruned = 0
         data = store.read_bytes(self._paths.job)
         try:
-            self._recipe = recipe_of(job_id, store)
+            self._recipe = recipe_of(job_id, store, allow=allow)
         except RecipeError as error:
             raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
         except FileNotFoundError as error:

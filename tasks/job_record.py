@@ -9,7 +9,7 @@ from fedpool.manifest import ClientJob
 from fedpool.store import to_json
 from fedpool.tasks.arithmetic import BEFORE, Arithmetic
 from fedpool.tensors import Digest
-from fedpool.written import Written
+from fedpool.written import Written, is_none
 
 JOB_FORMAT = 1
 
@@ -21,6 +21,13 @@ class Parent(Written):
 
     job_id: str
     round: int
+
+
+class NamedCode(Written):
+    """Code of the user's that a job has brought: its hash, and the modules of it that are imported."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    modules: tuple[str, ...] = Field(min_length=1)
 
 
 class JobRecord(Written):
@@ -35,6 +42,7 @@ class JobRecord(Written):
         client: what its sites were told.
         arithmetic: number of its arithmetic.
         sites: in their order.
+        code: what it needs beside fedpool and what is installed, if anything.
         model: the initial one.
         holes: names of the tensors that need not be finite, see `fedpool.tasks.holes`; None for a job of an earlier version.
         versions: of Python and the packages that wrote it.
@@ -52,6 +60,7 @@ class JobRecord(Written):
     arithmetic: int = BEFORE.number
     sites: tuple[str, ...]
     bundle_sha256: str
+    code: NamedCode | None = Field(None, exclude_if=is_none)
     model: Digest
     holes: tuple[str, ...] | None = None
     versions: dict[str, str]

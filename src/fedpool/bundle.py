@@ -79,7 +79,7 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
             f"(largest: {largest}, {sizes[largest] / 2**20:.1f} MiB): leave data at the site and give its path in train_args"
         )
     contents |= {name: file.read_bytes() for name, file in names.items()}
-    data = _zip(contents)
+    data = zip_files(contents)
     entry = path.relative_to(found.root).as_posix()
     no_client = missing_client(entry, found.trees, contents.values())
     return Bundle(
@@ -149,7 +149,8 @@ def _included(folder: Path, item: str) -> Iterator[Path]:
             yield Path(os.path.normpath(file)).relative_to(folder)
 
 
-def _zip(files: dict[str, bytes]) -> bytes:
+def zip_files(files: dict[str, bytes]) -> bytes:
+    """A zip of files by their names: the same files, the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in sorted(files):

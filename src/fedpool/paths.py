@@ -4,6 +4,7 @@ Layout (all safetensors and JSON, nothing pickled)::
 
     {root}/{job_id}/job.json
     {root}/{job_id}/bundle-{sha256}.zip
+    {root}/{job_id}/code-{sha256}.zip                               (where the recipe is of a class of the user's)
     {root}/{job_id}/rounds/00000/global.safetensors
     {root}/{job_id}/rounds/00000/assignments/{site}.json           (none in simulation)
     {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors + update.json
@@ -127,6 +128,12 @@ class JobPaths:
         if not _SHA256.fullmatch(sha256):
             raise RecipeError(f"bundle hash {sha256!r} is not a sha256 in hex")
         return f"{self.job_id}/bundle-{sha256}.zip"
+
+    def code(self, sha256: str) -> str:
+        """The recipe's class and what it imports, where it is the user's."""
+        if not _SHA256.fullmatch(sha256):
+            raise RecipeError(f"code hash {sha256!r} is not a sha256 in hex")
+        return f"{self.job_id}/code-{sha256}.zip"
 
     def global_model(self, round: int) -> str:
         """The model that the round starts from."""

@@ -404,6 +404,11 @@ class Recipe(Checked):
         """What the algorithm adds to `config`; `per_site_config` and the site itself win over it."""
         return {}
 
+    @property
+    def functions(self) -> Sequence[str]:
+        """Import paths of the functions that the recipe has by name, `module:function`; they travel with it like its class."""
+        return ()
+
     @abstractmethod
     def strategy(self, num_sites: int) -> Any:
         """The recipe's algorithm: a `fedpool.tasks.strategy.Strategy`.

@@ -9,7 +9,7 @@ import ast
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class ScriptFiles:
         imports: dotted names of what is imported from elsewhere.
         early_setting: why nothing must be imported for the script beforehand; see `fedpool.early_settings`.
         trees: name of each file of code, relative to `root` -> its source, parsed.
+        importable: path of each file of code -> its name relative to the folder on `sys.path` that it is found from.
     """
 
     root: Path
@@ -52,22 +53,25 @@ class ScriptFiles:
     imports: frozenset[str]
     early_setting: str | None
     trees: dict[str, ast.Module]
+    importable: dict[Path, str]
 
 
-def find_files(script: Path) -> ScriptFiles:
-    """Find what a script needs.
+def find_files(script: Path, folders: Sequence[Path] = ()) -> ScriptFiles:
+    """Find what a script, or a module, needs.
 
     Args:
         script: its path, links followed.
+        folders: that its modules are found in, the first before what is installed: that is the module's; none: its own folder.
 
     Raises:
         RecipeError: a module does not compile.
     """
-    finder = _Finder(script)
+    folder = folders[0] if folders else script.parent
+    finder = _Finder(script, (folder, *folders[1:]))
     while not finder.find():  # a folder on sys.path was found after modules had been looked for
         pass
     root = Path(os.path.commonpath([path.parent for path in finder.modules]))
-    named = {path for path in finder.named if path not in finder.modules and _travels(path, script.parent)}
+    named = {path for path in finder.named if path not in finder.modules and _travels(path, folder)}
     names = {path: path.relative_to(root).as_posix() for path in finder.modules}
     paths = {name: path for path, name in names.items()}
 
@@ -78,15 +82,18 @@ def find_files(script: Path) -> ScriptFiles:
     trees = {names[path]: tree for path, tree in finder.trees.items()}
     may_set = any(word in source for source in finder.modules.values() for word in _SETTING_WORDS)
     early = setting_before_import(names[script], trees, resolve) if may_set else None
-    return ScriptFiles(root, finder.modules, tuple(sorted(named)), frozenset(finder.imports), early, trees)
+    return ScriptFiles(
+        root, finder.modules, tuple(sorted(named)), frozenset(finder.imports), early, trees, finder.importable()
+    )
 
 
 class _Finder:
     """Reads the script and the modules that it imports, recursively."""
 
-    def __init__(self, script: Path) -> None:
+    def __init__(self, script: Path, folders: Sequence[Path]) -> None:
         self._script = script
-        self._folders: dict[Path, bool] = {script.parent: True}
+        self._folder = folders[0]
+        self._folders: dict[Path, bool] = {folder: folder == self._folder for folder in folders}
         """The folders that modules are found in, and whether before what is installed."""
         self._packages: dict[Path, tuple[str, ...]] = {}
 
@@ -97,7 +104,10 @@ class _Finder:
         self.named: set[Path] = set()
         self.imports: set[str] = set()
         num_folders = len(self._folders)
-        pending = [(self._script, self._script.parent)]
+        # Importing a module of a package runs the packages that it is in, too.
+        above = self._script.relative_to(self._folder).parents
+        packages = [self._folder / parent / "__init__.py" for parent in above if parent.parts]
+        pending = [(file, self._folder) for file in (self._script, *packages) if file.is_file()]
         while pending:
             file, base = pending.pop()
             if file in self.modules:
@@ -117,6 +127,12 @@ class _Finder:
                     if not local:
                         self.imports.add(module)
         return len(self._folders) == num_folders
+
+    def importable(self) -> dict[Path, str]:
+        """Name of each file of code, relative to the folder that it is found from."""
+        return {
+            file: "/".join((*package, file.name)) for file, package in self._packages.items() if file in self.modules
+        }
 
     def imported_modules(self, file: Path, node: ast.AST) -> Iterator[str]:
         """Dotted names of what a statement imports; `from a import b` gives `a.b`, which may be a module or not."""

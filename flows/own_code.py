@@ -1,0 +1,59 @@
+"""The code of a recipe that is not fedpool's own: what travels with its jobs, and what cannot."""
+
+from collections.abc import Iterator
+
+from fedpool.code import Code, build_code, find_home, is_installed
+from fedpool.errors import RecipeError
+from fedpool.flows.recipes import BUILT_IN, GROUP, class_name, is_registered, type_of
+from fedpool.recipe import Recipe
+
+
+def code_of(recipe: Recipe) -> Code | None:
+    """The code that a job of the recipe takes along; None when there is none to take, or when it cannot be taken.
+
+    Raises:
+        RecipeError: see `build_code`.
+    """
+    modules = [path.partition(":")[0] for path in _own(recipe) if _why_it_stays(path, recipe) is None]
+    return build_code(modules) if modules else None
+
+
+def why_it_stays(recipe: Recipe) -> str | None:
+    """Why a recipe runs in the process alone that holds it, and what to do about it; None when it runs anywhere."""
+    return next((why for path in _own(recipe) if (why := _why_it_stays(path, recipe))), None)
+
+
+def check_travels(recipe: Recipe) -> None:
+    """Refuse a recipe whose code cannot be taken to another process.
+
+    Raises:
+        RecipeError: see `why_it_stays`.
+    """
+    if why := why_it_stays(recipe):
+        raise RecipeError(why)
+
+
+def _own(recipe: Recipe) -> Iterator[str]:
+    """The `module:name` of what a recipe needs beside fedpool and what is installed for it."""
+    full = type_of(type(recipe))
+    if full not in BUILT_IN.values() and not is_registered(full):
+        yield full
+    yield from (path for path in recipe.functions if not is_installed(path.partition(":")[0]))
+
+
+def _why_it_stays(path: str, recipe: Recipe) -> str | None:
+    module, _, name = path.partition(":")
+    what = f"class {class_name(path)}" if path == type_of(type(recipe)) else f"function {name}"
+    if is_installed(module):
+        return (
+            f"{what} is of the installed module {module}, which does not register it: give its package the entry point "
+            f'[project.entry-points."{GROUP}"] {module.rpartition(".")[2]} = "{path}"'
+        )
+    if "<locals>" in name:
+        return f"{what} is defined inside a function of {module}: define it at the top of a module"
+    if find_home(module) is None:
+        where = (
+            "the script that is run" if module in ("__main__", "<run_path>") else f"{module}, which has no source file"
+        )
+        return f"{what} is defined in {where}: put it into a module beside the script, and import it from there"
+    return None

@@ -1,0 +1,43 @@
+"""What the tests of an algorithm of the user's own share: the one of CONTRIBUTING.md, in a folder beside a job.py."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def write_algorithm(folder: Path) -> Path:
+    """Write the files of CONTRIBUTING.md's algorithm: client.py, partial_step.py and job.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = dict(_BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))
+    assert set(files) == {"client.py", "partial_step.py", "job.py"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python in a folder, with its output in one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDPOOL_")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+
+
+def forget(folder: Path) -> None:
+    """Have this process forget the modules of a folder, so that others of their names can be imported."""
+    for name, module in list(sys.modules.items()):
+        places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+        if any(str(place).startswith(str(folder)) for place in places):
+            del sys.modules[name]
