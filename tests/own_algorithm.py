@@ -38,6 +38,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.Complete
 def forget(folder: Path) -> None:
     """Have this process forget the modules of a folder, so that others of their names can be imported."""
     for name, module in list(sys.modules.items()):
-        places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+        known = getattr(module, "__dict__", {})
+        places = [known.get("__file__") or "", *known.get("__path__", ())]
         if any(str(place).startswith(str(folder)) for place in places):
             del sys.modules[name]

@@ -187,7 +187,8 @@ def _taken(module: str, loaded: ModuleType) -> RecipeError:
 
 
 def _is_of(module: ModuleType, folder: Path) -> bool:
-    places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+    known = getattr(module, "__dict__", {})  # and nothing that a module makes up when it is asked
+    places = [known.get("__file__") or "", *known.get("__path__", ())]
     return any(place and Path(place).is_relative_to(folder) for place in places)
 
 
