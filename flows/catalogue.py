@@ -337,7 +337,8 @@ _YOURS = '''
 
 An aggregator may be a function of yours: `aggregator=my_rule`, or its path, `aggregator="my_rules:my_rule"`. It is given a piece
 of a parameter as all updates have it, (n, elements), and their weights, (n,), both float64 and in the order of the sites
-(`site-2` before `site-10`), and returns the aggregate, (elements,):
+(`site-2` before `site-10`), and returns the aggregate, (elements,). Its module travels with the job, as that of an
+[algorithm of your own](../../CONTRIBUTING.md#add-an-algorithm) does:
 
 ```python
 # my_rules.py

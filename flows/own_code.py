@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from fedpool.code import Code, build_code, find_home, is_installed
 from fedpool.errors import RecipeError
 from fedpool.flows.recipes import BUILT_IN, GROUP, class_name, is_registered, type_of
 from fedpool.recipe import Recipe
+from fedpool.user_code import Code, build_code, find_home, is_installed
 
 
 def code_of(recipe: Recipe) -> Code | None:

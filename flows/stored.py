@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 from fedpool.allowed_code import Permission, Request, by_environment
-from fedpool.code import Code, is_loaded, load_code
 from fedpool.errors import IntegrityError
 from fedpool.flows.recipes import BUILT_IN, GROUP, class_name, find_installed, full_type
 from fedpool.flows.staging import restore
@@ -13,6 +12,7 @@ from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.tasks.job_record import JobRecord, NamedCode
+from fedpool.user_code import Code, is_loaded, load_code
 
 
 def recipe_of(
@@ -27,8 +27,8 @@ def recipe_of(
     Raises:
         FileNotFoundError: there is no such job.
         IntegrityError: what lies there is not what its `job.json` says, or of a class that is not known here.
-        RecipeError: it is of another class than `kind`, or its code cannot be imported in this process.
-        ConfigError: its code may not be run.
+        RecipeError: it is of another class than `kind`.
+        ConfigError: its code may not be run, or cannot be imported in this process.
     """
     path = JobPaths(job_id).job
     record = JobRecord.read(store, path)

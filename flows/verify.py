@@ -67,7 +67,7 @@ def verify_job(store: Store, job_id: str, *, allow: Permission = by_environment)
         allow: is asked before code is run that came with the job; see `recipe_of`.
 
     Raises:
-        ConfigError: that code may not be run.
+        ConfigError: that code may not be run, or cannot be imported in this process.
         IntegrityError: something is not what it says; the message names the first such object, and how it differs.
         FileNotFoundError: there is no such job.
     """

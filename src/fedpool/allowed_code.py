@@ -10,6 +10,8 @@ from fedpool.errors import ConfigError
 VARIABLE = "FEDPOOL_ALLOWED_CODE"
 ANY = "any"
 _NONE = "none"
+_MAX_SHOWN = 20
+"""Files of the code that a message names."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,10 +36,11 @@ class Request:
     path: str
 
     def __str__(self) -> str:
-        files = ", ".join(self.files)
-        return (
-            f"job {self.job_id} has brought the code of {self.wanted} ({files}), sha256 {self.sha256}, in {self.path}"
-        )
+        more = f" and {len(self.files) - _MAX_SHOWN} more" if len(self.files) > _MAX_SHOWN else ""
+        what = f"{self.wanted} ({', '.join(self.files[:_MAX_SHOWN])}{more})"
+        # Whoever wrote the job chose the names: they are not to move the cursor of a terminal.
+        shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in what)
+        return f"job {self.job_id} has brought code for {shown}, sha256 {self.sha256}, in {self.path}"
 
 
 Permission = Callable[[Request], None]

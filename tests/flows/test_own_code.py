@@ -17,11 +17,11 @@ import torch
 
 from fedpool import ConfigError, FedAvgRecipe, IntegrityError, Recipe, RecipeError, Store
 from fedpool.allowed_code import VARIABLE, Request, by_environment
-from fedpool.code import build_code, find_home, is_installed, load_code
 from fedpool.flows.own_code import check_travels, code_of, why_it_stays
 from fedpool.flows.staging import check_unchanged, stage
 from fedpool.flows.stored import recipe_of
 from fedpool.paths import JobPaths
+from fedpool.user_code import build_code, find_home, is_installed, load_code
 from tests.own_algorithm import ROOT, forget, run
 
 SITES = ("site-1", "site-2")
@@ -220,7 +220,7 @@ def test_a_module_of_the_same_name_that_is_another_is_not_mixed_with_it(folder: 
     importlib.import_module(name)
     before = list(sys.path)
     with pytest.raises(
-        RecipeError, match=f"a module '{name}', and this process has another one of that name .*mine/{name}.py"
+        ConfigError, match=f"a module '{name}', and this process has another one of that name .*mine/{name}.py"
     ):
         recipe_of("job-1", folder.store, allow=allow)
     assert sys.path == before
@@ -233,7 +233,7 @@ def test_code_that_cannot_be_imported_says_why_and_leaves_nothing(folder: Folder
     code = build_code_of(folder, "import helper\nimport no_such_package\n")
     before = list(sys.path)
     with pytest.raises(
-        RecipeError, match="'halves' of the job's code cannot be imported here: ModuleNotFoundError: No module"
+        ConfigError, match="'halves' of the job's code cannot be imported here: ModuleNotFoundError: No module"
     ):
         load_code(code)
     assert sys.path == before and not {"helper", "halves"} & set(sys.modules)
@@ -308,8 +308,8 @@ def test_a_zip_that_was_tampered_with_is_not_run_wherever_it_is_allowed(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda job: job["code"].update(sha256="../../x"), "does not describe a job: code: code hash '../../x' is not"),
-        (lambda job: job["code"].pop("modules"), "does not describe a job: code: 'modules'"),
+        (lambda job: job["code"].update(sha256="../../x"), "does not describe a job: code.sha256: "),
+        (lambda job: job["code"].pop("modules"), "does not describe a job: code.modules: "),
         (lambda job: job.update(code=[]), "does not describe a job: code"),
         (lambda job: job["recipe"].update(type="halves:Path"), "halves:Path, which is not a recipe: it is None"),
         (lambda job: job["recipe"].update(type="os:system"), "recipe of class 'os:system': known are"),
@@ -387,3 +387,9 @@ def test_what_is_installed_is_told_from_what_is_the_users() -> None:
     assert find_home("__main__") is None and find_home("sys") is None and find_home("no_such_module") is None
     home = find_home("tests.own_algorithm")
     assert home is not None and home.root == ROOT and home.file == ROOT / "tests/own_algorithm.py"
+
+
+def test_what_is_asked_for_shows_names_as_they_are_and_moves_no_cursor() -> None:
+    files = ("a.py", "b\x1b[2K\r.py", *(f"{number}.py" for number in range(30)))
+    asked = str(Request("job-1", "m:C\nallowed", ("m",), files, "0" * 64, "store/code.zip"))
+    assert asked.isprintable() and r"m:C\nallowed (a.py, b\x1b[2K\r.py, 0.py" in asked and "17.py and 12 more)" in asked

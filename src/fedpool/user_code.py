@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fedpool.bundle import MAX_BUNDLE_BYTES, unpack_bundle, zip_files
-from fedpool.errors import IntegrityError, RecipeError
+from fedpool.errors import ConfigError, IntegrityError, RecipeError
 from fedpool.refusals import explained
 from fedpool.script_files import find_files
 
@@ -129,7 +129,7 @@ def load_code(code: Code) -> None:
 
     Raises:
         IntegrityError: it is not what its hash says.
-        RecipeError: this process has other modules of those names, or the import fails.
+        ConfigError: this process has other modules of those names, or the import fails.
     """
     with explained(tempfile.gettempdir()):
         unpacked = tempfile.TemporaryDirectory(prefix="fedpool-code-")
@@ -157,7 +157,7 @@ def _import(module: str, folder: Path) -> None:
     try:
         loaded = importlib.import_module(module)
     except Exception as error:  # it is the user's code
-        raise RecipeError(
+        raise ConfigError(
             f"module {module!r} of the job's code cannot be imported here: {type(error).__name__}: {error}. What it needs "
             "beside its own folder has to be installed here"
         ) from error
@@ -178,9 +178,9 @@ def _check_names(code: Code, folder: Path) -> None:
             raise _taken(name, loaded)
 
 
-def _taken(module: str, loaded: ModuleType) -> RecipeError:
+def _taken(module: str, loaded: ModuleType) -> ConfigError:
     where = getattr(loaded, "__file__", None) or "Python itself"
-    return RecipeError(
+    return ConfigError(
         f"the job's code has a module {module!r}, and this process has another one of that name ({where}): use a process that "
         "has not imported that, such as the fedpool command, or rename the module"
     )
