@@ -730,7 +730,7 @@ torch.distributed.destroy_process_group()
 class TestRanks:
     """Two processes on gloo: rank 0 talks, whoever has started them."""
 
-    @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+    @pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=pytest.mark.slow)])
     def test_ranks_train_together_and_one_of_them_talks(self, tmp_path: Path, launcher: str) -> None:
         tasks = ["train", "train", "evaluate"]
         plan = [a for a in OneSite(tmp_path, INITIAL, tasks).plan if a is not None]
@@ -849,16 +849,12 @@ class TestJobs:
         assert len(scores) == 4  # the last is the evaluation of the final model
         assert scores[-1] < scores[0] / 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("kind", "begin", "beside"),
         [
             (ScaffoldRecipe, "control = flare.Scaffold(net, optimizer)", "extras=control.extras()"),
-            pytest.param(
-                FedNovaRecipe,
-                "steps = flare.LocalSteps(optimizer)",
-                'meta={"LOCAL_STEPS": steps.close(), **meta}',
-                marks=pytest.mark.slow,
-            ),
+            (FedNovaRecipe, "steps = flare.LocalSteps(optimizer)", 'meta={"LOCAL_STEPS": steps.close(), **meta}'),
         ],
         ids=["scaffold", "fednova"],
     )

@@ -137,6 +137,7 @@ def test_killed_at_any_point_of_a_round_it_goes_on_to_the_same_bytes(
     assert verify_job(killed.store, killed.job_id).num_rounds == ROUNDS + 1
 
 
+@pytest.mark.slow
 def test_what_early_stopping_has_counted_survives(tmp_path: Path) -> None:
     """The model of round 1 is the best, so that a job killed in round 2 has seen one of two rounds without progress."""
     jobs = []

@@ -100,11 +100,11 @@ def test_weighted_means_are_exact(
 def test_the_same_seed_gives_the_same_bits_whatever_runs_at_once(run_job: Callable[..., Run]) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 3)
-    common: dict[str, Any] = {"model": model, "num_rounds": 3, "min_clients": 4}
-    variants = [{"num_threads": 4}, {"num_threads": 4}, {"num_threads": 1}, {"num_threads": 2, "keep_alive": False}]
+    common: dict[str, Any] = {"model": model, "num_rounds": 2, "min_clients": 4}
+    variants = [{"num_threads": 4}, {"num_threads": 1}, {"num_threads": 2, "keep_alive": False}]
     runs = [run_job(TRAINS, env={"num_clients": 4} | variant, **common) for variant in variants]
     first, *others = [global_models(run) for run in runs]
-    assert len(first) == 4 and len(set(first)) == 4
+    assert len(first) == 3 and len(set(first)) == 3
     assert all(models == first for models in others)
     different_seed = global_models(run_job(TRAINS, env={"num_clients": 4}, **common, seed=1))
     assert different_seed[0] == first[0] and different_seed[1] != first[1]
