@@ -17,6 +17,7 @@ import torch
 
 from fedpool import ConfigError, FedAvgRecipe, IntegrityError, Recipe, RecipeError, Store
 from fedpool.allowed_code import VARIABLE, Request, by_environment
+from fedpool.flows import deployed
 from fedpool.flows.own_code import check_travels, code_of, why_it_stays
 from fedpool.flows.staging import check_unchanged, stage
 from fedpool.flows.stored import recipe_of
@@ -393,3 +394,19 @@ def test_what_is_asked_for_shows_names_as_they_are_and_moves_no_cursor() -> None
     files = ("a.py", "b\x1b[2K\r.py", *(f"{number}.py" for number in range(30)))
     asked = str(Request("job-1", "m:C\nallowed", ("m",), files, "0" * 64, "store/code.zip"))
     assert asked.isprintable() and r"m:C\nallowed (a.py, b\x1b[2K\r.py, 0.py" in asked and "17.py and 12 more)" in asked
+
+
+def test_a_run_of_an_own_class_that_leaves_fields_out_goes_by_the_template(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write("halves.py", HALVES)
+    folder.stage("halves:FedAvgRecipe", site_patience_s=7.5)
+    assert deployed._needs(folder.store, "job-1", {}) == (2, 7.5)
+    assert deployed._needs(folder.store, "job-1", {"min_clients": 1}) == (1, 7.5)
+    with pytest.raises(RecipeError, match=r"there is no staged job 'job-9' in .*: deploy the recipe again"):
+        deployed._needs(folder.store, "job-9", {})
+    monkeypatch.setenv(VARIABLE, "any")
+    made = deployed._remade(None, "job-1", folder.store, ["a", "b"], False, {"share": 0.125})
+    assert (made.site_patience_s, made.share) == (7.5, 0.125)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="share"):
+        deployed._remade(None, "job-1", folder.store, ["a", "b"], False, {"share": "much"})
