@@ -259,19 +259,15 @@ def resume(
 ) -> None:
     """Go on with a job that was lost, has failed or was cancelled, from its last committed round; ends with 1 when it fails."""
     from fedpool.deployments.prod import ProdEnv
-    from fedpool.deployments.sim import SimEnv
+    from fedpool.deployments.resumed import environment_of
     from fedpool.flows.stored import recipe_of
 
     place = _store(store, home)
     jobs.check_is_there(place, job_id)
     described = JobRecord.read(place, JobPaths(job_id).job)
-    recipe, sites = recipe_of(job_id, place, allow=permission(allow_code)), described.sites
-    with _server(home) if not described.simulated else nullcontext():
-        env = (
-            SimEnv(clients=sites, workspace=Path(place.root))
-            if described.simulated
-            else ProdEnv(store=place.url, sites=sites)
-        )
+    recipe = recipe_of(job_id, place, allow=permission(allow_code))
+    env = environment_of(described, place, home)
+    with _server(home) if isinstance(env, ProdEnv) else nullcontext():
         run = recipe.execute(env, resume=job_id, fork=fork, from_round=from_round)
     print(f"{run.job_id}: {run.get_status()}")
     if run.get_status() is not JobStatus.COMPLETED:

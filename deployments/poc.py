@@ -41,6 +41,7 @@ from fedpool.paths import check_folder
 from fedpool.recipe import Recipe
 from fedpool.refusals import explained
 from fedpool.store import Store
+from fedpool.tasks.job_record import EnvironmentRecord
 
 DEFAULT_HOME = Path("~/.fedpool/poc")
 _BUCKET = "fedpool"
@@ -115,6 +116,11 @@ class PocEnv(RemoteEnv, NamedClients):
         """See `RemoteEnv.open_store`."""
         state = self._state()
         return Store(state["store"], **state["storage_options"])
+
+    def recorded(self) -> EnvironmentRecord:
+        """See `RemoteEnv.recorded`: with its folder, by which it is found again."""
+        said = super().recorded()
+        return said.model_copy(update={"settings": {**said.settings, "home": str(self.home)}})
 
     @property
     def server_remedy(self) -> str | None:

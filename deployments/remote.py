@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -24,15 +25,17 @@ from fedpool.deployments.overlap import Overlap, chosen, described, limit
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.terminal import open_console
+from fedpool.environment import ANEW, Begin
 from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
 from fedpool.fields import Checked
 from fedpool.flows.own_code import check_travels
 from fedpool.flows.recipes import flow_name
-from fedpool.flows.staging import begin, check_unchanged, has_completed, stage
+from fedpool.flows.staging import check_unchanged, has_completed, stage, start_of
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
+from fedpool.tasks.job_record import EnvironmentRecord
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -66,6 +69,11 @@ class RemoteEnv(Checked):
     def settings(self) -> dict[Any, Any]:
         """Prefect settings by which this process reaches the server."""
 
+    def recorded(self) -> EnvironmentRecord:
+        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began. No secrets, and no addresses."""
+        settings = self.model_dump(mode="json", include={"coordinator_pool", "look_ahead"})
+        return EnvironmentRecord(type=type(self).__name__, settings=settings)
+
     def prepare(self, recipe: Recipe) -> None:
         """Get ready to run a recipe; the base has nothing to do."""
 
@@ -74,21 +82,13 @@ class RemoteEnv(Checked):
         """What to do when the server does not answer; None: what there is to do with any server."""
         return None
 
-    def execute(
-        self,
-        recipe: Recipe,
-        *,
-        wait: bool = True,
-        resume: str | None = None,
-        fork: bool = False,
-        from_round: int | None = None,
-    ) -> Run:
+    def execute(self, recipe: Recipe, begin: Begin = ANEW, *, wait: bool = True) -> Run:
         """Run a recipe.
 
         Args:
             recipe: what to run.
+            begin: how the job begins.
             wait: block until the job has ended, showing its progress. False returns once it is submitted.
-            resume, fork, from_round: see `Recipe.execute`.
 
         Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
 
@@ -107,7 +107,7 @@ class RemoteEnv(Checked):
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
-        start = begin(recipe, store, resume=resume, fork=fork, from_round=from_round)
+        start = start_of(recipe, store, begin)
         recipe, job_id = start.recipe, start.job_id
         if start.resumes:
             check_unchanged(recipe, job_id, store, names)
@@ -125,7 +125,9 @@ class RemoteEnv(Checked):
                     await check_has_ended(client, job_id)
                     await asyncio.to_thread(store.remove, JobPaths(job_id).result)
                 else:
-                    await asyncio.to_thread(stage, recipe, job_id, store, names, parent=start.parent)
+                    await asyncio.to_thread(
+                        partial(stage, parent=start.parent, environment=self.recorded()), recipe, job_id, store, names
+                    )
                 deployment = await _deploy(client, recipe, None, pool=self.coordinator_pool, parameters={})
                 run = await client.create_flow_run_from_deployment(
                     deployment,
@@ -180,7 +182,9 @@ class RemoteEnv(Checked):
         async def register() -> None:
             async with open_client(self.server_remedy) as client:
                 await check(client, names, self.coordinator_pool)
-                await asyncio.to_thread(stage, recipe, template, store, names, template=True)
+                await asyncio.to_thread(
+                    partial(stage, template=True, environment=self.recorded()), recipe, template, store, names
+                )
                 parameters = self._parameters(recipe, store, names) | {
                     "template": template,
                     "warm_start": warm_start,

@@ -24,9 +24,10 @@ from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.deployments.terminal import open_console
+from fedpool.environment import ANEW, Begin
 from fedpool.errors import RecipeError
 from fedpool.flows.own_code import why_it_stays
-from fedpool.flows.staging import Start, begin, check_unchanged, has_completed
+from fedpool.flows.staging import Start, check_unchanged, has_completed, start_of
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, check_folder
 from fedpool.recipe import Recipe
@@ -36,6 +37,7 @@ from fedpool.sites.local import LocalSites, default_slots
 from fedpool.sites.process import find_program
 from fedpool.startup import collector_off
 from fedpool.store import Store
+from fedpool.tasks.job_record import EnvironmentRecord
 
 if TYPE_CHECKING:
     from prefect.settings.legacy import Setting
@@ -121,25 +123,22 @@ class SimEnv(NamedClients):
             raise RecipeError(f"command names {', '.join(unknown)}, but the sites are {', '.join(names)}")
         return {site: command for site, command in commands.items() if command != "python"}
 
+    def recorded(self) -> EnvironmentRecord:
+        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began."""
+        fields = {"num_threads", "gpus", "keep_alive", "command", "logs"}
+        return EnvironmentRecord(type="SimEnv", settings=self.model_dump(mode="json", include=fields))
+
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
         """The sites that a recipe would run at: as many as it needs when the environment does not say."""
         return self.names_or(recipe.sample_size or recipe.min_clients)
 
-    def execute(
-        self,
-        recipe: Recipe,
-        *,
-        wait: bool = True,
-        resume: str | None = None,
-        fork: bool = False,
-        from_round: int | None = None,
-    ) -> Run:
+    def execute(self, recipe: Recipe, begin: Begin = ANEW, *, wait: bool = True) -> Run:
         """Run a recipe.
 
         Args:
             recipe: what to run.
+            begin: how the job begins.
             wait: block until the job has ended, showing its progress. False returns at once; the job runs on its own thread.
-            resume, fork, from_round: see `Recipe.execute`.
 
         Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
 
@@ -151,7 +150,7 @@ class SimEnv(NamedClients):
         """
         bypass_proxies()
         store = Store(self.workspace.absolute())
-        start = begin(recipe, store, resume=resume, fork=fork, from_round=from_round)
+        start = start_of(recipe, store, begin)
         recipe, job_id = start.recipe, start.job_id
         names = self.site_names(recipe)
         recipe.check_sites(names)
@@ -192,7 +191,7 @@ class SimEnv(NamedClients):
             commands=commands,
             show=_show_on(open_console() if console.quiet else console) if self.logs == "console" else None,
         )
-        run = Run(job_id, store, work=lambda: _work(start, store, sites, console), cancel=sites.cancel)
+        run = Run(job_id, store, work=lambda: _work(start, store, sites, console, self.recorded()), cancel=sites.cancel)
         if wait:
             show(run, recipe, len(names), console)
             console.print(f"what scripts printed: {run.path}/logs", highlight=False, markup=False, soft_wrap=True)
@@ -213,7 +212,7 @@ def _origin(script: Path) -> str:
     return str(script.resolve().parent) if script.is_file() else ""
 
 
-def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> None:
+def _work(start: Start, store: Store, sites: LocalSites, console: Console, environment: EnvironmentRecord) -> None:
     """A job from its beginning to its end, on its own thread with its own event loop."""
     # At the interpreter's end, looking for garbage among all that torch and Prefect consist of takes longer than some rounds.
     atexit.unregister(gc.freeze)
@@ -234,7 +233,14 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console) -> No
 
         async def run_job() -> None:
             state = await federated_job(
-                start.recipe, start.job_id, store.url, sites, start.resumes, start.parent, return_state=True
+                start.recipe,
+                start.job_id,
+                store.url,
+                sites,
+                start.resumes,
+                start.parent,
+                environment,
+                return_state=True,
             )
             if not store.exists(JobPaths(start.job_id).result):  # a job that failed in its rounds says so there
                 await state.aresult()

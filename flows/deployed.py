@@ -13,6 +13,7 @@ import inspect
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from prefect import Flow
@@ -181,7 +182,8 @@ async def _run(
     if staged is None:
         recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
         staged = new_job_id(recipe.name)
-        await asyncio.to_thread(stage, recipe, staged, storage, tuple(sites))
+        environment = (await asyncio.to_thread(JobRecord.read, storage, JobPaths(template).job)).environment
+        await asyncio.to_thread(partial(stage, environment=environment), recipe, staged, storage, tuple(sites))
         await _name_after(staged)
     else:
         recipe = await asyncio.to_thread(recipe_of, staged, storage, kind)
@@ -199,7 +201,7 @@ def _needs(store: Store, staged: str, fields: Mapping[str, Any]) -> tuple[int, f
     if "min_clients" in fields and "site_patience_s" in fields:
         known = fields
     elif store.exists(path):
-        known = {**store.read_json(path)["recipe"], **fields}
+        known = {**JobRecord.read(store, path).fields, **fields}
     else:
         raise _no_template(store, staged)
     return int(known["min_clients"]), float(known["site_patience_s"])

@@ -28,7 +28,15 @@ from fedpool.storable import storable
 from fedpool.store import Store, check_digest
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.findings import findings
-from fedpool.tasks.job_record import JOB_FORMAT, JobOutcome, JobRecord, JobResult, Parent, ScoredModel
+from fedpool.tasks.job_record import (
+    JOB_FORMAT,
+    EnvironmentRecord,
+    JobOutcome,
+    JobRecord,
+    JobResult,
+    Parent,
+    ScoredModel,
+)
 from fedpool.tasks.key_metric import metric_gap
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.matrix import cross_site_matrix
@@ -41,7 +49,13 @@ _MAX_ERROR = 1 << 18
 
 @flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
 async def federated_job(
-    recipe: Recipe, job_id: str, store: str, sites: Sites, resume: bool = False, parent: Parent | None = None
+    recipe: Recipe,
+    job_id: str,
+    store: str,
+    sites: Sites,
+    resume: bool = False,
+    parent: Parent | None = None,
+    environment: EnvironmentRecord | None = None,
 ) -> State[Any]:
     """Run a recipe to its end, from the process that holds it.
 
@@ -52,6 +66,7 @@ async def federated_job(
         sites: how to reach the sites.
         resume: go on with a job that was begun before.
         parent: what a new job is a fork of.
+        environment: where a new job runs, and how.
 
     Returns: a Completed or a Cancelled state; the result is in the store.
 
@@ -64,7 +79,7 @@ async def federated_job(
     with storage.held(job_id):
         try:
             if not resume:
-                stage_job = partial(stage, simulated=sites.traits.simulated, parent=parent)
+                stage_job = partial(stage, simulated=sites.traits.simulated, parent=parent, environment=environment)
                 await asyncio.to_thread(stage_job, recipe, job_id, storage, sites.names)
             job = await asyncio.to_thread(partial(take_up, fresh=not resume), recipe, job_id, storage, sites)
         except BaseException:

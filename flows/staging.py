@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fedpool.bundle import Bundle
+from fedpool.environment import Begin
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.flows.own_code import code_of
 from fedpool.flows.recipes import class_name, full_type, type_of
@@ -19,7 +20,7 @@ from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.arithmetic import CURRENT
-from fedpool.tasks.job_record import JobRecord, JobResult, NamedCode, Parent
+from fedpool.tasks.job_record import EnvironmentRecord, JobRecord, JobResult, NamedCode, Parent
 from fedpool.tasks.record import RoundRecord
 from fedpool.tensors import Digest
 
@@ -40,24 +41,25 @@ class Start:
 
     recipe: Recipe
     job_id: str
-    resumes: bool
-    parent: Parent | None
+    resumes: bool = False
+    parent: Parent | None = None
 
 
-def begin(recipe: Recipe, store: Store, *, resume: str | None, fork: bool, from_round: int | None) -> Start:
-    """How a job begins that was asked for by the arguments of `Recipe.execute`.
+def start_of(recipe: Recipe, store: Store, begin: Begin) -> Start:
+    """What a job is, of which is said how it begins.
 
     Raises:
         RecipeError: there is no such job, or no such model.
     """
-    if resume is None:
-        return Start(recipe, new_job_id(recipe.name), False, None)
-    if not store.exists(JobPaths(resume).job):
-        raise RecipeError(f"there is no job {resume!r} in {store.url}")
-    if not fork:
-        return Start(recipe, resume, True, None)
-    parent = Parent(job_id=resume, round=num_trained(store, resume) if from_round is None else from_round)
-    return Start(_fork(recipe, parent, store), new_job_id(recipe.name), False, parent)
+    if begin.resume is None:
+        return Start(recipe, new_job_id(recipe.name))
+    if not store.exists(JobPaths(begin.resume).job):
+        raise RecipeError(f"there is no job {begin.resume!r} in {store.url}")
+    if not begin.fork:
+        return Start(recipe, begin.resume, resumes=True)
+    number = num_trained(store, begin.resume) if begin.from_round is None else begin.from_round
+    parent = Parent(job_id=begin.resume, round=number)
+    return Start(_fork(recipe, parent, store), new_job_id(recipe.name), parent=parent)
 
 
 def num_trained(store: Store, job_id: str) -> int:
@@ -138,6 +140,7 @@ def stage(
     simulated: bool = False,
     template: bool = False,
     parent: Parent | None = None,
+    environment: EnvironmentRecord | None = None,
 ) -> Digest:
     """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest.
 
@@ -145,6 +148,7 @@ def stage(
         simulated: its sites are of this machine, and no one else's.
         template: it never runs itself: a deployment makes its jobs from it.
         parent: what it is a fork of.
+        environment: where it runs, and how.
     """
     paths = JobPaths(job_id)
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
@@ -159,6 +163,7 @@ def stage(
         parent=parent,
         simulated=simulated,
         template=template,
+        environment=environment,
         recipe=_described(recipe),
         given=None if recipe.given is None else tuple(sorted(recipe.given)),
         client=recipe.client_job(job_id, digest),

@@ -30,6 +30,13 @@ class NamedCode(Written):
     modules: tuple[str, ...] = Field(min_length=1)
 
 
+class EnvironmentRecord(Written):
+    """Where a job was begun: class of the environment, and its settings that are nobody's secret."""
+
+    type: str
+    settings: dict[str, Any]
+
+
 class JobRecord(Written):
     """What a job is, from its first moment on.
 
@@ -37,6 +44,7 @@ class JobRecord(Written):
         parent: what it is a fork of.
         simulated: whether its sites were of the machine that ran it, and no one else's.
         template: whether it never runs itself: a deployment makes its jobs from it.
+        environment: where it was begun; None for a job of an earlier version.
         recipe: class of the recipe under `type`, and its fields.
         given: names of the fields that the user chose; None when nobody knows, as of a job of an earlier version.
         client: what its sites were told.
@@ -53,6 +61,7 @@ class JobRecord(Written):
     parent: Parent | None
     simulated: bool
     template: bool
+    environment: EnvironmentRecord | None = Field(None, exclude_if=is_none)
     recipe: dict[str, Any]
     given: tuple[str, ...] | None = None
     client: ClientJob

@@ -1,32 +1,57 @@
 """Where a recipe runs, as the recipe sees it; see `fedpool.deployments` for the environments that there are."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from fedpool.errors import RecipeError
 
 if TYPE_CHECKING:
     from fedpool.recipe import Recipe
 
+R_co = TypeVar("R_co", covariant=True)
 
-class Environment(Protocol):
-    """Where a recipe runs."""
 
-    def execute(
-        self,
-        recipe: "Recipe",
-        *,
-        wait: bool = True,
-        resume: str | None = None,
-        fork: bool = False,
-        from_round: int | None = None,
-    ) -> Any:
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """How a job begins: anew, where it was left, or from a model of another one.
+
+    Attributes:
+        resume: id of a job that was begun before: it goes on from its last committed round. One that has completed is left as it
+            is.
+        fork: make a new job instead, which starts from a model of the job that `resume` names.
+        from_round: the round whose global model a fork starts from; None: its newest.
+
+    Raises:
+        RecipeError: they do not fit together.
+    """
+
+    resume: str | None = None
+    fork: bool = False
+    from_round: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.resume is None and (self.fork or self.from_round is not None):
+            raise RecipeError("fork and from_round need resume: the id of the job to start from")
+        if self.from_round is not None and not self.fork:
+            raise RecipeError(
+                f"from_round={self.from_round} without fork=True: a job goes on from its last committed round"
+            )
+
+
+ANEW = Begin()
+
+
+class Environment(Protocol[R_co]):
+    """Where a recipe runs; what it returns is a handle on the job, a `fedpool.Run` in those that there are."""
+
+    def execute(self, recipe: "Recipe", begin: Begin = ANEW, *, wait: bool = True) -> R_co:
         """Run the recipe."""
         ...
 
 
-class DeployingEnvironment(Environment, Protocol):
+class DeployingEnvironment(Environment[R_co], Protocol[R_co]):
     """An environment that can run a recipe later and again."""
 
     def deploy(

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,7 @@ from pydantic_core import to_jsonable_python
 
 from fedpool.bundle import Bundle, build_bundle
 from fedpool.conditions import MODE_FIELDS, StopCondition, choose_mode, parse_condition
-from fedpool.environment import DeployingEnvironment, Environment, check_environment
+from fedpool.environment import Begin, DeployingEnvironment, Environment, check_environment
 from fedpool.errors import RecipeError
 from fedpool.exclude import check_excluded, excluded
 from fedpool.fields import Checked
@@ -36,6 +36,8 @@ from fedpool.paths import check_name, check_new_names
 from fedpool.script_values import check_values, site_arguments, split_arguments
 from fedpool.tensors import Digest
 from fedpool.weights import check_weights
+
+R = TypeVar("R")
 
 SERVER = "server"
 """Owner of a job's final model, where models have owners."""
@@ -352,14 +354,14 @@ class Recipe(Checked):
 
     def execute(
         self,
-        env: Environment,
+        env: Environment[R],
         *,
         wait: bool = True,
         resume: str | None = None,
         fork: bool = False,
         from_round: int | None = None,
-    ) -> Any:
-        """Run the recipe in an environment; returns its `Run`.
+    ) -> R:
+        """Run the recipe in an environment; returns its handle on the job, a `Run`.
 
         Args:
             env: where.
@@ -373,15 +375,11 @@ class Recipe(Checked):
             RecipeError: the job that is to go on was begun with another recipe or at other sites; no environment was given.
         """
         check_environment(env, "execute")
-        if resume is None and (fork or from_round is not None):
-            raise RecipeError("fork and from_round need resume: the id of the job to start from")
-        if from_round is not None and not fork:
-            raise RecipeError(f"from_round={from_round} without fork=True: a job goes on from its last committed round")
-        return env.execute(self, wait=wait, resume=resume, fork=fork, from_round=from_round)
+        return env.execute(self, Begin(resume, fork, from_round), wait=wait)
 
     def deploy(
         self,
-        env: DeployingEnvironment,
+        env: DeployingEnvironment[Any],
         *,
         schedule: str | timedelta | Sequence[str | timedelta] | None = None,
         **options: Any,

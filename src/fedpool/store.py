@@ -64,6 +64,8 @@ class Store:
             bypass_proxies()
         if protocol in s3.PROTOCOLS:
             storage_options = s3.with_defaults(storage_options)
+        self.storage_options: Mapping[str, Any] = storage_options
+        """How it was opened; they may hold secrets."""
         try:
             self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
         except (ImportError, ValueError) as error:
