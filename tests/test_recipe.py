@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fedpool import PocEnv, SimEnv
 from fedpool.arrays import save_and_hash
+from fedpool.environment import ANEW, Begin
 from fedpool.errors import RecipeError
 from fedpool.flows.fedavg import FedAvg, FedAvgRecipe
 from fedpool.flows.fedprox import FedProxRecipe
@@ -432,15 +433,14 @@ def test_the_fields_of_a_recipe_make_another_with_the_same_model(fields: dict[st
 
 def test_execute_hands_the_recipe_to_the_environment(fields: dict[str, Any]) -> None:
     class Elsewhere:
-        def execute(self, recipe: Recipe, **asked: Any) -> tuple[Recipe, dict[str, Any]]:
-            return recipe, asked
+        def execute(self, recipe: Recipe, begin: Begin = ANEW, *, wait: bool = True) -> tuple[Recipe, Begin, bool]:
+            return recipe, begin, wait
 
     recipe = FedAvgRecipe(**fields)
-    plain = {"wait": True, "resume": None, "fork": False, "from_round": None}
-    assert recipe.execute(Elsewhere()) == (recipe, plain)
-    assert recipe.execute(env=Elsewhere(), wait=False) == (recipe, plain | {"wait": False})
+    assert recipe.execute(Elsewhere()) == (recipe, ANEW, True)
+    assert recipe.execute(env=Elsewhere(), wait=False) == (recipe, ANEW, False)
     forked = recipe.execute(Elsewhere(), resume="job-1", fork=True, from_round=2)
-    assert forked == (recipe, plain | {"resume": "job-1", "fork": True, "from_round": 2})
+    assert forked == (recipe, Begin("job-1", fork=True, from_round=2), True)
 
 
 @pytest.mark.parametrize(
