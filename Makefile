@@ -43,7 +43,7 @@ examples: $(READY)  ## every example, from its README's command; then all their 
 	$(RUN)/python examples/algorithms/job.py scaffold ditto
 	for job in fedpool-runs/*/; do $(RUN)/fedpool job verify $$(basename $$job) --store fedpool-runs || exit 1; done
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, and mypy on the package and its tests
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import psutil
@@ -57,7 +57,7 @@ SCRIPT = """
         flare.send(flare.FLModel(params={"w": w}))
 """
 
-STAGES = {
+STAGES: dict[str, tuple[str, Literal["before", "after"]] | None] = {
     "before the model is published": ("rounds/00001/global", "before"),
     "after the model is published": ("rounds/00001/global", "after"),
     "training": None,
@@ -116,8 +116,8 @@ class Bench:
         if held is None:
             (self.folder / "hold").touch()
         else:
-            path, when = held
-            self.faults.plan(Fault("hold", match=path.format(site=site), operations=("write",), when=when))  # type: ignore[arg-type]
+            match, when = held
+            self.faults.plan(Fault("hold", match=match.format(site=site), operations=("write",), when=when))
         run = self.recipe.execute(self.env, wait=False)
         try:
             self._wait_until_held(run, stage, site)

@@ -55,7 +55,7 @@ class Proxy:
         self._process.end()
 
 
-class ToThisMachine(HttpProxyBasePlugin):  # type: ignore[misc]  # it has no types
+class ToThisMachine(HttpProxyBasePlugin):
     """Notes what is asked for, and resolves every host name to this machine."""
 
     def resolve_dns(self, host: str, port: int) -> tuple[str | None, None]:
@@ -64,6 +64,7 @@ class ToThisMachine(HttpProxyBasePlugin):  # type: ignore[misc]  # it has no typ
 
     def before_upstream_connection(self, request: HttpParser) -> HttpParser:
         """Called with what comes from a client."""
+        assert request.method is not None and request.host is not None
         with open(os.environ["PROXY_ASKED"], "a") as file:
             file.write(f"{request.method.decode()} {request.host.decode()}:{request.port}\n")
         return request

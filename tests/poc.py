@@ -66,9 +66,9 @@ class GatedJob:
         )
 
     @contextmanager
-    def started(self, env: Environment) -> Iterator[Run]:
+    def started(self, env: Environment[Run]) -> Iterator[Run]:
         """Run it, and see to it that it has ended."""
-        run: Run = self.recipe.execute(env=env, wait=False)
+        run = self.recipe.execute(env=env, wait=False)
         try:
             yield run
         finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedpool import Run
-from fedpool.bundle import build_bundle
+from fedpool.bundle import Bundle, build_bundle
 
 SETS = {
     "assigned": "import os\nos.environ['HF_HOME'] = '/x'\nimport transformers\n",
@@ -63,7 +63,7 @@ SETS_NOT = {
 }
 
 
-def built(folder: Path, script: str):
+def built(folder: Path, script: str) -> Bundle:
     (folder / "settings.py").write_text("import os\nos.environ['HF_HOME'] = '/x'\n")
     (folder / "setters.py").write_text("import os\ndef prepare():\n    os.environ['HF_HOME'] = '/x'\n")
     (folder / "names.py").write_text("import os\nenv = os.environ\n")

@@ -108,7 +108,7 @@ def test_a_secret_is_not_shown() -> None:
 def test_a_frozen_value_says_what_to_do_instead(fields: dict[str, Any]) -> None:
     recipe = FedAvgRecipe(**fields)
     with pytest.raises(RecipeError, match="a FedAvgRecipe is frozen: build another with num_rounds=5"):
-        recipe.num_rounds = 5
+        recipe.num_rounds = 5  # type: ignore[misc]  # the mistake that is tested
 
 
 def test_it_can_cross_to_another_process(fields: dict[str, Any]) -> None:

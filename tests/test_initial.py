@@ -272,7 +272,10 @@ def test_the_prefixes_of_wrappers_do_not_matter_to_a_checkpoint(prefix: str, tmp
 
 def test_real_wrappers_give_checkpoints_that_fit(tmp_path: Path) -> None:
     net = Net()
-    for number, wrapped in enumerate((torch.nn.DataParallel(net), torch.compile(net, backend="eager"))):
+    compiled = torch.compile(net, backend="eager")
+    assert isinstance(compiled, torch.nn.Module)  # its type says no more than that it can be called
+    wrappers: list[torch.nn.Module] = [torch.nn.DataParallel(net), compiled]
+    for number, wrapped in enumerate(wrappers):
         torch.save(wrapped.state_dict(), tmp_path / f"{number}.pt")
         assert initial_model(Net(), tmp_path / f"{number}.pt").digest == initial_model(net).digest
 

@@ -19,7 +19,8 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("limit", [None, 1, 0])
 def test_ranges_past_the_end_come_back_short(file: Path, limit: int | None) -> None:
     read = LocalFile(file, None if limit is None else threading.Semaphore(limit))
-    assert (read(2, 5), read(8, 20), read(30, 40), read(3, 3)) == (b"234", b"89", b"", b"")
+    parts = (read(2, 5), read(8, 20), read(30, 40), read(3, 3))
+    assert [bytes(part) for part in parts] == [b"234", b"89", b"", b""]
 
 
 def test_as_many_stay_open_as_may(file: Path) -> None:

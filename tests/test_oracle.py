@@ -96,7 +96,8 @@ def scores(models: Array, f: int) -> Array:
 
 
 def bulyan(models: Array, rows: list[int]) -> Array:
-    left, chosen = list(range(10)), []
+    left = list(range(10))
+    chosen: list[int] = []
     while len(chosen) < 8:
         chosen.append(left.pop(int(np.argmin(scores(models[left], 1)))))
     picked = models[sorted(chosen)]

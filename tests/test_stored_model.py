@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fedpool import FedAvgRecipe, IntegrityError, Recipe
-from fedpool.flows.staging import begin, check_unchanged, stage
+from fedpool.environment import Begin
+from fedpool.flows.staging import check_unchanged, stage, start_of
 from fedpool.flows.stored import recipe_of
 from fedpool.initial import initial_model
 from fedpool.paths import JobPaths
@@ -76,7 +77,7 @@ def test_a_recipe_comes_back_by_the_header_of_its_model(store: Store, recipe: Re
 
 def test_a_fork_reads_the_model_once_to_write_it(store: Store, recipe: Recipe) -> None:
     stage(recipe, JOB, store, ("site-1",))
-    start = begin(recipe, store, resume=JOB, fork=True, from_round=0)
+    start = start_of(recipe, store, Begin(JOB, fork=True, from_round=0))
     assert read_of_model(store) < 2000
     stage(start.recipe, start.job_id, store, ("site-1",), parent=start.parent)
     assert read_of_model(store) < NUM_BYTES + 3000

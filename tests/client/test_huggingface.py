@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,7 +81,7 @@ def new_trainer(folder: Path, model: Any = None, **options: Any) -> Any:
     }
     others = {name: options.pop(name) for name in ("optimizers", "model_init", "eval_dataset") if name in options}
     args = transformers.TrainingArguments(output_dir=str(folder), **arguments | options)
-    fields = {"train_dataset": Examples(), "eval_dataset": Examples()} | others
+    fields: dict[str, Any] = {"train_dataset": Examples(), "eval_dataset": Examples()} | others
     return transformers.Trainer(model=model, args=args, **fields)
 
 
@@ -113,7 +114,7 @@ def same_bits(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor
 
 
 def distance(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    return sum((left[name] - right[name]).square().sum().item() for name in left) ** 0.5
+    return math.sqrt(sum((left[name] - right[name]).square().sum().item() for name in left))
 
 
 class TestTraining:
@@ -227,15 +228,12 @@ class TestTraining:
         alone = new_model()
         received = [parameter.detach().clone() for parameter in alone.parameters()]
         optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
-        optimizer.register_step_pre_hook(
-            lambda *_: (
-                [
-                    p.grad.add_(0.5 * (p.detach() - anchor))
-                    for p, anchor in zip(alone.parameters(), received, strict=True)
-                ]
-                and None
-            )
-        )
+
+        def add_the_term(*_: Any) -> None:
+            for parameter, anchor in zip(alone.parameters(), received, strict=True):
+                parameter.grad.add_(0.5 * (parameter.detach() - anchor))
+
+        optimizer.register_step_pre_hook(add_the_term)
         oracle = new_trainer(tmp_path, alone, max_steps=2, max_grad_norm=0, optimizers=(optimizer, None))
         oracle.args.lr_scheduler_type = "constant"
         torch.manual_seed(0)  # the round's

@@ -137,7 +137,7 @@ def plain_loop(num_rounds: int, *, restore_state: bool = True, mu: float = 0.0) 
         for _ in range(EPOCHS):
             for inputs, targets in loader():
                 optimizer.zero_grad()
-                nn.functional.mse_loss(net.layer(inputs), targets).backward()
+                nn.functional.mse_loss(net.layer(inputs), targets).backward()  # type: ignore[no-untyped-call]
                 for parameter, anchor in zip(net.parameters(), received, strict=True):
                     assert parameter.grad is not None
                     parameter.grad += mu * (parameter.detach() - anchor)

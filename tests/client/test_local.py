@@ -102,7 +102,8 @@ def test_local_steps_count_by_the_optimizers_own_update(settings: dict[str, Any]
 
 def test_local_steps_of_groups_that_differ_are_the_mean_of_their_elements() -> None:
     slow, fast = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([{"params": [slow]}, {"params": [fast], "momentum": 0.9}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [slow]}, {"params": [fast], "momentum": 0.9}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(4))], lr=0.1)
     steps, both = flare.LocalSteps(optimizer), flare.LocalSteps(optimizer, other)
     for _ in range(10):

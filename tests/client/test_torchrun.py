@@ -391,6 +391,9 @@ class OneRound:
     def put(self, kind: str, **fields: Any) -> None:
         self.sent.append(kind)
 
+    def note(self, text: str) -> None:
+        self.sent.append("note")
+
     def close(self) -> None:
         self.sent.append("bye")
 

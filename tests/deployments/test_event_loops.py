@@ -51,7 +51,8 @@ def test_what_a_coroutine_raises_is_raised_in_the_caller() -> None:
 
 def notebook(folder: Path, *cells: str) -> list[str]:
     """Run the cells of a notebook in a real kernel; returns what each has printed. Raises when one raises."""
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(cell)) for cell in cells])
+    code = [nbformat.v4.new_code_cell(textwrap.dedent(cell)) for cell in cells]  # type: ignore[no-untyped-call]
+    made = nbformat.v4.new_notebook(cells=code)  # type: ignore[no-untyped-call]
     NotebookClient(made, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     return ["".join(_text(output) for output in cell.outputs) for cell in made.cells]
 
@@ -175,7 +176,7 @@ def test_a_simulation_in_a_flow_of_ones_own(in_flow: str, run_job: Callable[...,
         async def mine() -> list[float]:
             return body()
 
-        assert asyncio.run(mine()) == [2, 2, 2]  # type: ignore[arg-type]
+        assert asyncio.run(mine()) == [2, 2, 2]
     else:
 
         @flow

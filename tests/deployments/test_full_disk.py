@@ -18,6 +18,7 @@ from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from tests.conftest import ADD_ONE
+from tests.records import record_of
 
 SITES = ("site-1", "site-2")
 
@@ -157,10 +158,10 @@ def test_a_download_that_does_not_fit_leaves_nothing_half_written(disk: Disk, re
     )
     assert run.wait(300)
     disk.resize(300)
-    record = [{"global": {"sha256": digest.sha256, "size": digest.size}}]
+    records = [record_of({"global": {"sha256": digest.sha256, "size": digest.size}})]
     with pytest.raises(StoreError, match=rf"cannot be written: the disk is full \(.* on {disk.path}\)"):
-        run._local(0, record)
+        run._local(0, records)
     assert not [path for path in disk.path.rglob("*") if path.is_file()]
     disk.resize(64 << 10)
-    assert run._local(0, record).stat().st_size == digest.size
+    assert run._local(0, records).stat().st_size == digest.size
     store.fs.rm(store.root, recursive=True)

@@ -76,9 +76,11 @@ def test_scaffold_by_meta_comes_to_what_it_comes_to_by_extras(run_job: Callable[
     common: dict[str, Any] = {"kind": ScaffoldRecipe, "model": MODEL, "num_rounds": 3}
     by_meta, by_extras = final(run_job(HEAD + BY_META, **common)), final(run_job(HEAD + BY_EXTRAS, **common))
     for name, value in by_extras.items():
-        torch.testing.assert_close(
-            by_meta[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        try:
+            torch.testing.assert_close(by_meta[name], value, rtol=1e-5, atol=1e-6)
+        except AssertionError as error:
+            error.add_note(f"in {name}")
+            raise
     assert not torch.equal(by_extras["0.weight"], MODEL.state_dict()["0.weight"])
 
 

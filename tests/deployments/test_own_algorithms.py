@@ -151,8 +151,6 @@ def test_a_changed_class_does_not_go_on_with_the_job(algorithm: Algorithm, job: 
 def test_a_person_at_a_terminal_is_asked(
     job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str
 ) -> None:
-    from fedpool.deployments import code_permission
-
     class Terminal:
         def isatty(self) -> bool:
             return True
@@ -161,8 +159,8 @@ def test_a_person_at_a_terminal_is_asked(
             return f"{answer}\n"
 
     loaded = sys.modules.pop("partial_step")
-    monkeypatch.setattr(code_permission.sys, "stdin", Terminal())
-    monkeypatch.setattr(code_permission.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     before = list(sys.path)
     try:
         with pytest.raises(SystemExit) as ended:

@@ -89,7 +89,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], ti
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Every process that the job started: server, zygote, scripts."""
-    return psutil.Process(process.pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+    return found
 
 
 def test_a_job_brings_its_own_server_names_its_address_and_takes_it_down(tmp_path: Path) -> None:

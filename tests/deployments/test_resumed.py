@@ -98,7 +98,7 @@ def test_no_secret_is_recorded(tmp_path: Path) -> None:
         store="s3://bucket",
         storage_options={"secret": "hidden"},
         sites=("a",),
-        auth_string="me:hidden",  # type: ignore[arg-type]
+        auth_string="me:hidden",
         api_url="https://me:hidden@host/api",
     )
     assert b"hidden" not in env.recorded().to_bytes() and b"host" not in env.recorded().to_bytes()

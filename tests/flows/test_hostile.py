@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -30,10 +30,10 @@ from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import MAX_MANIFEST_BYTES, Delivery, read_delivery
-from fedpool.sites.sites import SIMULATED
+from fedpool.sites.sites import SIMULATED, Traits
 from fedpool.store import Store
 
-MODEL = {
+MODEL: dict[str, np.ndarray] = {
     "w": np.zeros((2, 3), np.float32),
     "half": np.zeros(4, np.float16),
     "count": np.zeros((), np.int64),
@@ -225,9 +225,9 @@ CASES: dict[str, tuple[Case, str, str]] = {
 class HostileSites:
     """Two sites behind a store: site-1 is honest, site-2 sends what a case says, one in each round."""
 
-    traits = SIMULATED
+    traits: ClassVar[Traits] = SIMULATED
     num_slots = 2
-    names = ("site-1", "site-2")
+    names: tuple[str, ...] = ("site-1", "site-2")
     cancelled = False
     endings: Mapping[str, str] = MappingProxyType({})
 

@@ -50,7 +50,7 @@ def test_there_is_no_other_flow(name: str) -> None:
     with pytest.raises(AttributeError, match=r"there is no flow fedpool\.flows\.entrypoints\..*: there are fedavg, "):
         getattr(entrypoints, name)
     with pytest.raises(AttributeError, match="no attribute 'FedSecretRecipe'"):
-        _ = recipes.FedSecretRecipe  # type: ignore[attr-defined]
+        _ = recipes.FedSecretRecipe
 
 
 def test_the_registry_loads_no_recipe() -> None:

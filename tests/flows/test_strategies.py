@@ -114,7 +114,7 @@ def average_reference(start: Array, models: Array, weights: Array) -> list[Array
         (FedAvg(), average_reference),
         (Cyclic("fixed"), average_reference),
         *[
-            (FedOpt(Mean(), Adaptive(kind, Schedule(LR), BETA1, BETA2, TAU)), adaptive_reference(kind))  # type: ignore[arg-type]
+            (FedOpt(Mean(), Adaptive(kind, Schedule(LR), BETA1, BETA2, TAU)), adaptive_reference(kind))
             for kind in ("adam", "yogi", "adagrad")
         ],
         (FedOpt(Mean(), Momentum(Schedule(LR), BETA1)), momentum_reference(False)),

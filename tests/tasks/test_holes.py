@@ -98,7 +98,7 @@ def test_an_unchanged_mask_passes_and_is_kept_to_the_bit(trusted: bool, tmp_path
 def test_as_a_difference_no_change_is_nan_or_nothing(nothing: float, tmp_path: Path) -> None:
     round = Round(tmp_path)
     difference = {"mask": torch.tensor([0.0, nothing, nothing, 0.0]), "best": torch.tensor([nothing, nothing])}
-    round.send("a", "DIFF", w=torch.tensor([2.0, 2.0]), **difference)
+    round.send("a", "DIFF", 1.0, w=torch.tensor([2.0, 2.0]), **difference)
     round.send("b", w=torch.tensor([5.0, 6.0]))
     result = round.result()
     assert result["w"].tolist() == [4.0, 5.0]

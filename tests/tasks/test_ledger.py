@@ -11,7 +11,8 @@ from fedpool.tensors import Digest
 from tests.records import job_of, record_of
 
 LEDGER = Ledger.of(job_of({}), "0" * 64)
-MODEL, STATE = {"sha256": "1" * 64, "size": 11}, {"sha256": "2" * 64, "size": 12}
+MODEL: dict[str, Any] = {"sha256": "1" * 64, "size": 11}
+STATE: dict[str, Any] = {"sha256": "2" * 64, "size": 12}
 
 
 def after(ledger: Ledger, **said: Any) -> RoundRecord:

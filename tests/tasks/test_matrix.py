@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from fedpool.tasks.matrix import cross_site_matrix, matrix_metrics, matrix_rows, owners, pooled, site_scores
+from fedpool.tasks.matrix import Matrix, cross_site_matrix, matrix_metrics, matrix_rows, owners, pooled, site_scores
 from fedpool.tasks.record import RoundRecord
 from tests.records import record_of
 
@@ -72,7 +72,7 @@ def test_its_table_has_a_column_per_model_and_a_last_row_for_all_sites() -> None
 
 
 def test_its_metrics_are_sorted_after_the_one_that_matters_most() -> None:
-    matrix = {"a": {"server": {"loss": 1.0, "acc": 0.5, NUM: 1.0}, "b": {"f1": None, NUM: 1.0}}}
+    matrix: Matrix = {"a": {"server": {"loss": 1.0, "acc": 0.5, NUM: 1.0}, "b": {"f1": None, NUM: 1.0}}}
     assert matrix_metrics(matrix, first="loss") == ["loss", "acc", "f1"]
     assert matrix_metrics({}, first="loss") == []
 

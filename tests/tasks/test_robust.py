@@ -62,7 +62,8 @@ def krum_reference(models: Array, f: int, m: int) -> list[int]:
 
 
 def bulyan_reference(models: Array, f: int, midpoint: bool = False) -> Array:
-    left, chosen = list(range(len(models))), []
+    left = list(range(len(models)))
+    chosen: list[int] = []
     while len(chosen) < len(models) - 2 * f:
         chosen.append(left.pop(krum_reference(models[left], f, 1)[0]))
     picked = models[sorted(chosen)]
@@ -73,7 +74,7 @@ def bulyan_reference(models: Array, f: int, midpoint: bool = False) -> Array:
 
 
 def geometric_median_reference(models: Array, weights: Array | None = None) -> Array:
-    z = models.mean(axis=0)
+    z: Array = models.mean(axis=0)
     for _ in range(2000):
         nearness = (1 if weights is None else weights) / np.maximum(np.linalg.norm(models - z, axis=1), 1e-9)
         z = (nearness[:, None] * models).sum(axis=0) / nearness.sum()
@@ -86,7 +87,7 @@ def reference(name: str, models: Array) -> Array:
         case "mean":
             return models.mean(axis=0)  # type: ignore[no-any-return]
         case "median":
-            return np.median(models, axis=0)  # type: ignore[no-any-return]
+            return np.median(models, axis=0)
         case "trimmed_mean":
             k = int(0.2 * n)
             return np.sort(models, axis=0)[k : n - k].mean(axis=0)  # type: ignore[no-any-return]
@@ -263,7 +264,8 @@ def test_bulyans_ties_are_the_first_sites_and_not_the_roundings(seed: int, n: in
     # Exactly: in whole numbers, which Python does not round.
     whole = [[int(value * 2**60) for value in row] for row in models.tolist()]
     squared = [[sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) for other in whole] for one in whole]
-    left, chosen = list(range(n)), []
+    left = list(range(n))
+    chosen: list[int] = []
     while len(chosen) < n - 2 * f:
         near = max(1, len(left) - f - 2)
         scores = [sum(sorted(squared[i][j] for j in left if j != i)[:near]) for i in left]

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum, StrEnum
-from typing import Any
+from typing import Any, overload
 
 from fedpool.errors import ClientError
 from fedpool.model import (
@@ -216,7 +216,11 @@ _scores: dict[str, Any] = {}
 """What `evaluate` has found in this round, for `train` to send; a process is one client."""
 
 
-def train(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+@overload
+def train(function: Callable[..., Any]) -> Callable[..., Any]: ...
+@overload
+def train(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+def train(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
     """Decorate a training function: it is called with the received model and returns the `FLModel` that is sent.
 
     What a function decorated with `evaluate` has returned in this round is sent as its metrics. New scripts do better with
@@ -245,7 +249,11 @@ def train(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return decorate if function is None else decorate(function)
 
 
-def evaluate(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+@overload
+def evaluate(function: Callable[..., Any]) -> Callable[..., Any]: ...
+@overload
+def evaluate(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+def evaluate(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
     """Decorate an evaluation function: it is called with the received model and returns its metrics, a dict, or one number.
 
     In a `train` round call it before the function that `train` decorates, which sends them. In other
