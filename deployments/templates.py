@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from fedpool.errors import ConfigError
+from fedpool.errors import ConfigError, RecipeError
 from fedpool.paths import check_new_names
 
 Kind = Literal["process", "docker", "kubernetes"]
@@ -93,13 +93,13 @@ def base_job_template(
     _check_texts({"image": image, "data": data, "keep": keep, "config": config, "program": program})
     try:
         check_new_names("site", [name])
-    except ValueError as error:
+    except RecipeError as error:
         raise ConfigError(str(error)) from None
     if memory is not None:
         _check_memory(kind, memory)
     if cpus is not None and not 0 < cpus < 10_000:
         raise ConfigError(f"cpus is {cpus!r}: give a number of processors such as 2 or 0.5")
-    run = [*shlex.split(program), "site", "run", "--name", name]
+    run = [*_words(program), "site", "run", "--name", name]
     if kind == "kubernetes":
         names = {"data": data, "keep": keep, "config": config, "env_secret": env_secret, "namespace": namespace}
         for option, value in names.items():
@@ -126,6 +126,13 @@ def base_job_template(
         "job_configuration": configuration,
         "variables": {"type": "object", "properties": {}, "additionalProperties": False},
     }
+
+
+def _words(program: str) -> list[str]:
+    try:
+        return shlex.split(program)
+    except ValueError as error:  # what shlex raises
+        raise ConfigError(f"program {program!r} cannot be split into words ({error}): balance its quotes") from None
 
 
 def parse_env(entries: Iterable[str]) -> dict[str, str]:

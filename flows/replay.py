@@ -111,6 +111,8 @@ def replay_round(
         updates.append(outcome)
     if not updates:
         raise RecipeError("no update is left: leave out fewer sites")
+    if not any(update.weight for update in updates):
+        raise RecipeError("no update that is left has a weight above 0: leave out fewer sites")
     earlier = [RoundRecord.read(store, paths.record(number)) for number in range(round)]
     scratch = Store(target.absolute().parent)
     state_target = f".{target.name}.state"

@@ -134,7 +134,7 @@ class SiteConfig(BaseSettings):
         except ValidationError as error:
             problems = "; ".join(describe_problems(cls, error, given))
             raise ConfigError(f"the configuration of the site does not fit: {problems}") from None
-        except (OSError, SettingsError, tomllib.TOMLDecodeError) as error:
+        except (OSError, SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the configuration of the site cannot be read: {error}") from None
         return settings
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -232,9 +233,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (FedpoolError, ValueError) as error:
+    except FedpoolError as error:
         _complain(str(error))
-    except OSError as error:
+    except ValidationError as error:
+        if not error.title.endswith("Settings"):  # nobody's input: a mistake of ours, whose traceback is wanted
+            raise
+        problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+        _complain(
+            f"a setting of Prefect's does not fit ({error.title}): {problems}: "
+            "mend the PREFECT_ variable or the profile that sets it"
+        )
+    except OSError as error:  # of a file, a disk or a connection: what the machine refuses is no mistake of ours
         _complain(str(refusal(error, str(error.filename or "a file"), "written") or error))
 
 

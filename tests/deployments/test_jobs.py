@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from fedpool import ConfigError, Run, Store
+from fedpool import ConfigError, PocEnv, Run, Store
 from fedpool.cli import main
 from fedpool.deployments.jobs import list_jobs, read_job
 from tests.services import S3Server
@@ -147,6 +147,32 @@ def test_stage_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["job", "stage", f"{tmp_path / 'job.py'}", "--sites", "site-1", "--store", str(tmp_path)])
     assert ended.value.code == 1
     assert "has no recipe called 'recipe'" in capsys.readouterr().err
+
+
+def test_a_setting_of_prefects_that_does_not_fit_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    settings = {**os.environ, "PREFECT_API_REQUEST_TIMEOUT": "soon"}
+    command = [sys.executable, "-m", "fedpool.cli", "job", "cancel", "some-20261129-101010-abcdef"]
+    done = subprocess.run(
+        [*command, "--home", str(tmp_path)], env=settings, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "a setting of Prefect's does not fit (APISettings): request_timeout: Input should be a valid"
+    )
+    assert last.endswith("mend the PREFECT_ variable or the profile that sets it")
+
+
+@pytest.mark.parametrize("mistake", [ValueError("ours"), KeyError("ours"), TypeError("ours")])
+def test_a_mistake_of_our_own_is_a_traceback(
+    mistake: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PocEnv) -> None:
+        raise mistake
+
+    monkeypatch.setattr(PocEnv, "status", fail)
+    with pytest.raises(type(mistake), match="ours"):
+        main(["poc", "status", "--home", str(tmp_path)])
 
 
 def test_the_command_says_where_nothing_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

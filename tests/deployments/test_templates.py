@@ -214,6 +214,7 @@ def test_what_scripts_keep_has_a_place_that_outlives_the_container() -> None:
         ("docker", {"env": {"A": "{{ env }}"}}, "would be a placeholder"),
         ("docker", {"env": {"A-B": "1"}}, "no name of a variable"),
         ("docker", {"program": ""}, "must not be empty"),
+        ("docker", {"program": "sh -c '"}, "cannot be split into words .No closing quotation.: balance its quotes"),
     ],
 )
 def test_what_does_not_fit_is_said(kind: str, given: dict[str, Any], message: str) -> None:

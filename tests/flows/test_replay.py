@@ -112,14 +112,16 @@ def test_updates_are_kept_as_long_as_the_recipe_says(
     assert (f"{found.num_pruned} updates were not kept" in capsys.readouterr().out) == (keep != "all")
 
 
-def test_a_site_that_took_no_step_is_verified_when_its_updates_are_gone(
-    run_job: Callable[..., Run], store: Store
+def test_a_site_that_took_no_step_is_verified_when_its_updates_are_gone_and_is_no_model_alone(
+    run_job: Callable[..., Run], store: Store, tmp_path: Path
 ) -> None:
     script = SCRIPT.replace('metrics={"accuracy": 0.5}', 'meta={"LOCAL_STEPS": 0 if step == 2 else step}')
     fields = {"min_clients": 3, "model": {"w": np.zeros(4, np.float32)}, "num_rounds": 3}
     run = run_job(script, kind=FedNovaRecipe, env={"num_clients": 3}, keep_updates="last", **fields)
     assert [entry["weight"] for entry in run.get_result().rounds[0]["accepted"]] == [1, 0, 1]
     assert verify_job(store, run.job_id).num_pruned == 6
+    with pytest.raises(RecipeError, match="no update that is left has a weight above 0: leave out fewer sites"):
+        replay_round(store, run.job_id, tmp_path / "out", leave_out=["site-1", "site-3"])
 
 
 def test_a_job_is_pruned_when_it_has_ended(
@@ -130,6 +132,8 @@ def test_a_job_is_pruned_when_it_has_ended(
     assert "MB freed" in capsys.readouterr().out
     assert updates_in(store, run.job_id) == [2]
     assert verify_job(store, run.job_id).num_pruned == 6
+    with pytest.raises(RecipeError, match="no update that is left has a weight above 0: leave out fewer sites"):
+        replay_round(store, run.job_id, tmp_path / "out", leave_out=["site-1", "site-3"])
     assert replay_round(store, run.job_id, tmp_path / "a.safetensors").distance == 0.0
     assert command("job", "prune", run.job_id, "--store", store.url, "--keep", "none") == 0
     assert updates_in(store, run.job_id) == []

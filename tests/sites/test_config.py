@@ -127,3 +127,9 @@ def test_a_variable_that_is_not_json_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("FEDPOOL_SITE_CONFIG", "{data: here}")
     with pytest.raises(ConfigError, match='cannot be read: error parsing value for field "config"'):
         SiteConfig.load(name="a")
+
+
+def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_bytes('name = "hôpital"'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="cannot be read: 'utf-8' codec can't decode"):
+        SiteConfig.load(tmp_path / "site.toml")
