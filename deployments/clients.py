@@ -12,8 +12,8 @@ from fedpool.paths import check_new_names
 class NamedClients(Checked):
     """`num_clients` or `clients`, of which one may be given."""
 
-    num_clients: int | None = Field(None, description="number of sites, named site-1, site-2, ...", ge=1)
-    clients: tuple[str, ...] | None = Field(None, description="names of the sites; instead of num_clients")
+    num_clients: int | None = Field(default=None, description="number of sites, named site-1, site-2, ...", ge=1)
+    clients: tuple[str, ...] | None = Field(default=None, description="names of the sites; instead of num_clients")
 
     @field_validator("clients")
     @classmethod

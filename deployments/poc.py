@@ -75,15 +75,15 @@ class PocEnv(RemoteEnv, NamedClients):
     """
 
     num_clients: int | None = Field(
-        None, description="number of sites, named site-1, site-2, ...; default: 2", ge=1, le=256
+        default=None, description="number of sites, named site-1, site-2, ...; default: 2", ge=1, le=256
     )
-    store: str | None = Field(None, description="URL of the store; default: a folder in home")
-    s3: bool = Field(False, description="start an S3 server (rclone) and use it as the store")
+    store: str | None = Field(default=None, description="URL of the store; default: a folder in home")
+    s3: bool = Field(default=False, description="start an S3 server (rclone) and use it as the store")
     database: str | None = Field(
-        None, description="database of the Prefect server, e.g. postgresql+asyncpg://...; default: in memory"
+        default=None, description="database of the Prefect server, e.g. postgresql+asyncpg://...; default: in memory"
     )
     home: Path = Field(
-        DEFAULT_HOME,
+        default=DEFAULT_HOME,
         description="folder of the processes' logs, the sites' folders and the store",
         validate_default=True,  # it begins with ~
     )

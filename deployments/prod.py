@@ -22,8 +22,12 @@ class ProdEnv(RemoteEnv):
         RecipeError (also a pydantic.ValidationError): fields that do not fit.
     """
 
-    api_url: str | None = Field(None, description="URL of the Prefect API; default: the one of the Prefect profile")
-    auth_string: SecretStr | None = Field(None, description="basic auth of the server; default: the Prefect setting")
+    api_url: str | None = Field(
+        default=None, description="URL of the Prefect API; default: the one of the Prefect profile"
+    )
+    auth_string: SecretStr | None = Field(
+        default=None, description="basic auth of the server; default: the Prefect setting"
+    )
     store: str = Field(description="fsspec URL of the store, e.g. s3://fl-jobs")
     storage_options: dict[str, Any] = Field(
         default_factory=dict,

@@ -51,11 +51,11 @@ class RemoteEnv(Checked):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    coordinator_pool: str = Field(COORDINATOR_POOL, description="work pool that runs the jobs' flows")
+    coordinator_pool: str = Field(default=COORDINATOR_POOL, description="work pool that runs the jobs' flows")
     look_ahead: int = Field(
-        4, description="rounds that are announced to the sites ahead of the one that trains", ge=0, le=100
+        default=4, description="rounds that are announced to the sites ahead of the one that trains", ge=0, le=100
     )
-    progress: bool = Field(True, description="show progress and a summary in the terminal")
+    progress: bool = Field(default=True, description="show progress and a summary in the terminal")
 
     @abstractmethod
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:

@@ -64,30 +64,32 @@ class SimEnv(NamedClients):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_clients: int | None = Field(None, description="number of sites, named site-1, site-2, ...", ge=1, le=100_000)
+    num_clients: int | None = Field(
+        default=None, description="number of sites, named site-1, site-2, ...", ge=1, le=100_000
+    )
     num_threads: int | None = Field(
-        None,
+        default=None,
         description="sites that train at once; default: one per device, or per processor without devices",
         ge=1,
         le=1024,
     )
     gpus: str | None = Field(
-        None, description='devices dealt to the slots in turn, e.g. "0,1"; default: what scripts find'
+        default=None, description='devices dealt to the slots in turn, e.g. "0,1"; default: what scripts find'
     )
-    workspace: Path = Field(Path("fedpool-runs"), description="folder that the jobs' folders are written to")
+    workspace: Path = Field(default=Path("fedpool-runs"), description="folder that the jobs' folders are written to")
     keep_alive: bool = Field(
-        True,
+        default=True,
         description="keep each site's script alive over all rounds; off: a fresh one each round, for thousands of sites",
     )
     command: str | dict[str, str] = Field(
-        "python",
+        default="python",
         description='what runs the client script: "python", e.g. "torchrun --nproc-per-node 2", or site -> command',
     )
     logs: Literal["file", "console"] = Field(
-        "file",
+        default="file",
         description='"console": show what scripts print in the terminal, too; it is always in logs/ of the job\'s folder',
     )
-    progress: bool = Field(True, description="show progress and a summary in the terminal")
+    progress: bool = Field(default=True, description="show progress and a summary in the terminal")
 
     @field_validator("gpus")
     @classmethod

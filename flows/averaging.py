@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
@@ -33,41 +33,41 @@ class AveragingRecipe(Recipe):
     """A recipe whose rounds average the sites' models, with an aggregator of the user's choice."""
 
     aggregator: str = Field(
-        "mean",
+        default="mean",
         description="how updates become one: mean, median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, "
         "norm_clipped_mean, or the path of a function, package.module:function. The means, the geometric median and functions "
         "count updates by their weights; the others count all alike",
     )
     num_byzantine: int | None = Field(
-        None, description="for krum, multi_krum and bulyan: how many updates of a round may be arbitrary", ge=1
+        default=None, description="for krum, multi_krum and bulyan: how many updates of a round may be arbitrary", ge=1
     )
     trim_ratio: float | None = Field(
-        None, description="for trimmed_mean: the share of values that is dropped at each end", gt=0, lt=0.5
+        default=None, description="for trimmed_mean: the share of values that is dropped at each end", gt=0, lt=0.5
     )
     num_selected: int | None = Field(
-        None,
+        default=None,
         description="for multi_krum: how many updates are averaged; empty: all but num_byzantine and two",
         ge=1,
     )
     clip_norm: float | None = Field(
-        None,
+        default=None,
         description="for norm_clipped_mean: the L2 norm that differences to the global model are scaled down to",
         gt=0,
         allow_inf_nan=False,
     )
 
     even_median: Literal["element", "midpoint"] | None = Field(
-        None,
+        default=None,
         description="for bulyan: the median of an even number of values: element, the lower of the middle two, as one that the "
         "paper allows; or midpoint, their mean; empty: element",
     )
     weighted_median: bool | None = Field(
-        None,
+        default=None,
         description="for geometric_median: whether updates count by their weights, as in the paper, or all alike, which a site "
         "that lies about its weight cannot change; empty: by their weights",
     )
 
-    _aggregator: Aggregator
+    _aggregator: Aggregator = PrivateAttr()
 
     @classmethod
     def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,4 +27,4 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
 
-    cross_site_eval: Literal[True] = Field(True, exclude=True)
+    cross_site_eval: Literal[True] = Field(default=True, exclude=True)

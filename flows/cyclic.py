@@ -51,10 +51,10 @@ class CyclicRecipe(Recipe):
     """
 
     min_clients: int = Field(
-        1, description="accepted updates that a round needs: the one of the site's turn", ge=1, le=1
+        default=1, description="accepted updates that a round needs: the one of the site's turn", ge=1, le=1
     )
     order: str | tuple[str, ...] = Field(
-        "fixed",
+        default="fixed",
         description="fixed: by name, site-2 before site-10; random: drawn from the seed for each cycle; or the sites' names",
     )
 

@@ -23,8 +23,8 @@ class DiLoCoRecipe(AveragingRecipe):
         once, before the loop, and its state goes on from round to round.
     """
 
-    outer_lr: float = Field(0.7, description="learning rate of the outer optimizer", gt=0, allow_inf_nan=False)
-    outer_momentum: float = Field(0.9, description="Nesterov momentum of the outer optimizer", ge=0, lt=1)
+    outer_lr: float = Field(default=0.7, description="learning rate of the outer optimizer", gt=0, allow_inf_nan=False)
+    outer_momentum: float = Field(default=0.9, description="Nesterov momentum of the outer optimizer", ge=0, lt=1)
 
     def strategy(self, num_sites: int) -> FedOpt:
         """See `Recipe.strategy`."""

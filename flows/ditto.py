@@ -35,7 +35,7 @@ class DittoRecipe(FedAvgRecipe):
         allow_inf_nan=False,
     )
     personal_start: Literal["initial", "received"] = Field(
-        "initial",
+        default="initial",
         description="what a site's personal model starts from: the job's initial model (the paper), or the first one received",
     )
 

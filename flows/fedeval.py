@@ -24,5 +24,5 @@ class FedEvalRecipe(EvaluationRecipe):
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
 
-    cross_site_eval: Literal[False] = Field(False, exclude=True)
-    keep_updates: Literal["all"] = Field("all", exclude=True)
+    cross_site_eval: Literal[False] = Field(default=False, exclude=True)
+    keep_updates: Literal["all"] = Field(default="all", exclude=True)

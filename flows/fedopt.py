@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
 from fedpool.flows.averaging import Averaging, AveragingRecipe
 from fedpool.tasks.optimizers import Schedule, ServerOptimizer, make_optimizer
@@ -65,36 +65,39 @@ class FedOptRecipe(AveragingRecipe):
     """
 
     server_optimizer: str = Field(
-        "adam",
+        default="adam",
         description="adam, yogi, adagrad, momentum, nesterov, or a class that works element by element, e.g. torch.optim.AdamW",
     )
     server_lr: float | None = Field(
-        None,
+        default=None,
         description="learning rate of the server; empty: 1 for momentum and nesterov, as in their paper, and 0.1 for the others",
         gt=0,
         allow_inf_nan=False,
     )
     beta1: float | None = Field(
-        None,
+        default=None,
         description="decay of the server's momentum, not for torch.optim; empty: 0 for adagrad, as in its paper, and 0.9 for the "
         "others",
         ge=0,
         lt=1,
     )
-    beta2: float = Field(0.99, description="decay of the second moment, for adam and yogi", ge=0, lt=1)
+    beta2: float = Field(default=0.99, description="decay of the second moment, for adam and yogi", ge=0, lt=1)
     tau: float = Field(
-        1e-3, description="adaptivity of adam, yogi and adagrad: less is more adaptive", gt=0, allow_inf_nan=False
+        default=1e-3,
+        description="adaptivity of adam, yogi and adagrad: less is more adaptive",
+        gt=0,
+        allow_inf_nan=False,
     )
     server_optimizer_args: dict[str, JsonValue] = Field(
         default_factory=dict, description="arguments of a class of torch.optim, without lr"
     )
     server_scheduler: str | None = Field(
-        None,
+        default=None,
         description="class of torch.optim.lr_scheduler for server_lr, stepped once a round, e.g. CosineAnnealingLR",
     )
     server_scheduler_args: dict[str, JsonValue] = Field(default_factory=dict, description="arguments of the scheduler")
 
-    _optimizer: ServerOptimizer
+    _optimizer: ServerOptimizer = PrivateAttr()
 
     @model_validator(mode="after")
     def _choose_optimizer(self) -> Self:

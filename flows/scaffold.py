@@ -89,10 +89,10 @@ class ScaffoldRecipe(Recipe):
             flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, extras=control.extras()))
     """
 
-    server_lr: float = Field(1.0, description="learning rate of the server", gt=0, allow_inf_nan=False)
+    server_lr: float = Field(default=1.0, description="learning rate of the server", gt=0, allow_inf_nan=False)
 
     weighted: Weighted = Field(
-        True,
+        default=True,
         description="whether sites count by their weights, in the model and in the control variates, or all alike, as in the "
         "paper; model: in the model alone, as in earlier versions",
     )

@@ -37,19 +37,23 @@ class SiteConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
 
     name: str = Field(description="name of the site, as recipes know it")
-    pool: str | None = Field(None, description="work pool that the site's worker polls; default: the site's name")
+    pool: str | None = Field(
+        default=None, description="work pool that the site's worker polls; default: the site's name"
+    )
     folder: Path = Field(
-        Path("fedpool-site"), description="the site's own folder: what it fetches, and where scripts run"
+        default=Path("fedpool-site"), description="the site's own folder: what it fetches, and where scripts run"
     )
     config: dict[str, JsonValue] = Field(
         default_factory=dict, description="what flare.get_config() returns here, over what the recipe says"
     )
-    gpus: str | None = Field(None, description='devices that scripts may use, as CUDA_VISIBLE_DEVICES, e.g. "0,1"')
+    gpus: str | None = Field(
+        default=None, description='devices that scripts may use, as CUDA_VISIBLE_DEVICES, e.g. "0,1"'
+    )
     command: str = Field(
-        "python", description='what runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"'
+        default="python", description='what runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"'
     )
     store: str | None = Field(
-        None, description="the one store that this site works with; empty: the store that the job names"
+        default=None, description="the one store that this site works with; empty: the store that the job names"
     )
     storage_options: dict[str, JsonValue] = Field(
         default_factory=dict,
@@ -57,15 +61,17 @@ class SiteConfig(BaseSettings):
         repr=False,
     )
     max_jobs: int | None = Field(
-        None,
+        default=None,
         description="how many jobs may train here at once, the others wait for their turn; empty: all of them",
         ge=1,
     )
     idle_timeout_s: float = Field(
-        1800.0, description="seconds after which a job that asks for nothing is forgotten, and its script ended", gt=0
+        default=1800.0,
+        description="seconds after which a job that asks for nothing is forgotten, and its script ended",
+        gt=0,
     )
     max_wait_s: float = Field(
-        86_400.0,
+        default=86_400.0,
         description="seconds that a round which was announced is waited for; longer than the longest round",
         gt=0,
     )

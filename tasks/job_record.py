@@ -61,7 +61,7 @@ class JobRecord(Written):
     parent: Parent | None
     simulated: bool
     template: bool
-    environment: EnvironmentRecord | None = Field(None, exclude_if=is_none)
+    environment: EnvironmentRecord | None = Field(default=None, exclude_if=is_none)
     recipe: dict[str, Any]
     given: tuple[str, ...] | None = None
     client: ClientJob
@@ -69,7 +69,7 @@ class JobRecord(Written):
     arithmetic: int = BEFORE.number
     sites: tuple[str, ...]
     bundle_sha256: str
-    code: NamedCode | None = Field(None, exclude_if=is_none)
+    code: NamedCode | None = Field(default=None, exclude_if=is_none)
     model: Digest
     holes: tuple[str, ...] | None = None
     versions: dict[str, str]

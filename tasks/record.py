@@ -52,12 +52,12 @@ class AcceptedEntry(UpdateEntry):
     size: int
     params_type: Literal["FULL", "DIFF"] | None
     weight: float
-    num_eval_examples: float | None = Field(None, exclude_if=is_none)
+    num_eval_examples: float | None = Field(default=None, exclude_if=is_none)
     metrics: dict[str, float | None]
     logged: dict[str, float | None]
     seconds: float
-    norm: float | None = Field(None, exclude_if=is_none)
-    scale: float | None = Field(None, exclude_if=is_none)
+    norm: float | None = Field(default=None, exclude_if=is_none)
+    scale: float | None = Field(default=None, exclude_if=is_none)
 
     @property
     def metrics_weight(self) -> float:
@@ -77,7 +77,7 @@ class FailedEntry(Entry):
     """A site that was asked and sent nothing; `away` when it could not be reached."""
 
     cause: str
-    away: bool = Field(False, exclude_if=is_false)
+    away: bool = Field(default=False, exclude_if=is_false)
 
 
 class ProbedEntry(UpdateEntry):
@@ -150,7 +150,7 @@ class RoundRecord(Written):
     failed: tuple[FailedEntry, ...]
     probed: tuple[ProbedEntry, ...]
     late: tuple[LateEntry, ...]
-    not_asked: tuple[NotAskedEntry, ...] = Field((), exclude_if=is_empty)
+    not_asked: tuple[NotAskedEntry, ...] = Field(default=(), exclude_if=is_empty)
     metrics: dict[str, float]
     denominators: dict[str, float]
     logged: dict[str, float]
@@ -159,7 +159,7 @@ class RoundRecord(Written):
     base: Annotated[Digest, Field(alias="global")]
     next_global: Digest | None
     state: Digest | None
-    models: tuple[SubmittedModel, ...] | None = Field(None, exclude_if=is_none)
+    models: tuple[SubmittedModel, ...] | None = Field(default=None, exclude_if=is_none)
     previous_sha256: str
 
     what: ClassVar[str] = "a round"

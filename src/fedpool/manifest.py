@@ -56,7 +56,7 @@ class ClientJob(Value):
     threads: int
     # Left out where there is none: a site of an earlier version knows no such field.
     initial: Stored | None = Field(
-        None,
+        default=None,
         description="the model of round 0, for a recipe whose sites start one of their own from it",
         exclude_if=_is_none,
     )
@@ -66,8 +66,10 @@ class Used(Value):
     """Which of a site's updates counted last: what the site keeps of it holds, and what it kept with a later one does not."""
 
     round: int = Field(description="in which it was sent; -1: none has counted", ge=-1)
-    attempt: int = Field(0, ge=0)
-    scale: float = Field(1.0, description="what its difference to the global model was multiplied by", ge=0, le=1)
+    attempt: int = Field(default=0, ge=0)
+    scale: float = Field(
+        default=1.0, description="what its difference to the global model was multiplied by", ge=0, le=1
+    )
 
 
 class SiteAssignment(Value):
@@ -75,15 +77,19 @@ class SiteAssignment(Value):
 
     site: str
     round: int
-    attempt: int = Field(0, description="how often this site has been asked in this round before", ge=0)
+    attempt: int = Field(default=0, description="how often this site has been asked in this round before", ge=0)
     task: Task
     base_sha256: str = Field(description="sha256 of the round's global model")
     base_size: int
-    state_sha256: str | None = Field(None, description="sha256 of the strategy's state, for one that sites need to see")
+    state_sha256: str | None = Field(
+        default=None, description="sha256 of the strategy's state, for one that sites need to see"
+    )
     state_size: int = 0
     # Left out where there is none: a site of an earlier version knows no such field, and needs to only for SCAFFOLD.
     used: Used | None = Field(
-        None, description="this site's last update that counted, for a strategy that sites see", exclude_if=_is_none
+        default=None,
+        description="this site's last update that counted, for a strategy that sites see",
+        exclude_if=_is_none,
     )
     timeout_s: float | None = Field(description="seconds until the coordinator waits no longer; None: for ever")
 

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
+    PrivateAttr,
     SkipValidation,
     ValidationInfo,
     field_validator,
@@ -63,39 +64,41 @@ class Recipe(Checked):
     )
     train_script: str = Field(description="path of the client script")
     train_args: str | tuple[str, ...] = Field(
-        "", description="command line of the client script, as one string or a list"
+        default="", description="command line of the client script, as one string or a list"
     )
     min_clients: int = Field(description="accepted updates that a round needs; with fewer it fails", ge=1)
     num_rounds: int = Field(description="rounds to run", ge=1, le=100_000)
     clients_per_round: int | None = Field(
-        None, description="sites drawn for each round, as a function of the seed; empty: all of them", ge=1
+        default=None, description="sites drawn for each round, as a function of the seed; empty: all of them", ge=1
     )
     initial_ckpt: Path | None = Field(
-        None,
+        default=None,
         description="checkpoint whose values replace the initial model's; keys must fit, but for the prefixes of wrappers",
     )
     params_transfer_type: Literal["FULL", "DIFF"] = Field(
-        "FULL", description="what sites send: their parameters, or the difference to the model they received"
+        default="FULL", description="what sites send: their parameters, or the difference to the model they received"
     )
     aggregation_weights: Annotated[dict[str, float], AfterValidator(check_weights)] = Field(
         default_factory=dict, description="site -> factor on its updates' weight; 1 for a site that is not named"
     )
     exclude_vars: tuple[str, ...] = Field(
-        (),
+        default=(),
         description="regular expressions; parameters in whose names one is found are not exchanged and stay at the site",
     )
-    key_metric: str = Field("accuracy", description="metric by which the best model is chosen", min_length=1)
+    key_metric: str = Field(default="accuracy", description="metric by which the best model is chosen", min_length=1)
     key_metric_mode: Literal["max", "min"] = Field(
-        "max",
+        default="max",
         description="whether more or less of the key metric is better; left out, a stop_cond on that metric decides",
     )
     stop_cond: str | None = Field(
-        None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"'
+        default=None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"'
     )
     patience: int | None = Field(
-        None, description="stop early after this many rounds without a better key metric", ge=1
+        default=None, description="stop early after this many rounds without a better key metric", ge=1
     )
-    seed: int = Field(0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63)
+    seed: int = Field(
+        default=0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63
+    )
     config: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="values that flare.get_config() returns at every site; per_site_config and the site's own win over them",
@@ -105,80 +108,80 @@ class Recipe(Checked):
         description="site -> values that flare.get_config() returns there; the key train_args replaces the command line",
     )
     round_timeout: float | None = Field(
-        None,
+        default=None,
         description="seconds after which a round's missing sites are killed and counted as failed; empty: never",
         gt=0,
         allow_inf_nan=False,
     )
     quorum_grace: float | None = Field(
-        None,
+        default=None,
         description="once min_clients updates are in, the rest get this share of the time so far, e.g. 0.5; empty: all they need",
         ge=0,
         allow_inf_nan=False,
     )
     over_sample: int = Field(
-        0,
+        default=0,
         description="sites drawn beyond clients_per_round: the round takes the first clients_per_round accepted updates",
         ge=0,
     )
     max_update_norm: float | None = Field(
-        None,
+        default=None,
         description="largest L2 norm of an update's difference to the global model, over its floating point parameters",
         gt=0,
         allow_inf_nan=False,
     )
     clip_updates: bool = Field(
-        False, description="scale an update of a larger norm down to max_update_norm, instead of rejecting it"
+        default=False, description="scale an update of a larger norm down to max_update_norm, instead of rejecting it"
     )
     max_rejections: int | None = Field(
-        None,
+        default=None,
         description="rejected updates in a row after which a site is in quarantine, until one of its updates passes the gate",
         ge=1,
     )
     round_retries: int = Field(
-        0,
+        default=0,
         description="how often a round with fewer than min_clients updates asks the missing sites again",
         ge=0,
         le=1000,
     )
     site_retries: int = Field(
-        1,
+        default=1,
         description="how often, in a round, a script that failed is started again, and a site that was lost is asked again",
         ge=0,
         le=1000,
     )
     site_patience_s: float = Field(
-        120.0,
+        default=120.0,
         description="seconds that a round waits for a site whose worker is lost or offline, or whose work pool is paused",
         ge=0,
         allow_inf_nan=False,
     )
     keep_updates: Literal["all", "last", "none"] = Field(
-        "all",
+        default="all",
         description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
     )
     final_evaluation: bool = Field(
-        True,
+        default=True,
         description="after the training, one more round in which sites score the final model, if any site reports metrics",
     )
     cross_site_eval: bool = Field(
-        False,
+        default=False,
         description="after the training, score every site's best local model and the server's models at every site",
     )
     include: tuple[str, ...] = Field(
-        (), description="more files and folders for the bundle, relative to the client script's folder"
+        default=(), description="more files and folders for the bundle, relative to the client script's folder"
     )
     threads_per_site: int = Field(
-        1,
+        default=1,
         description="torch threads of each client script; recorded, because the bits of a sum can depend on it",
         ge=1,
         le=1024,
     )
 
-    _bundle: Bundle
-    _given: frozenset[str] | None
-    _arguments: tuple[str, ...]
-    _site_arguments: dict[str, tuple[str, ...]]
+    _bundle: Bundle = PrivateAttr()
+    _given: frozenset[str] | None = PrivateAttr()
+    _arguments: tuple[str, ...] = PrivateAttr()
+    _site_arguments: dict[str, tuple[str, ...]] = PrivateAttr()
 
     @field_validator("exclude_vars", "include", mode="before")
     @classmethod
