@@ -10,6 +10,7 @@ import pytest
 
 import fedpool
 import fedpool.client
+from fedpool.flows.recipes import BUILT_IN
 
 FACADE = [
     "Aggregator",
@@ -79,6 +80,17 @@ CLIENT = [
     "train",
 ]
 
+WITHOUT_PREFECT = [
+    "fedpool.store",
+    "fedpool.recipe",
+    *(f"fedpool.tasks.{name}" for name in ("strategy", "gate", "record", "job_record", "ledger", "aggregate")),
+    *(f"fedpool.flows.{name}" for name in ("recipes", "plan", "choose", "expected", "staging", "stored")),
+    *(path.partition(":")[0] for path in BUILT_IN.values()),
+    "fedpool.flows.verify",
+    "fedpool.flows.replay",
+]
+"""What an environment looks at before anything runs, and commands that read a store: importing Prefect takes two seconds."""
+
 
 def test_the_facade_exports_these_names_and_no_other() -> None:
     assert fedpool.__all__ == FACADE
@@ -131,14 +143,24 @@ def test_a_name_is_loaded_when_it_is_first_used() -> None:
     [
         ("fedpool.cli", ("torch", "numpy", "prefect")),
         ("fedpool.deployments.site_worker", ("torch", "numpy")),
-        ("fedpool.flows.verify", ("prefect",)),
-        ("fedpool.flows.replay", ("prefect",)),
     ],
 )
 def test_a_command_and_a_worker_load_no_framework_that_they_do_not_use(module: str, unused: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print([name for name in {unused!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_what_reads_a_job_and_what_an_algorithm_is_made_of_costs_no_prefect() -> None:
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'prefect' in sys.modules:\n"
+        "        sys.exit(f'{name} loads Prefect')\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, *WITHOUT_PREFECT], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", [name for name in FACADE if name.endswith(("Error", "Failed", "Cancelled"))])

@@ -2,9 +2,11 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,25 @@ FOLDERS = ("sites", "tasks", "flows", "deployments")
 # Lowest first. The base is everything in src/fedpool itself and its client.
 LAYERS = ("base", *FOLDERS, "facade")
 FACADE = ("__init__.py", "cli.py")
+
+# The base in itself, lowest first; a folder stands for all that is in it. A client script loads no store, and a store no recipe.
+BASE_LEVELS = (
+    "storable errors model manifest paths site_order tensors arrays local_file exclusive refusals s3 loopback startup",
+    "client",
+    "store written",
+    "environment fields conditions exclude weights checkpoint initial stored_model bundle client_use early_settings "
+    "script_files script_paths script_values user_code allowed_code",
+    "recipe",
+    "testing migration",  # tools beside the product
+)
+
+# Modules of a layer above that are named by a string, and why it has to be so.
+NAMED_ABOVE = {
+    (
+        "deployments/poc.py",
+        "fedpool.cli",
+    ): "a proof of concept's sites are processes of the command, as a data owner's are",
+}
 
 MODULES = sorted(
     {
@@ -52,10 +73,11 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def imported(path: Path) -> Iterator[tuple[int, str]]:
+def imported(path: Path, without: ast.NodeTransformer | None = None) -> Iterator[tuple[int, str]]:
     """(line, dotted module) of every import of a module, those inside functions included."""
+    tree = ast.parse(path.read_text(), filename=str(path))
     package = ["fedpool", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+    for node in ast.walk(without.visit(tree) if without else tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -64,6 +86,57 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 inner = f"{name}.{alias.name}"
                 yield node.lineno, inner if name.startswith("fedpool") and is_module(inner) else name
+
+
+_NAMED = re.compile(r"(fedpool(?:\.\w+)+)(?:\.|:\w*)?")  # the end of a part of an f-string may be missing
+
+
+def named(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every string of a module that is the name of a module of ours, or of something in one.
+
+    Such as for `import_module` and `python -m`, an entrypoint of Prefect's, a path `module:Class`, the beginning of an f-string.
+    """
+    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := _NAMED.fullmatch(node.value)):
+            parts = match[1].split(".")
+            prefixes = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
+            if module := next((name for name in prefixes if is_module(name)), None):
+                yield node.lineno, module
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(("fedpool", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+class AtRunTime(ast.NodeTransformer):
+    """Leaves out what only type checkers read, and, where asked to, the bodies of functions."""
+
+    def __init__(self, *, functions: bool) -> None:
+        self._functions = functions
+
+    def visit_If(self, node: ast.If) -> ast.AST | Sequence[ast.AST]:
+        if ast.unparse(node.test) == "TYPE_CHECKING":
+            return [self.visit(other) for other in node.orelse]
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        return self.generic_visit(node) if self._functions else None
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST | None:
+        return self.generic_visit(node) if self._functions else None
+
+
+def needs(path: Path, *, functions: bool) -> set[str]:
+    """Our modules that a module imports when it runs: at its top level, and in its functions, too, where that is asked."""
+    found = {name for _, name in imported(path, AtRunTime(functions=functions)) if name.split(".")[0] == "fedpool"}
+    return found - {module_of(path)}
+
+
+def level_of(module: str) -> int:
+    """The level of a module of the base."""
+    (level,) = (number for number, names in enumerate(BASE_LEVELS) if module.split(".")[1] in names.split())
+    return level
 
 
 def test_the_modules_are_found() -> None:
@@ -87,6 +160,49 @@ def test_a_module_imports_nothing_from_a_layer_above_its_own(path: Path) -> None
         if (layer := layer_of_name(name)) is not None and LAYERS.index(layer) > own
     ]
     assert above == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=shown)
+def test_a_module_names_nothing_from_a_layer_above_its_own(path: Path) -> None:
+    own = LAYERS.index(layer_of_file(path))
+    above = [
+        f"line {line}: {name!r}"
+        for line, name in named(path)
+        if (layer := layer_of_name(name)) is not None and LAYERS.index(layer) > own
+        if (shown(path), name) not in NAMED_ABOVE
+    ]
+    assert above == []
+
+
+def test_every_exception_is_needed() -> None:
+    assert all(name in {found for _, found in named(PACKAGE / path)} for path, name in NAMED_ABOVE)
+
+
+def test_a_module_that_is_named_by_a_string_is_seen_in_each_form() -> None:
+    assert "fedpool.flows.job" in [name for _, name in named(PACKAGE / "deployments/sim.py")]  # import_module("...")
+    assert "fedpool.tasks.mean" in [name for _, name in named(PACKAGE / "__init__.py")]  # the home of a name
+    assert "fedpool.flows.site_round" in [
+        name for _, name in named(PACKAGE / "flows/site_round.py")
+    ]  # module.attribute
+    assert "fedpool.flows" in [
+        name for _, name in named(PACKAGE / "flows/recipes.py")
+    ]  # f"fedpool.flows.{name}:{kind}"
+    assert list(named(PACKAGE / "tasks/events.py")) == []  # "fedpool.update.rejected" is none of ours
+
+
+def test_no_modules_need_each_other() -> None:
+    graph = {module_of(path): needs(path, functions=False) for path in MODULES}
+    assert "fedpool.store" in graph["fedpool.written"] and "fedpool.recipe" not in graph["fedpool.environment"]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"they import each other: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if layer_of_file(path) == "base"], ids=shown)
+def test_a_module_of_the_base_imports_nothing_from_a_level_above_its_own(path: Path) -> None:
+    own = level_of(module_of(path))
+    assert [name for name in sorted(needs(path, functions=True)) if level_of(name) > own] == []
 
 
 def test_an_import_inside_a_function_is_seen_too() -> None:
@@ -139,9 +255,14 @@ def public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.As
                 )
 
 
+def is_overload(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it is one of a function's signatures, and not the function."""
+    return any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if path.stat().st_size], ids=shown)
 def test_everything_public_has_a_docstring(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    missing = [node.name for node in public(tree) if not ast.get_docstring(node)]
+    missing = [node.name for node in public(tree) if not ast.get_docstring(node) and not is_overload(node)]
     assert ast.get_docstring(tree), "the module has none"
     assert missing == []
