@@ -22,8 +22,7 @@ SCRIPT = """
         def __init__(self):
             super().__init__()
             self.fc = torch.nn.Linear(2, 1)
-            self.mask: torch.Tensor
-        self.register_buffer("mask", torch.triu(torch.full((3, 3), float("-inf")), 1))
+            self.register_buffer("mask", torch.triu(torch.full((3, 3), float("-inf")), 1))
 
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
