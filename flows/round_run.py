@@ -5,6 +5,9 @@ reads it back, each by a request of its own. A short round takes as long as its 
 """
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import Logger, LoggerAdapter
 from uuid import UUID
 
 import httpx
@@ -19,7 +22,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Runni
 
 from fedpool.errors import FedpoolError, ServerError
 from fedpool.flows.round import federated_round
-from fedpool.flows.under_way import Job
+from fedpool.flows.under_way import Job, RoundSignals
 from fedpool.storable import storable
 from fedpool.tasks.dispatch import gone
 from fedpool.tasks.states import report_state
@@ -32,6 +35,8 @@ def _round_in_job() -> None:
 
 async def run_round(job: Job, number: int) -> None:
     """Create the flow run of a round, named "<job name> round 3", do the round in it, and report how it ended.
+
+    The run is pending until the round's turn comes: so it shows in the UI when the round began, and not when it was made ready.
 
     Raises: what the round raises; its run is reported first: as failed, cancelled with its job, or crashed if the process is
         being ended.
@@ -51,9 +56,13 @@ async def run_round(job: Job, number: int) -> None:
     logger = flow_run_logger(run, federated_round)
     own = {"flow": federated_round, "flow_run": run, "parameters": run.parameters}
     fresh: dict[str, object] = {"task_run_dynamic_keys": {}, "observed_flow_pauses": {}, "run_results": {}}
-    with parent.model_copy(update=own | fresh):
+    starting = asyncio.create_task(_start_at_turn(client, run, job, number, logger))
+    with parent.model_copy(update=own | fresh), _noted(job.rounds[number].ended):
         try:
-            ended = await federated_round.fn(job, number) or Completed()
+            try:
+                ended = await federated_round.fn(job, number) or Completed()
+            finally:
+                await _settle(starting, job.rounds[number])
         except (asyncio.CancelledError, TerminationSignal):
             await _report(client, run, Crashed(message="the coordinator was ended"))
             raise
@@ -64,7 +73,37 @@ async def run_round(job: Job, number: int) -> None:
             logger.error("%s", error, exc_info=not isinstance(error, FedpoolError))
             await _report(client, run, Failed(message=storable(str(error))))
             raise
-    await _report(client, run, ended)
+        await _report(client, run, ended)
+
+
+@contextmanager
+def _noted(event: asyncio.Event) -> Iterator[None]:
+    """Set an event at the end of what is done, however it ends."""
+    try:
+        yield
+    finally:
+        event.set()
+
+
+async def _start_at_turn(
+    client: PrefectClient, run: FlowRun, job: Job, number: int, logger: "Logger | LoggerAdapter[Logger]"
+) -> None:
+    """Report that a round's run has started once its turn has come, while the round does its work."""
+    if await asyncio.shield(job.rounds[number].step) is None:
+        return
+    if (before := job.rounds.get(number - 1)) is not None:
+        await before.ended.wait()
+    try:
+        await _report(client, run, Running())
+    except (httpx.HTTPError, PrefectException) as error:  # the round goes on: it is only seen less well
+        logger.warning("the Prefect server was not told that the round has started: %s", error)
+
+
+async def _settle(starting: "asyncio.Task[None]", signals: RoundSignals) -> None:
+    """Let no state of a round's run be reported after that of its end."""
+    if not signals.step.done():
+        starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
 
 
 async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -> FlowRun:
@@ -77,7 +116,7 @@ async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -
         parameters={"number": number},
         tags=TagsContext.get().current_tags,
         parent_task_run_id=tracking.id,
-        state=Running(),
+        state=Pending(message="waits for its turn"),
     )
     return run
 

@@ -25,16 +25,18 @@ LOOK_AHEAD = 2
 class RoundSignals:
     """How a job's loop and the run of a round talk: `step` tells the round what to do, `committed` tells the loop.
 
-    `created`, that its run is there or could not be created, tells the next round, which the server would serve no sooner.
+    `created`, that its run is there or could not be created, tells the next round, which the server would serve no sooner;
+    `ended`, that its run has ended, too, so that in the UI one round ends before the next one starts.
     """
 
-    __slots__ = ("committed", "created", "step")
+    __slots__ = ("committed", "created", "ended", "step")
 
     def __init__(self) -> None:
         self.created = asyncio.Event()
         self.step: asyncio.Future[Step | None] = asyncio.get_running_loop().create_future()
         """None when the job ends before the round's turn."""
         self.committed = asyncio.Event()
+        self.ended = asyncio.Event()
 
 
 class Job:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def test_a_job_shows_as_flow_runs_with_logs_tables_and_a_report(run_job: Callabl
     assert seen["job"].name == "seen" and seen["job"].state_name == "Completed"
     assert seen["job"].parameters["recipe"]["num_rounds"] == 2 and seen["job"].parameters["sites"] == "<LocalSites>"
     assert [r.name for r in seen["rounds"]] == ["seen round 0", "seen round 1", "seen round 2"]
+    for before, after in pairwise(seen["rounds"]):  # a round that waits for its turn has not started
+        assert before.start_time <= before.end_time <= after.start_time
     assert sorted({task.name for task in seen["tasks"]}) == ["site-1", "site-2"] and len(seen["tasks"]) == 6
     own_logs = {log.message for log in seen["logs"]}
     said = {log.task_run_id for log in seen["logs"] if log.message == "site-2: hello from site-2 in round 1"}
