@@ -105,7 +105,6 @@ class PocEnv(RemoteEnv, NamedClients):
         return self.names_or(2)
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
-        """See `RemoteEnv.site_names`."""
         return self.names
 
     def prepare(self, recipe: Recipe) -> None:
@@ -113,7 +112,6 @@ class PocEnv(RemoteEnv, NamedClients):
         self.up()
 
     def open_store(self) -> Store:
-        """See `RemoteEnv.open_store`."""
         state = self._state()
         return Store(state["store"], **state["storage_options"])
 
@@ -124,11 +122,9 @@ class PocEnv(RemoteEnv, NamedClients):
 
     @property
     def server_remedy(self) -> str | None:
-        """See `RemoteEnv.server_remedy`."""
         return f"run `fedpool poc up --home {self.home}`"
 
     def settings(self) -> dict[Any, Any]:
-        """See `RemoteEnv.settings`."""
         from prefect.settings import PREFECT_API_URL
 
         return {PREFECT_API_URL: self.api_url}

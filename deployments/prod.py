@@ -52,20 +52,16 @@ class ProdEnv(RemoteEnv):
         return value.rstrip("/") if value else value
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
-        """See `RemoteEnv.site_names`."""
         return self.sites
 
     def open_store(self) -> Store:
-        """See `RemoteEnv.open_store`."""
         return Store(self.store, **self.storage_options)
 
     @property
     def server_remedy(self) -> str | None:
-        """See `RemoteEnv.server_remedy`."""
         return "start it, or correct api_url" if self.api_url else None
 
     def settings(self) -> dict[Any, Any]:
-        """See `RemoteEnv.settings`."""
         from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
         given: dict[Any, Any] = {}

@@ -21,11 +21,9 @@ class Averaging(Strategy):
 
     @property
     def surveys(self) -> bool:
-        """See `Strategy.surveys`."""
         return self.rule.surveys
 
     def survey(self, geometry: Geometry) -> Self:
-        """See `Strategy.survey`."""
         return replace(self, rule=self.rule.survey(geometry))
 
 
@@ -71,7 +69,6 @@ class AveragingRecipe(Recipe):
 
     @classmethod
     def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See `Recipe.earlier`."""
         own: Mapping[str, Mapping[str, Any]] = {
             "bulyan": {"even_median": "midpoint"},
             "geometric_median": {"weighted_median": False},
@@ -104,7 +101,6 @@ class AveragingRecipe(Recipe):
 
     @property
     def functions(self) -> Sequence[str]:
-        """See `Recipe.functions`."""
         return (self.aggregator,) if ":" in self.aggregator else ()
 
     @property

@@ -34,7 +34,6 @@ class Cyclic(Strategy):
         return (turns[position],) if turns else ()
 
     def apply(self, state: State, updates: Sequence[Update]) -> State:
-        """See `Strategy.apply`."""
         params = {
             name: weighted_mean((update.weight, update.params[name]) for update in updates) for name in state.params
         }
@@ -71,11 +70,9 @@ class CyclicRecipe(Recipe):
         return self
 
     def check_sites(self, sites: Sequence[str]) -> None:
-        """See `Recipe.check_sites`."""
         super().check_sites(sites)
         if isinstance(self.order, tuple) and (unknown := in_order(set(self.order) - set(sites))):
             raise RecipeError(f"order names {', '.join(unknown)}, but the sites are {', '.join(in_order(sites)[:8])}")
 
     def strategy(self, num_sites: int) -> Cyclic:
-        """See `Recipe.strategy`."""
         return Cyclic(self.order)

@@ -27,5 +27,4 @@ class DiLoCoRecipe(AveragingRecipe):
     outer_momentum: float = Field(default=0.9, description="Nesterov momentum of the outer optimizer", ge=0, lt=1)
 
     def strategy(self, num_sites: int) -> FedOpt:
-        """See `Recipe.strategy`."""
         return FedOpt(self.rule, Momentum(Schedule(self.outer_lr), self.outer_momentum, nesterov=True))

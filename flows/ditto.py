@@ -41,15 +41,12 @@ class DittoRecipe(FedAvgRecipe):
 
     @classmethod
     def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See `Recipe.earlier`."""
         return {**super().earlier(fields), "personal_start": "received"}
 
     @property
     def starts_own_models(self) -> bool:
-        """See `Recipe.starts_own_models`."""
         return self.personal_start == "initial"
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """See `Recipe.client_config`."""
         return {"ditto_lambda": self.ditto_lambda}

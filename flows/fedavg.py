@@ -23,7 +23,6 @@ class FedAvg(Averaging):
     rule: Aggregator = field(default_factory=Mean)
 
     def apply(self, state: State, updates: Sequence[Update]) -> State:
-        """See `Strategy.apply`."""
         params = {name: self.rule.combine(name, state, updates) for name in state.params}
         return state.after(params)
 
@@ -48,5 +47,4 @@ class FedAvgRecipe(AveragingRecipe):
     """
 
     def strategy(self, num_sites: int) -> FedAvg:
-        """See `Recipe.strategy`."""
         return FedAvg(self.rule)

@@ -28,7 +28,6 @@ class FedNova(Strategy):
     positive_meta = (LOCAL_STEPS,)
 
     def apply(self, state: State, updates: Sequence[Update]) -> State:
-        """See `Strategy.apply`."""
         steps = {update.site: _steps(update) for update in updates}
         effective = float(weighted_mean((u.weight, _scalar(steps[u.site])) for u in updates))
         params = {}
@@ -66,9 +65,7 @@ class FedNovaRecipe(Recipe):
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """See `Recipe.client_config`."""
         return {ALGORITHM: FEDNOVA}
 
     def strategy(self, num_sites: int) -> FedNova:
-        """See `Recipe.strategy`."""
         return FedNova()

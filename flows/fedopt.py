@@ -36,11 +36,9 @@ class FedOpt(Averaging):
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """See `Strategy.slots`."""
         return self.optimizer.slots
 
     def apply(self, state: State, updates: Sequence[Update]) -> State:
-        """See `Strategy.apply`."""
         params = {}
         slots: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in self.slots}
         for name, before in state.params.items():
@@ -118,5 +116,4 @@ class FedOptRecipe(AveragingRecipe):
         return self
 
     def strategy(self, num_sites: int) -> FedOpt:
-        """See `Recipe.strategy`."""
         return FedOpt(self.rule, self._optimizer)

@@ -31,5 +31,4 @@ class FedProxRecipe(FedAvgRecipe):
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """See `Recipe.client_config`."""
         return {FEDPROX_MU: self.fedprox_mu}

@@ -42,11 +42,9 @@ class Scaffold(Strategy):
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """See `Strategy.slots`."""
         return {CONTROL: 0.0}
 
     def apply(self, state: State, updates: Sequence[Update]) -> State:
-        """See `Strategy.apply`."""
         params: dict[str, torch.Tensor] = {}
         control: dict[str, torch.Tensor] = {}
         for name in state.params:
@@ -99,14 +97,11 @@ class ScaffoldRecipe(Recipe):
 
     @classmethod
     def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See `Recipe.earlier`."""
         return {**super().earlier(fields), "weighted": "model"}
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """See `Recipe.client_config`."""
         return {ALGORITHM: SCAFFOLD}
 
     def strategy(self, num_sites: int) -> Scaffold:
-        """See `Recipe.strategy`."""
         return Scaffold(num_sites, self.server_lr, self.weighted)

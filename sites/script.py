@@ -65,7 +65,6 @@ class _SeedOnImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """See `MetaPathFinder.find_spec`."""
         spec = PathFinder.find_spec(fullname, path, target) if fullname in ("numpy", "torch") else None
         if spec is None or spec.loader is None:
             return None

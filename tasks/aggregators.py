@@ -75,7 +75,6 @@ class Mean(Aggregator):
     """site -> factor on its difference to the global model, where that is not 1."""
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         return weighted_mean((self._weight(update), self._value(name, state, update)) for update in self._used(updates))
 
     def _used(self, updates: Sequence[Update]) -> Sequence[Update]:
@@ -99,7 +98,6 @@ class Median(Aggregator):
     """
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         return median(_stacked(name, updates))
 
 
@@ -115,11 +113,9 @@ class TrimmedMean(Aggregator):
 
     @property
     def fewest(self) -> int:
-        """See `Aggregator.fewest`."""
         return next(n for n in range(1, 1 + int(2 / self.ratio) + 1) if num_trimmed(n, self.ratio) >= 1)
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         self.check(len(updates))
         return trimmed_mean(_stacked(name, updates), num_trimmed(len(updates), self.ratio))
 
@@ -139,19 +135,16 @@ class Krum(Aggregator):
 
     @property
     def fewest(self) -> int:
-        """See `Aggregator.fewest`."""
         f = self.num_byzantine
         return max(2 * f + 3, (self.num_selected or 1) + f + 2)
 
     def survey(self, geometry: Geometry) -> Aggregator:
-        """See `Aggregator.survey`."""
         n, f = len(geometry.sites), self.num_byzantine
         self.check(n)
         chosen = multi_krum(geometry.squared_distances, f, self.num_selected or n - f - 2)
         return Mean({geometry.sites[i]: 1.0 for i in chosen})
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         raise AssertionError("survey() comes first")
 
 
@@ -172,17 +165,14 @@ class Bulyan(Aggregator):
 
     @property
     def fewest(self) -> int:
-        """See `Aggregator.fewest`."""
         return 4 * self.num_byzantine + 3
 
     def survey(self, geometry: Geometry) -> Aggregator:
-        """See `Aggregator.survey`."""
         self.check(len(geometry.sites))
         chosen = bulyan_selection(geometry.squared_distances, self.num_byzantine)
         return replace(self, selected=tuple(geometry.sites[i] for i in chosen))
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         chosen = [update for update in updates if update.site in self.selected]
         num_near = len(self.selected) - 2 * self.num_byzantine
         return mean_around_median(_stacked(name, chosen), num_near, midpoint=self.midpoint)
@@ -201,13 +191,11 @@ class GeometricMedian(Aggregator):
     surveys = True
 
     def survey(self, geometry: Geometry) -> Aggregator:
-        """See `Aggregator.survey`."""
         weights = torch.tensor(geometry.weights, dtype=torch.float64) if self.weighted else None
         found = geometric_median_weights(geometry.products, weights)
         return Mean(dict(zip(geometry.sites, found, strict=True)))
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         raise AssertionError("survey() comes first")
 
 
@@ -223,7 +211,6 @@ class NormClippedMean(Aggregator):
     surveys = True
 
     def survey(self, geometry: Geometry) -> Aggregator:
-        """See `Aggregator.survey`."""
         norms = geometry.norms.tolist()
         scales = {
             site: self.clip_norm / norm
@@ -233,7 +220,6 @@ class NormClippedMean(Aggregator):
         return Mean(scales=scales)
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         raise AssertionError("survey() comes first")
 
 
@@ -244,7 +230,6 @@ class Custom(Aggregator):
     path: str
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        """See `Aggregator.combine`."""
         weights = torch.tensor([update.weight for update in updates], dtype=torch.float64)
         values = _stacked(name, updates)
         found = imported(self.path)(values, weights)

@@ -91,7 +91,6 @@ class Adaptive(ServerOptimizer):
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """See `Strategy.slots`."""
         return {"momentum": 0.0, "second_moment": self.tau**2}
 
     def step(
@@ -125,7 +124,6 @@ class Momentum(ServerOptimizer):
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """See `Strategy.slots`."""
         return {"momentum": 0.0}
 
     def step(

@@ -74,7 +74,6 @@ class Checked(BaseModel):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
-        """See `BaseModel.model_validate`."""
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
