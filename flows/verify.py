@@ -16,23 +16,20 @@ from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.stored import recipe_of
+from fedpool.flows.verify_updates import UpdateAudit, differs
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
-from fedpool.sites.site_round import Delivery, read_delivery
-from fedpool.storable import storable
 from fedpool.store import Store, check_digest, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.causes import evaluation_error
-from fedpool.tasks.gate import Accepted, Expected, Failed, Late, Outcome, Probed, Rejected, judge, judge_manifest
+from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
 from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import (
     AcceptedEntry,
-    Entry,
     ProbedEntry,
-    RejectedEntry,
     RoundRecord,
     SubmittedModel,
     known_weights,
@@ -78,7 +75,6 @@ class _Audit:
     def __init__(self, store: Store, job_id: str, allow: Permission) -> None:
         self._store = store
         self._paths = JobPaths(job_id)
-        self._num_updates = self._num_pruned = 0
         data = store.read_bytes(self._paths.job)
         try:
             self._recipe = recipe_of(job_id, store, allow=allow)
@@ -90,6 +86,7 @@ class _Audit:
         self._ledger = Ledger.of(job, hashlib.sha256(data).hexdigest())
         self._arithmetic = job.how
         self._holes = job.may_be_infinite
+        self._updates = UpdateAudit(store, job_id, self._recipe.keep_updates)
         self._counted = Counted(self._recipe.aggregation_weights)
         self._strategy: Strategy = self._recipe.strategy(len(job.sites))
 
@@ -99,7 +96,7 @@ class _Audit:
                 self._verify_round(path, Path(folder))
             self._verify_model(self._ledger.num_trained, self._ledger.head)
         status = self._verify_result()
-        return Verified(self._ledger.number, self._num_updates, self._num_pruned, status)
+        return Verified(self._ledger.number, self._updates.num_updates, self._updates.num_pruned, status)
 
     def _verify_round(self, path: str, folder: Path) -> None:
         number = self._ledger.number
@@ -132,10 +129,10 @@ class _Audit:
             Failed(entry.site, entry.attempt, entry.cause, entry.away) for entry in record.failed
         ]
         outcomes += [Late(entry.site, entry.attempt) for entry in record.late]
-        outcomes += [self._judged_again(number, entry, wanted) for entry in record.rejected]
+        outcomes += [self._updates.judge_rejected(number, entry, wanted) for entry in record.rejected]
         passed: list[AcceptedEntry | ProbedEntry] = [*record.accepted, *record.probed]
         for entry in passed:
-            outcome = self._judged(number, entry, wanted)
+            outcome = self._updates.judge(number, entry, wanted)
             if isinstance(outcome, Rejected):
                 what = self._paths.update if outcome.manifest else self._paths.manifest
                 path = what(number, entry.site, entry.attempt)
@@ -162,52 +159,6 @@ class _Audit:
             arithmetic=self._arithmetic,
         )
 
-    def _judged(self, number: int, entry: AcceptedEntry | ProbedEntry, wanted: Expected) -> Accepted | Rejected:
-        """An update that was accepted, judged anew."""
-        site, attempt = entry.site, entry.attempt
-        delivery = self._delivered(number, entry)
-        if isinstance(delivery, Rejected):
-            return delivery
-        if entry.sha256 is not None and self._was_pruned(number, site, attempt):
-            self._num_pruned += 1
-            norm, scale = (entry.norm, entry.scale) if isinstance(entry, AcceptedEntry) else (None, None)
-            return judge_manifest(site, attempt, delivery, wanted, norm, 1.0 if scale is None else scale)
-        return judge(self._store, site, attempt, delivery, wanted)
-
-    def _judged_again(self, number: int, entry: RejectedEntry, wanted: Expected) -> Accepted | Rejected:
-        """An update that was rejected, judged anew."""
-        site, attempt = entry.site, entry.attempt
-        delivery = self._delivered(number, entry)
-        if isinstance(delivery, Rejected):
-            return delivery
-        if entry.code == "changed":  # which is over: what the gate had seen is not there any more
-            return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry.code, entry.reason)
-        return judge(self._store, site, attempt, delivery, wanted)
-
-    def _delivered(self, number: int, entry: Entry) -> Delivery | Rejected:
-        """What a site sent; or that it cannot be read."""
-        site, attempt = entry.site, entry.attempt
-        self._num_updates += 1
-        try:
-            delivery = read_delivery(self._store, self._paths.job_id, number, site, attempt)
-        except FileNotFoundError:
-            raise self._differs(self._paths.manifest(number, site, attempt), "is missing") from None
-        except IntegrityError as error:
-            return Rejected(site, attempt, None, None, "manifest", storable(str(error)))
-        self._verify_assignment(number, site, attempt, delivery.manifest.assignment_sha256)
-        return delivery
-
-    def _was_pruned(self, number: int, site: str, attempt: int) -> bool:
-        """Whether an update is missing by the word of the recipe, or of whoever pruned the job."""
-        allowed = self._recipe.keep_updates != "all" or self._store.exists(self._paths.pruned)
-        return allowed and not self._store.exists(self._paths.update(number, site, attempt))
-
-    def _verify_assignment(self, number: int, site: str, attempt: int, sha256: str) -> None:
-        """Check what the site was asked, where it is in the store, against what it says that it was asked."""
-        path = self._paths.assignment(number, site, attempt)
-        if self._store.exists(path) and hashlib.sha256(self._store.read_bytes(path)).hexdigest() != sha256:
-            raise self._differs(path, "is not what the site says that it was asked")
-
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: RoundRecord, folder: Path
     ) -> Aggregated:
@@ -215,7 +166,7 @@ class _Audit:
         if record.next_global is None:
             raise self._differs(self._paths.record(number), "says that it trained, and names no model that came of it")
         said = Aggregated(record.next_global, record.state)
-        if said.state and (self._num_pruned == 0 or self._store.exists(self._paths.state(number))):
+        if said.state and (self._updates.num_pruned == 0 or self._store.exists(self._paths.state(number))):
             self._reader(self._paths.state(number), said.state)
         if any(update.tensors is None for update in accepted):  # not all of them were kept
             return said
@@ -320,7 +271,7 @@ class _Audit:
         return Digest(hashlib.sha256(follows).hexdigest(), len(follows))
 
     def _differs(self, path: str, how: str) -> IntegrityError:
-        return IntegrityError(f"{self._store.full(path)} {how}")
+        return differs(self._store, path, how)
 
 
 def _first_difference(one: TensorReader, other: TensorReader) -> str:
