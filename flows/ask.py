@@ -14,7 +14,8 @@ from fedpool.flows.under_way import Job
 from fedpool.site_order import in_order
 from fedpool.store import check_digest
 from fedpool.tasks.absence import unasked
-from fedpool.tasks.collect import Asked, Round, Turn, asked_before, collect
+from fedpool.tasks.answers import Asked, Turn, asked_before
+from fedpool.tasks.collect import Round, collect
 from fedpool.tasks.gate import Accepted, Expected, Outcome
 from fedpool.tasks.publish import copy_model
 from fedpool.tensors import Digest, TensorReader

@@ -27,10 +27,11 @@ from pydantic import AfterValidator, Field
 
 from fedpool.errors import ConfigError, RecipeError
 from fedpool.flows import overlap
-from fedpool.flows.job import run_job, take_up
+from fedpool.flows.job import run_job
 from fedpool.flows.recipes import flow_name
 from fedpool.flows.staging import has_completed, stage
 from fedpool.flows.stored import recipe_of
+from fedpool.flows.take_up import take_up
 from fedpool.flows.under_way import LOOK_AHEAD
 from fedpool.initial import InitialModel
 from fedpool.paths import JobPaths, new_job_id

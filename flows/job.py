@@ -6,7 +6,6 @@ Persists no Prefect result: whatever lasts is in the store.
 """
 
 import asyncio
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,28 +16,26 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError, StoreError
-from fedpool.flows.plan import Step, best_model, next_step, num_expected
+from fedpool.flows.plan import best_model, next_step, num_expected
 from fedpool.flows.round_run import run_round
-from fedpool.flows.staging import check_unchanged, stage
-from fedpool.flows.under_way import LOOK_AHEAD, Job, RoundSignals
-from fedpool.paths import JobPaths
+from fedpool.flows.staging import stage
+from fedpool.flows.take_up import take_up
+from fedpool.flows.under_way import Job, RoundSignals
 from fedpool.recipe import Recipe
 from fedpool.sites.sites import Sites
 from fedpool.storable import storable
-from fedpool.store import Store, check_digest
+from fedpool.store import Store
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.findings import findings
 from fedpool.tasks.job_record import (
     JOB_FORMAT,
     EnvironmentRecord,
     JobOutcome,
-    JobRecord,
     JobResult,
     Parent,
     ScoredModel,
 )
 from fedpool.tasks.key_metric import metric_gap
-from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.record import RoundRecord, num_trained
 from fedpool.tensors import Digest
@@ -86,80 +83,6 @@ async def federated_job(
             await sites.end()
             raise
         return await run_job(job)
-
-
-def take_up(
-    recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead: int = LOOK_AHEAD, *, fresh: bool = False
-) -> Job:
-    """A job that was staged, or begun and lost, as far as it has come: from its last commit on it is run like any other.
-
-    What is committed is checked against the records' chain of hashes. A global model or a state that no record names yet is
-    nobody's word, and goes; so does the result of a job that has failed or was cancelled.
-
-    Args:
-        fresh: this very process has just staged it.
-
-    Raises:
-        FileNotFoundError: there is no such job.
-        IntegrityError: what is committed is not what it says.
-        RecipeError: the job has another recipe or other sites.
-    """
-    paths = JobPaths(job_id)
-    data = store.read_bytes(paths.job)
-    check_unchanged(recipe, job_id, store, sites.names)
-    described = JobRecord.from_bytes(data, store.full(paths.job))
-    ledger = _read_ledger(recipe, store, Ledger.of(described, hashlib.sha256(data).hexdigest()))
-    step, _ = next_step(recipe, ledger.records)
-    if not fresh:
-        _check_named(recipe, store, ledger, step)
-    if step is None or step.model is None:
-        _remove_unnamed(store, ledger)
-    for path in (paths.result, paths.cross_site, paths.state(ledger.num_trained)):
-        store.remove(path)
-    return Job(recipe, store, sites, ledger, look_ahead)
-
-
-def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
-    """All that a job has committed; raises `IntegrityError` at the first record that does not follow from those before it."""
-    paths = JobPaths(ledger.job.job_id)
-    while store.exists(path := paths.record(ledger.number)):
-        data = store.read_bytes(path)
-        record = RoundRecord.from_bytes(data, store.full(path))
-        step, _ = next_step(recipe, ledger.records)
-        if step is None or record.task != step.task or record.base != (step.model or ledger.head):
-            raise IntegrityError(f"{store.full(path)} does not follow from the round before it: verify the job")
-        try:
-            ledger = ledger.advance(record, hashlib.sha256(data).hexdigest())
-        except IntegrityError as error:
-            raise IntegrityError(
-                f"{store.full(path)} does not follow from the round before it: it {error}; verify the job"
-            ) from None
-    return ledger
-
-
-def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None) -> None:
-    """Check that the models and the state that the rest of the job needs are what was committed."""
-    paths, trained = JobPaths(ledger.job.job_id), ledger.num_trained
-    named = {paths.global_model(trained): ledger.head}
-    if step is not None and step.model is not None:
-        named[paths.global_model(ledger.number)] = step.model
-    if recipe.starts_own_models:
-        named[paths.global_model(0)] = ledger.job.model
-    if ledger.state is not None:
-        named[paths.state(trained - 1)] = ledger.state
-    for path, digest in named.items():
-        with store.open(path) as file:
-            check_digest(file, digest, where=store.full(path))
-
-
-def _remove_unnamed(store: Store, ledger: Ledger) -> None:
-    """Remove the models that the round under way, which is lost, has made for those after it."""
-    paths, number = JobPaths(ledger.job.job_id), ledger.number + 1
-    while store.exists(paths.global_model(number)):
-        number += 1
-    # The last first: no gap is left by one who is killed here.
-    for unnamed in reversed(range(ledger.number + 1, number)):
-        store.remove(paths.global_model(unnamed))
 
 
 async def run_job(job: Job) -> State[Any]:

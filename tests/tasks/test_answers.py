@@ -3,7 +3,7 @@
 import pytest
 
 from fedpool.paths import JobPaths
-from fedpool.tasks.collect import Again, Asked, asked_before
+from fedpool.tasks.answers import Again, Asked, asked_before
 
 PATHS = JobPaths("job")
 

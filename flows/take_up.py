@@ -1,0 +1,89 @@
+"""A job is taken up from its last commit, whether it is new or was lost."""
+
+import hashlib
+
+from fedpool.errors import IntegrityError
+from fedpool.flows.plan import Step, next_step
+from fedpool.flows.staging import check_unchanged
+from fedpool.flows.under_way import LOOK_AHEAD, Job
+from fedpool.paths import JobPaths
+from fedpool.recipe import Recipe
+from fedpool.sites.sites import Sites
+from fedpool.store import Store, check_digest
+from fedpool.tasks.job_record import JobRecord
+from fedpool.tasks.ledger import Ledger
+from fedpool.tasks.record import RoundRecord
+
+
+def take_up(
+    recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead: int = LOOK_AHEAD, *, fresh: bool = False
+) -> Job:
+    """A job that was staged, or begun and lost, as far as it has come: from its last commit on it is run like any other.
+
+    What is committed is checked against the records' chain of hashes. A global model or a state that no record names yet is
+    nobody's word, and goes; so does the result of a job that has failed or was cancelled.
+
+    Args:
+        fresh: this very process has just staged it.
+
+    Raises:
+        FileNotFoundError: there is no such job.
+        IntegrityError: what is committed is not what it says.
+        RecipeError: the job has another recipe or other sites.
+    """
+    paths = JobPaths(job_id)
+    data = store.read_bytes(paths.job)
+    check_unchanged(recipe, job_id, store, sites.names)
+    described = JobRecord.from_bytes(data, store.full(paths.job))
+    ledger = _read_ledger(recipe, store, Ledger.of(described, hashlib.sha256(data).hexdigest()))
+    step, _ = next_step(recipe, ledger.records)
+    if not fresh:
+        _check_named(recipe, store, ledger, step)
+    if step is None or step.model is None:
+        _remove_unnamed(store, ledger)
+    for path in (paths.result, paths.cross_site, paths.state(ledger.num_trained)):
+        store.remove(path)
+    return Job(recipe, store, sites, ledger, look_ahead)
+
+
+def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
+    """All that a job has committed; raises `IntegrityError` at the first record that does not follow from those before it."""
+    paths = JobPaths(ledger.job.job_id)
+    while store.exists(path := paths.record(ledger.number)):
+        data = store.read_bytes(path)
+        record = RoundRecord.from_bytes(data, store.full(path))
+        step, _ = next_step(recipe, ledger.records)
+        if step is None or record.task != step.task or record.base != (step.model or ledger.head):
+            raise IntegrityError(f"{store.full(path)} does not follow from the round before it: verify the job")
+        try:
+            ledger = ledger.advance(record, hashlib.sha256(data).hexdigest())
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{store.full(path)} does not follow from the round before it: it {error}; verify the job"
+            ) from None
+    return ledger
+
+
+def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None) -> None:
+    """Check that the models and the state that the rest of the job needs are what was committed."""
+    paths, trained = JobPaths(ledger.job.job_id), ledger.num_trained
+    named = {paths.global_model(trained): ledger.head}
+    if step is not None and step.model is not None:
+        named[paths.global_model(ledger.number)] = step.model
+    if recipe.starts_own_models:
+        named[paths.global_model(0)] = ledger.job.model
+    if ledger.state is not None:
+        named[paths.state(trained - 1)] = ledger.state
+    for path, digest in named.items():
+        with store.open(path) as file:
+            check_digest(file, digest, where=store.full(path))
+
+
+def _remove_unnamed(store: Store, ledger: Ledger) -> None:
+    """Remove the models that the round under way, which is lost, has made for those after it."""
+    paths, number = JobPaths(ledger.job.job_id), ledger.number + 1
+    while store.exists(paths.global_model(number)):
+        number += 1
+    # The last first: no gap is left by one who is killed here.
+    for unnamed in reversed(range(ledger.number + 1, number)):
+        store.remove(paths.global_model(unnamed))
