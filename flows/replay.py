@@ -20,7 +20,7 @@ from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Median
-from fedpool.tasks.gate import Accepted, judge
+from fedpool.tasks.gate import Accepted, Expected, judge
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.strategy import Strategy
@@ -81,8 +81,49 @@ def replay_round(
     recipe, paths = recipe_of(job_id, store, allow=allow), JobPaths(job_id)
     if strategy is not None and strategy not in STRATEGIES:
         raise RecipeError(f"there is no strategy {strategy!r}: known are {', '.join(STRATEGIES)}")
-    if round is None:
-        round = num_trained(store, job_id) - 1
+    record = _training_round(store, job_id, num_trained(store, job_id) - 1 if round is None else round)
+    assert record.next_global is not None, "a training round has made a model"
+    number = record.round
+    job = JobRecord.read(store, paths.job)
+    own: Strategy = recipe.strategy(len(job.sites))
+    base = store.tensors(paths.global_model(number), record.base.size)
+    wanted = expected(recipe, own, job_id, number, "train", record.base, base, job.may_be_infinite, job.how)
+    updates = _judged_again(store, record, wanted, leave_out)
+    earlier = [RoundRecord.read(store, paths.record(before)) for before in range(number)]
+    scratch, state_target = Store(target.absolute().parent), f".{target.name}.state"
+    try:
+        digest = aggregate(
+            own if strategy is None else STRATEGIES[strategy],
+            store=scratch,
+            before=Before(
+                base,
+                _state(store, paths, number),
+                number,
+                holes=job.may_be_infinite or frozenset(),
+                weights=first_weights(earlier, recipe.aggregation_weights),
+            ),
+            updates=updates,
+            factors=recipe.aggregation_weights,
+            target=target.name,
+            state_target=state_target,
+            arithmetic=job.how,
+        ).model
+    finally:
+        scratch.remove(state_target)
+    committed = store.tensors(paths.global_model(number + 1), record.next_global.size)
+    made = scratch.tensors(target.name, digest.size)
+    return Replayed(
+        round=number,
+        sites=[update.site for update in updates],
+        sha256=digest.sha256,
+        moved=_distance(base, committed, store.block_elements),
+        distance=_distance(committed, made, store.block_elements),
+    )
+
+
+def _training_round(store: Store, job_id: str, round: int) -> RoundRecord:
+    """The record of a round that can be replayed; raises `RoundError` when it made no model."""
+    paths = JobPaths(job_id)
     if round < 0:
         raise RoundError(f"job {job_id} has committed no such round")
     if not store.exists(paths.record(round)):
@@ -90,21 +131,22 @@ def replay_round(
     record = RoundRecord.read(store, paths.record(round))
     if record.task != "train" or record.next_global is None:
         raise RoundError(f"round {round} of job {job_id} is no training: it made no model")
+    return record
+
+
+def _judged_again(store: Store, record: RoundRecord, wanted: Expected, leave_out: Collection[str]) -> list[Accepted]:
+    """The accepted updates of a round, through the gate once more, without those of some sites."""
+    paths, round = JobPaths(record.job_id), record.round
     there = [entry.site for entry in record.accepted]
     if unknown := in_order(set(leave_out) - set(there)):
         raise RecipeError(f"{', '.join(unknown)} sent nothing that round {round} used: these did: {', '.join(there)}")
-    base = store.tensors(paths.global_model(round), record.base.size)
-    job = JobRecord.read(store, paths.job)
-    own: Strategy = recipe.strategy(len(job.sites))
-    holes, arithmetic = job.may_be_infinite, job.how
-    wanted = expected(recipe, own, job_id, round, "train", record.base, base, holes, arithmetic)
     updates = []
     for entry in record.accepted:
         if entry.site in leave_out:
             continue
         if not store.exists(paths.update(round, entry.site, entry.attempt)):
             raise RoundError(f"the updates of round {round} were not kept (keep_updates): it cannot be replayed")
-        delivery = read_delivery(store, job_id, round, entry.site, entry.attempt)
+        delivery = read_delivery(store, record.job_id, round, entry.site, entry.attempt)
         outcome = judge(store, entry.site, entry.attempt, delivery, wanted)
         if not isinstance(outcome, Accepted):
             raise RoundError(f"{entry.site}'s update is not what it was ({outcome.reason}): verify the job")
@@ -113,37 +155,7 @@ def replay_round(
         raise RecipeError("no update is left: leave out fewer sites")
     if not any(update.weight for update in updates):
         raise RecipeError("no update that is left has a weight above 0: leave out fewer sites")
-    earlier = [RoundRecord.read(store, paths.record(number)) for number in range(round)]
-    scratch = Store(target.absolute().parent)
-    state_target = f".{target.name}.state"
-    try:
-        digest = aggregate(
-            own if strategy is None else STRATEGIES[strategy],
-            store=scratch,
-            before=Before(
-                base,
-                _state(store, paths, round),
-                round,
-                holes=holes or frozenset(),
-                weights=first_weights(earlier, recipe.aggregation_weights),
-            ),
-            updates=updates,
-            factors=recipe.aggregation_weights,
-            target=target.name,
-            state_target=state_target,
-            arithmetic=arithmetic,
-        ).model
-    finally:
-        scratch.remove(state_target)
-    made = scratch.tensors(target.name, digest.size)
-    committed = store.tensors(paths.global_model(round + 1), record.next_global.size)
-    return Replayed(
-        round=round,
-        sites=[update.site for update in updates],
-        sha256=digest.sha256,
-        moved=_distance(base, committed, store.block_elements),
-        distance=_distance(committed, made, store.block_elements),
-    )
+    return updates
 
 
 def _state(store: Store, paths: JobPaths, round: int) -> TensorReader | None:
