@@ -31,7 +31,7 @@ test-slow: $(READY)  ## the tests that take minutes
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(RUN)/pytest -m gpu
 
-chaos: $(READY)  ## kill or cut everything at every stage of a round; writes the matrix of docs/reliability.md (some two hours)
+chaos: $(READY)  ## kill or cut everything at every stage of a round; writes the matrix of docs/reliability.md (210 trials, some two hours)
 	$(RUN)/python -m tests.chaos --write
 
 examples: $(READY)  ## every example, from its README's command; then all their jobs are verified
@@ -79,7 +79,7 @@ bench-poc: $(READY)  ## overhead of a round in a proof of concept, with look-ahe
 
 bench-peers: .venvs/nvflare/.ready .venvs/flower/.ready  ## NVFlare and Flower, for benchmarks/simulation.py --peers
 
-oracle: $(READY)  ## every row of the oracle, through SimEnv (some two hours)
+oracle: $(READY)  ## every row of the oracle, five seeds each, through SimEnv (90 jobs of 50 rounds)
 	$(RUN)/python benchmarks/oracle.py
 
 clean:  ## remove what the targets above have made
