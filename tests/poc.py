@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from fedpool import FedAvgRecipe, JobStatus, Run
+from fedpool import FedAvgRecipe, JobStatus, PocEnv, Run
 from fedpool.environment import Environment
 
 # Adds 1 to what it receives. In the rounds `hold` it says that it trains, and goes on when there is a file `go`, or `go-ROUND`.
@@ -139,6 +139,17 @@ class Worker:
                 self.process.wait()
         for process in processes_of(self.folder):
             process.kill()
+
+
+@contextmanager
+def brought_up(env: PocEnv) -> Iterator[PocEnv]:
+    """A proof of concept for as long as it is needed; nothing of it is left."""
+    try:
+        env.up()
+        yield env
+    finally:
+        env.down()
+        wait_until_gone(processes_of, env.home, 60)
 
 
 def wait_until(condition: Callable[[], object], *, timeout_s: float = 120, over: Callable[[], object] = bool) -> float:

@@ -20,7 +20,7 @@ from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from tests.algorithms import models_of
 from tests.own_algorithm import forget, run, write_algorithm
-from tests.poc import Worker, prefect, processes_of, wait_until_gone
+from tests.poc import Worker, brought_up, prefect
 
 SITES = ("site-1", "site-2")
 COMMAND = ("-m", "fedpool.cli", "job")
@@ -211,14 +211,8 @@ def test_a_class_in_job_py_is_refused_by_a_proof_of_concept_before_it_comes_up(t
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
-    home = tmp_path_factory.mktemp("poc")
-    env = PocEnv(clients=SITES, home=home, progress=False)
-    try:
-        env.up()
+    with brought_up(PocEnv(clients=SITES, home=tmp_path_factory.mktemp("poc"), progress=False)) as env:
         yield env
-    finally:
-        env.down()
-        wait_until_gone(processes_of, home, 60)
 
 
 def test_a_proof_of_concept_gives_the_same_bytes_and_goes_on_with_a_job_that_was_lost(

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
 import runpy
+import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -30,7 +33,7 @@ from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from tests import algorithms
-from tests.poc import GatedJob, prefect, processes_of, scripts_of, wait_until, wait_until_gone
+from tests.poc import GatedJob, brought_up, prefect, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import PostgresServer, S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -47,13 +50,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(home: Path, postgres: PostgresServer) -> Iterator[PocEnv]:
     """A proof of concept with all that it can have; the tests here share it, and some hurt it."""
-    env = PocEnv(num_clients=3, database=postgres.new_database(), s3=True, home=home, progress=False)
-    try:
-        env.up()
+    with brought_up(PocEnv(num_clients=3, database=postgres.new_database(), s3=True, home=home, progress=False)) as env:
         yield env
-    finally:
-        env.down()
-        wait_until_gone(processes_of, home)
 
 
 @pytest.fixture
@@ -264,7 +262,10 @@ def test_a_site_whose_worker_comes_back_says_that_it_lost_its_work(env: PocEnv, 
     assert attempts == {"site-1": 0, "site-2": 0, "site-3": 1}  # it was asked again, and did its part
 
 
-def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhile(env: PocEnv, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["recipe", "command"])
+def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhile(
+    by: str, env: PocEnv, tmp_path: Path
+) -> None:
     job = GatedJob(tmp_path, SITES, num_rounds=3)
     with job.started(env) as run:
         job.wait_until_held(run)
@@ -274,8 +275,14 @@ def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhi
         wait_until(lambda: all(store.exists(paths.manifest(1, site)) for site in SITES), timeout_s=400)
         with pytest.raises(JobFailed, match="was lost after 1 committed rounds: its run ended without a result"):
             run.get_result(120)
-    again = job.recipe.execute(env, resume=run.job_id)
-    result = again.get_result()
+    if by == "command":  # in a process that knows neither the server nor the keys of the store
+        command = [sys.executable, "-m", "fedpool.cli", "job", "resume", run.job_id, "--home", str(env.home)]
+        plain = {
+            name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FEDPOOL_", "PREFECT_"))
+        }
+        resumed = subprocess.run(command, env=plain, cwd=tmp_path, capture_output=True, text=True)
+        assert resumed.returncode == 0 and f"{run.job_id}: COMPLETED" in resumed.stdout, resumed.stdout + resumed.stderr
+    result = job.recipe.execute(env, resume=run.job_id).get_result()  # of a job that has completed: what it came to
     assert [record["failed"] for record in result.rounds] == [[], [], []]
     assert {entry["attempt"] for record in result.rounds for entry in record["accepted"]} == {
         0

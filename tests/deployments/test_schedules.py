@@ -25,7 +25,7 @@ from fedpool.deployments.overlap import chosen
 from fedpool.flows.overlap import believe_the_store, outlasting_its_slot
 from fedpool.flows.staging import has_completed
 from fedpool.paths import JobPaths, new_job_id
-from tests.poc import GatedJob, processes_of, wait_until, wait_until_gone
+from tests.poc import GatedJob, brought_up, wait_until
 from tests.records import result_of
 
 pytestmark = pytest.mark.timeout(600)
@@ -36,14 +36,8 @@ SITES = ("a", "b")
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
-    home = tmp_path_factory.mktemp("poc")
-    env = PocEnv(clients=SITES, home=home, progress=False)
-    try:
-        env.up()
+    with brought_up(PocEnv(clients=SITES, home=tmp_path_factory.mktemp("poc"), progress=False)) as env:
         yield env
-    finally:
-        env.down()
-        wait_until_gone(processes_of, home)
 
 
 def ask(env: PocEnv, question: Callable[[PrefectClient], Awaitable[T]]) -> T:
