@@ -103,7 +103,9 @@ async def _settle(starting: "asyncio.Task[None]", signals: RoundSignals) -> None
     """Let no state of a round's run be reported after that of its end."""
     if not signals.step.done():
         starting.cancel()
-    await asyncio.gather(starting, return_exceptions=True)
+    await asyncio.wait({starting})
+    if not starting.cancelled():
+        starting.result()  # raises what nobody expected of it
 
 
 async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -> FlowRun:
