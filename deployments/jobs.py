@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from fedpool.flows.recipes import class_name
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.job_record import JobRecord, JobResult
-from fedpool.tasks.record import RoundRecord, num_trained, of_global_models
+from fedpool.tasks.record import RoundRecord, num_trained, of_global_models, stored_records
 from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def read_job(
     if result is None:
         fate = fates(store, [(job_id, job.simulated)], server).get(job_id)
         summary = replace(summary, status=fate)
-    return summary, list(_records(store, paths)), result
+    return summary, list(stored_records(store, job_id)), result
 
 
 def _unknown(store: Store, job_id: str) -> ConfigError:
@@ -118,7 +117,7 @@ def _unknown(store: Store, job_id: str) -> ConfigError:
 def _summary(store: Store, job_id: str, job: JobRecord) -> JobSummary:
     paths = JobPaths(job_id)
     result = _result(store, paths)
-    records = list(_records(store, paths))
+    records = list(stored_records(store, job_id))
     return JobSummary(
         job_id=job_id,
         recipe=class_name(job.kind),
@@ -133,13 +132,6 @@ def _summary(store: Store, job_id: str, job: JobRecord) -> JobSummary:
 
 def _result(store: Store, paths: JobPaths) -> JobResult | None:
     return JobResult.read(store, paths.result) if store.exists(paths.result) else None
-
-
-def _records(store: Store, paths: JobPaths) -> Iterator[RoundRecord]:
-    number = 0
-    while store.exists(paths.record(number)):
-        yield RoundRecord.read(store, paths.record(number))
-        number += 1
 
 
 async def find_run(client: "PrefectClient", job_id: str) -> "FlowRun":

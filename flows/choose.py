@@ -32,7 +32,7 @@ def choose(
     probes = quarantined(ledger.records, recipe.max_rejections)
     draw = strategy.choose if task == "train" and not everyone else choose_sites
     size = None if everyone else recipe.sample_size
-    there = ledger.job.how.ordered(set(names) - probes)
+    there = ledger.job.arithmetic.ordered(set(names) - probes)
     chosen = draw(seed=recipe.seed, round=number, sites=there, count=size)
     return tuple(in_order((*chosen, *probes))), probes
 

@@ -290,7 +290,7 @@ def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
             continue
         digest = RoundRecord.read(store, paths.record(result.num_rounds - 1)).next_global
         assert digest is not None, "a round that trained has made a model"
-        model = StoredModel(store, paths.global_model(result.num_rounds), digest, job.may_be_infinite)
+        model = StoredModel(store, paths.global_model(result.num_rounds), digest, job.holes)
         if dict(model.spec) != dict(recipe.model.spec):
             raise RecipeError(f"warm_start: the model of job {job_id} has other parameters than the recipe's")
         get_run_logger().info("starting from the final model of job %s", job_id)

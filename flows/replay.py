@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Median
 from fedpool.tasks.gate import Accepted, Expected, judge
 from fedpool.tasks.job_record import JobRecord
-from fedpool.tasks.record import RoundRecord
+from fedpool.tasks.record import RoundRecord, stored_records
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import first_weights
 from fedpool.tensors import TensorReader
@@ -87,9 +88,9 @@ def replay_round(
     job = JobRecord.read(store, paths.job)
     own: Strategy = recipe.strategy(len(job.sites))
     base = store.tensors(paths.global_model(number), record.base.size)
-    wanted = expected(recipe, own, job_id, number, "train", record.base, base, job.may_be_infinite, job.how)
+    wanted = expected(recipe, own, job_id, number, "train", record.base, base, job.holes, job.arithmetic)
     updates = _judged_again(store, record, wanted, leave_out)
-    earlier = [RoundRecord.read(store, paths.record(before)) for before in range(number)]
+    earlier = list(islice(stored_records(store, job_id), number))
     scratch, state_target = Store(target.absolute().parent), f".{target.name}.state"
     try:
         digest = aggregate(
@@ -99,14 +100,14 @@ def replay_round(
                 base,
                 _state(store, paths, number),
                 number,
-                holes=job.may_be_infinite or frozenset(),
+                holes=job.holes or frozenset(),
                 weights=first_weights(earlier, recipe.aggregation_weights),
             ),
             updates=updates,
             factors=recipe.aggregation_weights,
             target=target.name,
             state_target=state_target,
-            arithmetic=job.how,
+            arithmetic=job.arithmetic,
         ).model
     finally:
         scratch.remove(state_target)

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from typing import Any
 
 from fedpool.bundle import Bundle
@@ -21,7 +22,7 @@ from fedpool.store import Store
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.arithmetic import CURRENT
 from fedpool.tasks.job_record import EnvironmentRecord, JobRecord, JobResult, NamedCode, Parent
-from fedpool.tasks.record import RoundRecord
+from fedpool.tasks.record import RoundRecord, stored_records
 from fedpool.tensors import Digest
 
 _NOT_COMPARED = {"train_script", "initial_ckpt"}
@@ -64,10 +65,7 @@ def start_of(recipe: Recipe, store: Store, begin: Begin) -> Start:
 
 def num_trained(store: Store, job_id: str) -> int:
     """How many training rounds a job has committed: its newest global model is the one of that round."""
-    number, paths = 0, JobPaths(job_id)
-    while store.exists(path := paths.record(number)) and RoundRecord.read(store, path).task == "train":
-        number += 1
-    return number
+    return sum(1 for _ in takewhile(lambda record: record.task == "train", stored_records(store, job_id)))
 
 
 def num_committed(store: Store, job_id: str) -> int:
@@ -168,12 +166,12 @@ def stage(
         given=None if recipe.given is None else tuple(sorted(recipe.given)),
         client=recipe.client_job(job_id, digest),
         seed=recipe.seed,
-        arithmetic=CURRENT.number,
+        arithmetic_number=CURRENT.number,
         sites=sites,
         bundle_sha256=recipe.bundle.sha256,
         code=None if code is None else NamedCode(sha256=code.sha256, modules=code.modules),
         model=digest,
-        holes=tuple(sorted(recipe.model.holes)),
+        hole_names=tuple(sorted(recipe.model.holes)),
         versions={
             "python": platform.python_version(),
             **{package: version(package) for package in ("fedpool", "prefect", "torch", "numpy", "safetensors")},
@@ -202,7 +200,7 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
     data = store.read_bytes(paths.bundle(client.bundle_sha256))
     if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
         raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")
-    model = StoredModel(store, paths.global_model(0), job.model, job.may_be_infinite)
+    model = StoredModel(store, paths.global_model(0), job.model, job.holes)
     bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
     known = {**kind.recorded(job.fields), "model": model, "initial_ckpt": None}
     return kind.restore(known, bundle, given=job.given)
@@ -225,7 +223,7 @@ def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
         raise RecipeError(
             f"{store.full(paths.global_model(parent.round))} is no model that job {parent.job_id} committed"
         )
-    model = StoredModel(store, paths.global_model(parent.round), known, job.may_be_infinite)
+    model = StoredModel(store, paths.global_model(parent.round), known, job.holes)
     if dict(model.spec) != dict(recipe.model.spec):
         raise RecipeError(
             f"job {parent.job_id} has a model with other parameters than the recipe's: it cannot be forked"

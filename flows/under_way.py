@@ -98,12 +98,12 @@ class Job:
     @property
     def arithmetic(self) -> Arithmetic:
         """How its numbers come about."""
-        return self.ledger.job.how
+        return self.ledger.job.arithmetic
 
     @property
     def holes(self) -> frozenset[str] | None:
         """See `JobRecord.holes`."""
-        return self.ledger.job.may_be_infinite
+        return self.ledger.job.holes
 
     def before(self, number: int, base: TensorReader) -> Before:
         """What a training round starts from."""

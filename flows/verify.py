@@ -84,8 +84,8 @@ class _Audit:
             raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
         job = JobRecord.from_bytes(data, store.full(self._paths.job))
         self._ledger = Ledger.of(job, hashlib.sha256(data).hexdigest())
-        self._arithmetic = job.how
-        self._holes = job.may_be_infinite
+        self._arithmetic = job.arithmetic
+        self._holes = job.holes
         self._updates = UpdateAudit(store, job_id, self._recipe.keep_updates)
         self._counted = Counted(self._recipe.aggregation_weights)
         self._strategy: Strategy = self._recipe.strategy(len(job.sites))

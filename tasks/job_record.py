@@ -1,7 +1,7 @@
 """`job.json`, what a job is, and `result.json`, what it came to: typed and frozen."""
 
 import hashlib
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -48,11 +48,11 @@ class JobRecord(Written):
         recipe: class of the recipe under `type`, and its fields.
         given: names of the fields that the user chose; None when nobody knows, as of a job of an earlier version.
         client: what its sites were told.
-        arithmetic: number of its arithmetic.
+        arithmetic_number: of its arithmetic.
         sites: in their order.
         code: what it needs beside fedpool and what is installed, if anything.
         model: the initial one.
-        holes: names of the tensors that need not be finite, see `fedpool.tasks.holes`; None for a job of an earlier version.
+        hole_names: of the tensors that need not be finite, see `fedpool.tasks.holes`; None for a job of an earlier version.
         versions: of Python and the packages that wrote it.
     """
 
@@ -66,12 +66,12 @@ class JobRecord(Written):
     given: tuple[str, ...] | None = None
     client: ClientJob
     seed: int
-    arithmetic: int = BEFORE.number
+    arithmetic_number: Annotated[int, Field(alias="arithmetic")] = BEFORE.number
     sites: tuple[str, ...]
     bundle_sha256: str
     code: NamedCode | None = Field(default=None, exclude_if=is_none)
     model: Digest
-    holes: tuple[str, ...] | None = None
+    hole_names: Annotated[tuple[str, ...] | None, Field(alias="holes")] = None
     versions: dict[str, str]
 
     what: ClassVar[str] = "a job"
@@ -83,7 +83,7 @@ class JobRecord(Written):
             raise ValueError("it names no class of recipe")
         return value
 
-    @field_validator("arithmetic")
+    @field_validator("arithmetic_number")
     @classmethod
     def _is_known(cls, value: int) -> int:
         Arithmetic.numbered(value)
@@ -100,14 +100,14 @@ class JobRecord(Written):
         return {name: value for name, value in self.recipe.items() if name != "type"}
 
     @property
-    def how(self) -> Arithmetic:
-        """Its arithmetic."""
-        return Arithmetic.numbered(self.arithmetic)
+    def arithmetic(self) -> Arithmetic:
+        """How its numbers come about."""
+        return Arithmetic.numbered(self.arithmetic_number)
 
     @property
-    def may_be_infinite(self) -> frozenset[str] | None:
-        """`holes`, as a set."""
-        return None if self.holes is None else frozenset(self.holes)
+    def holes(self) -> frozenset[str] | None:
+        """Names of the tensors that need not be finite; None for a job of an earlier version, whose updates all must be."""
+        return None if self.hole_names is None else frozenset(self.hole_names)
 
 
 class ScoredModel(Written):

@@ -3,16 +3,18 @@
 A field that is None in a job of an earlier version, or that a round has no use for, is left out of the JSON.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from fedpool.manifest import PROTOCOL, Task
 from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
-from fedpool.paths import check_name
+from fedpool.paths import JobPaths, check_name
 from fedpool.recipe import SERVER
+from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
 from fedpool.tasks.metrics import denominators, mean_metrics
@@ -269,6 +271,15 @@ def _accepted(outcome: Accepted, known_weights: Mapping[str, float], arithmetic:
         norm=outcome.norm,
         scale=None if outcome.norm is None else outcome.scale,
     )
+
+
+def stored_records(store: Store, job_id: str) -> Iterator[RoundRecord]:
+    """The records of a job's rounds, from the first one on, read as they are asked for."""
+    paths = JobPaths(job_id)
+    for number in count():
+        if not store.exists(path := paths.record(number)):
+            return
+        yield RoundRecord.read(store, path)
 
 
 def round_ms(seconds: float) -> float:
