@@ -73,7 +73,7 @@ def run_assigned(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
         except (PermissionError, ConfigError) as error:
             sys.stderr.write(f"{error}\n")
             refused = isinstance(error, PermissionError)
-            message = str(error) if refused else "the site's settings do not fit: what it prints says how"
+            message = str(error) if refused else "the site's settings are invalid: its output says why"
             client.set_flow_run_state(run_id, Crashed(message=message), force=True)
             return False
         _Round(config, run, client).work()

@@ -81,7 +81,9 @@ class _Follower:
                 except httpx.HTTPError as error:
                     ended = False
                     if over_since is None and time.monotonic() - answered > _API_PATIENCE_S:
-                        raise ServerError(f"the Prefect server is away: {error}. {self._how_to_go_on()}") from error
+                        raise ServerError(
+                            f"the Prefect server is unreachable: {error}. {self._how_to_go_on()}"
+                        ) from error
                 if ended or (over_since is not None and time.monotonic() - over_since > _RESULT_PATIENCE_S):
                     return
             await asyncio.sleep(_POLL_S)
@@ -104,7 +106,7 @@ class _Follower:
         else:
             if state is not None and state.is_final():
                 return over or await self._leave(state)
-            cause = f"nobody runs it any more, though Prefect shows its run as {state.name if state else 'new'}"
+            cause = f"nothing runs it any more, though Prefect shows its run as {state.name if state else 'new'}"
         if over:
             return state is None
         if await self._is_abandoned(state):
@@ -159,6 +161,6 @@ class _Follower:
 
     def _how_to_go_on(self) -> str:
         return (
-            f"Go on with it by recipe.execute(env, resume={self._job_id!r}) or `fedpool job resume {self._job_id}`: "
+            f"Resume it with recipe.execute(env, resume={self._job_id!r}) or `fedpool job resume {self._job_id}`: "
             "what was committed is kept"
         )

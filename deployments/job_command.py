@@ -112,9 +112,9 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
     if result is None and summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
         print("it has no result: its process was lost before it could write one")
     if result is None and summary.status is None:
-        print("it has no result, and no Prefect server that answers knows of it: it runs, or was lost")
+        print("it has no result, and no reachable Prefect server knows of it: it is still running, or was lost")
     if summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
-        console.print(f"go on with it: fedpool job resume {job_id}", highlight=False, soft_wrap=True)
+        console.print(f"resume it: fedpool job resume {job_id}", highlight=False, soft_wrap=True)
     if result is not None:
         if result.evaluation_error:
             print_findings(result.evaluation_error.splitlines()[:1], console)
@@ -156,7 +156,7 @@ def verify(
     if found.num_pruned:
         print(f"{found.num_pruned} updates were not kept: the aggregates of their rounds are taken on trust")
     if found.status is None:
-        print("it has no result yet: it runs, or its coordinator was lost")
+        print("it has no result yet: it is still running, or its coordinator was lost")
 
 
 @job.command(name="logs")
@@ -201,7 +201,7 @@ def replay(
     strategy: Annotated[
         str | None, Parameter(help="mean, median or geometric_median; default: the recipe's own")
     ] = None,
-    leave_out: Annotated[list[str] | None, Parameter(help="a site to do without; can be repeated")] = None,
+    leave_out: Annotated[list[str] | None, Parameter(help="a site to leave out; can be repeated")] = None,
     out: Annotated[Path | None, Parameter(help="safetensors file to write the model to")] = None,
     allow_code: AllowCode = None,
     store: StoreUrl = None,

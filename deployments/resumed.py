@@ -34,6 +34,6 @@ def environment_of(job: JobRecord, store: Store, home: Path) -> SimEnv | PocEnv 
         return ProdEnv(store=store.url, storage_options=store.storage_options, sites=job.sites, **settings)
     except RecipeError as error:
         raise RecipeError(
-            f"job {job.job_id} was begun with settings that do not fit here: {error}\n"
+            f"job {job.job_id} was begun with settings that are not valid here: {error}\n"
             f"Go on with it in an environment of your choice: recipe.execute(env, resume={job.job_id!r})"
         ) from None

@@ -125,7 +125,7 @@ class SiteClaim:
             if holder is not None and await self._lives(client, holder):
                 self._id = None
                 raise ConfigError(
-                    f"site {self.holder.site!r} is served already, by {holder} (worker {holder.worker!r} of work pool "
+                    f"site {self.holder.site!r} is already served by {holder} (worker {holder.worker!r} of work pool "
                     f"{holder.pool!r}): stop that one first, or give this site another name"
                 )
             await _delete(client, there.id)

@@ -145,7 +145,7 @@ def parse_env(entries: Iterable[str]) -> dict[str, str]:
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals:
-            raise ConfigError(f"env {entry!r} is no NAME=VALUE")
+            raise ConfigError(f"env {entry!r} is not of the form NAME=VALUE")
         found[name] = value
     return found
 
@@ -266,7 +266,7 @@ def _check_texts(given: Mapping[str, str | None]) -> None:
 def _check_env(variables: Mapping[str, str]) -> None:
     for name, value in variables.items():
         if not _VARIABLE_NAME.fullmatch(name):
-            raise ConfigError(f"env {name!r} is no name of a variable")
+            raise ConfigError(f"env {name!r} is not the name of a variable")
         _check_no_placeholder(f"env {name}", value)
 
 
@@ -278,7 +278,7 @@ def _check_no_placeholder(option: str, value: str) -> None:
 def _check_memory(kind: str, memory: str) -> None:
     pattern, examples = _MEMORY[kind]
     if not pattern.fullmatch(memory):
-        raise ConfigError(f"memory {memory!r} is no limit that {kind} knows: write for example {examples}")
+        raise ConfigError(f"memory {memory!r} is not a limit that {kind} understands: write, for example, {examples}")
 
 
 def _check_path(kind: str, option: str, path: str | None) -> None:

@@ -191,7 +191,7 @@ async def _run(
     get_run_logger().info("job %s lies in %s", staged, storage.full(staged))
     with storage.held(staged):
         if await asyncio.to_thread(has_completed, storage, staged):
-            return Completed(message=f"job {staged} had come to its end")
+            return Completed(message=f"job {staged} had already ended")
         job = await asyncio.to_thread(take_up, recipe, staged, storage, PoolSites(sites), look_ahead)
         return await overlap.outlasting_its_slot(run_job(job))
 

@@ -133,7 +133,7 @@ def _failure(failure: Exception, job: Job) -> str:
         return storable(f"{type(failure).__name__}: {failure}", _MAX_ERROR)
     if not isinstance(failure, StoreError) or isinstance(failure, IntegrityError):
         return storable(str(failure), _MAX_ERROR)
-    return f"{failure}; then go on with the job: fedpool job resume {job.job_id} --store {job.store.url}"
+    return f"{failure}; then resume the job: fedpool job resume {job.job_id} --store {job.store.url}"
 
 
 async def _run_rounds(job: Job) -> str | None:

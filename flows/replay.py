@@ -81,7 +81,7 @@ def replay_round(
     """
     recipe, paths = recipe_of(job_id, store, allow=allow), JobPaths(job_id)
     if strategy is not None and strategy not in STRATEGIES:
-        raise RecipeError(f"there is no strategy {strategy!r}: known are {', '.join(STRATEGIES)}")
+        raise RecipeError(f"strategy {strategy!r} is not known: use {', '.join(STRATEGIES)}")
     record = _training_round(store, job_id, num_trained(store, job_id) - 1 if round is None else round)
     assert record.next_global is not None, "a training round has made a model"
     number = record.round
@@ -126,12 +126,12 @@ def _training_round(store: Store, job_id: str, round: int) -> RoundRecord:
     """The record of a round that can be replayed; raises `RoundError` when it made no model."""
     paths = JobPaths(job_id)
     if round < 0:
-        raise RoundError(f"job {job_id} has committed no such round")
+        raise RoundError(f"job {job_id} has not committed such a round")
     if not store.exists(paths.record(round)):
         raise RoundError(f"round {round} of job {job_id} is not committed")
     record = RoundRecord.read(store, paths.record(round))
     if record.task != "train" or record.next_global is None:
-        raise RoundError(f"round {round} of job {job_id} is no training: it made no model")
+        raise RoundError(f"round {round} of job {job_id} was not a training round: it made no model")
     return record
 
 
@@ -150,7 +150,7 @@ def _judged_again(store: Store, record: RoundRecord, wanted: Expected, leave_out
         delivery = read_delivery(store, record.job_id, round, entry.site, entry.attempt)
         outcome = judge(store, entry.site, entry.attempt, delivery, wanted)
         if not isinstance(outcome, Accepted):
-            raise RoundError(f"{entry.site}'s update is not what it was ({outcome.reason}): verify the job")
+            raise RoundError(f"{entry.site}'s update has changed ({outcome.reason}): verify the job")
         updates.append(outcome)
     if not updates:
         raise RecipeError("no update is left: leave out fewer sites")

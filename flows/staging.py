@@ -199,7 +199,7 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
         raise RecipeError(f"job {job_id} has a {_told(found, type_of(kind))}, not a {_told(type_of(kind), found)}")
     data = store.read_bytes(paths.bundle(client.bundle_sha256))
     if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
-        raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} is not what its name says")
+        raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} does not match the hash in its name")
     model = StoredModel(store, paths.global_model(0), job.model, job.holes)
     bundle = Bundle(client.entry, client.bundle_sha256, client.imports, data)
     known = {**kind.recorded(job.fields), "model": model, "initial_ckpt": None}
@@ -221,7 +221,7 @@ def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
         known = RoundRecord.read(store, path).next_global
     if known is None:
         raise RecipeError(
-            f"{store.full(paths.global_model(parent.round))} is no model that job {parent.job_id} committed"
+            f"{store.full(paths.global_model(parent.round))} is not a model that job {parent.job_id} committed"
         )
     model = StoredModel(store, paths.global_model(parent.round), known, job.holes)
     if dict(model.spec) != dict(recipe.model.spec):

@@ -60,7 +60,7 @@ def _stored_code(job_id: str, store: Store, named: NamedCode) -> Code:
     except FileNotFoundError:
         raise IntegrityError(f"{store.full(path)} is missing") from None
     if hashlib.sha256(data).hexdigest() != named.sha256:
-        raise IntegrityError(f"{store.full(path)} is not what its name says")
+        raise IntegrityError(f"{store.full(path)} does not match the hash in its name")
     return Code(named.modules, named.sha256, data)
 
 

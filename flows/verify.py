@@ -79,9 +79,11 @@ class _Audit:
         try:
             self._recipe = recipe_of(job_id, store, allow=allow)
         except RecipeError as error:
-            raise IntegrityError(f"{store.full(self._paths.job)} has a recipe that is not one: {error}") from None
+            raise IntegrityError(f"{store.full(self._paths.job)} does not hold a valid recipe: {error}") from None
         except FileNotFoundError as error:
-            raise IntegrityError(f"{store.full(self._paths.job)} names what is not there: {error}") from None
+            raise IntegrityError(
+                f"{store.full(self._paths.job)} refers to something that is not there: {error}"
+            ) from None
         job = JobRecord.from_bytes(data, store.full(self._paths.job))
         self._ledger = Ledger.of(job, hashlib.sha256(data).hexdigest())
         self._arithmetic = job.arithmetic
@@ -104,21 +106,21 @@ class _Audit:
         record = RoundRecord.from_bytes(data, self._store.full(path))
         step, _ = next_step(self._recipe, self._ledger.records)
         if step is None:
-            raise self._differs(path, "is of a round that had not to follow: the job was at its end")
+            raise self._differs(path, "belongs to a round that should not exist: the job had already ended")
         base = self._verify_model(number, step.model or self._ledger.head)
         if number == 0 and self._holes not in (
             None,
             holes := frozenset(not_finite_names(base, self._store.block_elements)),
         ):
             raise self._differs(
-                self._paths.job, f"says holes {sorted(self._holes or ())}, but {sorted(holes)} is what follows"
+                self._paths.job, f"says holes {sorted(self._holes or ())}, but it should be {sorted(holes)}"
             )
         says, follows = record.as_json(), self._rebuilt(number, step, record, base, folder).as_json()
         for name in sorted(says.keys() | follows.keys()):
             if (said := says.get(name)) != (found := follows.get(name)):
-                raise self._differs(path, f"says {name} {_brief(said)}, but {_brief(found)} is what follows")
+                raise self._differs(path, f"says {name} {_brief(said)}, but it should be {_brief(found)}")
         if record.to_bytes() != data:
-            raise self._differs(path, "is not in the form that records are written in")
+            raise self._differs(path, "is not in the form in which records are written")
         self._ledger = self._ledger.advance(record, hashlib.sha256(data).hexdigest())
 
     def _rebuilt(self, number: int, step: Step, record: RoundRecord, base: TensorReader, folder: Path) -> RoundRecord:
@@ -136,7 +138,9 @@ class _Audit:
             if isinstance(outcome, Rejected):
                 what = self._paths.update if outcome.manifest else self._paths.manifest
                 path = what(number, entry.site, entry.attempt)
-                raise self._differs(path, f"was accepted, but is to be rejected ({outcome.code}): {outcome.reason}")
+                raise self._differs(
+                    path, f"was accepted, but should have been rejected ({outcome.code}): {outcome.reason}"
+                )
             outcomes.append(Probed(outcome) if isinstance(entry, ProbedEntry) else outcome)
         accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
         following = self._following(number, base, accepted, record, folder) if step.task == "train" else None
@@ -198,7 +202,7 @@ class _Audit:
         ):
             if is_there != wanted and is_there and wanted:
                 name = _first_difference(scratch.tensors(here, is_there.size), self._reader(path, wanted))
-                raise self._differs(path, f"is not what comes of round {number}'s updates: {name} differs")
+                raise self._differs(path, f"does not follow from round {number}'s updates: {name} differs")
             if is_there:
                 (folder / here).unlink()
         return found
@@ -255,7 +259,7 @@ class _Audit:
             follows["evaluation_error"] = evaluation_error(self._ledger.records)
         for name, found in follows.items():
             if (said := getattr(result, name)) != found:
-                raise self._differs(path, f"says {name} {_brief(said)}, but {_brief(found)} is what follows")
+                raise self._differs(path, f"says {name} {_brief(said)}, but it should be {_brief(found)}")
         return result.status
 
     def _verify_cross_site(self) -> Digest | None:
@@ -267,7 +271,7 @@ class _Audit:
         if not self._store.exists(path):
             raise self._differs(path, "is missing")
         if self._store.read_bytes(path) != follows:
-            raise self._differs(path, "is not what follows from the rounds")
+            raise self._differs(path, "does not follow from the rounds")
         return Digest(hashlib.sha256(follows).hexdigest(), len(follows))
 
     def _differs(self, path: str, how: str) -> IntegrityError:

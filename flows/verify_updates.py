@@ -76,4 +76,4 @@ class UpdateAudit:
         """Check what the site was asked, where it is in the store, against what it says that it was asked."""
         path = self._paths.assignment(number, site, attempt)
         if self._store.exists(path) and hashlib.sha256(self._store.read_bytes(path)).hexdigest() != sha256:
-            raise differs(self._store, path, "is not what the site says that it was asked")
+            raise differs(self._store, path, "does not match what the site says it was asked")

@@ -139,9 +139,9 @@ class SiteConfig(BaseSettings):
             settings: SiteConfig = FromFile(**{key: value for key, value in given.items() if value is not None})
         except ValidationError as error:
             problems = "; ".join(describe_problems(cls, error, given))
-            raise ConfigError(f"the configuration of the site does not fit: {problems}") from None
+            raise ConfigError(f"the site's configuration is invalid: {problems}") from None
         except (OSError, SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the configuration of the site cannot be read: {error}") from None
+            raise ConfigError(f"the site's configuration cannot be read: {error}") from None
         return settings
 
 

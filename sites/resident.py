@@ -179,7 +179,7 @@ class _JobHere:
                         raise SiteError(self._config.name, round, "it was cancelled before its turn")
             return came
         except (OSError, StoreError) as error:
-            raise SiteError(self._config.name, round, f"its part of the store failed: {error}") from error
+            raise SiteError(self._config.name, round, f"the store failed: {error}") from error
 
     def has_ended(self) -> bool:
         """Whether the job's result is in the store."""
@@ -239,7 +239,7 @@ class _JobHere:
                 if now - answered > self._store.patience_s:
                     raise
             except ValidationError as error:
-                raise IntegrityError(f"{self._store.full(path)} is no assignment: {error}") from None
+                raise IntegrityError(f"{self._store.full(path)} is not an assignment: {error}") from None
             if now - looked >= _JOB_POLL_S:
                 looked = now
                 if self._is_over(round):

@@ -67,7 +67,7 @@ def read_delivery(store: Store, job_id: str, round: int, site: str, attempt: int
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise IntegrityError(f"its manifest is not one: {where + ': ' if where else ''}{first['msg']}") from None
+        raise IntegrityError(f"its manifest is invalid: {where + ': ' if where else ''}{first['msg']}") from None
 
 
 def site_seed(job_seed: int, site: str, round: int) -> int:
@@ -151,7 +151,7 @@ def run_site_round(
         )
         written = store.write_json(paths.manifest(round, site, attempt), manifest.model_dump(mode="json"))
     except (OSError, StoreError) as error:
-        raise SiteError(site, round, f"its part of the store failed: {error}") from error
+        raise SiteError(site, round, f"the store failed: {error}") from error
     return Delivery(manifest, written.sha256, inspection)
 
 

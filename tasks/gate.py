@@ -251,7 +251,7 @@ def _check_finite(
         if expected.holes is None:
             raise _Refused("not_finite", where)
         if name not in expected.holes:
-            raise _Refused("not_finite", f"{where}; if it is meant to, keep it at the sites by exclude_vars")
+            raise _Refused("not_finite", f"{where}; if it is meant to, keep it at the sites with exclude_vars")
         assert expected.base is not None, "who allows holes has the model"
         is_difference = params_type == "DIFF"
         if not keeps_holes(tensors, expected.base, name, block_elements, is_difference=is_difference):

@@ -61,7 +61,7 @@ class Ledger:
             ("previous_sha256", record.previous_sha256, self.sha256),
         ):
             if found != wanted:
-                raise IntegrityError(f"says {what} {found}, but {wanted} is what follows")
+                raise IntegrityError(f"says {what} {found}, but it should be {wanted}")
         if record.next_global is None:  # an evaluation: the model stays, and what the strategy carries
             return replace(self, sha256=sha256, records=(*self.records, record))
         return replace(

@@ -153,7 +153,7 @@ class TorchOptimizer(ServerOptimizer):
                 continue
             if not isinstance(value, torch.Tensor) or value.shape != (2,):
                 raise RecipeError(
-                    f"server_optimizer torch.optim.{self.name} keeps {slot!r}, which is no value for each element: "
+                    f"server_optimizer torch.optim.{self.name} keeps {slot!r}, which is not one value per element: "
                     "it cannot run block by block"
                 )
             found[slot] = float(value[0])

@@ -52,5 +52,5 @@ class Waiting:
             self.away_since = now
             self.log(f"{what}: waiting for it for up to {self.patience_s:g} s (site_patience_s)")
         if now - self.away_since >= self.patience_s:
-            message = f"{what}, and did not change that in {self.patience_s:g} s (site_patience_s)"
+            message = f"{what}, and that did not change within {self.patience_s:g} s (site_patience_s)"
             self.resolve(Cancelled(name=AWAY, message=message))

@@ -336,7 +336,7 @@ def test_a_class_is_found_beside_the_client_script(tmp_path: Path) -> None:
             {"class_path": "torch.nn.Linear", "args": {"in_features": 2}},
             "cannot be made here: TypeError: .*out_features",
         ),
-        ({"class_path": "torch.nn.Linear", "in_features": 2}, "also in_features: its arguments belong into 'args'"),
+        ({"class_path": "torch.nn.Linear", "in_features": 2}, "also in_features: put its arguments in 'args'"),
         ({"class_path": "torch.nn.Linear", "args": [2, 1]}, r"model\['args'\] is a list"),
     ],
 )

@@ -320,7 +320,7 @@ def test_one_pattern_of_excluded_vars_needs_no_list(fields: dict[str, Any]) -> N
     ("patterns", "words"),
     [
         ("(", "is not a regular expression"),
-        ("tail", "is found in no parameter: body.w, head.w"),
+        ("tail", "matches no parameter: body.w, head.w"),
         ("w$", "leave no parameter to train"),
     ],
 )
@@ -370,7 +370,7 @@ def test_config_is_for_all_sites_and_a_sites_own_values_win_over_it(fields: dict
 
 def test_config_that_cannot_work_is_refused(fields: dict[str, Any]) -> None:
     assert "config holds NaN or infinity" in refusal(fields, config={"lr": float("inf")})
-    assert "config['train_args'] is no command line: give the recipe train_args=..." in refusal(
+    assert "config['train_args'] is not a command line: give the recipe train_args=..." in refusal(
         fields, config={"train_args": "--lr 1"}
     )
     assert "config" in refusal(fields, config={"data": Path("a")})

@@ -275,7 +275,7 @@ def test_what_may_heal_is_tried_again_and_said_in_the_log(
             store.write_bytes("job/a", b"1")
         assert not isinstance(caught.value, StoreRefused)
         assert len(server.requests) >= 2
-    assert [record.getMessage().endswith("it is tried again for 2 s") for record in caplog.records] == [True]
+    assert [record.getMessage().endswith("retrying for up to 2 s") for record in caplog.records] == [True]
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def test_a_client_misbehaves_by_its_plan(how: str, run_job: Callable[..., Run]) 
 
 def test_a_plan_that_says_what_no_client_does_is_named(run_job: Callable[..., Run]) -> None:
     run = run_job(train_script=MISBEHAVING_CLIENT, train_args=[json.dumps({"site-1": {"0": "sulk"}})])
-    with pytest.raises(JobFailed, match="the plan says 'sulk', which is none of raise, exit"):
+    with pytest.raises(JobFailed, match="the plan says 'sulk', which is not one of raise, exit"):
         run.get_result()
 
 

@@ -40,7 +40,7 @@ class Request:
         what = f"{self.wanted} ({', '.join(self.files[:_MAX_SHOWN])}{more})"
         # Whoever wrote the job chose the names: they are not to move the cursor of a terminal.
         shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in what)
-        return f"job {self.job_id} has brought code for {shown}, sha256 {self.sha256}, in {self.path}"
+        return f"job {self.job_id} brings code for {shown}, sha256 {self.sha256}, in {self.path}"
 
 
 Permission = Callable[[Request], None]
@@ -84,6 +84,6 @@ def by_environment(request: Request) -> None:
     """
     if not is_allowed(request.sha256):
         raise ConfigError(
-            f"{request}. It is not allowed to run here: look at it, and set {VARIABLE}={request.sha256} in the environment of "
+            f"{request}. It is not allowed to run here: review it, then set {VARIABLE}={request.sha256} in the environment of "
             "this process; for the jobs of a deployment, in that of the coordinator's worker"
         )

@@ -93,7 +93,7 @@ def make_model(form: Mapping[str, Any], folder: Path | None) -> Any:
     path = next(form[key] for key in _CLASS if key in form)
     arguments = form.get("args") or {}
     if unknown := sorted(map(str, form.keys() - {*_CLASS, "args"})):
-        raise RecipeError(f"model has class_path, but also {', '.join(unknown)}: its arguments belong into 'args'")
+        raise RecipeError(f"model has class_path, but also {', '.join(unknown)}: put its arguments in 'args'")
     if not isinstance(arguments, Mapping):
         raise RecipeError(f"model['args'] is a {type(arguments).__name__}: give a dict of the arguments by name")
     module, _, name = path.rpartition(".")

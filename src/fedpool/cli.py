@@ -240,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         _complain(
-            f"a setting of Prefect's does not fit ({error.title}): {problems}: "
-            "mend the PREFECT_ variable or the profile that sets it"
+            f"a Prefect setting is invalid ({error.title}): {problems}: "
+            "correct the PREFECT_ variable or the profile that sets it"
         )
     except OSError as error:  # of a file, a disk or a connection: what the machine refuses is no mistake of ours
         _complain(str(refusal(error, str(error.filename or "a file"), "written") or error))

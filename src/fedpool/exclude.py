@@ -23,6 +23,6 @@ def check_excluded(patterns: Collection[str], names: Collection[str]) -> None:
         except re.error as error:
             raise RecipeError(f"exclude_vars {pattern!r} is not a regular expression: {error}") from None
         if not found:
-            raise RecipeError(f"exclude_vars {pattern!r} is found in no parameter: {', '.join(sorted(names)[:8])}")
+            raise RecipeError(f"exclude_vars {pattern!r} matches no parameter: {', '.join(sorted(names)[:8])}")
     if excluded(patterns, names) >= set(names):
         raise RecipeError(f"exclude_vars {list(patterns)} leave no parameter to train together")

@@ -49,7 +49,7 @@ def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool
         if error.errno not in _NO_LOCK:
             raise
         told(
-            f"{where} cannot be locked: its file system has no locks ({error.strerror}); see to it that only one process uses it"
+            f"{where} cannot be locked: its file system has no locks ({error.strerror}); make sure that only one process uses it"
         )
         return None
     return True

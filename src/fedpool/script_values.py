@@ -65,7 +65,7 @@ def check_values(
     """
     _check_json(where, config)
     if _ARGUMENTS in config:
-        raise RecipeError(f"{where}[{_ARGUMENTS!r}] is no command line: give the recipe {_ARGUMENTS}=...")
+        raise RecipeError(f"{where}[{_ARGUMENTS!r}] is not a command line: give the recipe {_ARGUMENTS}=...")
     for name in sorted(set(config) & set(sets_itself)):
         remedy = f"give the recipe {name}=..." if name in known else "give it another name"
         raise RecipeError(f"{where}[{name!r}] is what the recipe's algorithm tells the client script: {remedy}")

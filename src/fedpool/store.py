@@ -168,7 +168,7 @@ class Store:
                 if self.is_local or time.monotonic() > deadline:
                     raise
                 if pause == 0.2:
-                    _LOG.warning("%s: it is tried again for %g s", error, self.patience_s)
+                    _LOG.warning("%s: retrying for up to %g s", error, self.patience_s)
                 time.sleep(pause)
                 pause = min(2 * pause, 5.0)
 

@@ -488,7 +488,7 @@ class TestWhatASiteKeeps:
 
     def test_outside_a_round_and_with_a_wrong_name_or_value_it_is_refused(self, tmp_path: Path) -> None:
         client = self.client(tmp_path, 1)
-        with pytest.raises(ClientError, match=r"kept\(\) belongs into a round"):
+        with pytest.raises(ClientError, match=r"kept\(\) was called outside a round"):
             client.kept("mine")
         received(client)
         with pytest.raises(ClientError, match=r"name '\.\./mine' cannot be part of a path"):

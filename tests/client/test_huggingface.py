@@ -640,7 +640,7 @@ class TestPatch:
     def test_a_model_that_is_not_whole_here_is_refused(self, tmp_path: Path, flag: str) -> None:
         trainer = new_trainer(tmp_path, new_model())
         setattr(trainer, flag, True)  # either needs GPUs to be had
-        with pytest.raises(ClientError, match="keep no whole model"):
+        with pytest.raises(ClientError, match="do not keep the whole model"):
             flare.patch(trainer)
 
     def test_a_checkpoint_to_resume_from_is_refused(self, serve: Callable[..., MemoryHost], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A client script with no host around: `python client.py` runs one round on the script's own initial weights."""
+"""A client script that finds no host: `python client.py` runs one round on the script's own initial weights."""
 
 import os
 import subprocess
@@ -90,7 +90,7 @@ def test_a_torch_script_runs_to_its_end_without_complaint(torch_run: subprocess.
 
 def test_it_says_first_that_it_runs_standalone(torch_run: subprocess.CompletedProcess[str]) -> None:
     assert torch_run.stdout.splitlines()[0] == (
-        "fedpool: no host around, running standalone: one round on this script's own initial weights"
+        "fedpool: no host found, running standalone: one round on this script's own initial weights"
     )
 
 

@@ -344,7 +344,7 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Completed
 
 def test_standalone_only_rank_0_prints_what_was_sent(standalone: subprocess.CompletedProcess[str]) -> None:
     assert standalone.returncode == 0, standalone.stderr
-    assert standalone.stdout.count("fedpool: no host around") == 1
+    assert standalone.stdout.count("fedpool: no host found") == 1
     assert standalone.stdout.count("fedpool: sent 2 parameters, accuracy = 0.5") == 1
 
 

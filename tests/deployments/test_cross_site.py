@@ -310,12 +310,12 @@ def test_verify_finds_whatever_is_swapped(scored: Path) -> None:
 
     models = [scored / f"rounds/{number:05d}/global.safetensors" for number in (3, 4, 5)]
     assert "rounds/00004/global.safetensors" in swapped("rounds/00004/global.safetensors", models[0].read_bytes())
-    assert "sites/site-2/update.safetensors was accepted, but is to be rejected (bytes)" in swapped(
+    assert "sites/site-2/update.safetensors was accepted, but should have been rejected (bytes)" in swapped(
         "rounds/00002/sites/site-2/update.safetensors", models[0].read_bytes()
     )
     matrix = json.loads((scored / "cross_site.json").read_text())
     matrix["site-1"]["site-2"]["accuracy"] = 0.99
-    assert "cross_site.json is not what follows from the rounds" in swapped("cross_site.json", to_json(matrix))
+    assert "cross_site.json does not follow from the rounds" in swapped("cross_site.json", to_json(matrix))
     # A forger who writes the record of the submission anew, and all hashes after it, is found by the submissions themselves.
     record = json.loads((scored / "rounds/00002/round.json").read_text())
     record["models"][0], record["models"][1] = (
@@ -324,7 +324,7 @@ def test_verify_finds_whatever_is_swapped(scored: Path) -> None:
     )
     assert "rounds/00002/round.json says models" in swapped("rounds/00002/round.json", to_json(record))
     record["task"] = "evaluate"
-    assert "round.json says task evaluate, but submit_model is what follows" in swapped(
+    assert "round.json says task evaluate, but it should be submit_model" in swapped(
         "rounds/00002/round.json",
         to_json({**record, "models": json.loads((scored / "rounds/00002/round.json").read_text())["models"]}),
     )

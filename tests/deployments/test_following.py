@@ -131,7 +131,7 @@ def test_a_run_that_prefect_shows_as_running_and_nobody_runs_is_lost(prefect_api
         assert not run.wait(3)
         coordinator.kill()
         with pytest.raises(
-            JobFailed, match=LOST.format("nobody runs it any more, though Prefect shows its run as Running")
+            JobFailed, match=LOST.format("nothing runs it any more, though Prefect shows its run as Running")
         ):
             run.get_result(60)
 

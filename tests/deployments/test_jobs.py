@@ -157,10 +157,8 @@ def test_a_setting_of_prefects_that_does_not_fit_is_one_line_and_no_traceback(tm
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(
-        "a setting of Prefect's does not fit (APISettings): request_timeout: Input should be a valid"
-    )
-    assert last.endswith("mend the PREFECT_ variable or the profile that sets it")
+    assert last.startswith("a Prefect setting is invalid (APISettings): request_timeout: Input should be a valid")
+    assert last.endswith("correct the PREFECT_ variable or the profile that sets it")
 
 
 @pytest.mark.parametrize("mistake", [ValueError("ours"), KeyError("ours"), TypeError("ours")])
@@ -258,7 +256,7 @@ def test_a_job_whose_process_is_gone_has_failed_and_one_that_goes_on_runs(
     assert (job["status"], job["ended"], job["num_committed"]) == ("FAILED", False, 1)
     shown = fedpool(capsys, "job", "show", job["job_id"], *store)
     assert f"{job['job_id']}: FAILED" in shown and "its process was lost" in shown
-    assert f"go on with it: fedpool job resume {job['job_id']}" in shown
+    assert f"resume it: fedpool job resume {job['job_id']}" in shown
     with Store(tmp_path / "runs").held(job["job_id"]):
         assert f"{job['job_id']}: RUNNING" in fedpool(capsys, "job", "show", job["job_id"], *store)
     assert "COMPLETED" in fedpool(capsys, "job", "resume", job["job_id"], *store)

@@ -106,7 +106,7 @@ def test_a_site_that_is_gone_costs_one_round_of_ten_and_is_asked_again_once_it_i
     first = result.rounds[1]
     (lost,) = first["failed"]
     assert lost["site"] == "c" and lost["away"] is True
-    assert lost["cause"].startswith("no worker of work pool c is online, and did not change that in 5 s")
+    assert lost["cause"].startswith("no worker of work pool c is online, and that did not change within 5 s")
     left = [record["round"] for record in result.rounds if not_asked(record)]
     assert left == [2, 3, 4, 5, 6, 7]
     assert all(not_asked(result.rounds[number]) == [{"site": "c", "reason": "no worker online"}] for number in left)

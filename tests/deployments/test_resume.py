@@ -282,7 +282,7 @@ def test_a_fork_is_a_new_job_from_a_model_of_another(
 
 def test_a_fork_needs_a_model_that_was_committed_and_fits(env: SimEnv, tmp_path: Path) -> None:
     first = recipe_in(tmp_path).execute(env)
-    with pytest.raises(RecipeError, match=r"00009/global.safetensors is no model that job again-\S+ committed"):
+    with pytest.raises(RecipeError, match=r"00009/global.safetensors is not a model that job again-\S+ committed"):
         recipe_in(tmp_path).execute(env, resume=first.job_id, fork=True, from_round=9)
     other = recipe_in(tmp_path, model={"v": np.zeros(5, np.float32)})
     with pytest.raises(RecipeError, match="a model with other parameters than the recipe's"):

@@ -40,7 +40,7 @@ def test_a_job_whose_keys_are_changed_fails_with_the_remedy_and_goes_on_with_the
         said = str(caught.value)
         assert said.startswith(f"job {run.job_id} failed: s3://") and "\n" not in said, said
         assert "the store does not know the access key (InvalidAccessKeyId); set AWS_ACCESS_KEY_ID" in said
-        assert f"then go on with the job: fedpool job resume {run.job_id} --store {url}" in said
+        assert f"then resume the job: fedpool job resume {run.job_id} --store {url}" in said
 
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, s3_server.environment[name])

@@ -20,7 +20,7 @@ from tests.poc import Worker, processes_of, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SERVED = "is served already, by"
+SERVED = "is already served by"
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def test_a_bundle_that_is_not_what_its_name_says_is_refused(hospital: Worker, tm
     (bundle,) = Path(job.store.full(job.paths.job_id)).glob("bundle-*.zip")
     bundle.write_bytes(bundle.read_bytes() + b" ")
     state = final_state(job.ask())
-    assert state.is_failed() and "hospital, round 0: its part of the store failed" in str(state.message)
+    assert state.is_failed() and "hospital, round 0: the store failed" in str(state.message)
     assert not (tmp_path / "training").exists()
     job.end()
 

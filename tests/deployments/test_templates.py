@@ -212,7 +212,7 @@ def test_what_scripts_keep_has_a_place_that_outlives_the_container() -> None:
         ("docker", {"cpus": 0}, "give a number of processors"),
         ("docker", {"image": "{{ image }}"}, "would be a placeholder"),
         ("docker", {"env": {"A": "{{ env }}"}}, "would be a placeholder"),
-        ("docker", {"env": {"A-B": "1"}}, "no name of a variable"),
+        ("docker", {"env": {"A-B": "1"}}, "not the name of a variable"),
         ("docker", {"program": ""}, "must not be empty"),
         ("docker", {"program": "sh -c '"}, "cannot be split into words .No closing quotation.: balance its quotes"),
     ],
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_said(kind: str, given: dict[str, Any], message: st
 
 def test_a_variable_is_written_as_name_and_value() -> None:
     assert parse_env(["A=1", "B=", "C=x=y"]) == {"A": "1", "B": "", "C": "x=y"}
-    with pytest.raises(ConfigError, match="no NAME=VALUE"):
+    with pytest.raises(ConfigError, match="not of the form NAME=VALUE"):
         parse_env(["A"])
 
 
@@ -490,7 +490,7 @@ def test_of_settings_that_do_not_fit_the_server_learns_no_value(start: Start, tm
     assert process.returncode == 1
     assert "idle_timeout_s" in output and "secret" in output
     state = asyncio.run(ended(run_id))
-    assert (state.name, state.message) == ("Crashed", "the site's settings do not fit: what it prints says how")
+    assert (state.name, state.message) == ("Crashed", "the site's settings are invalid: its output says why")
 
 
 def test_without_a_worker_there_is_nothing_to_run(tmp_path: Path) -> None:

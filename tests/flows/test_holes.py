@@ -82,7 +82,7 @@ def test_holes_that_a_model_has_not_are_found_out(run_job: Callable[..., Run]) -
     path = Path(run.path) / "job.json"
     path.chmod(0o644)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"holes": ["w"]}))
-    with pytest.raises(IntegrityError, match=r"job\.json says holes \['w'\], but \[\] is what follows"):
+    with pytest.raises(IntegrityError, match=r"job\.json says holes \['w'\], but it should be \[\]"):
         verify_job(store, job_id)
 
 

@@ -299,7 +299,7 @@ def test_a_zip_that_was_tampered_with_is_not_run_wherever_it_is_allowed(
     path.chmod(0o600)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("sitecustomize.py", "raise SystemExit\n")
-    with pytest.raises(IntegrityError, match=r"code-[0-9a-f]{64}\.zip is not what its name says"):
+    with pytest.raises(IntegrityError, match=r"code-[0-9a-f]{64}\.zip does not match the hash in its name"):
         recipe_of("job-1", folder.store)
     path.unlink()
     with pytest.raises(IntegrityError, match=r"code-[0-9a-f]{64}\.zip is missing"):

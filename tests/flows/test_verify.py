@@ -141,11 +141,11 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a bit of an update": (
         lambda job: flip(job / "rounds/00001/sites/site-2/update.safetensors"),
-        r"00001/sites/site-2/update\.safetensors was accepted, but is to be rejected \(bytes\)",
+        r"00001/sites/site-2/update\.safetensors was accepted, but should have been rejected \(bytes\)",
     ),
     "no update": (
         lambda job: (job / "rounds/00000/sites/site-3/update.safetensors").unlink(),
-        r"00000/sites/site-3/update\.safetensors was accepted, but is to be rejected \(bytes\)",
+        r"00000/sites/site-3/update\.safetensors was accepted, but should have been rejected \(bytes\)",
     ),
     "no manifest": (
         lambda job: (job / "rounds/00000/sites/site-3/update.json").unlink(),
@@ -153,15 +153,15 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a manifest that is none": (
         lambda job: (job / "rounds/00000/sites/site-3/update.json").write_text("{}"),
-        r"00000/sites/site-3/update\.json was accepted, but is to be rejected \(manifest\): its manifest is not one: job_id",
+        r"00000/sites/site-3/update\.json was accepted, but should have been rejected \(manifest\): its manifest is invalid",
     ),
     "a weight in a manifest": (
         lambda job: edit(job / "rounds/00000/sites/site-2/update.json", lambda manifest: manifest.update(weight=200.0)),
-        r"00001/global\.safetensors is not what comes of round 0's updates: (w|a\.count) differs",
+        r"00001/global\.safetensors does not follow from round 0's updates: (w|a\.count) differs",
     ),
     "a score in a record": (
         lambda job: edit(job / R.format(1), lambda record: record["metrics"].update(accuracy=0.99)),
-        r"00001/round\.json says metrics \{'accuracy': 0\.99\}, but \{'accuracy': ",
+        r"00001/round\.json says metrics \{'accuracy': 0\.99\}, but it should be \{'accuracy': ",
     ),
     "a time in a record, which nothing else tells": (
         lambda job: edit(job / R.format(0), lambda record: record["timings"].update(round_s=1.0)),
@@ -182,16 +182,19 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
                 accepted=[*record["accepted"], *(as_accepted(entry) for entry in record["rejected"])], rejected=[]
             ),
         ),
-        r"00001/sites/site-3/update\.safetensors was accepted, but is to be rejected \(not_finite\)",
+        r"00001/sites/site-3/update\.safetensors was accepted, but should have been rejected \(not_finite\)",
     ),
     "an update with all its hashes": (
         forge,
-        r"00001/global\.safetensors is not what comes of round 0's updates: w differs",
+        r"00001/global\.safetensors does not follow from round 0's updates: w differs",
     ),
-    "the bundle": (lambda job: flip(next(job.glob("bundle-*.zip"))), r"bundle-\w+\.zip is not what its name says"),
+    "the bundle": (
+        lambda job: flip(next(job.glob("bundle-*.zip"))),
+        r"bundle-\w+\.zip does not match the hash in its name",
+    ),
     "the recipe": (
         lambda job: edit(job / "job.json", lambda record: record["recipe"].update(aggregation_weights={"site-1": 5.0})),
-        r"00001/global\.safetensors is not what comes of round 0's updates",
+        r"00001/global\.safetensors does not follow from round 0's updates",
     ),
     "a recipe of another kind": (
         lambda job: edit(job / "job.json", lambda record: record["recipe"].update(type="FedSecretRecipe")),
@@ -207,11 +210,11 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "the form of a record": (
         lambda job: (job / R.format(2)).write_bytes((job / R.format(2)).read_bytes() + b"\n"),
-        r"00002/round\.json is not in the form that records are written in",
+        r"00002/round\.json is not in the form in which records are written",
     ),
     "a round that is hidden": (
         lambda job: (job / R.format(3)).unlink(),
-        r"result\.json says num_records 4, but 3 is what follows",
+        r"result\.json says num_records 4, but it should be 3",
     ),
 }
 

@@ -364,7 +364,7 @@ def test_bytes_that_are_not_what_they_should_be_are_refused(
     }
     damaged = Path(work.store.full(paths[what]))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    with pytest.raises(SiteError, match="a, round 0: its part of the store failed") as caught:
+    with pytest.raises(SiteError, match="a, round 0: the store failed") as caught:
         here.perform(work)
     assert isinstance(caught.value.__cause__, IntegrityError)
     wait_until_gone(scripts_of, here.folder)

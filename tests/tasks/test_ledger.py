@@ -40,9 +40,9 @@ def test_an_evaluation_leaves_model_and_state() -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"round": 1}, "says round 1, but 0 is what follows"),
-        ({"job_id": "other"}, "says job_id other, but job-1 is what follows"),
-        ({"previous_sha256": "f" * 64}, f"says previous_sha256 {'f' * 64}, but {'0' * 64} is what follows"),
+        ({"round": 1}, "says round 1, but it should be 0"),
+        ({"job_id": "other"}, "says job_id other, but it should be job-1"),
+        ({"previous_sha256": "f" * 64}, f"says previous_sha256 {'f' * 64}, but it should be {'0' * 64}"),
     ],
 )
 def test_a_record_of_another_job_round_or_history_is_refused(said: dict[str, Any], message: str) -> None:

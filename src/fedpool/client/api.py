@@ -208,7 +208,7 @@ class Client:
             # Not a warning: many a training script ignores those.
             sys.stderr.write(
                 f"fedpool: round {assignment.round} at {self.site_name} is an evaluation, and the parameters that were sent "
-                "are ignored: ask flare.is_evaluate() before you train and send metrics only, "
+                "are ignored: check flare.is_evaluate() before you train and send metrics only, "
                 "or give the recipe final_evaluation=False\n"
             )
         self._host.put("update", **message)
@@ -246,7 +246,9 @@ class Client:
         except RecipeError as error:
             raise ClientError(str(error)) from None
         if self._assignment is None:
-            raise ClientError(f"{function}() belongs into a round: call it between flare.is_running() and flare.send()")
+            raise ClientError(
+                f"{function}() was called outside a round: call it between flare.is_running() and flare.send()"
+            )
         return self._assignment
 
     def _extras(self, assignment: Assignment) -> dict[str, dict[str, Any]]:
@@ -304,7 +306,7 @@ class Client:
             self._told_of_repetition = self._model
             sys.stderr.write(
                 f"fedpool: receive() gives {self._host.name} the model of round {self._model.current_round} once more, because "
-                "rank 0 has asked for no other: to go on in step with it, call flare.is_running() or flare.send() on every rank\n"
+                "rank 0 has not asked for another: to stay in step, call flare.is_running() or flare.send() on every rank\n"
             )
 
     def _params_format(self) -> ParamsFormat:

@@ -155,7 +155,7 @@ class Standalone:
     def __init__(self) -> None:
         self.welcome = Welcome("standalone", "site-1")
         self._done = False
-        print("fedpool: no host around, running standalone: one round on this script's own initial weights")
+        print("fedpool: no host found, running standalone: one round on this script's own initial weights")
 
     def next(self, timeout: float | None) -> Assignment | None:
         """See `Host.next`."""

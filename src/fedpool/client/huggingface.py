@@ -118,7 +118,7 @@ def patch(
         raise ClientError("model_init makes a new model in each train(): give Trainer(model=...)")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ClientError(
-            "FSDP and DeepSpeed keep no whole model in the process that talks: use DDP, or a single device"
+            "FSDP and DeepSpeed do not keep the whole model in the process that sends it: use DDP, or a single device"
         )
     if params_scope == "adapter" and not is_peft(_model(trainer)):
         raise ClientError(

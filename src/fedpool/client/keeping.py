@@ -67,7 +67,7 @@ def kept_with_update(
             if not any(map(is_beside, values)):
                 return values, float(scale)
         warnings.warn(
-            f"what this site kept as {name!r} with its update of round {number} is gone ({path}): it starts anew",
+            f"what this site kept as {name!r} with its update of round {number} is gone ({path}): it starts afresh",
             stacklevel=2,
         )
         return None, 1.0

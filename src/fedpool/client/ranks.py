@@ -70,7 +70,9 @@ class TorchrunHost:
     def welcome(self) -> Welcome:
         """Who the script is; ranks above 0 learn it in the first `is_running()`."""
         if self._welcome is None:
-            raise ClientError("ranks above 0 learn site, job and config in the first flare.is_running(): ask after it")
+            raise ClientError(
+                "ranks above 0 learn site, job and config in their first flare.is_running(): call this afterwards"
+            )
         return self._welcome
 
     def introduce(self) -> None:
@@ -117,7 +119,7 @@ class TorchrunHost:
         try:
             if _stamp(assignment.model) == self._answer["stamp"]:
                 return load_arrays(assignment.model, params_format)
-            problem = "is another file by now"
+            problem = "is a different file now"
         except FileNotFoundError:
             problem = "is not there"
         raise ClientError(
@@ -198,7 +200,7 @@ class TorchrunHost:
                 return self._store
             raise ClientError(
                 "under torchrun, call torch.distributed.init_process_group() before the first flare.is_running(): "
-                "by it the other ranks learn what rank 0 is told"
+                "that is how the other ranks learn what rank 0 is told"
             )
         if self._store is None:
             if self._host:

@@ -23,7 +23,7 @@ _BEFORE = "before"
 class Scaffold:
     """One round of SCAFFOLD in a plain loop; make it after the received model is loaded, and train as ever.
 
-    Each step of the optimizer is corrected by -lr (c - c_i), and `extras()` is what belongs into the `FLModel` that is sent.
+    Each step of the optimizer is corrected by -lr (c - c_i), and `extras()` belongs in the `FLModel` that is sent.
     This site's variate c_i is kept at the site, and changes only with an update that counted: what came too late, was rejected or
     had weight 0 is as if it had not been. Karimireddy et al. 2020, algorithm 1, option II (https://arxiv.org/abs/1910.06378).
 
@@ -47,7 +47,7 @@ class Scaffold:
         self._client = client or fedpool.client._current()
         received = self._client.receive()
         if received is None:
-            raise ClientError("Scaffold() belongs into a round: make it after flare.receive()")
+            raise ClientError("Scaffold() was made outside a round: make it after flare.receive()")
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._rest = {n: v for n, v in model.state_dict().items() if n not in self._parameters}
         self._start = {name: p.detach().clone() for name, p in self._parameters.items()}

@@ -45,7 +45,7 @@ def remarks(source: Source) -> list[Remark]:
             case ast.Call(func=ast.Name(id="init") | ast.Attribute(attr="init"), keywords=keywords):
                 for keyword in keywords:
                     if keyword.arg == "config_file":
-                        text = "is not read, which a warning says: leave it out, and configure by recipe and site"
+                        text = "is ignored, with a warning: leave it out, and configure the recipe and the site"
                         found.add(Remark(keyword.value.lineno, "init(config_file=)", text))
     for bound, module in aliases.items():
         found |= _of_uses(source.tree, bound, module)
@@ -64,7 +64,7 @@ def _of_import(line: int, alias: ast.alias) -> set[Remark]:
     if alias.name.split(".")[0] != "nvflare":
         return set()
     known = alias.name in MODULES
-    text = "its uses are in doubt, so it stays: import it with `as`" if known else advice(alias.name)
+    text = "its uses are unclear, so it stays: import it with `as`" if known else advice(alias.name)
     return {Remark(line, f"import {alias.name}", text)}
 
 

@@ -38,7 +38,7 @@ def misbehave(how: str, params: dict[str, Any]) -> dict[str, Any]:
         case "huge":
             return {**params, first: params[first] * 0 + 1e30}
         case _:
-            raise ValueError(f"the plan says {how!r}, which is none of {', '.join(KINDS)}")
+            raise ValueError(f"the plan says {how!r}, which is not one of {', '.join(KINDS)}")
     return params
 
 
