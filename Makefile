@@ -43,7 +43,7 @@ examples: $(READY)  ## every example, from its README's command; then all their 
 	$(RUN)/python examples/algorithms/job.py scaffold ditto
 	for job in fedpool-runs/*/; do $(RUN)/fedpool job verify $$(basename $$job) --store fedpool-runs || exit 1; done
 
-lint: $(READY)  ## ruff, and mypy on the package and its tests
+lint: $(READY)  ## ruff, and mypy on the package, its tests and tools
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
@@ -56,7 +56,7 @@ docs: $(READY)  ## run the commands and the code of README and docs/
 	$(RUN)/python .ci/run_docs.py
 
 catalogue: $(READY)  ## write docs/recipes/ from the docstrings and the fields of the recipes
-	$(RUN)/python -m fedpool.flows.catalogue docs
+	$(RUN)/python -m tools.catalogue docs
 
 wheel: $(READY)  ## build the wheel and run a job from it in a clean environment
 	.ci/check_wheel $(RUN)

@@ -1,6 +1,13 @@
-"""The command `fedpool recipe`: which recipes there are, and what each does. It needs no server, and does not load Prefect."""
+"""The command `fedpool recipe`: which recipes there are, and what each does. It needs no server, and does not load Prefect.
 
+It prints the pages of docs/recipes, which come with the package; `make catalogue` writes them.
+"""
+
+import inspect
 import re
+from collections.abc import Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -9,6 +16,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from fedpool.deployments.terminal import open_console
+from fedpool.errors import ConfigError
 
 recipe = App(name="recipe", help="Recipes: the algorithms that there are.")
 
@@ -23,14 +31,14 @@ _LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")
 @recipe.command(name="list")
 def list_() -> None:
     """The recipes, each in one sentence."""
-    from fedpool.flows.catalogue import describe  # loads torch, which `fedpool --help` can do without
-    from fedpool.flows.recipes import built_in
+    from fedpool.flows.recipes import built_in  # loads torch, which `fedpool --help` can do without
 
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it is for")
     for name, kind in built_in().items():
-        table.add_row(name, describe(kind.__doc__ or "").summary.replace("`", ""))
+        summary = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
+        table.add_row(name, " ".join(summary.replace("`", "").split()))
     open_console().print(table, highlight=False, markup=False)
 
 
@@ -41,9 +49,28 @@ def show(
     ],
 ) -> None:
     """What a recipe does, what the client script has to do for it, and its fields: its page of docs/recipes."""
-    from fedpool.flows.catalogue import find
+    Console().print(Markdown(_for_terminal(find_page(name)), hyperlinks=False))
 
-    Console().print(Markdown(_for_terminal(find(name)), hyperlinks=False))
+
+def find_page(name: str) -> str:
+    """The page of a recipe, by the name of its class or of the page, in whatever case.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from fedpool.flows.recipes import BUILT_IN, class_name
+
+    pages = _pages()
+    wanted = re.sub(r"[-_\s]", "", name).lower().removesuffix("recipe")
+    if wanted not in pages:
+        known = ", ".join(map(class_name, BUILT_IN.values()))
+        raise ConfigError(f"there is no recipe {name!r}: there are {known}, and the pages fields, aggregators")
+    return pages[wanted].read_text(encoding="utf-8")
+
+
+def _pages() -> Mapping[str, Traversable]:
+    folder = files("fedpool") / "recipe_pages"  # a link to docs/recipes
+    return {page.name.removesuffix(".md"): page for page in folder.iterdir() if page.name != "README.md"}
 
 
 def _for_terminal(page: str) -> str:

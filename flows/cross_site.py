@@ -15,7 +15,7 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
 
     `min_clients` counts the answers about the server's model; of the sites' models, those that are missing leave a hole.
 
-    Client script, as in examples/cross-site/client.py:
+    Client script: examples/cross-site/client.py
         It sends metrics of what it receives, and its best local model when it is asked for that.
 
             if flare.is_evaluate():

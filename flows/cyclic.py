@@ -1,7 +1,10 @@
 """Cyclic weight transfer: the model goes from site to site, and each trains it in its turn.
 
-Chang et al. 2018, "Distributed deep learning networks among institutions for medical imaging", JAMIA 25(8)
-(https://doi.org/10.1093/jamia/ocy017). A round is one site's turn: the next global model is what it sends.
+A round is one site's turn: the next global model is what it sends.
+
+Paper:
+    Chang et al. 2018, "Distributed deep learning networks among institutions for medical imaging", JAMIA 25(8)
+    (https://doi.org/10.1093/jamia/ocy017)
 """
 
 import random
@@ -45,7 +48,7 @@ class CyclicRecipe(Recipe):
 
     A round is one site's turn: `num_rounds` of 30 takes the model through 10 sites three times.
 
-    Client script, as in examples/algorithms/plain.py:
+    Client script: examples/algorithms/plain.py
         That of federated averaging.
     """
 

@@ -1,9 +1,12 @@
 """DiLoCo: many local steps, and a step of outer Nesterov momentum at the server.
 
-Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1
-(https://arxiv.org/abs/2311.08105). The outer gradient is the mean of the sites' differences, and the outer optimizer:
+The outer gradient is the mean of the sites' differences, and the outer optimizer:
 
     m <- outer_momentum m + delta; w <- w + outer_lr (delta + outer_momentum m)
+
+Paper:
+    Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1
+    (https://arxiv.org/abs/2311.08105)
 """
 
 from pydantic import Field
@@ -18,7 +21,7 @@ class DiLoCoRecipe(AveragingRecipe):
 
     For language models over slow links: a round costs one model's transfer, however many steps it takes.
 
-    Client script, as in examples/algorithms/plain.py:
+    Client script: examples/algorithms/plain.py
         That of federated averaging. The inner optimizer is the script's own, in the paper AdamW for 500 steps. Make it
         once, before the loop, and its state goes on from round to round.
     """

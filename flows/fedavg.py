@@ -1,8 +1,10 @@
 """Federated averaging: sites train from the global model, and the next one is the mean of theirs.
 
-McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
-(https://arxiv.org/abs/1602.05629). The n_k are the sites' local steps (`NUM_STEPS_CURRENT_ROUND`), times their
-`aggregation_weights`, and n is their sum.
+The n_k are the sites' local steps (`NUM_STEPS_CURRENT_ROUND`), times their `aggregation_weights`, and n is their sum.
+
+Paper:
+    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
+    (https://arxiv.org/abs/1602.05629)
 """
 
 from collections.abc import Sequence
@@ -33,7 +35,7 @@ class FedAvgRecipe(AveragingRecipe):
     Sites train alone between rounds, so it needs little transfer. Where their data differ much, long local training pulls the
     model apart: see FedProx, SCAFFOLD and FedOpt then.
 
-    Client script, as in examples/algorithms/plain.py:
+    Client script: examples/algorithms/plain.py
         Your training loop between `receive()` and `send()`.
 
             received = flare.receive()

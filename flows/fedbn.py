@@ -1,8 +1,10 @@
 """FedBN: federated averaging whose batch normalisation stays at the site.
 
-Li et al. 2021, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", algorithm 1
-(https://arxiv.org/abs/2102.07623). The server is that of federated averaging; a site finds its own batch normalisation in the
-model that it receives.
+The server is that of federated averaging; a site finds its own batch normalisation in the model that it receives.
+
+Paper:
+    Li et al. 2021, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", algorithm 1
+    (https://arxiv.org/abs/2102.07623)
 """
 
 import re
@@ -22,7 +24,7 @@ class FedBNRecipe(FedAvgRecipe):
 
     Adds to `exclude_vars` every layer that has running statistics, with its scale and shift.
 
-    Client script, as in examples/algorithms/plain.py:
+    Client script: examples/algorithms/plain.py
         That of federated averaging.
     """
 

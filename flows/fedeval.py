@@ -14,7 +14,7 @@ from fedpool.flows.evaluation import EvaluationRecipe
 class FedEvalRecipe(EvaluationRecipe):
     """Score a model, or a checkpoint, at every site.
 
-    Client script, as in examples/cross-site/client.py:
+    Client script: examples/cross-site/client.py
         It sends metrics, and no params.
 
             if flare.is_evaluate():

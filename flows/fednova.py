@@ -1,7 +1,8 @@
 """FedNova: averages what the sites' steps come to each, so that a site that took more of them does not pull the model to itself.
 
-Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation 6
-(https://arxiv.org/abs/2007.07481).
+Paper:
+    Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation 6
+    (https://arxiv.org/abs/2007.07481)
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ def _scalar(value: float) -> torch.Tensor:
 class FedNovaRecipe(Recipe):
     """Federated averaging for sites that take unequal numbers of local steps (different data, epochs or speed).
 
-    Client script, as in examples/algorithms/fednova.py:
+    Client script: examples/algorithms/fednova.py
         It says how far it went. Let its weight be its rows, which do not depend on that. A patched Lightning or Hugging Face
         trainer does both by itself. The optimizer is SGD, with momentum or a schedule as you like.
 

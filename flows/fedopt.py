@@ -1,7 +1,6 @@
 """Adaptive federated optimization: the server takes a step of an optimizer towards the aggregate, not all the way to it.
 
-Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (https://arxiv.org/abs/2003.00295). With delta, the
-aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correction, the optimizers are:
+With delta, the aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correction, the optimizers are:
 
     adam      m <- beta1 m + (1 - beta1) delta; v <- beta2 v + (1 - beta2) delta^2; w <- w + lr m / (sqrt(v) + tau)
     yogi      the same with v <- v - (1 - beta2) delta^2 sign(v - delta^2)
@@ -11,6 +10,9 @@ aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correctio
 
 Defaults are those of the papers: FedAdagrad has no momentum (beta1 is 0), and the rate of FedAvgM, `momentum`, is 1 (Hsu et al.
 2019, https://arxiv.org/abs/1909.06335).
+
+Paper:
+    Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (https://arxiv.org/abs/2003.00295)
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +60,7 @@ class FedOptRecipe(AveragingRecipe):
 
     Converges in fewer rounds than plain averaging where sites differ or gradients are sparse; its learning rate wants tuning.
 
-    Client script, as in examples/algorithms/plain.py:
+    Client script: examples/algorithms/plain.py
         That of federated averaging: the server alone differs.
     """
 

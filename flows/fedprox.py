@@ -1,9 +1,11 @@
 """FedProx: federated averaging whose sites are held near the global model.
 
-Li et al. 2020, "Federated Optimization in Heterogeneous Networks", algorithm 2 (https://arxiv.org/abs/1812.06127). A site
-minimises its loss with a term beside it; the server is that of federated averaging.
+A site minimises its loss with a term beside it; the server is that of federated averaging.
 
     F_k(w) + mu/2 ||w - w_global||^2
+
+Paper:
+    Li et al. 2020, "Federated Optimization in Heterogeneous Networks", algorithm 2 (https://arxiv.org/abs/1812.06127)
 """
 
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ from fedpool.model import FEDPROX_MU
 class FedProxRecipe(FedAvgRecipe):
     """Federated averaging for sites that differ much, or do unequal amounts of work: each is pulled back to the global model.
 
-    Client script, as in examples/algorithms/fedprox.py:
+    Client script: examples/algorithms/fedprox.py
         The term is one line of the loss. A patched Lightning or Hugging Face trainer adds its gradient by itself.
 
             mu = flare.get_config()["fedprox_mu"]

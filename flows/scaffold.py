@@ -1,11 +1,14 @@
 """SCAFFOLD: control variates correct the drift of each site's gradient.
 
-Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1, option II
-(https://arxiv.org/abs/1910.06378). The server's variate c travels with the global model; a site keeps its own c_i, adds c - c_i
-to each gradient g of its S local steps, and sends what its c_i changed by.
+The server's variate c travels with the global model; a site keeps its own c_i, adds c - c_i to each gradient g of its S local
+steps, and sends what its c_i changed by.
 
     y <- y - lr_k (g(y) + c - c_i), from y = x
     c_i <- c_i - c + (x - y) / (S lr_k)
+
+Paper:
+    Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1, option II
+    (https://arxiv.org/abs/1910.06378)
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,7 +82,7 @@ class ScaffoldRecipe(Recipe):
 
     Every site should take part often: a control variate that is many rounds old corrects little.
 
-    Client script, as in examples/algorithms/scaffold.py:
+    Client script: examples/algorithms/scaffold.py
         A helper corrects the steps of the optimizer, SGD, and keeps the site's variate; a patched Lightning or Hugging Face
         trainer has it built in.
 

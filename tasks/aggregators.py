@@ -65,8 +65,12 @@ class Aggregator(ABC):
 class Mean(Aggregator):
     """The mean by the weights of the updates.
 
-    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
-    (https://arxiv.org/abs/1602.05629). Needs n >= 1.
+    Needs:
+        n >= 1
+
+    Paper:
+        McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
+        (https://arxiv.org/abs/1602.05629)
     """
 
     weights: Mapping[str, float] | None = None
@@ -93,8 +97,12 @@ class Mean(Aggregator):
 class Median(Aggregator):
     """The coordinate-wise median; of an even number, the mean of the middle two.
 
-    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option I
-    (https://arxiv.org/abs/1803.01498). Needs n >= 1.
+    Needs:
+        n >= 1
+
+    Paper:
+        Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option I
+        (https://arxiv.org/abs/1803.01498)
     """
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
@@ -105,8 +113,12 @@ class Median(Aggregator):
 class TrimmedMean(Aggregator):
     """The coordinate-wise mean without the floor(trim_ratio n) lowest and the floor(trim_ratio n) highest values.
 
-    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option II
-    (https://arxiv.org/abs/1803.01498). Needs n >= 1 / trim_ratio: fewer would trim nothing.
+    Needs:
+        n >= 1 / trim_ratio (fewer would trim nothing)
+
+    Paper:
+        Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option II
+        (https://arxiv.org/abs/1803.01498)
     """
 
     ratio: float
@@ -124,9 +136,14 @@ class TrimmedMean(Aggregator):
 class Krum(Aggregator):
     """The mean of the m updates with the least sum of squared distances to their n - f - 2 nearest others.
 
-    Of krum m is 1, of multi_krum `num_selected`, or n - f - 2 without that. Blanchard et al. 2017, "Machine Learning with
-    Adversaries: Byzantine Tolerant Gradient Descent", section 4 (https://arxiv.org/abs/1703.02757). Needs
-    n >= max(2 f + 3, m + f + 2).
+    Of krum m is 1, of multi_krum `num_selected`, or n - f - 2 without that.
+
+    Needs:
+        n >= max(2 f + 3, m + f + 2)
+
+    Paper:
+        Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", section 4
+        (https://arxiv.org/abs/1703.02757)
     """
 
     num_byzantine: int
@@ -152,10 +169,16 @@ class Krum(Aggregator):
 class Bulyan(Aggregator):
     """Krum's choice, n - 2 f times over, and of those in each coordinate the mean of the n - 4 f nearest to the median.
 
-    El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section 4
-    (https://arxiv.org/abs/1802.07927). Needs n >= 4 f + 3. Of an even number of values the median is one of them, the lower of
-    the middle two, because the paper's is an element; with `even_median="midpoint"` it is their mean. When Krum picks from
-    f + 2 updates or fewer, it goes by the nearest other one, where the paper's sum would be empty. Of equals the first site wins.
+    Of an even number of values the median is one of them, the lower of the middle two, because the paper's is an element; with
+    `even_median="midpoint"` it is their mean. When Krum picks from f + 2 updates or fewer, it goes by the nearest other one,
+    where the paper's sum would be empty. Of equals the first site wins.
+
+    Needs:
+        n >= 4 f + 3
+
+    Paper:
+        El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section 4
+        (https://arxiv.org/abs/1802.07927)
     """
 
     num_byzantine: int
@@ -182,9 +205,14 @@ class Bulyan(Aggregator):
 class GeometricMedian(Aggregator):
     """The point with the least sum of distances to the updates, by the smoothed Weiszfeld algorithm.
 
-    Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2 (https://arxiv.org/abs/1912.13445). Needs
-    n >= 1. The distances count by the weights of the updates, as in the paper, where nobody lies about weights; with
+    The distances count by the weights of the updates, as in the paper, where nobody lies about weights; with
     `weighted_median=False` all count alike. The paper stops after a few steps, this after convergence.
+
+    Needs:
+        n >= 1
+
+    Paper:
+        Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2 (https://arxiv.org/abs/1912.13445)
     """
 
     weighted: bool = True
@@ -203,8 +231,11 @@ class GeometricMedian(Aggregator):
 class NormClippedMean(Aggregator):
     """The mean of updates whose differences to the global model are scaled down to one L2 norm.
 
-    Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 3 (https://arxiv.org/abs/1911.07963). Needs
-    n >= 1.
+    Needs:
+        n >= 1
+
+    Paper:
+        Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 3 (https://arxiv.org/abs/1911.07963)
     """
 
     clip_norm: float

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fedpool.cli import main
+from fedpool.deployments.recipe_command import find_page
 from fedpool.flows.recipes import built_in
+
+ROOT = Path(__file__).parents[2]
 
 
 def fedpool(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -36,6 +40,11 @@ def test_show_prints_what_the_page_says(capsys: pytest.CaptureFixture[str], name
     assert "](" not in shown and "<!--" not in shown
 
 
+@pytest.mark.parametrize("name", ["FedProxRecipe", "fedproxrecipe", "FEDPROX", "fed-prox"])
+def test_a_page_is_found_by_any_spelling_of_its_name(name: str) -> None:
+    assert find_page(name) == (ROOT / "docs/recipes/fedprox.md").read_text()
+
+
 def test_show_says_which_fields_have_to_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(fedpool(capsys, "recipe", "show", "fields").split())
     assert "min_clients, int, from 1, required: accepted updates that a round needs" in shown
@@ -55,7 +64,9 @@ def test_an_unknown_recipe_ends_with_1_and_names_those_that_there_are(capsys: py
         main(["recipe", "show", "fedsgd"])
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert "there is no recipe 'fedsgd'" in error and all(name in error for name in built_in())
+    assert "there is no recipe 'fedsgd'" in error and all(
+        name in error for name in (*built_in(), "fields, aggregators")
+    )
 
 
 def test_it_does_not_load_prefect() -> None:

@@ -10,15 +10,17 @@ from types import ModuleType
 
 import pytest
 
-from fedpool import ConfigError, CyclicRecipe, FedEvalRecipe, FedProxRecipe, Recipe
+from fedpool import CyclicRecipe, FedEvalRecipe, Recipe
 from fedpool.flows.averaging import AveragingRecipe
-from fedpool.flows.catalogue import FIGURES, aggregator, describe, figures, find, page_name, pages, script
 from fedpool.flows.recipes import BUILT_IN, built_in
 from fedpool.tasks.aggregators import PARAMETERS
+from tools.catalogue.docstrings import describe, describe_script
+from tools.catalogue.pages import FIGURES, aggregator, figures, page_name, pages, script
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "recipes"
 KINDS = list(built_in().values())
+PAGES = pages(ROOT / "docs")
 
 
 def code_of(markdown: str) -> list[str]:
@@ -29,14 +31,13 @@ def code_of(markdown: str) -> list[str]:
 
 def test_the_pages_in_docs_are_what_make_catalogue_would_write() -> None:
     written = {path.stem: path.read_text() for path in FOLDER.glob("*.md")}
-    made = dict(pages(ROOT / "docs"))
-    assert written.keys() == made.keys()
-    stale = [name for name, text in made.items() if written[name] != text]
+    assert written.keys() == PAGES.keys()
+    stale = [name for name, text in PAGES.items() if written[name] != text]
     assert stale == [], "run make catalogue, and commit what it changes"
 
 
 def test_the_module_writes_them(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "fedpool.flows.catalogue", str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-m", "tools.catalogue", str(tmp_path)], check=True, cwd=ROOT)
     assert {path.name: path.read_text() for path in (tmp_path / "recipes").iterdir()} == {
         f"{name}.md": text for name, text in pages(tmp_path).items()
     }
@@ -45,7 +46,7 @@ def test_the_module_writes_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_page_has_every_part(kind: type[Recipe]) -> None:
-    page = find(kind.__name__)
+    page = PAGES[page_name(kind)]
     assert page.startswith(f"# {kind.__name__}\n")
     trains = not kind.model_fields["num_rounds"].exclude
     assert ("Paper: [" in page) == ("## Update rule" in page) == trains
@@ -63,8 +64,8 @@ def test_the_lines_of_the_client_script_are_those_of_the_example(kind: type[Reci
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_that_can_be_given_is_on_the_page_or_on_those_it_refers_to(kind: type[Recipe]) -> None:
-    page = find(page_name(kind))
-    shared = find("fields") + (find("aggregators") if issubclass(kind, AveragingRecipe) else "")
+    page = PAGES[page_name(kind)]
+    shared = PAGES["fields"] + (PAGES["aggregators"] if issubclass(kind, AveragingRecipe) else "")
     for name, field in kind.model_fields.items():
         if field.exclude:
             assert f"`{name}`" in page.split("Not to be given")[1]
@@ -74,11 +75,11 @@ def test_every_field_that_can_be_given_is_on_the_page_or_on_those_it_refers_to(k
 
 
 def test_a_field_has_its_type_bounds_default_and_meaning() -> None:
-    assert "| `fedprox_mu` | `float`, from 0, finite | required | weight of the proximal term" in find("fedprox")
-    assert "| `min_clients` | `int`, from 1 to 1 | `1` |" in find(
-        "cyclic"
+    assert "| `fedprox_mu` | `float`, from 0, finite | required | weight of the proximal term" in PAGES["fedprox"]
+    assert (
+        "| `min_clients` | `int`, from 1 to 1 | `1` |" in PAGES["cyclic"]
     )  # a field of every recipe, with bounds of its own
-    fields = find("fields")
+    fields = PAGES["fields"]
     assert "| `name` | `str`, up to 64 characters | required |" in fields
     assert "| `num_rounds` | `int`, from 1 to 100,000 | required |" in fields
     assert '| `params_transfer_type` | `"FULL" or "DIFF"` | `"FULL"` |' in fields
@@ -87,27 +88,18 @@ def test_a_field_has_its_type_bounds_default_and_meaning() -> None:
     assert "| `exclude_vars` | `tuple[str, ...]` | `()` |" in fields
 
 
-@pytest.mark.parametrize("name", ["FedProxRecipe", "fedproxrecipe", "FEDPROX", "fed-prox"])
-def test_a_page_is_found_by_any_spelling_of_its_name(name: str) -> None:
-    assert find(name) == pages()[page_name(FedProxRecipe)]
-
-
-def test_an_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no recipe 'fedavgg': there are FedAvgRecipe, .*, and the pages fields, aggr"
-    ):
-        find("fedavgg")
-
-
 def test_a_docstring_gives_up_its_paper_its_code_and_its_formal_sections() -> None:
     found = describe(
         """One sentence,
         on two lines.
 
-        Doe et al. 2020, "A Title", section 3
-        (https://example.org/1). It does this:
+        It does this:
 
             w <- w_k
+
+        Paper:
+            Doe et al. 2020, "A Title", section 3
+            (https://example.org/1)
 
         Raises:
             ValueError: never.
@@ -118,18 +110,32 @@ def test_a_docstring_gives_up_its_paper_its_code_and_its_formal_sections() -> No
     assert found.rest == "It does this:\n\n```text\nw <- w_k\n```"
 
 
+def test_a_paper_that_cannot_be_read_is_refused_with_the_form_that_can() -> None:
+    found = describe("""One sentence.\n\nPaper:\n    Doe 2020, A Title\n""")
+    with pytest.raises(ValueError, match=r"'Doe 2020, A Title': write it as 'Doe et al. 2020"):
+        _ = found.paper
+
+
+def test_a_recipe_that_says_nothing_of_the_client_script_is_refused() -> None:
+    class Silent:
+        """One sentence."""
+
+    with pytest.raises(ValueError, match="Silent has no section 'Client script: FILE'"):
+        describe_script(Silent)
+
+
 @pytest.mark.parametrize("kind", [FedEvalRecipe, CyclicRecipe])
 def test_the_index_has_a_line_for_each_recipe(kind: type[Recipe]) -> None:
-    lines = [line for line in pages()["README"].splitlines() if line.startswith("| [`")]
+    lines = [line for line in PAGES["README"].splitlines() if line.startswith("| [`")]
     assert len(lines) == len(BUILT_IN)
-    summary = describe(kind.__doc__ or "").summary
+    summary = describe(kind.__doc__).summary
     assert [line for line in lines if line.startswith(f"| [`{kind.__name__}`]({page_name(kind)}.md) | {summary} |")]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("f", [1, 2, 3])
 def test_an_aggregator_needs_as_many_updates_as_its_page_says(name: str, f: int) -> None:
-    (section,) = (part for part in find("aggregators").split("\n## ") if name in part.splitlines()[0].split(", "))
+    (section,) = (part for part in PAGES["aggregators"].split("\n## ") if name in part.splitlines()[0].split(", "))
     stated = re.search(r"^- Needs: n >= ([^\n(]+?(?:\([^\n]*?\))?)(?: \([a-z ]+\))?$", section, re.MULTILINE)
     assert stated
     for m in (1, 7) if name == "multi_krum" else (1,):
@@ -151,7 +157,7 @@ def oracle() -> ModuleType:
 
 
 def test_every_case_of_the_oracle_would_be_on_the_page_of_its_recipe_and_on_no_other() -> None:
-    import fedpool.flows.catalogue as catalogue
+    import tools.catalogue.pages as catalogue
 
     for case in oracle().CASES.values():
         found = [page for page in FIGURES if catalogue._measured(page, {case.name: ("0.1", "0.1")})]
@@ -163,4 +169,4 @@ def test_a_figure_on_a_page_is_that_of_the_table_of_fidelity() -> None:
     rows = {name for name in table if name.startswith("fedavg-")}
     assert rows
     for name in rows:
-        assert f"| {name} | {' | '.join(table[name])} |" in find("fedavg")
+        assert f"| {name} | {' | '.join(table[name])} |" in PAGES["fedavg"]

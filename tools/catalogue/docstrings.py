@@ -1,0 +1,93 @@
+"""A docstring as the catalogue prints it: its text in markdown, its paper, and what it says in sections of the catalogue's own.
+
+Griffe finds the sections. Those of an API's reference (`Args:`, `Raises:`) are left out. An indented block is code.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from griffe import Docstring, DocstringSectionAdmonition, DocstringSectionText
+
+_CITATION = re.compile(r'(?P<who>.* et al\. \d{4}), "(?P<title>[^"]+)"(?P<place>, .+)? \((?P<url>https://\S+)\)')
+
+
+@dataclass(frozen=True)
+class Section:
+    """`Name: title`, and the indented text below it, without the indentation."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a docstring says."""
+
+    summary: str
+    """Its first paragraph, in one line."""
+    rest: str
+    """What follows, in markdown."""
+    sections: Mapping[str, Section]
+    """Name -> section, of those that are none of a reference's: `client-script`, `needs`, `paper`."""
+
+    @property
+    def paper(self) -> str:
+        """The paper as a link with authors, year and place in it; empty when none is cited.
+
+        Raises:
+            ValueError: the section does not read as `Doe et al. 2020, "Title", place (https://...)`.
+        """
+        if "paper" not in self.sections:
+            return ""
+        text = " ".join(self.sections["paper"].text.split())
+        if not (found := _CITATION.fullmatch(text)):
+            raise ValueError(
+                f"a section Paper holds {text!r}: write it as 'Doe et al. 2020, \"Title\", place (https://...)'"
+            )
+        return f'["{found["title"]}"]({found["url"]}), {found["who"]}{found["place"] or ""}'
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the client script of a recipe has to do, in markdown, and the example that does it."""
+
+    text: str
+    example: Path
+
+
+def describe(docstring: str | None) -> Described:
+    """Read a docstring; None, of what has none, is empty."""
+    parts = Docstring(inspect.cleandoc(docstring or "")).parse("google")
+    text = "\n\n".join(part.value for part in parts if isinstance(part, DocstringSectionText))
+    summary, _, rest = text.partition("\n\n")
+    sections = {
+        str(part.value.kind): Section(part.title or "", part.value.contents)
+        for part in parts
+        if isinstance(part, DocstringSectionAdmonition)
+    }
+    return Described(" ".join(summary.split()), _markdown(rest, "text"), sections)
+
+
+def describe_script(kind: type) -> Script:
+    """What a recipe asks of the client script, in its section `Client script: FILE`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    section = describe(inspect.getdoc(kind)).sections.get("client-script")
+    if section is None:
+        raise ValueError(f"the docstring of {kind.__name__} has no section 'Client script: FILE'")
+    return Script(_markdown(section.text, "python\n# client.py"), Path(section.title))
+
+
+def _markdown(text: str, language: str) -> str:
+    """Text whose indented blocks are code."""
+    blocks = []
+    for block in re.split(r"\n\n+", text.strip("\n")):
+        code = block.startswith("    ")
+        blocks.append(f"```{language}\n{textwrap.dedent(block)}\n```" if code else " ".join(block.split()))
+    return "\n\n".join(blocks)

@@ -1,0 +1,205 @@
+"""The pages of the recipe catalogue, `docs/recipes/`: one for each recipe, made of docstrings, fields and what was measured.
+
+A page takes the mechanism from the docstring of the recipe's module, and the paper from its section `Paper`; when to use it
+from the docstring of its class, and what the script has to do from the section `Client script: FILE` there; what the server does
+from the docstring of its strategy. An aggregator says in `Needs` how many updates it works with.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedpool.flows.averaging import AveragingRecipe
+from fedpool.flows.evaluation import EvaluationRecipe
+from fedpool.flows.fedavg import FedAvgRecipe
+from fedpool.flows.recipes import built_in
+from fedpool.recipe import Recipe
+from fedpool.tasks.aggregators import PARAMETERS, Aggregator, make_aggregator
+from tools.catalogue.docstrings import Script, describe, describe_script
+from tools.catalogue.tables import cells, field_table, table
+
+FIGURES: Mapping[str, tuple[str, ...]] = {
+    "FedAvgRecipe": ("fedavg-*",),
+    "FedProxRecipe": ("fedprox-*",),
+    "FedOptRecipe": ("fedadam", "fedyogi", "fedadagrad"),
+    "ScaffoldRecipe": ("scaffold-*",),
+    "DiLoCoRecipe": ("diloco",),
+    "CyclicRecipe": ("cyclic",),
+    "aggregators": ("hostile-*",),
+}
+"""Page -> patterns of its rows in docs/fidelity.md."""
+
+_CODE = re.compile(r"```.*?```", re.DOTALL)
+_OWN_AGGREGATOR = Path(__file__).with_name("own_aggregator.md")
+_FIGURE = re.compile(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \|.* \w+ \|$", re.MULTILINE)
+
+
+def page_name(kind: type[Recipe]) -> str:
+    """What the page of a recipe is called: fedavg for FedAvgRecipe."""
+    return kind.__name__.removesuffix("Recipe").lower()
+
+
+def script(kind: type[Recipe]) -> Script:
+    """What a recipe asks of the client script; of one that asks for nothing more, what federated averaging does."""
+    found = describe_script(kind)
+    if _CODE.search(found.text):
+        return found
+    code = _CODE.search(describe_script(FedAvgRecipe).text)
+    assert code, "federated averaging has its lines"
+    return Script(f"{found.text}\n\n{code[0]}", found.example)
+
+
+def figures(fidelity: str) -> Mapping[str, tuple[str, str]]:
+    """Row of docs/fidelity.md -> accuracy of the reference, and ours."""
+    return {row: (oracle, ours) for row, oracle, ours in _FIGURE.findall(fidelity)}
+
+
+def pages(docs: Path) -> Mapping[str, str]:
+    """Name -> the text of each page: README, fields, aggregators, and one for each recipe.
+
+    Args:
+        docs: folder of fidelity.md; without that file the pages have no measured figures.
+    """
+    file = docs / "fidelity.md"
+    measured = figures(file.read_text()) if file.exists() else {}
+    recipes = {page_name(kind): _recipe_page(kind, measured) for kind in built_in().values()}
+    return {"README": _index(), **recipes, "fields": _fields_page(), "aggregators": _aggregators_page(measured)}
+
+
+def _index() -> str:
+    rows = []
+    for kind in built_in().values():
+        paper = describe(sys.modules[kind.__module__].__doc__).paper
+        rows.append((f"[`{kind.__name__}`]({page_name(kind)}.md)", describe(kind.__doc__).summary, paper or "none"))
+    return _page(
+        "Recipes",
+        "A recipe is an algorithm with its parameters. `fedpool recipe list` prints this table, `fedpool recipe show` a page.",
+        table(("recipe", "what it is for", "paper"), rows),
+        "- [fields.md](fields.md): the fields that every recipe has\n"
+        "- [aggregators.md](aggregators.md): how updates become one: robust rules, and one of your own",
+    )
+
+
+def _recipe_page(kind: type[Recipe], measured: Mapping[str, tuple[str, str]]) -> str:
+    use, how, client = describe(kind.__doc__), describe(sys.modules[kind.__module__].__doc__), script(kind)
+    server = describe(inspect.getdoc(get_type_hints(kind.strategy)["return"]))
+    trains = not issubclass(kind, EvaluationRecipe)
+    example = client.example
+    return _page(
+        kind.__name__,
+        use.summary,
+        use.rest,
+        f"Paper: {how.paper}." if how.paper else "",
+        "## Update rule" if trains else "## What happens",
+        how.summary,
+        how.rest,
+        f"At the server:\n\n```text\n{server.summary}\n```\n\n{server.rest}" if trains else "",
+        "## Client script",
+        client.text,
+        "## Parameters",
+        _own_fields(kind),
+        _measured(kind.__name__, measured),
+        "## Example",
+        f"[{example}](../../{example}), which [{example.parent}/job.py](../../{example.parent}/job.py) runs.",
+    )
+
+
+def _own_fields(kind: type[Recipe]) -> str:
+    base = AveragingRecipe if issubclass(kind, AveragingRecipe) else Recipe
+    own, fixed = {}, []
+    for name, field in kind.model_fields.items():
+        if field.exclude:
+            fixed.append(f"`{name}`")
+        elif name not in base.model_fields or cells(name, field) != cells(name, base.model_fields[name]):
+            own[name] = field
+    others = "those of every recipe, [docs/recipes/fields.md](fields.md)"
+    if base is AveragingRecipe:
+        others += ", and the aggregator with its parameters, [docs/recipes/aggregators.md](aggregators.md)"
+    return "\n\n".join(
+        (
+            field_table(own) if own else "None of its own.",
+            f"{'Its other' if own else 'Its'} fields are {others}.",
+            *((f"Not to be given, because nothing is trained or it is settled: {', '.join(fixed)}.",) if fixed else ()),
+        )
+    )
+
+
+def _fields_page() -> str:
+    return _page(
+        "The fields of every recipe",
+        "All are keyword arguments, and unknown ones are refused. [docs/recipe.md](../recipe.md) says more of model, "
+        "bundle, scores and sites.",
+        field_table(Recipe.model_fields),
+    )
+
+
+def _aggregators_page(measured: Mapping[str, tuple[str, str]]) -> str:
+    use = [f"[`{k.__name__}`]({page_name(k)}.md)" for k in built_in().values() if issubclass(k, AveragingRecipe)]
+    own = {name: field for name, field in AveragingRecipe.model_fields.items() if name not in Recipe.model_fields}
+    kinds: dict[type[Aggregator], list[str]] = {}
+    for name in PARAMETERS:
+        kinds.setdefault(type(aggregator(name)), []).append(name)
+    return _page(
+        "Aggregators",
+        f'How the updates of a round become one: `aggregator="median"`, say, in {", ".join(use)}.',
+        "Below, n are the updates of a round that were accepted and have a weight above 0, and f = `num_byzantine` of them may "
+        "be arbitrary. A recipe is refused whose `min_clients` lets a round have fewer updates than its aggregator needs.",
+        "## Parameters",
+        field_table(own),
+        *(_aggregator_section(kind, names) for kind, names in kinds.items()),
+        _measured("aggregators", measured),
+        _OWN_AGGREGATOR.read_text(),
+    )
+
+
+def aggregator(name: str, num_byzantine: int = 1, trim_ratio: float = 0.2, num_selected: int = 1) -> Aggregator:
+    """An aggregator by its name, with those of the parameters that are its own."""
+    given = {"num_byzantine": num_byzantine, "trim_ratio": trim_ratio, "num_selected": num_selected, "clip_norm": 1.0}
+    needed, allowed = PARAMETERS[name]
+    own: dict[str, Any] = {what: value if what in (*needed, *allowed) else None for what, value in given.items()}
+    return make_aggregator(name, **own, min_clients=sys.maxsize)
+
+
+def _aggregator_section(kind: type[Aggregator], names: Sequence[str]) -> str:
+    about = describe(kind.__doc__)
+    if "needs" not in about.sections:
+        raise ValueError(f"the docstring of {kind.__name__} has no section Needs: say how many updates it works with")
+    parameters = []
+    for name in names:
+        needed, allowed = PARAMETERS[name]
+        listed = [*(f"`{what}`" for what in needed), *(f"`{what}` if you like" for what in allowed)]
+        parameters.append(f"{f'{name}: ' if len(names) > 1 else ''}{', '.join(listed) or 'none'}")
+    return "\n".join(
+        (
+            f"## {', '.join(names)}",
+            "",
+            "\n\n".join(part for part in (about.summary, about.rest) if part),
+            "",
+            f"- Parameters: {'; '.join(parameters)}",
+            f"- Needs: {about.sections['needs'].text}",
+            f"- Paper: {about.paper}",
+        )
+    )
+
+
+def _measured(page: str, measured: Mapping[str, tuple[str, str]]) -> str:
+    rows = [
+        (name, *values) for name, values in measured.items() if any(fnmatch(name, row) for row in FIGURES.get(page, ()))
+    ]
+    if not rows:
+        return ""
+    return (
+        "## Measured\n\nAccuracy beside a reference without a framework; the rows of [docs/fidelity.md](../fidelity.md).\n\n"
+        + table(("case", "reference", "fedpool"), rows)
+    )
+
+
+def _page(title: str, *parts: str) -> str:
+    comment = (
+        "<!-- Written by `make catalogue` from the docstrings in flows/ and tasks/: change them, not this page. -->"
+    )
+    return "\n\n".join((f"# {title}", comment, *(part.strip() for part in parts if part.strip()))) + "\n"
