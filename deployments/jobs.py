@@ -1,7 +1,6 @@
 """The jobs of a store, as the terminal shows them; and the runs of a job, as the Prefect server has them."""
 
 import asyncio
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from fedpool.deployments.run import JobStatus
 from fedpool.errors import ConfigError, IntegrityError
 from fedpool.flows.recipes import class_name
 from fedpool.paths import JobPaths
+from fedpool.patience import pauses
 from fedpool.store import Store
 from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.record import RoundRecord, num_trained, of_global_models, stored_records
@@ -234,11 +234,9 @@ async def cancel(client: "PrefectClient", job_id: str) -> "UUID":
 
 async def wait_until_over(client: "PrefectClient", run_id: "UUID", timeout_s: float) -> str | None:
     """Wait for a flow run to end; returns the name of the state it ended in, None when it has not ended in that time."""
-    deadline = time.monotonic() + timeout_s
-    while True:
+    for pause_s in pauses(timeout_s, _POLL_S):
         state = (await client.read_flow_run(run_id)).state
         if state is not None and state.is_final():
             return state.name or str(state.type)
-        if time.monotonic() >= deadline:
-            return None
-        await asyncio.sleep(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+        await asyncio.sleep(pause_s)
+    return None

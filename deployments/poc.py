@@ -11,7 +11,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from fedpool.deployments.server import (
 from fedpool.errors import ConfigError, RecipeError, ServerError
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import check_folder
+from fedpool.patience import pauses
 from fedpool.recipe import Recipe
 from fedpool.refusals import explained
 from fedpool.store import Store
@@ -235,8 +235,7 @@ class PocEnv(RemoteEnv, NamedClients):
     def _locked(self) -> Iterator[None]:
         with explained(self.home):
             self.home.mkdir(parents=True, exist_ok=True)
-            with (self.home / ".lock").open("w") as lock:
-                exclusive.lock(lock.fileno(), str(self.home), _LOG.warning, wait=True)
+            with exclusive.locked(self.home, _LOG.warning, wait=True):
                 yield
 
     def _state(self) -> dict[str, Any]:
@@ -324,17 +323,14 @@ class PocEnv(RemoteEnv, NamedClients):
     def _wait_for_workers(self) -> None:
         state = self._state()
         wanted = {_COORDINATOR, *(_SITE_PREFIX + name for name in self.names)}
-        pause = threading.Event()
-        deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        while missing := sorted(wanted - self._online(state)):
+        for pause_s in pauses(STARTUP_TIMEOUT_S, 0.2):
+            if not (missing := sorted(wanted - self._online(state))):
+                return
             for name in missing:
                 if self._processes.find(name) is None:
                     raise ServerError(f"{name} ended while starting:\n{self._tail(name)}")
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"{', '.join(missing)} did not come up in {STARTUP_TIMEOUT_S:g} s:\n{self._tail(missing[0])}"
-                )
-            pause.wait(0.2)
+            time.sleep(pause_s)
+        raise ServerError(f"{', '.join(missing)} did not come up in {STARTUP_TIMEOUT_S:g} s:\n{self._tail(missing[0])}")
 
     def _online(self, state: Mapping[str, Any]) -> set[str]:
         """Names of the worker processes whose workers are online and, at sites, registered."""

@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedpool.errors import ServerError
+from fedpool.patience import pauses
 from fedpool.refusals import explained
 
 STARTUP_TIMEOUT_S = 180.0
@@ -97,21 +97,17 @@ def wait_until_up(api_url: str, process: "subprocess.Popen[bytes]", output: Path
     def tail() -> str:
         return "\n".join(output.read_text(errors="replace").splitlines()[-20:])
 
-    deadline = time.monotonic() + STARTUP_TIMEOUT_S
     with httpx.Client(trust_env=False) as client:
-        while True:
+        for pause_s in pauses(STARTUP_TIMEOUT_S, 0.05):
             try:
                 if client.get(f"{api_url}/health").status_code == 200:
                     return
             except httpx.TransportError:  # not yet
                 if process.poll() is not None:
                     raise ServerError(f"the Prefect server ended while starting:\n{tail()}") from None
-            if time.monotonic() > deadline:
-                raise ServerError(f"the Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{tail()}")
-            try:  # a wait that ends at once when the process does
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                continue
+            with suppress(subprocess.TimeoutExpired):  # a wait that ends at once when the process does
+                process.wait(pause_s)
+    raise ServerError(f"the Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{tail()}")
 
 
 def server_environment(home: Path, database: str = IN_MEMORY) -> dict[str, str]:

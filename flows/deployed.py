@@ -11,7 +11,6 @@ own fields, because Prefect checks parameters by their names. The class itself i
 import asyncio
 import inspect
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -35,6 +34,7 @@ from fedpool.flows.take_up import take_up
 from fedpool.flows.under_way import LOOK_AHEAD
 from fedpool.initial import InitialModel
 from fedpool.paths import JobPaths, new_job_id
+from fedpool.patience import pauses
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.stored_model import StoredModel
@@ -223,10 +223,9 @@ async def _wait_for_sites(sites: list[str], needed: int, patience_s: float) -> N
     Raises:
         ConfigError: they cannot, after that long; the message says why, and what to do.
     """
-    began, logger = time.monotonic(), get_run_logger()
-    told = None
+    logger, told = get_run_logger(), None
     async with get_client() as client:
-        while True:
+        for pause_s in pauses(patience_s, _SITES_POLL_S):
             problems = await site_problems(client, sites)
             told_now = "\n".join(problem for of_site in problems.values() for problem in of_site)
             enough = len(sites) - len(problems) >= needed
@@ -235,12 +234,11 @@ async def _wait_for_sites(sites: list[str], needed: int, patience_s: float) -> N
                 told = told_now
             if enough:
                 return
-            if time.monotonic() - began >= patience_s:
-                raise ConfigError(
-                    f"{len(sites) - len(problems)} of {len(sites)} sites can take part, min_clients is {needed}; that did not "
-                    f"change in {patience_s:g} s (site_patience_s)\n{told_now}"
-                )
-            await asyncio.sleep(_SITES_POLL_S)
+            await asyncio.sleep(pause_s)
+    raise ConfigError(
+        f"{len(sites) - len(problems)} of {len(sites)} sites can take part, min_clients is {needed}; that did not "
+        f"change in {patience_s:g} s (site_patience_s)\n{told_now}"
+    )
 
 
 def _begun_before(store: Store) -> str | None:

@@ -5,7 +5,6 @@ concurrency limit. That a run ends the one before is not among what Prefect can 
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Completed
 
 from fedpool.flows.staging import has_completed
+from fedpool.patience import pauses
 from fedpool.store import Store
 
 T = TypeVar("T")
@@ -40,16 +40,17 @@ async def cancel_earlier() -> None:
     run = context.flow_run if context else None
     if run is None or run.deployment_id is None:
         return
-    began, logger = time.monotonic(), get_run_logger()
+    logger = get_run_logger()
     async with get_client() as client:
         earlier = await _under_way_before(client, run)
         for other in earlier:
             logger.info("cancelling run %s, which this one replaces", other.name)
             if other.state is not None and not other.state.is_cancelling():
                 await client.set_flow_run_state(other.id, Cancelling(message=f"replaced by run {run.name}"))
-        while earlier and time.monotonic() - began < _PATIENCE_S:
-            await asyncio.sleep(_POLL_S)
-            earlier = await _under_way_before(client, run)
+        for pause_s in pauses(_PATIENCE_S, _POLL_S):
+            if not (earlier := await _under_way_before(client, run)):
+                return
+            await asyncio.sleep(pause_s)
     for other in earlier:
         logger.warning(
             "run %s did not end in %g s: going on beside it. If the machine that ran it is gone: prefect flow-run delete %s",

@@ -4,8 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 from fedpool import exclusive
@@ -28,10 +27,9 @@ class Scratch:
     def __init__(self, parent: Path, prefix: str) -> None:
         with explained(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            with _locked(
-                parent
-            ) as locks:  # between its making and its locking, a folder would look abandoned to others
-                if locks:  # without locks nobody can tell whose folder is abandoned
+            # Between its making and its locking, a folder would look abandoned to others.
+            with exclusive.locked(parent, _LOG.warning, wait=True) as has_locks:
+                if has_locks:  # without them nobody can tell whose folder is abandoned
                     _remove_abandoned(parent, prefix)
                 self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent.resolve()))
                 self._descriptor: int | None = os.open(self.path, os.O_RDONLY)
@@ -47,22 +45,7 @@ class Scratch:
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     for folder in parent.glob(f"{prefix}*"):
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:  # it is going at this moment, or is none
-            continue
-        try:
-            if exclusive.lock(descriptor, str(folder), _LOG.debug):
+        # One that is going at this moment, is a file, or is not ours to open stays as it is.
+        with suppress(OSError), exclusive.locked(folder, _LOG.debug) as ours:
+            if ours:
                 shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder while others that do so wait; tells whether its file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield bool(exclusive.lock(descriptor, str(folder), _LOG.warning, wait=True))
-    finally:
-        os.close(descriptor)

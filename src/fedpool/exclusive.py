@@ -2,6 +2,10 @@
 
 Where a call is not supported the next best one takes its place, and `told` gets a sentence on what that means. docs/store.md says
 what is left of each guarantee.
+
+Locks are those of the system, on folders themselves. Lock files, such as those of `filelock`, would not do: a job's folder holds
+what the job has written and nothing else; a scratch folder is removed by whoever has its lock; a reader looks whether a folder is
+held without taking it, also where it may not write; and without locks (NFS, FUSE) the work goes on, with a warning.
 """
 
 import ctypes
@@ -12,9 +16,11 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fedpool.patience import pauses
 
 Told = Callable[[str], None]
 
@@ -27,20 +33,29 @@ NOT_SUPPORTED = frozenset(
 _NO_LOCK = NOT_SUPPORTED | {errno.EBADF, errno.EINVAL}
 _NO_RENAME = NOT_SUPPORTED | {errno.EINVAL}
 _NO_SYNC = NOT_SUPPORTED | {errno.EINVAL}
-_LOOKS, _LOOK_PAUSE_S = 10, 0.02
+_LOOK_S, _LOOK_PAUSE_S = 0.2, 0.02
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
 
-def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool | None:
-    """Lock an open file or folder until it is closed, or its process ends.
+@contextmanager
+def locked(folder: Path, told: Told, *, wait: bool = False) -> Iterator[bool | None]:
+    """Lock a folder for a while; whoever is killed lets go of it.
 
     Args:
-        where: what to call it.
         wait: until whoever has it lets go.
 
-    Returns: whether it is ours now; None where the file system has no locks.
+    Yields: whether it is ours; None where the file system has no locks.
     """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield lock(descriptor, str(folder), told, wait=wait)
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool | None:
+    """Lock an open folder until it is closed, or its process ends; see `locked`."""
     try:
         _lock(descriptor, wait)
     except BlockingIOError:
@@ -56,13 +71,13 @@ def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool
 
 
 def _lock(descriptor: int, wait: bool) -> None:
-    for left in reversed(range(_LOOKS)):  # whoever looks whether it is locked has it for an instant
+    for pause_s in pauses(_LOOK_S, _LOOK_PAUSE_S):  # whoever looks whether it is locked has it for an instant
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            if left == 0:
+            if not pause_s:
                 raise
-            time.sleep(_LOOK_PAUSE_S)
+            time.sleep(pause_s)
         else:
             return
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -25,6 +25,7 @@ from fedpool import exclusive, s3
 from fedpool.errors import ConfigError, IntegrityError, StoreError, StoreRefused
 from fedpool.local_file import LocalFile
 from fedpool.loopback import bypass_proxies
+from fedpool.patience import pauses
 from fedpool.refusals import Doing, explained, refusal
 from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 
@@ -109,17 +110,13 @@ class Store:
         if not self.is_local:  # there is nothing like it in object storage
             yield
             return
-        with self._errors(path, "written"):
-            Path(self.full(path)).mkdir(parents=True, exist_ok=True)
-            folder = os.open(self.full(path), os.O_RDONLY)
-        try:
+        with ExitStack() as stack:
             with self._errors(path, "written"):
-                held = exclusive.lock(folder, self.full(path), self._say)
+                Path(self.full(path)).mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(exclusive.locked(Path(self.full(path)), self._say))
             if held is False:
                 raise StoreError(f"{self.full(path)} is in use: another process runs this job")
             yield
-        finally:
-            os.close(folder)
 
     def _say(self, text: str) -> None:
         """Log what a user should know about the store's file system, once."""
@@ -156,21 +153,21 @@ class Store:
 
     def _patiently(self, path: str, work: Callable[[], T], doing: Doing = "read") -> T:
         """Have a remote store do something again and again while it fails; a local one, and one that refuses, tell at once."""
-        deadline = time.monotonic() + self.patience_s
-        pause = 0.2
-        while True:
+        told = False
+        for pause_s in pauses(0.0 if self.is_local else self.patience_s, 0.2, 5.0):
             try:
                 with self._errors(path, doing):
                     return work()
             except (FileNotFoundError, FileExistsError, StoreRefused):
                 raise
             except StoreError as error:
-                if self.is_local or time.monotonic() > deadline:
+                if not pause_s:
                     raise
-                if pause == 0.2:
+                if not told:
                     _LOG.warning("%s: retrying for up to %g s", error, self.patience_s)
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
+                told = True
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
 
     def size(self, path: str) -> int:
         """Size of an object in bytes; raises `FileNotFoundError` when there is none."""

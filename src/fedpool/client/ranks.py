@@ -29,6 +29,7 @@ from fedpool.client.hosts import (
 )
 from fedpool.client.link import connect
 from fedpool.errors import ClientError
+from fedpool.patience import pauses
 
 _WELCOME, _LAST, _LEFT = "fedpool/welcome", "fedpool/last", "fedpool/left"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
@@ -183,9 +184,10 @@ class TorchrunHost:
 
         ranks = range(1, dist.get_world_size())
         follow = [rank for rank in ranks if store.check([f"fedpool/follows/{rank}"])]
-        deadline = time.monotonic() + _END_PATIENCE_S
-        while not all(store.check([f"fedpool/heard/{rank}"]) for rank in follow) and time.monotonic() < deadline:
-            time.sleep(_LONGEST_PAUSE_S)
+        for pause_s in pauses(_END_PATIENCE_S, _LONGEST_PAUSE_S):
+            if all(store.check([f"fedpool/heard/{rank}"]) for rank in follow):
+                return
+            time.sleep(pause_s)
 
     def _reach(self) -> Any:
         """The store of the process group.

@@ -25,6 +25,8 @@ from typing import Any, Literal
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from fedpool.patience import pauses
+
 Operation = Literal["read", "write", "list"]
 
 _PLAN = ".faults.json"
@@ -85,12 +87,11 @@ class Faults:
         Raises:
             TimeoutError: none was.
         """
-        pause = threading.Event()
-        deadline = time.monotonic() + timeout_s
-        while not (self._folder / _HELD).exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no operation on {self.url} was held in {timeout_s:g} s")
-            pause.wait(_POLL_S)
+        for pause_s in pauses(timeout_s, _POLL_S):
+            if (self._folder / _HELD).exists():
+                return
+            time.sleep(pause_s)
+        raise TimeoutError(f"no operation on {self.url} was held in {timeout_s:g} s")
 
 
 class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
