@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from prefect.logging import get_run_logger
 
+from fedpool.digest import check_digest
 from fedpool.flows.choose import choose, quorum_of
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, asks_everyone
 from fedpool.flows.under_way import Job
 from fedpool.site_order import in_order
-from fedpool.store import check_digest
 from fedpool.tasks.absence import unasked
 from fedpool.tasks.answers import Asked, Turn, asked_before
 from fedpool.tasks.collect import Round, collect

@@ -2,6 +2,7 @@
 
 import hashlib
 
+from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError
 from fedpool.flows.plan import Step, next_step
 from fedpool.flows.staging import check_unchanged
@@ -9,7 +10,7 @@ from fedpool.flows.under_way import LOOK_AHEAD, Job
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.sites import Sites
-from fedpool.store import Store, check_digest
+from fedpool.store import Store
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.record import RoundRecord

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedpool.allowed_code import Permission, by_environment
 from fedpool.arrays import not_finite_names
+from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
@@ -19,7 +20,7 @@ from fedpool.flows.stored import recipe_of
 from fedpool.flows.verify_updates import UpdateAudit, differs
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
-from fedpool.store import Store, check_digest, to_json
+from fedpool.store import Store, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected

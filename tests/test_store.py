@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from fedpool.arrays import save_and_hash
+from fedpool.digest import check_digest, hash_file
 from fedpool.errors import FedpoolError, IntegrityError, RecipeError, StoreError
 from fedpool.paths import JobPaths, check_name, check_new_names
-from fedpool.store import Store, check_digest, hash_file, to_json
+from fedpool.store import Store, to_json
 from fedpool.tensors import Digest, TensorSpec
 
 

@@ -7,35 +7,27 @@ objects lie is the matter of `fedpool.paths`.
 
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from fedpool import exclusive, s3
-from fedpool.errors import ConfigError, IntegrityError, StoreError, StoreRefused
+from fedpool import exclusive
+from fedpool.backend import Backend
+from fedpool.digest import check_digest
+from fedpool.errors import IntegrityError, StoreError
 from fedpool.local_file import LocalFile
-from fedpool.loopback import bypass_proxies
-from fedpool.patience import pauses
-from fedpool.refusals import Doing, explained, refusal
+from fedpool.refusals import explained
 from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
+from fedpool.upload import Upload
 
-WRITE_PATIENCE_S = 60.0
 _FETCHES = 3
-T = TypeVar("T")
 _LARGE_BYTES = 16 << 20
 _OPEN_FILES = 64
-_CHUNK_BYTES = 16 << 20
-_LOG = logging.getLogger("fedpool.store")
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
@@ -43,7 +35,7 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-class Store:
+class Store(Backend):
     """A job's object storage: any fsspec URL.
 
     Args:
@@ -58,38 +50,12 @@ class Store:
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
-        protocol = fsspec.core.split_protocol(str(url))[0] or "file"
-        if protocol not in ("file", "local"):
-            # Others write here too: what was not there a moment ago may be there now.
-            storage_options = {"use_listings_cache": False, **storage_options}
-            bypass_proxies()
-        if protocol in s3.PROTOCOLS:
-            storage_options = s3.with_defaults(storage_options)
-        self.storage_options: Mapping[str, Any] = storage_options
-        """How it was opened; they may hold secrets."""
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
-        except (ImportError, ValueError) as error:
-            hint = "pip install 'fedpool[s3]'" if protocol in s3.PROTOCOLS else "correct it, or install what it needs"
-            raise ConfigError(f"the store {str(url)!r} cannot be opened: {error}; {hint}") from error
-        self.patience_s = WRITE_PATIENCE_S
-        """How long a remote store may refuse before a write fails."""
-        self.url: str = self.fs.unstrip_protocol(self.root)
-        self._is_conditional = protocol in s3.PROTOCOLS
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        super().__init__(url, **storage_options)
+        self._is_conditional = self.is_s3
         # Local: 512 KiB of float32, which a processor's cache holds, and few enough that threads do not wait for the
         # interpreter's lock. Remote: as much as makes a request worth its while. Both are multiples of `arrays.CHUNK_ELEMENTS`.
         self.block_elements = 1 << 17 if self.is_local else 1 << 22
         self._may_stay_open = threading.Semaphore(_OPEN_FILES)
-        self._said: set[str] = set()
-
-    def full(self, path: str) -> str:
-        """The path as the file system, or a person, knows it."""
-        return f"{self.root.rstrip('/')}/{path}"
-
-    def address(self, path: str) -> str:
-        """The path as anybody can open it: of a local store the file's, of any other a URL."""
-        return self.full(path) if self.is_local else str(self.fs.unstrip_protocol(self.full(path)))
 
     def exists(self, path: str) -> bool:
         """Whether there is an object at path.
@@ -97,7 +63,7 @@ class Store:
         Raises:
             StoreError: the store does not answer.
         """
-        with self._errors(path):
+        with self.errors(path):
             return bool(self.fs.exists(self.full(path)))
 
     @contextmanager
@@ -111,18 +77,12 @@ class Store:
             yield
             return
         with ExitStack() as stack:
-            with self._errors(path, "written"):
+            with self.errors(path, "written"):
                 Path(self.full(path)).mkdir(parents=True, exist_ok=True)
-                held = stack.enter_context(exclusive.locked(Path(self.full(path)), self._say))
+                held = stack.enter_context(exclusive.locked(Path(self.full(path)), self.say))
             if held is False:
                 raise StoreError(f"{self.full(path)} is in use: another process runs this job")
             yield
-
-    def _say(self, text: str) -> None:
-        """Log what a user should know about the store's file system, once."""
-        if text not in self._said:
-            self._said.add(text)
-            _LOG.warning("%s", text)
 
     def is_held(self, path: str) -> bool | None:
         """Whether somebody holds a folder (see `held`); None where nobody can tell."""
@@ -130,52 +90,16 @@ class Store:
 
     def remove(self, path: str) -> None:
         """Remove an object, if it is there: one that nothing names, or that its owner does not want any more."""
-        with suppress(FileNotFoundError), self._errors(path, "removed"):
+        with suppress(FileNotFoundError), self.errors(path, "removed"):
             self.fs.rm_file(self.full(path))
-
-    @contextmanager
-    def _errors(self, path: str, doing: Doing = "read") -> Iterator[None]:
-        """Make what a backend raises, in classes of its own, an error of ours that names the object and, if known, the remedy."""
-        full = self.address(path)
-        try:
-            yield
-        except (StoreError, FileExistsError):
-            raise
-        except Exception as error:
-            reason = error if self.is_local else s3.with_reason(error, self.fs, self.root)
-            if refused := refusal(reason, full, doing):
-                # fsspec would hand out this file system, and its credentials, for as long as the process lives.
-                type(self.fs).clear_instance_cache()
-                raise refused from None  # the sentence says it; the backend's tracebacks would bury it
-            if isinstance(error, FileNotFoundError) and doing != "written":
-                raise
-            raise StoreError(f"{full} cannot be {doing}: {type(error).__name__}: {error}") from error
-
-    def _patiently(self, path: str, work: Callable[[], T], doing: Doing = "read") -> T:
-        """Have a remote store do something again and again while it fails; a local one, and one that refuses, tell at once."""
-        told = False
-        for pause_s in pauses(0.0 if self.is_local else self.patience_s, 0.2, 5.0):
-            try:
-                with self._errors(path, doing):
-                    return work()
-            except (FileNotFoundError, FileExistsError, StoreRefused):
-                raise
-            except StoreError as error:
-                if not pause_s:
-                    raise
-                if not told:
-                    _LOG.warning("%s: retrying for up to %g s", error, self.patience_s)
-                told = True
-                time.sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
 
     def size(self, path: str) -> int:
         """Size of an object in bytes; raises `FileNotFoundError` when there is none."""
-        return self._patiently(path, lambda: int(self.fs.info(self.full(path))["size"]))
+        return self.patiently(path, lambda: int(self.fs.info(self.full(path))["size"]))
 
     def names(self, path: str) -> list[str]:
         """Sorted names of what lies in a folder; empty when the folder does not exist."""
-        with suppress(FileNotFoundError), self._errors(path):
+        with suppress(FileNotFoundError), self.errors(path):
             if self.is_local:  # cheaper than through fsspec, and asked often
                 with os.scandir(self.full(path)) as entries:
                     return sorted(entry.name for entry in entries)
@@ -189,20 +113,20 @@ class Store:
             StoreError: the store does not answer.
         """
         folder = self.full(path)
-        with self._errors(path):
+        with self.errors(path):
             if self.is_local:
                 return {f"{parent}/{file}"[len(folder) + 1 :] for parent, _, files in os.walk(folder) for file in files}
             return {found.partition(f"{folder}/")[2] for found in self.fs.find(folder)}
 
     def open(self, path: str) -> IO[bytes]:
         """A binary file to read, with seek. The caller checks its hash against a manifest before trusting it."""
-        with self._errors(path):
+        with self.errors(path):
             file: IO[bytes] = self.fs.open(self.full(path), "rb")
             return file
 
     def read_bytes(self, path: str) -> bytes:
         """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks them before trusting them."""
-        return self._patiently(path, lambda: bytes(self.fs.cat_file(self.full(path))))
+        return self.patiently(path, lambda: bytes(self.fs.cat_file(self.full(path))))
 
     def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
         """Block-wise access to a safetensors object of `size` bytes."""
@@ -216,7 +140,7 @@ class Store:
             return bytearray()
         if self.is_local:
             return LocalFile(self.full(path))(start, stop)
-        return self._patiently(path, lambda: bytearray(self.fs.cat_file(self.full(path), start=start, end=stop)))
+        return self.patiently(path, lambda: bytearray(self.fs.cat_file(self.full(path), start=start, end=stop)))
 
     def read_json(self, path: str) -> dict[str, Any]:
         """A JSON object.
@@ -282,54 +206,17 @@ class Store:
         target = self.full(path)
         try:
             if self.is_local:
-                with self._errors(path, "written"):
+                with self.errors(path, "written"):
                     Path(target).parent.mkdir(parents=True, exist_ok=True)
-                    exclusive.move(local, Path(target), self._say)
+                    exclusive.move(local, Path(target), self.say)
             else:
-                self._put(local, path)
+                upload = Upload(self.fs, local, target)
+                self._is_conditional = self.patiently(path, lambda: upload(conditional=self._is_conditional), "written")
                 local.unlink()
         except FileExistsError:
             raise StoreError(
                 f"{target} exists already, and nothing in the store is overwritten: use a new job_id"
             ) from None
-
-    def _put(self, local: Path, path: str) -> None:
-        """Write a remote object, again and again while the store fails; what our own try left there is no other's."""
-        target = self.full(path)
-        tried = False
-
-        def put() -> None:
-            nonlocal tried
-            if self.fs.exists(target):
-                if not tried or not self._holds_beginning_of(local, target):
-                    raise FileExistsError(target)
-                if self.fs.info(target)["size"] == local.stat().st_size:
-                    return
-                self.fs.rm_file(target)  # our own, and cut short
-            tried = True
-            try:
-                self._is_conditional = s3.put_new(self.fs, local, target, conditional=self._is_conditional)
-            except FileExistsError:
-                # Another writer was faster, or the answer to a request of ours was lost, and the backend has repeated it.
-                if self.fs.info(target)["size"] != local.stat().st_size or not self._holds_beginning_of(local, target):
-                    raise
-
-        self._patiently(path, put, "written")
-
-    def _holds_beginning_of(self, local: Path, target: str) -> bool:
-        """Whether a remote object is what our own try may have left: another coordinator's record may be as long as ours."""
-        size = int(self.fs.info(target)["size"])
-        if size > local.stat().st_size:
-            return False
-        with local.open("rb") as file:
-            for start in range(0, size, _CHUNK_BYTES):
-                ours = file.read(min(_CHUNK_BYTES, size - start))
-                theirs = self.fs.cat_file(target, start=start, end=start + len(ours))
-                if len(theirs) < len(ours):
-                    raise OSError(f"{target} was cut short while it was read")
-                if theirs != ours:
-                    return False
-        return True
 
     def settle(self, path: str) -> None:
         """Have a large local object on disk now, and let go of its cached pages.
@@ -340,15 +227,15 @@ class Store:
         """
         if not self.is_local or not hasattr(os, "posix_fadvise"):
             return
-        with suppress(FileNotFoundError), self._errors(path), Path(self.full(path)).open("rb") as file:
+        with suppress(FileNotFoundError), self.errors(path), Path(self.full(path)).open("rb") as file:
             if os.fstat(file.fileno()).st_size >= _LARGE_BYTES:
-                exclusive.sync(file.fileno(), self.url, self._say)
+                exclusive.sync(file.fileno(), self.url, self.say)
 
     @contextmanager
     def _scratch(self) -> Iterator[str]:
         # Beside the objects where the store is local, so that the move into place is a link and not a copy.
         parent = self.root if self.is_local else tempfile.gettempdir()
-        with self._errors("", "written") if self.is_local else explained(parent):
+        with self.errors("", "written") if self.is_local else explained(parent):
             Path(parent).mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix=".fedpool-", dir=parent)
         with scratch as folder:
@@ -377,7 +264,7 @@ class Store:
                     return local
         for left in reversed(range(1 if self.is_local else _FETCHES)):
             if not self.is_local:
-                self._patiently(path, lambda: self._get(path, local))
+                self.patiently(path, lambda: self._get(path, local))
             if digest is None:
                 break
             try:
@@ -392,24 +279,3 @@ class Store:
     def _get(self, path: str, local: Path) -> None:
         with explained(local):
             self.fs.get_file(self.full(path), str(local))
-
-
-def hash_file(file: IO[bytes]) -> Digest:
-    """sha256 and size of a file from its beginning."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    size = 0
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-        size += len(chunk)
-    return Digest(digest.hexdigest(), size)
-
-
-def check_digest(file: IO[bytes], expected: Digest, *, where: str) -> None:
-    """Raise `IntegrityError` unless the file's bytes are those that the manifest describes."""
-    found = hash_file(file)
-    if found != expected:
-        raise IntegrityError(
-            f"{where} differs from its manifest: {found.size} bytes with sha256 {found.sha256}, "
-            f"expected {expected.size} bytes with {expected.sha256}"
-        )

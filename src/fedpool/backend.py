@@ -1,0 +1,105 @@
+"""The file system that a store lies on: opened from a URL, its errors made ours, its failures waited out."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from fedpool import s3
+from fedpool.errors import ConfigError, StoreError, StoreRefused
+from fedpool.loopback import bypass_proxies
+from fedpool.patience import pauses
+from fedpool.refusals import Doing, refusal
+
+PATIENCE_S = 60.0
+T = TypeVar("T")
+_LOG = logging.getLogger("fedpool.store")
+
+
+class Backend:
+    """A folder in any fsspec file system.
+
+    Args:
+        url: a folder or an fsspec URL such as `s3://bucket/prefix`.
+        storage_options: passed to fsspec.
+
+    Raises:
+        ConfigError: there is no file system for such a URL, or its package is missing.
+    """
+
+    def __init__(self, url: str | Path, **storage_options: Any) -> None:
+        protocol = fsspec.core.split_protocol(str(url))[0] or "file"
+        if protocol not in ("file", "local"):
+            # Others write here too: what was not there a moment ago may be there now.
+            storage_options = {"use_listings_cache": False, **storage_options}
+            bypass_proxies()
+        self.is_s3 = protocol in s3.PROTOCOLS
+        if self.is_s3:
+            storage_options = s3.with_defaults(storage_options)
+        self.storage_options: Mapping[str, Any] = storage_options
+        """How it was opened; they may hold secrets."""
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
+        except (ImportError, ValueError) as error:
+            hint = "pip install 'fedpool[s3]'" if self.is_s3 else "correct it, or install what it needs"
+            raise ConfigError(f"the store {str(url)!r} cannot be opened: {error}; {hint}") from error
+        self.patience_s = PATIENCE_S
+        """How long a remote file system may fail before an error is raised."""
+        self.url: str = self.fs.unstrip_protocol(self.root)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self._said: set[str] = set()
+
+    def full(self, path: str) -> str:
+        """The path as the file system, or a person, knows it."""
+        return f"{self.root.rstrip('/')}/{path}"
+
+    def address(self, path: str) -> str:
+        """The path as anybody can open it: of a local store the file's, of any other a URL."""
+        return self.full(path) if self.is_local else str(self.fs.unstrip_protocol(self.full(path)))
+
+    @contextmanager
+    def errors(self, path: str, doing: Doing = "read") -> Iterator[None]:
+        """Make what a backend raises, in classes of its own, an error of ours that names the object and, if known, the remedy."""
+        full = self.address(path)
+        try:
+            yield
+        except (StoreError, FileExistsError):
+            raise
+        except Exception as error:
+            reason = error if self.is_local else s3.with_reason(error, self.fs, self.root)
+            if refused := refusal(reason, full, doing):
+                # fsspec would hand out this file system, and its credentials, for as long as the process lives.
+                type(self.fs).clear_instance_cache()
+                raise refused from None  # the sentence says it; the backend's tracebacks would bury it
+            if isinstance(error, FileNotFoundError) and doing != "written":
+                raise
+            raise StoreError(f"{full} cannot be {doing}: {type(error).__name__}: {error}") from error
+
+    def patiently(self, path: str, work: Callable[[], T], doing: Doing = "read") -> T:
+        """Have a remote file system do something again while it fails; a local one, or one that refuses, tells at once."""
+        told = False
+        for pause_s in pauses(0.0 if self.is_local else self.patience_s, 0.2, 5.0):
+            try:
+                with self.errors(path, doing):
+                    return work()
+            except (FileNotFoundError, FileExistsError, StoreRefused):
+                raise
+            except StoreError as error:
+                if not pause_s:
+                    raise
+                if not told:
+                    _LOG.warning("%s: retrying for up to %g s", error, self.patience_s)
+                told = True
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    def say(self, text: str) -> None:
+        """Log what a user should know about the store's file system, once."""
+        if text not in self._said:
+            self._said.add(text)
+            _LOG.warning("%s", text)

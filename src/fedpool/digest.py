@@ -1,0 +1,28 @@
+"""sha256 and size of files, and whether they are those that a manifest gives."""
+
+import hashlib
+from typing import IO
+
+from fedpool.errors import IntegrityError
+from fedpool.tensors import Digest
+
+
+def hash_file(file: IO[bytes]) -> Digest:
+    """sha256 and size of a file from its beginning."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    size = 0
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+        size += len(chunk)
+    return Digest(digest.hexdigest(), size)
+
+
+def check_digest(file: IO[bytes], expected: Digest, *, where: str) -> None:
+    """Raise `IntegrityError` unless the file's bytes are those that the manifest describes."""
+    found = hash_file(file)
+    if found != expected:
+        raise IntegrityError(
+            f"{where} differs from its manifest: {found.size} bytes with sha256 {found.sha256}, "
+            f"expected {expected.size} bytes with {expected.sha256}"
+        )

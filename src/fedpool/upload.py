@@ -1,0 +1,66 @@
+"""How a file becomes a remote object that nobody else has written, though requests fail and answers are lost."""
+
+from pathlib import Path
+from typing import Any
+
+from fedpool import s3
+
+_CHUNK_BYTES = 16 << 20
+
+
+class Upload:
+    """The upload of one file, to be called until it succeeds; what an earlier call of its own left there is no other's.
+
+    Args:
+        file_system: of fsspec.
+        local: the file.
+        target: path of the object in the file system.
+    """
+
+    def __init__(self, file_system: Any, local: Path, target: str) -> None:
+        self._fs = file_system
+        self._local = local
+        self._target = target
+        self._tried = False
+
+    def __call__(self, *, conditional: bool) -> bool:
+        """Try once; see `s3.put_new` for `conditional` and what is returned.
+
+        Raises:
+            FileExistsError: there is an object of somebody else's.
+        """
+        if self._fs.exists(self._target):
+            if not self._tried or not self._is_beginning():
+                raise FileExistsError(self._target)
+            if self._size_there() == self._size():
+                return conditional
+            self._fs.rm_file(self._target)  # our own, and cut short
+        self._tried = True
+        try:
+            return s3.put_new(self._fs, self._local, self._target, conditional=conditional)
+        except FileExistsError:
+            # Another writer was faster, or the answer to a request of ours was lost, and the backend has repeated it.
+            if self._size_there() != self._size() or not self._is_beginning():
+                raise
+            return conditional
+
+    def _size(self) -> int:
+        return self._local.stat().st_size
+
+    def _size_there(self) -> int:
+        return int(self._fs.info(self._target)["size"])
+
+    def _is_beginning(self) -> bool:
+        """Whether the object is what a try of ours may have left: another coordinator's record may be as long as ours."""
+        size = self._size_there()
+        if size > self._size():
+            return False
+        with self._local.open("rb") as file:
+            for start in range(0, size, _CHUNK_BYTES):
+                ours = file.read(min(_CHUNK_BYTES, size - start))
+                theirs = self._fs.cat_file(self._target, start=start, end=start + len(ours))
+                if len(theirs) < len(ours):
+                    raise OSError(f"{self._target} was cut short while it was read")
+                if theirs != ours:
+                    return False
+        return True
