@@ -9,38 +9,29 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
-from rich.table import Table
 
 from fedpool.deployments import jobs
 from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.code_permission import permission
-from fedpool.deployments.endings import read_endings, tell_endings
+from fedpool.deployments.endings import read_endings
 from fedpool.deployments.fate import with_client
+from fedpool.deployments.job_report import print_job, print_jobs
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
-from fedpool.deployments.progress import cross_site_table, print_findings
 from fedpool.deployments.run import JobStatus
-from fedpool.deployments.terminal import open_console
 from fedpool.deployments.which_store import meant_store
 from fedpool.errors import ConfigError, ServerError
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.refusals import explained
 from fedpool.store import Store
-from fedpool.tasks.findings import findings
 from fedpool.tasks.job_record import JobRecord
-from fedpool.tasks.key_metric import MetricRules
-from fedpool.tasks.matrix import matrix_metrics
-from fedpool.tasks.tables import report_rows, untold
 
 _CANCEL_LOOK_S = 3.0
 """How long a command that does not wait looks whether the job has ended."""
 _CANCEL_WAIT_S = 120.0
-
-_OTHER_COLUMNS = 48
-"""What the columns beside a job's id need to be readable; a terminal that is narrower breaks the lines itself."""
 
 job = App(name="job", help="Jobs: what ran, what runs.")
 
@@ -63,25 +54,12 @@ def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = 
     """The jobs of a store, newest first."""
     found = jobs.list_jobs(_store(store, home, quiet=as_json), partial(_server, home))
     if as_json:
-        print(json.dumps([_plain(entry) for entry in found], indent=2))
+        print(json.dumps([asdict(entry) for entry in found], indent=2))
         return
     if not found:
         print("there are no jobs in it")
         return
-    table = Table()
-    # An id is for the next command: it stays whole, however narrow the terminal is, and the others break their lines.
-    longest = max(len(entry.job_id) for entry in found)
-    table.add_column("job", no_wrap=True, min_width=longest)
-    for header in ("recipe", "status", "rounds", "sites", "metrics"):
-        table.add_column(header, overflow="fold")
-    for entry in found:
-        rounds = f"{entry.num_committed}/{entry.num_rounds}"
-        table.add_row(
-            entry.job_id, entry.recipe, _status(entry), rounds, str(len(entry.sites)), _metrics(entry.metrics)
-        )
-    console = open_console()
-    console.width = max(console.width, longest + _OTHER_COLUMNS)
-    console.print(table)
+    print_jobs(found)
 
 
 @job.command
@@ -94,41 +72,9 @@ def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_j
         endings = {} if result is None else read_endings(place, job_id, result, records)
         rounds = [record.as_json() for record in records]
         said = None if result is None else result.as_json()
-        print(json.dumps({**_plain(summary), "rounds": rounds, "result": said, "endings": endings}, indent=2))
+        print(json.dumps({**asdict(summary), "rounds": rounds, "result": said, "endings": endings}, indent=2))
         return
-    console = open_console()
-    console.print(f"{job_id}: {_status(summary)}", highlight=False)
-    header, rows = report_rows(records)
-    table = Table()
-    for name in header:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    if result is not None and result.error:
-        console.print(result.error, style="red", markup=False, highlight=False, soft_wrap=True)
-    told = findings(MetricRules.stored(described), described.fields.get("aggregation_weights", {}), records)
-    print_findings(untold(told, result.error if result else None), console)
-    if result is None and summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
-        print("it has no result: its process was lost before it could write one")
-    if result is None and summary.status is None:
-        print("it has no result, and no reachable Prefect server knows of it: it is still running, or was lost")
-    if summary.status in (JobStatus.FAILED, JobStatus.CANCELLED):
-        console.print(f"resume it: fedpool job resume {job_id}", highlight=False, soft_wrap=True)
-    if result is not None:
-        if result.evaluation_error:
-            print_findings(result.evaluation_error.splitlines()[:1], console)
-        print_findings(tell_endings(read_endings(place, job_id, result, records)), console)
-        for which, model in (("final", result.final), ("best", result.best)):
-            console.print(
-                f"{which} model: {place.address(JobPaths(job_id).global_model(model.round))}",
-                highlight=False,
-                soft_wrap=True,
-            )
-        if result.cross_site:
-            matrix = place.read_json(JobPaths(job_id).cross_site)
-            for metric in matrix_metrics(matrix, first=result.key_metric)[:1]:
-                console.print(cross_site_table(matrix, metric))
+    print_job(place, summary, described, records, result)
 
 
 @job.command
@@ -328,15 +274,3 @@ def _server(home: Path) -> Iterator[None]:
         )
     with temporary_settings({PREFECT_API_URL: proof.api_url}):
         yield
-
-
-def _status(summary: jobs.JobSummary) -> str:
-    return "unreadable" if summary.unreadable else summary.status or "unknown"
-
-
-def _metrics(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-def _plain(summary: jobs.JobSummary) -> dict[str, Any]:
-    return asdict(summary)
