@@ -26,6 +26,7 @@ from fedpool.sites.launcher import Zygote
 from fedpool.sites.output import LogLine
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
+from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Session, Work
 from fedpool.sites.site_log import SiteLog
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
@@ -292,7 +293,7 @@ class LocalSites:
         )
         launcher = self._launchers[self._commands[site]] if site in self._commands else self._zygote
         assert launcher is not None
-        session = Session(work, launcher, folder=sockets, workdir=self._workdir)
+        session = ScriptSession(work, launcher, folder=sockets, workdir=self._workdir)
         self._sessions[site] = session
         return session
 

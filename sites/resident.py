@@ -21,6 +21,7 @@ from fedpool.sites.config import SiteConfig
 from fedpool.sites.output import LogLine
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
+from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Session, Work
 from fedpool.sites.site_round import SiteFolder, run_site_round
 from fedpool.sites.sockets import make_socket_folder
@@ -308,7 +309,7 @@ class _JobHere:
             num_sites=len(self._sites),
         )
         launcher = ProcessLauncher(config.command, threads=client.threads, imports=client.imports)
-        return Session(work, launcher, folder=self._sockets, workdir=config.folder.absolute())
+        return ScriptSession(work, launcher, folder=self._sockets, workdir=config.folder.absolute())
 
 
 class _NowAndThen:

@@ -147,7 +147,7 @@ def test_the_modules_are_found() -> None:
     assert {
         "errors.py",
         "client/api.py",
-        "sites/session.py",
+        "sites/script_session.py",
         "tasks/gate.py",
         "flows/job.py",
         "deployments/sim.py",

@@ -17,7 +17,8 @@ from fedpool.client.hosts import Assignment
 from fedpool.sites.handles import allow_scripts
 from fedpool.sites.launcher import Launcher, Zygote
 from fedpool.sites.process import ProcessLauncher
-from fedpool.sites.session import Session, Work
+from fedpool.sites.script_session import ScriptSession
+from fedpool.sites.session import Work
 from fedpool.sites.sockets import make_socket_folder
 from tests.conftest import ADD_ONE
 
@@ -45,10 +46,10 @@ def limit_with_free(num_free: int, pid: int) -> int:
     return number
 
 
-def session_of(launcher: Launcher, folder: Path, script: Path) -> Session:
+def session_of(launcher: Launcher, folder: Path, script: Path) -> ScriptSession:
     sockets = folder / "sockets"
     sockets.mkdir()
-    return Session(Work("job", "site-1", script), launcher, folder=sockets, workdir=folder)
+    return ScriptSession(Work("job", "site-1", script), launcher, folder=sockets, workdir=folder)
 
 
 @needs_proc
