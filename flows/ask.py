@@ -16,7 +16,8 @@ from fedpool.site_order import in_order
 from fedpool.tasks.absence import unasked
 from fedpool.tasks.answers import Asked, Turn, asked_before
 from fedpool.tasks.collect import Round, collect
-from fedpool.tasks.gate import Accepted, Expected, Outcome
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Accepted, Outcome
 from fedpool.tasks.publish import copy_model
 from fedpool.tensors import Digest, TensorReader
 

@@ -4,7 +4,7 @@ from fedpool.exclude import excluded
 from fedpool.manifest import Task
 from fedpool.recipe import Recipe
 from fedpool.tasks.arithmetic import Arithmetic
-from fedpool.tasks.gate import Expected
+from fedpool.tasks.expected import Expected
 from fedpool.tasks.slots import beside_spec
 from fedpool.tasks.strategy import Strategy
 from fedpool.tensors import Digest, TensorReader

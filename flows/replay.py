@@ -21,12 +21,13 @@ from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Median
-from fedpool.tasks.gate import Accepted, Expected, judge
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.record import RoundRecord, stored_records
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import first_weights
-from fedpool.tensors import TensorReader
+from fedpool.tensors import TensorReader, blocks_of
 
 STRATEGIES: Mapping[str, Strategy] = {
     "mean": FedAvg(),
@@ -168,7 +169,7 @@ def _state(store: Store, paths: JobPaths, round: int) -> TensorReader | None:
 def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> float:
     """L2 distance of two models of the same parameters, in float64."""
     total = 0.0
-    for name, start, stop in one.blocks(block_elements):
+    for name, start, stop in blocks_of(one.spec, block_elements):
         values = (
             torch_block(model.read_block(name, start, stop), model.spec[name].dtype).to(torch.float64)
             for model in (one, other)

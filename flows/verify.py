@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpool.allowed_code import Permission, by_environment
-from fedpool.arrays import not_finite_names
 from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.stored import recipe_of
 from fedpool.flows.verify_updates import UpdateAudit, differs
+from fedpool.inspection import not_finite_names
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
 from fedpool.store import Store, to_json
@@ -38,7 +38,7 @@ from fedpool.tasks.record import (
 )
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
-from fedpool.tensors import Digest, TensorReader
+from fedpool.tensors import Digest, TensorReader, blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +282,7 @@ class _Audit:
 def _first_difference(one: TensorReader, other: TensorReader) -> str:
     if one.spec != other.spec:
         return "its names and shapes"
-    for name, start, stop in one.blocks(1 << 20):
+    for name, start, stop in blocks_of(one.spec, 1 << 20):
         if one.read_block(name, start, stop) != other.read_block(name, start, stop):
             return name
     return "the order of its bytes"

@@ -8,7 +8,8 @@ from fedpool.sites.site_round import Delivery, read_delivery
 from fedpool.storable import storable
 from fedpool.store import Store
 from fedpool.tasks import gate
-from fedpool.tasks.gate import Accepted, Expected, Rejected
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Accepted, Rejected
 from fedpool.tasks.record import AcceptedEntry, Entry, ProbedEntry, RejectedEntry
 from fedpool.tasks.retention import KeepUpdates
 

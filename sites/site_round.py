@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedpool.arrays import inspect_tensors
 from fedpool.client.hosts import Assignment
 from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
+from fedpool.inspection import Inspection, inspect_tensors
 from fedpool.local_file import LocalFile
 from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.model import NUM_STEPS
@@ -20,7 +20,7 @@ from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.session import Reply, Session
 from fedpool.store import Store, to_json
-from fedpool.tensors import Digest, Inspection, TensorReader
+from fedpool.tensors import Digest, TensorReader
 
 MAX_MANIFEST_BYTES = 1 << 20
 
@@ -97,49 +97,73 @@ def run_site_round(
     Raises:
         SiteError: the script or the store failed.
     """
+    part = _Part(job, assignment, store, folder, trusted)
     started = time.monotonic()
-    paths = JobPaths(job.job_id)
-    site, round, attempt = assignment.site, assignment.round, assignment.attempt
     try:
-        base = Digest(assignment.base_sha256, assignment.base_size)
-        model = store.fetch(paths.global_model(round), folder.path, None if trusted else base)
-        state = None
-        if assignment.state_sha256 is not None:
-            digest = Digest(assignment.state_sha256, assignment.state_size)
-            state = store.fetch(paths.state(round - 1), folder.path, None if trusted else digest)
-        initial = None
-        if job.initial is not None and round > 0:
+        work = part.fetch()
+        reply = _perform(session, work, restarts=job.restarts, deadline=deadline, log=log)
+        return part.deliver(reply, started)
+    except (OSError, StoreError) as error:
+        raise SiteError(assignment.site, assignment.round, f"the store failed: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A site's part of a round: what it fetches before its script works, and what it delivers after."""
+
+    job: ClientJob
+    assignment: SiteAssignment
+    store: Store
+    folder: SiteFolder
+    trusted: bool
+
+    def fetch(self) -> Assignment:
+        """Fetch the models of the round; returns what the script is asked."""
+        job, asked, paths = self.job, self.assignment, JobPaths(self.job.job_id)
+        model = self._fetch(paths.global_model(asked.round), Digest(asked.base_sha256, asked.base_size))
+        state = initial = None
+        if asked.state_sha256 is not None:
+            state = self._fetch(paths.state(asked.round - 1), Digest(asked.state_sha256, asked.state_size))
+        if job.initial is not None and asked.round > 0:
             known = Digest(job.initial.sha256, job.initial.size)
-            initial = store.fetch(paths.global_model(0), folder.path, None if trusted else known, again=True)
-        work = Assignment(
-            round=round,
+            initial = self._fetch(paths.global_model(0), known, again=True)
+        return Assignment(
+            round=asked.round,
             total_rounds=job.total_rounds,
-            task=assignment.task,
+            task=asked.task,
             model=str(model),
-            update=str(folder.update),
-            kept=str(folder.kept),
+            update=str(self.folder.update),
+            kept=str(self.folder.kept),
             extras=str(state) if state else None,
             # A site's own model is to be scored at other sites, as it is.
-            transfer="FULL" if assignment.task == "submit_model" else job.transfer,
+            transfer="FULL" if asked.task == "submit_model" else job.transfer,
             exclude=job.exclude,
-            seed=site_seed(job.seed, site, round),
-            attempt=attempt,
-            used=None if assignment.used is None else assignment.used.model_dump(),
+            seed=site_seed(job.seed, asked.site, asked.round),
+            attempt=asked.attempt,
+            used=None if asked.used is None else asked.used.model_dump(),
             initial=str(initial) if initial else None,
         )
-        reply = _perform(session, work, restarts=job.restarts, deadline=deadline, log=log)
-        update = reply.update
+
+    def deliver(self, reply: Reply, started: float) -> Delivery:
+        """Put the update and then its manifest, which commits it, into the store.
+
+        Args:
+            started: `time.monotonic()` at the beginning of the part.
+        """
+        asked, update = self.assignment, reply.update
+        paths = JobPaths(self.job.job_id)
         inspection = None
         if update["params_type"] is not None:
-            inspection = _deliver(folder.update, store, paths.update(round, site, attempt))
+            path = paths.update(asked.round, asked.site, asked.attempt)
+            inspection = _deliver(self.folder.update, self.store, path)
         manifest = UpdateManifest(
-            job_id=job.job_id,
-            site=site,
-            round=round,
-            attempt=attempt,
-            task=assignment.task,
-            base_sha256=assignment.base_sha256,
-            assignment_sha256=hashlib.sha256(to_json(assignment.model_dump(mode="json"))).hexdigest(),
+            job_id=self.job.job_id,
+            site=asked.site,
+            round=asked.round,
+            attempt=asked.attempt,
+            task=asked.task,
+            base_sha256=asked.base_sha256,
+            assignment_sha256=hashlib.sha256(to_json(asked.model_dump(mode="json"))).hexdigest(),
             params_type=update["params_type"],
             sha256=inspection.digest.sha256 if inspection else None,
             size=inspection.digest.size if inspection else 0,
@@ -149,10 +173,12 @@ def run_site_round(
             meta=update["meta"],
             seconds=time.monotonic() - started,
         )
-        written = store.write_json(paths.manifest(round, site, attempt), manifest.model_dump(mode="json"))
-    except (OSError, StoreError) as error:
-        raise SiteError(site, round, f"the store failed: {error}") from error
-    return Delivery(manifest, written.sha256, inspection)
+        where = paths.manifest(asked.round, asked.site, asked.attempt)
+        written = self.store.write_json(where, manifest.model_dump(mode="json"))
+        return Delivery(manifest, written.sha256, inspection)
+
+    def _fetch(self, path: str, known: Digest, *, again: bool = False) -> Path:
+        return self.store.fetch(path, self.folder.path, None if self.trusted else known, again=again)
 
 
 def _perform(session: Session, work: Assignment, *, restarts: int, deadline: float | None, log: LogLine) -> Reply:

@@ -29,16 +29,8 @@ from fedpool.tasks.holes import unchanged
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
 from fedpool.tasks.used import counting, job_shares
-from fedpool.tensors import (
-    BlockBytes,
-    Digest,
-    TensorReader,
-    beside,
-    block_ranges,
-    file_order,
-    is_trained,
-    write_and_hash,
-)
+from fedpool.tensor_stream import write_and_hash
+from fedpool.tensors import BlockBytes, Digest, TensorReader, beside, block_ranges, file_order, is_trained
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _RUN_BLOCKS = 4

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fedpool.manifest import Task, Used
-from fedpool.tasks.gate import Accepted, Expected, Late, Outcome, Probed
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Accepted, Late, Outcome, Probed
 from fedpool.tasks.quorum import Quorum
 from fedpool.tensors import Digest
 

@@ -2,7 +2,8 @@
 
 from prefect.events import emit_event
 
-from fedpool.tasks.gate import Expected, Rejected
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Rejected
 
 UPDATE_REJECTED = "fedpool.update.rejected"
 

@@ -14,7 +14,8 @@ from fedpool.tasks.aggregate import UpdateChanged
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.record import SubmittedModel
-from fedpool.tensors import Digest, TensorReader, Writable, block_ranges, file_order, write_and_hash
+from fedpool.tensor_stream import Writable, write_and_hash
+from fedpool.tensors import Digest, TensorReader, block_ranges, file_order
 
 
 class _Nowhere:

@@ -14,17 +14,8 @@ import torch
 from fedpool.arrays import as_bytes, torch_block, torch_dtype
 from fedpool.errors import RoundError
 from fedpool.store import Store
-from fedpool.tensors import (
-    ITEM_SIZES,
-    Digest,
-    Spec,
-    TensorReader,
-    TensorSpec,
-    beside,
-    file_order,
-    is_trained,
-    write_and_hash,
-)
+from fedpool.tensor_stream import write_and_hash
+from fedpool.tensors import ITEM_SIZES, Digest, Spec, TensorReader, TensorSpec, beside, file_order, is_trained
 
 _COPY_BYTES = 4 << 20
 

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from fedpool.arrays import inspect_tensors
 from fedpool.bundle import unpack_bundle
 from fedpool.conditions import parse_condition
 from fedpool.errors import FedpoolError, IntegrityError, RecipeError
+from fedpool.inspection import inspect_tensors
 from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery

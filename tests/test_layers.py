@@ -22,8 +22,8 @@ FACADE = ("__init__.py", "cli.py")
 
 # The base in itself, lowest first; a folder stands for all that is in it. A client script loads no store, and a store no recipe.
 BASE_LEVELS = (
-    "storable errors model manifest paths site_order tensors digest arrays local_file patience exclusive refusals s3 loopback "
-    "startup",
+    "storable errors model manifest paths site_order tensors tensor_stream digest arrays inspection local_file patience "
+    "exclusive refusals s3 loopback startup",
     "client",
     "backend upload",
     "store written",

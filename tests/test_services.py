@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from fedpool.arrays import save_and_hash
 from fedpool.errors import IntegrityError, StoreError, StoreRefused
 from fedpool.store import Store
-from fedpool.tensors import Digest
+from fedpool.tensors import Digest, blocks_of
 from tests.services import CHROMIUM_MISSING, PostgresServer, S3Server, find_chromium
 
 
@@ -161,7 +161,7 @@ def test_tensors_are_read_from_s3_by_ranges(store: Store) -> None:
     tensors = store.tensors("job/global.safetensors", digest.size)
     assert {name: spec.shape for name, spec in tensors.spec.items()} == {"w": (10, 10_000), "b": (3,)}
     assert bytes(tensors.read_block("w", 50_000, 50_002)) == w[50_000:50_002].tobytes()
-    assert b"".join(tensors.read_block(*block) for block in tensors.blocks(30_000)) == b"".join(
+    assert b"".join(tensors.read_block(*block) for block in blocks_of(tensors.spec, 30_000)) == b"".join(
         values[name].tobytes() for name in ("w", "b")
     )
 

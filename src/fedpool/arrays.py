@@ -4,7 +4,6 @@ A script without torch must not pay for it, and bfloat16 in numpy needs `ml_dtyp
 the first value asks for it.
 """
 
-import hashlib
 import math
 import sys
 from collections.abc import Collection, Mapping
@@ -12,19 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedpool.local_file import LocalFile
-from fedpool.tensors import (
-    ITEM_SIZES,
-    BlockBytes,
-    Digest,
-    Inspection,
-    TensorReader,
-    TensorSpec,
-    Writable,
-    file_order,
-    is_beside,
-    write_and_hash,
-    write_tensors,
-)
+from fedpool.tensor_stream import Writable, write_and_hash, write_tensors
+from fedpool.tensors import BlockBytes, Digest, TensorReader, Tensors, TensorSpec, blocks_of, file_order, is_beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,74 +143,6 @@ def torch_block(data: BlockBytes, code: str) -> "torch.Tensor":
     return torch.frombuffer(data, dtype=torch_dtype(code)) if data else torch.empty(0, dtype=torch_dtype(code))
 
 
-def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: bool = False) -> Inspection:
-    """Hash every byte of a file of tensors and look at every value, in one pass.
-
-    Args:
-        keep_blocks: also keep a hash of each block, so that a later reader can tell that it reads the same.
-    """
-    digest = hashlib.sha256(reader.head)
-    size = len(reader.head)
-    not_finite: dict[str, str] = {}
-    extremes: dict[str, tuple[float, float]] = {}
-    blocks: dict[tuple[str, int, int], bytes] | None = {} if keep_blocks else None
-    for name, start, stop in reader.blocks(block_elements):
-        data = reader.read_block(name, start, stop)
-        digest.update(data)
-        size += len(data)
-        if blocks is not None:
-            blocks[name, start, stop] = hashlib.sha256(data).digest()
-        kind = reader.spec[name].kind
-        if kind == "bool":
-            continue
-        low, high = _extremes(data, reader.spec[name].dtype)
-        if kind == "float" and not (math.isfinite(low) and math.isfinite(high)):
-            where = f"{name} holds NaN or infinity, first among its elements {start} to {stop - 1}"
-            not_finite.setdefault(name, where)
-            if (finite := _finite_extremes(data, reader.spec[name].dtype)) is None:
-                continue
-            low, high = finite
-        before = extremes.get(name, (low, high))
-        extremes[name] = min(low, before[0]), max(high, before[1])
-    return Inspection(Digest(digest.hexdigest(), size), not_finite, extremes, blocks)
-
-
-def not_finite_names(reader: TensorReader, block_elements: int, among: Collection[str] | None = None) -> list[str]:
-    """Names of the tensors of a file that hold NaN or infinity, sorted.
-
-    Args:
-        among: the tensors to read; None for all of them.
-    """
-    found: set[str] = set()
-    for name, start, stop in reader.blocks(block_elements):
-        if reader.spec[name].kind == "float" and name not in found and (among is None or name in among):
-            low, high = _extremes(reader.read_block(name, start, stop), reader.spec[name].dtype)
-            if not (math.isfinite(low) and math.isfinite(high)):
-                found.add(name)
-    return sorted(found)
-
-
-def _extremes(data: BlockBytes, code: str) -> tuple[float, float]:
-    """Lowest and highest value of a block of numbers; a NaN is both, if there is one."""
-    if "F" in code:
-        low, high = torch_block(data, code).aminmax()
-        return low.item(), high.item()
-    import numpy as np  # torch cannot do this for all of its unsigned integers
-
-    integers = np.frombuffer(data, f"{code[0].lower()}{ITEM_SIZES[code]}")
-    return int(integers.min()), int(integers.max())
-
-
-def _finite_extremes(data: BlockBytes, code: str) -> tuple[float, float] | None:
-    """Lowest and highest finite value of a block of floating point numbers; None when it has none."""
-    value = torch_block(data, code)
-    finite = value[value.isfinite()]
-    if not finite.numel():
-        return None
-    low, high = finite.aminmax()
-    return low.item(), high.item()
-
-
 def dtype_limits(code: str) -> tuple[float, float]:
     """The lowest and the highest finite value of a dtype (safetensors name)."""
     import torch
@@ -244,11 +164,11 @@ def chunks(value: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
 
 
 def difference_norm(
-    update: TensorReader,
-    base: TensorReader | None,
+    update: Tensors,
+    base: Tensors | None,
     block_elements: int,
     *,
-    model: TensorReader | None = None,
+    model: Tensors | None = None,
     holes: Collection[str] = (),
 ) -> float:
     """L2 norm of an update's difference to a model over all floating point parameters, in float64.
@@ -262,7 +182,7 @@ def difference_norm(
     import torch
 
     total = 0.0
-    for name, start, stop in update.blocks(block_elements):
+    for name, start, stop in blocks_of(update.spec, block_elements):
         if update.spec[name].kind != "float" or is_beside(name):
             continue
         value = torch_block(update.read_block(name, start, stop), update.spec[name].dtype).to(torch.float64)

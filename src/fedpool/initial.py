@@ -12,7 +12,8 @@ from fedpool.arrays import describe, is_torch, load_arrays, save_and_hash
 from fedpool.checkpoint import fit_names, is_class_path, load_checkpoint, make_model, unwrap
 from fedpool.errors import RecipeError
 from fedpool.refusals import explained
-from fedpool.tensors import Digest, TensorSpec, Writable
+from fedpool.tensor_stream import Writable
+from fedpool.tensors import Digest, TensorSpec
 
 _CHUNK_BYTES = 1 << 20
 

@@ -7,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedpool.arrays import load_arrays, not_finite_names
+from fedpool.arrays import load_arrays
 from fedpool.errors import IntegrityError
 from fedpool.initial import InitialModel
+from fedpool.inspection import not_finite_names
 from fedpool.store import Store
-from fedpool.tensors import Digest, Writable
+from fedpool.tensor_stream import Writable
+from fedpool.tensors import Digest
 
 _CHUNK_BYTES = 16 << 20
 

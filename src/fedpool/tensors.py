@@ -1,4 +1,4 @@
-"""The safetensors format, written as a stream and read in blocks; no framework, no whole model in memory.
+"""The safetensors format, read in blocks; `fedpool.tensor_stream` writes it. No framework, no whole model in memory.
 
 The safetensors library (used where a script loads a whole model) writes a file only from a complete dict and reads only
 whole tensors from a local path. The coordinator aggregates block by block from any store, so this module holds the
@@ -12,12 +12,10 @@ Legend: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive e
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from fedpool.errors import IntegrityError
 
@@ -47,14 +45,6 @@ def split_beside(name: str) -> tuple[str, str]:
     """(group, parameter) of a tensor that lies beside a parameter."""
     group, _, parameter = name.partition(_SEPARATOR)
     return group, parameter
-
-
-class Writable(Protocol):
-    """The one method of a file that a stream of tensors needs."""
-
-    def write(self, data: Any, /) -> Any:
-        """Append bytes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,85 +109,23 @@ def block_ranges(name: str, size: int, num_elements: int) -> Iterator[tuple[str,
         yield name, start, min(start + num_elements, size)
 
 
-_BATCH_BYTES = 4 << 20
+def blocks_of(spec: Spec, num_elements: int) -> Iterator[tuple[str, int, int]]:
+    """(name, start, stop) of every block, at most `num_elements` each, in the order of the spec."""
+    for name, entry in spec.items():
+        yield from block_ranges(name, entry.num_elements, num_elements)
 
 
-class _Hashing:
-    """A file that hashes what passes through it, batch by batch on a thread of its own while the caller computes the next."""
+class Tensors(Protocol):
+    """Named tensors that are read block by block: a file's, or what a filter makes of others."""
 
-    def __init__(self, file: Writable) -> None:
-        self._file = file
-        self._sha256 = hashlib.sha256()
-        self._size = 0
-        self._batch, self._spare = bytearray(_BATCH_BYTES), bytearray(_BATCH_BYTES)
-        self._filled = 0
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="fedpool-hash")
-        self._pending: Future[None] | None = None
+    @property
+    def spec(self) -> Spec:
+        """dtype and shape of each."""
+        ...
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._executor.shutdown()
-
-    def write(self, data: memoryview, /) -> None:
-        while data:
-            count = min(len(data), _BATCH_BYTES - self._filled)
-            self._batch[self._filled : self._filled + count] = data[:count]
-            self._filled += count
-            data = data[count:]
-            if self._filled == _BATCH_BYTES:
-                self._hand_over()
-
-    def close(self) -> Digest:
-        self._hand_over()
-        self._wait()
-        return Digest(self._sha256.hexdigest(), self._size)
-
-    def _hand_over(self) -> None:
-        self._wait()
-        self._pending = self._executor.submit(self._pass, memoryview(self._batch)[: self._filled])
-        self._batch, self._spare, self._filled = self._spare, self._batch, 0
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-
-    def _pass(self, data: memoryview) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
-        self._size += len(data)
-
-
-def write_and_hash(file: Writable, spec: Spec, buffers: Iterable[Any]) -> Digest:
-    """`write_tensors`, with sha256 and size of what was written."""
-    with _Hashing(file) as hashing:
-        write_tensors(hashing, spec, buffers)
-        return hashing.close()
-
-
-def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> None:
-    """Write a safetensors file as a stream.
-
-    Args:
-        file: anything with `write(bytes-like)`.
-        spec: what is written.
-        buffers: the tensors' bytes, in `file_order(spec)`, in as many bytes-like pieces as the caller likes.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in file_order(spec):
-        end = offset + spec[name].num_bytes
-        header[name] = {"dtype": spec[name].dtype, "shape": list(spec[name].shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    size = 0
-    for buffer in chain((len(head).to_bytes(8, "little"), head), buffers):
-        view = memoryview(buffer).cast("B")
-        file.write(view)
-        size += len(view)
-    assert size == 8 + len(head) + offset, "the buffers do not add up to the spec"
+    def read_block(self, name: str, start: int, stop: int) -> BlockBytes:
+        """The bytes of elements `start` to `stop` of the flattened tensor `name`, little endian; they may be written to."""
+        ...
 
 
 class TensorReader:
@@ -225,6 +153,7 @@ class TensorReader:
         """Header length and header: what comes before the tensors' bytes."""
         self._offsets: dict[str, int] = {}
         self.spec: dict[str, TensorSpec] = {}
+        """In the order of the file: after `head`, its blocks are all of it."""
         self._parse()
 
     def _parse(self) -> None:
@@ -256,6 +185,7 @@ class TensorReader:
             self.spec[name] = spec
             self._offsets[name] = 8 + length + start
             spans.append((start, end))
+        self.spec = {name: self.spec[name] for name in sorted(self.spec, key=lambda name: self._offsets[name])}
         # Tensors that overlap or leave holes would let a file hold bytes that no check ever looks at.
         position = 0
         for start, end in sorted(spans):
@@ -267,11 +197,6 @@ class TensorReader:
 
     def _bad(self, why: str) -> IntegrityError:
         return IntegrityError(f"{self.where} is not a sound safetensors file: {why}")
-
-    def blocks(self, num_elements: int) -> Iterator[tuple[str, int, int]]:
-        """(name, start, stop) of every block, at most `num_elements` each, in the order of the file: after `head`, all of it."""
-        for name in sorted(self.spec, key=lambda name: self._offsets[name]):
-            yield from block_ranges(name, self.spec[name].num_elements, num_elements)
 
     def read_block(self, name: str, start: int, stop: int) -> BlockBytes:
         """The bytes of elements `start` to `stop` of the flattened tensor `name`."""
@@ -289,16 +214,3 @@ class TensorReader:
         other = copy(self)
         other._blocks = blocks
         return other
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What one pass over a file of tensors has seen."""
-
-    digest: Digest
-    not_finite: Mapping[str, str]
-    """name -> where its first NaN or infinity is, of the tensors that hold any, in the order of the file."""
-    extremes: Mapping[str, tuple[float, float]]
-    """name -> lowest and highest finite value, of the tensors that are not boolean and have one."""
-    blocks: Mapping[tuple[str, int, int], bytes] | None = None
-    """(name, start, stop) -> sha256 of that block, where somebody else could swap the file after this."""

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from fedpool.arrays import CHUNK_ELEMENTS, difference_norm, inspect_tensors, load_arrays, numpy_dtype, save_and_hash
+from fedpool.arrays import CHUNK_ELEMENTS, difference_norm, load_arrays, numpy_dtype, save_and_hash
 from fedpool.errors import RoundError
 from fedpool.flows.fedavg import FedAvg
+from fedpool.inspection import inspect_tensors
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import Aggregator, GeometricMedian, Mean, Median, NormClippedMean
-from fedpool.tasks.gate import Accepted, Expected, judge
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.strategy import State, Strategy, Update
 from fedpool.tensors import ITEM_SIZES, Digest, TensorReader
 from tests.updates import sent_by

@@ -14,7 +14,8 @@ from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
-from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Accepted, Rejected, judge
 from fedpool.tensors import TensorSpec
 from tests.updates import sent_by
 

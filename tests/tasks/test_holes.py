@@ -11,15 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpool.arrays import inspect_tensors, load_arrays, save_and_hash
+from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.fedopt import FedOpt
+from fedpool.inspection import inspect_tensors
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import GeometricMedian, Krum, Mean, Median
-from fedpool.tasks.gate import Accepted, Expected, Rejected, judge
+from fedpool.tasks.expected import Expected
+from fedpool.tasks.gate import Accepted, Rejected, judge
 from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule
 from fedpool.tasks.strategy import Strategy
 from tests.updates import sent_by

@@ -1,0 +1,124 @@
+"""One look at the values of tensors: what the gate has to know of an update, taken in the pass that hashes it."""
+
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from fedpool.arrays import torch_block
+from fedpool.tensor_stream import Writable, write_and_hash
+from fedpool.tensors import ITEM_SIZES, BlockBytes, Digest, TensorReader, Tensors, block_ranges, blocks_of, file_order
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What one pass over a file of tensors has seen."""
+
+    digest: Digest
+    not_finite: Mapping[str, str]
+    """name -> where its first NaN or infinity is, of the tensors that hold any, in the order of the file."""
+    extremes: Mapping[str, tuple[float, float]]
+    """name -> lowest and highest finite value, of the tensors that are not boolean and have one."""
+    blocks: Mapping[tuple[str, int, int], bytes] | None = None
+    """(name, start, stop) -> sha256 of that block, where somebody else could swap the file after this."""
+
+
+def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: bool = False) -> Inspection:
+    """Hash every byte of a file of tensors and look at every value, in one pass.
+
+    Args:
+        keep_blocks: also keep a hash of each block, so that a later reader can tell that it reads the same.
+    """
+    digest = hashlib.sha256(reader.head)
+    size = len(reader.head)
+    seen = _Seen()
+    blocks: dict[tuple[str, int, int], bytes] | None = {} if keep_blocks else None
+    for name, start, stop in blocks_of(reader.spec, block_elements):
+        data = reader.read_block(name, start, stop)
+        digest.update(data)
+        size += len(data)
+        if blocks is not None:
+            blocks[name, start, stop] = hashlib.sha256(data).digest()
+        seen.look(name, reader.spec[name].dtype, start, data)
+    return Inspection(Digest(digest.hexdigest(), size), seen.not_finite, seen.extremes, blocks)
+
+
+def inspect_values(tensors: Tensors, block_elements: int) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
+    """Look at every value; returns `not_finite` and `extremes` of an `Inspection`."""
+    seen = _Seen()
+    for name, start, stop in blocks_of(tensors.spec, block_elements):
+        seen.look(name, tensors.spec[name].dtype, start, tensors.read_block(name, start, stop))
+    return seen.not_finite, seen.extremes
+
+
+def write_and_inspect(file: Writable, tensors: Tensors, block_elements: int) -> Inspection:
+    """Write tensors as a file, and see of it what `inspect_tensors` would, in one pass."""
+    seen, spec = _Seen(), tensors.spec
+
+    def blocks() -> Iterator[BlockBytes]:
+        for name in file_order(spec):
+            for _, start, stop in block_ranges(name, spec[name].num_elements, block_elements):
+                data = tensors.read_block(name, start, stop)
+                seen.look(name, spec[name].dtype, start, data)
+                yield data
+
+    return Inspection(write_and_hash(file, spec, blocks()), seen.not_finite, seen.extremes)
+
+
+class _Seen:
+    """What was seen of the values of tensors so far; see `Inspection`."""
+
+    def __init__(self) -> None:
+        self.not_finite: dict[str, str] = {}
+        self.extremes: dict[str, tuple[float, float]] = {}
+
+    def look(self, name: str, code: str, start: int, data: BlockBytes) -> None:
+        """Look at a block of a tensor of some dtype."""
+        if code == "BOOL":
+            return
+        low, high = _extremes(data, code)
+        if "F" in code and not (math.isfinite(low) and math.isfinite(high)):
+            stop = start + len(data) // ITEM_SIZES[code]
+            where = f"{name} holds NaN or infinity, first among its elements {start} to {stop - 1}"
+            self.not_finite.setdefault(name, where)
+            if (finite := _finite_extremes(data, code)) is None:
+                return
+            low, high = finite
+        before = self.extremes.get(name, (low, high))
+        self.extremes[name] = min(low, before[0]), max(high, before[1])
+
+
+def not_finite_names(reader: TensorReader, block_elements: int, among: Collection[str] | None = None) -> list[str]:
+    """Names of the tensors of a file that hold NaN or infinity, sorted.
+
+    Args:
+        among: the tensors to read; None for all of them.
+    """
+    found: set[str] = set()
+    for name, start, stop in blocks_of(reader.spec, block_elements):
+        if reader.spec[name].kind == "float" and name not in found and (among is None or name in among):
+            low, high = _extremes(reader.read_block(name, start, stop), reader.spec[name].dtype)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                found.add(name)
+    return sorted(found)
+
+
+def _extremes(data: BlockBytes, code: str) -> tuple[float, float]:
+    """Lowest and highest value of a block of numbers; a NaN is both, if there is one."""
+    if "F" in code:
+        low, high = torch_block(data, code).aminmax()
+        return low.item(), high.item()
+    import numpy as np  # torch cannot do this for all of its unsigned integers
+
+    integers = np.frombuffer(data, f"{code[0].lower()}{ITEM_SIZES[code]}")
+    return int(integers.min()), int(integers.max())
+
+
+def _finite_extremes(data: BlockBytes, code: str) -> tuple[float, float] | None:
+    """Lowest and highest finite value of a block of floating point numbers; None when it has none."""
+    value = torch_block(data, code)
+    finite = value[value.isfinite()]
+    if not finite.numel():
+        return None
+    low, high = finite.aminmax()
+    return low.item(), high.item()

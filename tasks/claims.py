@@ -1,0 +1,54 @@
+"""What the gate checks of an update by its manifest alone: whom it is from, what it answers, what it weighs."""
+
+import math
+
+from fedpool.manifest import UpdateManifest
+from fedpool.model import NUM_EVAL_EXAMPLES, is_count
+from fedpool.tasks.expected import Expected, Refused
+
+
+def check_manifest(site: str, attempt: int, manifest: UpdateManifest, expected: Expected) -> float:
+    """The weight of an update by its manifest, which must fit what was asked."""
+    _check_claims(site, attempt, manifest, expected)
+    weight = _check_weight(manifest.weight)
+    if expected.eval_examples:
+        _check_examples(manifest)
+    return 0.0 if _is_idle(manifest, expected) else weight
+
+
+def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: Expected) -> None:
+    for code, found, wanted in (
+        ("job", manifest.job_id, expected.job_id),
+        ("site", manifest.site, site),
+        ("round", manifest.round, expected.round),
+        ("attempt", manifest.attempt, attempt),
+        ("task", manifest.task, expected.task),
+        ("base", manifest.base_sha256, expected.base_sha256),
+    ):
+        if found != wanted:
+            raise Refused(code, f"its manifest says {code} {str(found)[:200]}, expected {wanted}")
+    if expected.transfer == "DIFF" and manifest.params_type == "FULL":
+        raise Refused("params_type", "it is FULL where the recipe asks for DIFF")
+    if expected.task == "submit_model" and manifest.params_type == "DIFF":
+        raise Refused("params_type", "it is DIFF where a site's own model is asked for: send it FULL")
+
+
+def _check_weight(weight: float | str) -> float:
+    if isinstance(weight, str) or not math.isfinite(weight) or weight < 0:
+        raise Refused("weight", f"its weight is {weight}: NUM_STEPS_CURRENT_ROUND must be a finite number from 0")
+    return weight
+
+
+def _check_examples(manifest: UpdateManifest) -> None:
+    value = manifest.meta.get(NUM_EVAL_EXAMPLES, 0)
+    if not is_count(value):
+        raise Refused("weight", f"its meta says {NUM_EVAL_EXAMPLES} {value}: it must be a finite number from 0")
+
+
+def _is_idle(manifest: UpdateManifest, expected: Expected) -> bool:
+    """Whether the site says that it has done nothing, where the recipe needs to know what it has done."""
+    values = {name: manifest.meta.get(name) for name in expected.positive_meta}
+    for name, value in values.items():
+        if not is_count(value) or (value == 0 and not expected.idle):
+            raise Refused("meta", f"its meta says {name} {value}: the recipe needs a finite number above 0")
+    return any(value == 0 for value in values.values())
