@@ -80,7 +80,7 @@ def ours(name: str, folder: Path) -> Callable[[], None]:
     from fedpool.manifest import UpdateManifest
     from fedpool.store import Store
     from fedpool.tasks.aggregate import Before, aggregate
-    from fedpool.tasks.aggregators import Mean, make_aggregator
+    from fedpool.tasks.aggregators import AGGREGATORS, Mean
     from fedpool.tasks.gate import Accepted
     from fedpool.tasks.optimizers import Adaptive, Schedule
 
@@ -92,8 +92,7 @@ def ours(name: str, folder: Path) -> Callable[[], None]:
     if name == "fedadam":
         strategy: Any = FedOpt(Mean(), Adaptive("adam", Schedule(0.1), 0.9, 0.99, 1e-3))
     else:
-        none = dict.fromkeys(("num_byzantine", "trim_ratio", "num_selected", "clip_norm"))
-        strategy = FedAvg(make_aggregator(name, **{**none, **PARAMETERS[name]}, min_clients=NUM_UPDATES))
+        strategy = FedAvg(AGGREGATORS[name](**PARAMETERS[name]))
     updates = []
     for number in range(1, NUM_UPDATES + 1):
         manifest = UpdateManifest(

@@ -33,14 +33,19 @@ import numpy as np
 import torch
 
 from fedpool import (
+    Bulyan,
     CyclicRecipe,
     DiLoCoRecipe,
     FedAvgRecipe,
     FedOptRecipe,
     FedProxRecipe,
+    GeometricMedian,
+    Krum,
+    MultiKrum,
     Recipe,
     ScaffoldRecipe,
     SimEnv,
+    TrimmedMean,
 )
 
 NUM_SITES = 10
@@ -168,33 +173,28 @@ CASES = {
             0.8713,
             0.874444,
             Model(223.4508054858, 0.928137999306, -0.021592284775),
-            aggregator="trimmed_mean",
-            trim_ratio=0.2,
+            aggregator=TrimmedMean(trim_ratio=0.2),
         ),
         hostile(
             "hostile-krum",
             0.8689,
             0.877222,
             Model(249.5156028699, 0.830299075802, -0.016439816523),
-            aggregator="krum",
-            num_byzantine=2,
+            aggregator=Krum(num_byzantine=2),
         ),
         hostile(
             "hostile-multi-krum",
             0.8830,
             0.893333,
             Model(245.2883964721, 0.873790188850, 0.037590709509),
-            aggregator="multi_krum",
-            num_byzantine=2,
-            num_selected=6,
+            aggregator=MultiKrum(num_byzantine=2, num_selected=6),
         ),
         hostile(
             "hostile-geometric-median",
             0.8777,
             0.886111,
             Model(229.3917745242, 0.933478206191, 0.017369615189),
-            aggregator="geometric_median",
-            weighted_median=False,
+            aggregator=GeometricMedian(weighted=False),
         ),
         hostile(
             "hostile-bulyan",
@@ -202,9 +202,7 @@ CASES = {
             0.882778,
             Model(246.4910769517, 1.353214148821, -0.012382529463),
             1,
-            aggregator="bulyan",
-            num_byzantine=1,
-            even_median="midpoint",
+            aggregator=Bulyan(num_byzantine=1, even_median="midpoint"),
         ),
     )
 }

@@ -145,7 +145,11 @@ def replay(
     *,
     at: Annotated[int | None, Parameter(name="--round", help="round; default: the last training round")] = None,
     strategy: Annotated[
-        str | None, Parameter(help="mean, median or geometric_median; default: the recipe's own")
+        str | None,
+        Parameter(
+            help='another aggregator: its name, or JSON such as {"kind": "krum", "num_byzantine": 2}; default: the '
+            "recipe's own strategy"
+        ),
     ] = None,
     leave_out: Annotated[list[str] | None, Parameter(help="a site to leave out; can be repeated")] = None,
     out: Annotated[Path | None, Parameter(help="safetensors file to write the model to")] = None,
@@ -166,7 +170,7 @@ def replay(
             job_id,
             target,
             round=at,
-            strategy=strategy,
+            strategy=_aggregator(strategy),
             leave_out=leave_out or (),
             allow=permission(allow_code),
         )
@@ -177,6 +181,19 @@ def replay(
     print(
         f"the round moved the model by {found.moved:.6g} (L2); this one lies {found.distance:.6g} from what was committed"
     )
+
+
+def _aggregator(text: str | None) -> "str | dict[str, Any] | None":
+    """What `--strategy` says: the name of an aggregator, or JSON."""
+    if text is None or not text.startswith("{"):
+        return text
+    try:
+        given: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'--strategy {text} is not JSON ({error}): write {{"kind": "krum", "num_byzantine": 2}}, in single quotes'
+        ) from None
+    return given
 
 
 @job.command

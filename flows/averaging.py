@@ -2,15 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
-from fedpool.tasks.aggregators import Aggregator, imported, make_aggregator
+from fedpool.tasks.aggregator import Aggregator
+from fedpool.tasks.aggregators import AGGREGATORS
+from fedpool.tasks.choose_aggregator import AggregatorField, chosen, written
 from fedpool.tasks.geometry import Geometry
+from fedpool.tasks.own_function import OwnFunction
 from fedpool.tasks.strategy import Strategy
+
+_FLAT = ("num_byzantine", "trim_ratio", "num_selected", "clip_norm", "even_median", "weighted_median")
+"""Fields of a recipe that an earlier version had for the parameters of all aggregators."""
+
+_RENAMED = {"weighted_median": "weighted"}
+
+_BEFORE_THERE_WAS_A_CHOICE: Mapping[str, dict[str, Any]] = {
+    "bulyan": {"even_median": "midpoint"},
+    "geometric_median": {"weighted_median": False},
+}
+"""Aggregator -> what a job means that does not have the field at all."""
 
 
 @dataclass(frozen=True)
@@ -30,80 +44,45 @@ class Averaging(Strategy):
 class AveragingRecipe(Recipe):
     """A recipe whose rounds average the sites' models, with an aggregator of the user's choice."""
 
-    aggregator: str = Field(
+    aggregator: AggregatorField = Field(
         default="mean",
-        description="how updates become one: mean, median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, "
-        "norm_clipped_mean, or the path of a function, package.module:function. The means, the geometric median and functions "
-        "count updates by their weights; the others count all alike",
+        validate_default=True,
+        description="how updates become one: an aggregator such as Krum(num_byzantine=2); the name of one that needs nothing: "
+        "mean, median, geometric_median; or a function of yours, or its path, package.module:function",
     )
-    num_byzantine: int | None = Field(
-        default=None, description="for krum, multi_krum and bulyan: how many updates of a round may be arbitrary", ge=1
-    )
-    trim_ratio: float | None = Field(
-        default=None, description="for trimmed_mean: the share of values that is dropped at each end", gt=0, lt=0.5
-    )
-    num_selected: int | None = Field(
-        default=None,
-        description="for multi_krum: how many updates are averaged; empty: all but num_byzantine and two",
-        ge=1,
-    )
-    clip_norm: float | None = Field(
-        default=None,
-        description="for norm_clipped_mean: the L2 norm that differences to the global model are scaled down to",
-        gt=0,
-        allow_inf_nan=False,
-    )
-
-    even_median: Literal["element", "midpoint"] | None = Field(
-        default=None,
-        description="for bulyan: the median of an even number of values: element, the lower of the middle two, as one that the "
-        "paper allows; or midpoint, their mean; empty: element",
-    )
-    weighted_median: bool | None = Field(
-        default=None,
-        description="for geometric_median: whether updates count by their weights, as in the paper, or all alike, which a site "
-        "that lies about its weight cannot change; empty: by their weights",
-    )
-
-    _aggregator: Aggregator = PrivateAttr()
-
-    @classmethod
-    def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        own: Mapping[str, Mapping[str, Any]] = {
-            "bulyan": {"even_median": "midpoint"},
-            "geometric_median": {"weighted_median": False},
-        }
-        return {**super().earlier(fields), **own.get(str(fields.get("aggregator")), {})}
-
-    @field_validator("aggregator", mode="before")
-    @classmethod
-    def _path_of_function(cls, value: Any) -> Any:
-        if not callable(value):
-            return value
-        path = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
-        if "<" in path or imported(path) is not value:  # <lambda>, <locals>
-            raise RecipeError(f"aggregator {value!r} cannot be imported by its path {path!r}: put it into a module")
-        return path
 
     @model_validator(mode="after")
-    def _choose_aggregator(self) -> Self:
-        self._aggregator = make_aggregator(
-            self.aggregator,
-            num_byzantine=self.num_byzantine,
-            trim_ratio=self.trim_ratio,
-            num_selected=self.num_selected,
-            clip_norm=self.clip_norm,
-            even_median=self.even_median,
-            weighted_median=self.weighted_median,
-            min_clients=self.min_clients,
-        )
+    def _updates_are_enough(self) -> Self:
+        if self.min_clients < self.rule.fewest:
+            raise RecipeError(
+                f"aggregator {self.rule!r} needs {self.rule.fewest} updates, and min_clients={self.min_clients} lets a round "
+                "have fewer: raise min_clients"
+            )
         return self
+
+    @classmethod
+    def recorded(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return super().recorded(_in_one(fields))
 
     @property
     def functions(self) -> Sequence[str]:
-        return (self.aggregator,) if ":" in self.aggregator else ()
+        return (self.rule.path,) if isinstance(self.rule, OwnFunction) else ()
 
     @property
     def rule(self) -> Aggregator:
         """The aggregator."""
-        return self._aggregator
+        assert isinstance(self.aggregator, Aggregator), "that is what validation makes of whatever was given"
+        return self.aggregator
+
+
+def _in_one(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a job, with those that an earlier version had for its aggregator in one, as they are written today."""
+    rest = {name: value for name, value in fields.items() if name not in _FLAT}
+    name = fields.get("aggregator")
+    if (
+        not isinstance(name, str) or name not in AGGREGATORS
+    ):  # it has its parameters in it, or is the path of a function
+        return rest
+    flat = _BEFORE_THERE_WAS_A_CHOICE.get(name, {}) | {what: fields[what] for what in _FLAT if what in fields}
+    own = {_RENAMED.get(what, what): value for what, value in flat.items() if value is not None}
+    return {**rest, "aggregator": written(chosen({"kind": name, **own}))}

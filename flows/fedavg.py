@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedpool.flows.averaging import Averaging, AveragingRecipe
-from fedpool.tasks.aggregators import Aggregator, Mean
+from fedpool.tasks.aggregator import Aggregator
+from fedpool.tasks.aggregators import Mean
 from fedpool.tasks.strategy import State, Update
 
 

@@ -1,7 +1,7 @@
 """Replay of a round: what its updates come to under another strategy, or without some of the sites. The job stays as it is."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from fedpool.site_order import in_order
 from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
-from fedpool.tasks.aggregators import GeometricMedian, Median
+from fedpool.tasks.choose_aggregator import Given, chosen
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.job_record import JobRecord
@@ -28,12 +28,6 @@ from fedpool.tasks.record import RoundRecord, stored_records
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import first_weights
 from fedpool.tensors import TensorReader, blocks_of
-
-STRATEGIES: Mapping[str, Strategy] = {
-    "mean": FedAvg(),
-    "median": FedAvg(Median()),
-    "geometric_median": FedAvg(GeometricMedian()),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +55,7 @@ def replay_round(
     target: Path,
     *,
     round: int | None = None,
-    strategy: str | None = None,
+    strategy: Given | None = None,
     leave_out: Collection[str] = (),
     allow: Permission = by_environment,
 ) -> Replayed:
@@ -70,19 +64,18 @@ def replay_round(
     Args:
         target: file that the model is written to; it must not exist.
         round: None for the job's last training round.
-        strategy: a name out of `STRATEGIES`; None for the recipe's own.
+        strategy: an aggregator, as a recipe has it: a name, `Krum(num_byzantine=2)`; None for the recipe's own strategy.
         leave_out: sites to do without.
         allow: is asked before code is run that came with the job; see `recipe_of`.
 
     Raises:
         ConfigError: the job's code may not be run.
-        RecipeError: a strategy or a site that is not there, or nothing is left.
+        RecipeError: an aggregator or a site that is not there, or nothing is left.
         RoundError: the round is not committed, or its updates were not kept.
         IntegrityError: an update is not what its record says.
     """
+    other = None if strategy is None else FedAvg(chosen(strategy))
     recipe, paths = recipe_of(job_id, store, allow=allow), JobPaths(job_id)
-    if strategy is not None and strategy not in STRATEGIES:
-        raise RecipeError(f"strategy {strategy!r} is not known: use {', '.join(STRATEGIES)}")
     record = _training_round(store, job_id, num_trained(store, job_id) - 1 if round is None else round)
     assert record.next_global is not None, "a training round has made a model"
     number = record.round
@@ -95,7 +88,7 @@ def replay_round(
     scratch, state_target = Store(target.absolute().parent), f".{target.name}.state"
     try:
         digest = aggregate(
-            own if strategy is None else STRATEGIES[strategy],
+            own if other is None else other,
             store=scratch,
             before=Before(
                 base,

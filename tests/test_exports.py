@@ -14,6 +14,7 @@ from fedpool.flows.recipes import BUILT_IN
 
 FACADE = [
     "Aggregator",
+    "Bulyan",
     "ClientError",
     "ConfigError",
     "CrossSiteEvalRecipe",
@@ -28,11 +29,17 @@ FACADE = [
     "FedOptRecipe",
     "FedProxRecipe",
     "FedpoolError",
+    "GeometricMedian",
     "IntegrityError",
     "JobCancelled",
     "JobError",
     "JobFailed",
     "JobStatus",
+    "Krum",
+    "Mean",
+    "Median",
+    "MultiKrum",
+    "NormClippedMean",
     "ParamsType",
     "PocEnv",
     "ProdEnv",
@@ -49,6 +56,7 @@ FACADE = [
     "Store",
     "StoreError",
     "Strategy",
+    "TrimmedMean",
     "Update",
     "weighted_mean",
 ]

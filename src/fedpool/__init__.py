@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     from fedpool.model import FLModel, ParamsType
     from fedpool.recipe import Recipe
     from fedpool.store import Store
-    from fedpool.tasks.aggregators import Aggregator
+    from fedpool.tasks.aggregator import Aggregator
+    from fedpool.tasks.aggregators import (
+        Bulyan,
+        GeometricMedian,
+        Krum,
+        Mean,
+        Median,
+        MultiKrum,
+        NormClippedMean,
+        TrimmedMean,
+    )
     from fedpool.tasks.mean import weighted_mean
     from fedpool.tasks.strategy import State, Strategy, Update
 
@@ -58,7 +68,17 @@ _HOMES = {
     "fedpool.model": ("FLModel", "ParamsType"),
     "fedpool.recipe": ("Recipe",),
     "fedpool.store": ("Store",),
-    "fedpool.tasks.aggregators": ("Aggregator",),
+    "fedpool.tasks.aggregator": ("Aggregator",),
+    "fedpool.tasks.aggregators": (
+        "Bulyan",
+        "GeometricMedian",
+        "Krum",
+        "Mean",
+        "Median",
+        "MultiKrum",
+        "NormClippedMean",
+        "TrimmedMean",
+    ),
     "fedpool.tasks.mean": ("weighted_mean",),
     "fedpool.tasks.strategy": ("State", "Strategy", "Update"),
 }
@@ -67,15 +87,22 @@ _HOME |= dict.fromkeys(recipes.__all__, recipes.__name__)
 
 __all__ = [
     "Aggregator",
+    "Bulyan",
     "ClientError",
     "ConfigError",
     "FLModel",
     "FedpoolError",
+    "GeometricMedian",
     "IntegrityError",
     "JobCancelled",
     "JobError",
     "JobFailed",
     "JobStatus",
+    "Krum",
+    "Mean",
+    "Median",
+    "MultiKrum",
+    "NormClippedMean",
     "ParamsType",
     "PocEnv",
     "ProdEnv",
@@ -91,6 +118,7 @@ __all__ = [
     "Store",
     "StoreError",
     "Strategy",
+    "TrimmedMean",
     "Update",
     "weighted_mean",
 ]

@@ -251,7 +251,7 @@ class Recipe(Checked):
             bundle: takes the place of `train_script` and `include`, which need not be there any more.
             given: names of the fields that the user chose; None when nobody knows, as of a job of an earlier version.
         """
-        chosen = None if given is None else frozenset(given)
+        chosen = None if given is None else frozenset(given) & cls.model_fields.keys()  # an earlier version had others
         return cls.model_validate(dict(fields), context={"bundle": bundle, "given": chosen, "changed": set()})
 
     @classmethod

@@ -166,7 +166,7 @@ def test_a_script_that_sends_no_control_variates_is_told_what_is_missing(run_job
         ("CyclicRecipe", {"order": []}, "names no site"),
         ("CyclicRecipe", {"clients_per_round": 2}, "each round is one site's"),
         ("FedBNRecipe", {}, "FedBN needs batch normalisation"),
-        ("FedAvgRecipe", {"aggregator": "krum"}, "'krum' needs num_byzantine"),
+        ("FedAvgRecipe", {"aggregator": "krum"}, '"krum" needs num_byzantine: Krum(num_byzantine=...)'),
         ("FedAvgRecipe", {"aggregator": lambda values, weights: values[0]}, "put it into a module"),
     ],
 )

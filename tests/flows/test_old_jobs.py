@@ -1,30 +1,51 @@
-"""Jobs that an earlier version wrote, commit 48fad92: what they hold has the meaning that it had then, to the byte."""
+"""Jobs that earlier versions wrote: what they hold has the meaning that it had then, to the byte."""
 
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fedpool import SimEnv
 from fedpool.errors import IntegrityError
+from fedpool.flows.averaging import AveragingRecipe
+from fedpool.flows.replay import replay_round
 from fedpool.flows.staging import check_unchanged
 from fedpool.flows.stored import recipe_of
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
+from fedpool.tasks.choose_aggregator import written
 
-ARCHIVE = Path(__file__).parent / "jobs-of-48fad92.tar.xz"
-with tarfile.open(ARCHIVE) as archive:
-    JOBS = sorted({name.partition("/")[0] for name in archive.getnames()})
+FOLDER = Path(__file__).parent
+ARCHIVES = {
+    "48fad92": "every aggregator and every algorithm whose arithmetic is its own, at up to eleven sites",
+    "d3a726f": "every aggregator, its parameters beside it in the recipe",
+}
+"""Commit that wrote them -> what they are."""
+
+
+def of_commit(commit: str) -> tarfile.TarFile:
+    return tarfile.open(FOLDER / f"jobs-of-{commit}.tar.xz")
+
+
+def job_ids(commit: str) -> list[str]:
+    with of_commit(commit) as archive:
+        return sorted({name.partition("/")[0] for name in archive.getnames()})
+
+
+JOBS = [job_id for commit in ARCHIVES for job_id in job_ids(commit)]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """A store with all of them: every aggregator and every algorithm whose arithmetic is its own, at up to eleven sites."""
+    """A store with all of them."""
     folder = tmp_path_factory.mktemp("old-jobs")
-    with tarfile.open(ARCHIVE) as opened:
-        opened.extractall(folder, filter="data")
+    for commit in ARCHIVES:
+        with of_commit(commit) as opened:
+            opened.extractall(folder, filter="data")
     yield Store(folder)
 
 
@@ -40,9 +61,50 @@ def test_it_can_be_resumed_as_it_was(store: Store, job_id: str) -> None:
     check_unchanged(recipe_of(job_id, store), job_id, store, sites)
 
 
+@pytest.mark.parametrize(
+    ("name", "aggregator"),
+    [
+        ("median", "median"),
+        ("trimmed-mean", {"kind": "trimmed_mean", "trim_ratio": 0.2}),
+        ("krum", {"kind": "krum", "num_byzantine": 1}),
+        ("multi-krum", {"kind": "multi_krum", "num_byzantine": 1, "num_selected": 3}),
+        ("bulyan", {"kind": "bulyan", "num_byzantine": 1, "even_median": "element"}),
+        ("bulyan-midpoint", {"kind": "bulyan", "num_byzantine": 1, "even_median": "midpoint"}),
+        ("geometric-median", {"kind": "geometric_median", "weighted": True}),
+        ("geometric-median-alike", {"kind": "geometric_median", "weighted": False}),
+        ("norm-clipped-mean", {"kind": "norm_clipped_mean", "clip_norm": 1.5}),
+    ],
+)
+def test_the_parameters_that_lay_beside_the_aggregator_are_its_own_and_a_replay_comes_to_the_same_bytes(
+    store: Store, tmp_path: Path, name: str, aggregator: object
+) -> None:
+    (job_id,) = (job_id for job_id in job_ids("d3a726f") if job_id.rpartition("-20")[0] == name)
+    recipe = recipe_of(job_id, store)
+    assert isinstance(recipe, AveragingRecipe) and written(recipe.rule) == aggregator
+    assert recipe.given is not None and recipe.given <= type(recipe).model_fields.keys()
+    replayed = replay_round(store, job_id, tmp_path / "model.safetensors", round=0)
+    assert replayed.distance == 0 and replayed.moved > 0
+    assert replayed.sha256 == store.read_json(JobPaths(job_id).record(0))["next_global"]["sha256"]
+
+
+def test_a_job_that_was_lost_goes_on_to_the_same_bytes(store: Store, tmp_path: Path, prefect_api: str) -> None:
+    job_id = next(job_id for job_id in job_ids("d3a726f") if job_id.startswith("krum"))
+    paths, lost = JobPaths(job_id), Store(tmp_path)
+    shutil.copytree(Path(store.full(job_id)), tmp_path / job_id)
+    final = lost.read_json(paths.result)["final"]["path"]
+    wanted = lost.read_bytes(final)
+    lost.remove(paths.result)
+    for number in (1, 2):
+        shutil.rmtree((tmp_path / paths.record(number)).parent)
+    env = SimEnv(num_clients=7, workspace=tmp_path, progress=False)
+    assert recipe_of(job_id, lost).execute(env, resume=job_id).get_status() == "COMPLETED"
+    assert lost.read_bytes(final) == wanted
+    assert verify_job(lost, job_id).num_rounds == 3
+
+
 def test_a_record_that_was_changed_is_still_found_out(store: Store, tmp_path: Path) -> None:
-    job_id = next(name for name in JOBS if name.startswith("krum"))
-    with tarfile.open(ARCHIVE) as opened:
+    job_id = next(name for name in job_ids("48fad92") if name.startswith("krum"))
+    with of_commit("48fad92") as opened:
         opened.extractall(tmp_path, [m for m in opened if m.name.startswith(job_id)], filter="data")
     path = tmp_path / JobPaths(job_id).record(0)
     record = json.loads(path.read_text())

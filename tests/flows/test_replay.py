@@ -81,7 +81,7 @@ def test_a_replay_without_a_site_tells_what_it_contributed(
 def test_what_cannot_be_replayed_is_said(job: Callable[..., Run], store: Store, tmp_path: Path) -> None:
     run = job()
     target = tmp_path / "out.safetensors"
-    with pytest.raises(RecipeError, match="strategy 'mode' is not known: use mean, median"):
+    with pytest.raises(RecipeError, match=r'aggregator "mode" is not known: .*There are mean, median'):
         replay_round(store, run.job_id, target, strategy="mode")
     with pytest.raises(RecipeError, match="site-9 sent nothing that round 1 used: these did: site-1, site-2, site-3"):
         replay_round(store, run.job_id, target, leave_out=["site-9"])

@@ -19,7 +19,8 @@ from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
-from fedpool.tasks.aggregators import Aggregator, GeometricMedian, Mean, Median, NormClippedMean
+from fedpool.tasks.aggregator import Aggregator
+from fedpool.tasks.aggregators import GeometricMedian, Mean, Median, NormClippedMean
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.strategy import State, Strategy, Update
@@ -274,7 +275,9 @@ def test_the_size_of_the_blocks_changes_no_bit(size: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "aggregator", [Mean(), Median(), GeometricMedian(), NormClippedMean(30.0)], ids=lambda made: type(made).__name__
+    "aggregator",
+    [Mean(), Median(), GeometricMedian(), NormClippedMean(clip_norm=30.0)],
+    ids=lambda made: type(made).__name__,
 )
 def test_neither_the_kind_of_store_nor_the_number_of_threads_changes_a_bit(
     aggregator: Aggregator, tmp_path: Path, torch_threads: Callable[[int], None]

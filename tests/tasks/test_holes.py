@@ -112,7 +112,7 @@ def test_as_a_difference_no_change_is_nan_or_nothing(nothing: float, tmp_path: P
     [
         FedAvg(Median()),
         FedAvg(GeometricMedian()),
-        FedAvg(Krum(1, 1)),
+        FedAvg(Krum(num_byzantine=1)),
         FedOpt(Mean(), Adaptive("adam", Schedule(0.1), 0.9, 0.99, 0.001)),
         FedOpt(Mean(), Momentum(Schedule(1.0), 0.9)),
     ],

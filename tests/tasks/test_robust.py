@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpool.errors import RecipeError, RoundError
-from fedpool.tasks.aggregators import Aggregator, Custom, imported, make_aggregator
+from fedpool.tasks.aggregator import Aggregator, RoundMean
+from fedpool.tasks.aggregators import Bulyan, GeometricMedian, Krum, Mean, Median, MultiKrum
+from fedpool.tasks.choose_aggregator import chosen, plain_names, written
 from fedpool.tasks.geometry import Geometry, block_products
+from fedpool.tasks.own_function import OwnFunction, imported
 from fedpool.tasks.robust import bulyan_selection
+from fedpool.tasks.robust import median as middle
 from fedpool.tasks.strategy import State, Update
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -29,9 +33,8 @@ RULES: dict[str, dict[str, Any]] = {
 ROBUST = sorted(RULES.keys() - {"mean", "norm_clipped_mean"})
 
 
-def made(name: str, min_clients: int = 11, **changes: Any) -> Aggregator:
-    none = dict.fromkeys(("num_byzantine", "trim_ratio", "num_selected", "clip_norm", "even_median", "weighted_median"))
-    return make_aggregator(name, **{**none, **RULES.get(name, {}), **changes}, min_clients=min_clients)
+def made(name: str, **changes: Any) -> Aggregator:
+    return chosen({"kind": name, **RULES[name], **changes})
 
 
 def combined(
@@ -164,7 +167,7 @@ def test_the_geometric_median_counts_updates_by_their_weights_unless_told_not_to
     found = combined(made("geometric_median"), models, weights=list(weights))
     np.testing.assert_allclose(found, geometric_median_reference(models, weights), rtol=1e-6)
     np.testing.assert_allclose(
-        combined(made("geometric_median", weighted_median=False), models, weights=list(weights)),
+        combined(made("geometric_median", weighted=False), models, weights=list(weights)),
         geometric_median_reference(models),
         rtol=1e-6,
     )
@@ -182,7 +185,7 @@ def test_weights_do_not_count(name: str) -> None:
 
 def test_the_clipped_mean_is_weighted_and_clips_differences_to_the_global_model() -> None:
     base, models = np.array([1.0, 1.0]), np.array([[1.0, 11.0], [2.0, 1.0]])
-    found = combined(made("norm_clipped_mean", 2, clip_norm=5.0), models, weights=[3.0, 1.0], base=base)
+    found = combined(made("norm_clipped_mean", clip_norm=5.0), models, weights=[3.0, 1.0], base=base)
     np.testing.assert_allclose(found, [(3 * 1 + 2) / 4, (3 * 6 + 1) / 4])
 
 
@@ -193,29 +196,81 @@ def test_an_update_too_far_away_to_be_squared_is_far_away() -> None:
         assert np.abs(combined(made(name), models)).max() < 10, name
 
 
+KNOWN = "mean, median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, norm_clipped_mean"
+
+
 @pytest.mark.parametrize(
-    ("name", "changes", "min_clients", "message"),
+    ("given", "message"),
     [
-        ("bulyan", {"num_byzantine": 2}, 10, "needs 11 updates, and min_clients=10 lets a round have fewer"),
-        ("krum", {"num_byzantine": 2}, 6, "needs 7 updates"),
-        ("krum", {"num_byzantine": None}, 9, "'krum' needs num_byzantine"),
-        ("multi_krum", {"num_byzantine": 2, "num_selected": 8}, 11, "needs 12 updates"),
-        ("trimmed_mean", {"trim_ratio": 0.1}, 9, "needs 10 updates"),
-        ("trimmed_mean", {"trim_ratio": None}, 9, "needs trim_ratio"),
-        ("norm_clipped_mean", {"clip_norm": None}, 9, "needs clip_norm"),
-        ("median", {"trim_ratio": 0.1}, 9, "trim_ratio=0.1 is not a parameter of aggregator 'median': leave it out"),
-        ("krum", {"even_median": "midpoint"}, 9, "even_median=midpoint is not a parameter of aggregator 'krum'"),
-        ("median", {"weighted_median": False}, 9, "weighted_median=False is not a parameter of aggregator 'median'"),
-        ("mode", {}, 9, "aggregator 'mode' is not known: use mean, median"),
-        ("no.such:rule", {}, 9, "aggregator 'no.such:rule' cannot be imported"),
-        ("fedpool:no_such", {}, 9, "cannot be imported"),
-        ("string:digits", {}, 9, "is not a function: it is a str"),
+        (
+            "krum",
+            'aggregator "krum" needs num_byzantine: Krum(num_byzantine=...), in JSON {"kind": "krum", "num_byzantine": ...}',
+        ),
+        (Krum, 'aggregator "krum" needs num_byzantine: Krum(num_byzantine=...)'),
+        ({"kind": "multi_krum", "num_selected": 1}, "needs num_byzantine: MultiKrum(num_byzantine=...)"),
+        ("trimmed_mean", "needs trim_ratio: TrimmedMean(trim_ratio=...)"),
+        ("norm_clipped_mean", "needs clip_norm: NormClippedMean(clip_norm=...)"),
+        ({"kind": "krum", "num_byzantine": 0}, "Krum: num_byzantine: must be greater than or equal to 1, got 0"),
+        ({"kind": "trimmed_mean", "trim_ratio": 0.5}, "TrimmedMean: trim_ratio: must be less than 0.5, got 0.5"),
+        ({"kind": "median", "trim_ratio": 0.1}, "Median: trim_ratio: there is no such field"),
+        ({"kind": "bulyan", "num_byzantine": 1, "even_medians": "midpoint"}, "did you mean even_median?"),
+        ({"kind": "bulyan", "num_byzantine": 1, "even_median": "upper"}, "must be 'element' or 'midpoint'"),
+        ("crum", f'aggregator "crum" is not known: did you mean "krum"? There are {KNOWN}, and the path of a function'),
+        ({"kind": "Median"}, 'aggregator "Median" is not known: did you mean "median"?'),
+        ("zzz", f'aggregator "zzz" is not known: There are {KNOWN}'),
+        ({"num_byzantine": 1}, f'has no "kind": give one of {KNOWN}'),
+        (3, "aggregator 3 is none of fedpool's"),
+        (RoundMean(), "is none of fedpool's: give the name of one, such as Krum(num_byzantine=...), or a function"),
+        ("no.such:rule", "aggregator 'no.such:rule' cannot be imported"),
+        ("fedpool:no_such", "cannot be imported"),
+        ("string:digits", "is not a function: it is a str"),
+        (lambda values, weights: values[0], "put it into a module"),
     ],
 )
-def test_what_cannot_work_is_refused(name: str, changes: dict[str, Any], min_clients: int, message: str) -> None:
+def test_what_cannot_work_is_refused(given: Any, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        made(name, min_clients, **changes)
+        chosen(given)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "made", "as_json"),
+    [
+        ("mean", Mean(), "mean"),
+        ({"kind": "median"}, Median(), "median"),
+        (Median, Median(), "median"),
+        ("geometric_median", GeometricMedian(), {"kind": "geometric_median", "weighted": True}),
+        (Krum(num_byzantine=2), Krum(num_byzantine=2), {"kind": "krum", "num_byzantine": 2}),
+        (
+            {"kind": "multi_krum", "num_byzantine": 2},
+            MultiKrum(num_byzantine=2),
+            {"kind": "multi_krum", "num_byzantine": 2, "num_selected": None},
+        ),
+        (middle, OwnFunction("fedpool.tasks.robust:median"), "fedpool.tasks.robust:median"),
+        ("fedpool.tasks.robust:median", OwnFunction("fedpool.tasks.robust:median"), "fedpool.tasks.robust:median"),
+    ],
+)
+def test_what_a_user_writes_becomes_an_aggregator_and_that_the_same_again(
+    given: Any, made: Aggregator, as_json: Any
+) -> None:
+    assert chosen(given) == made == chosen(written(made)) == chosen(made)
+    assert written(made) == as_json
+
+
+def test_plain_names_are_those_of_the_aggregators_that_need_nothing() -> None:
+    assert plain_names() == ["mean", "median", "geometric_median"]
+
+
+def test_an_aggregator_is_frozen_and_shows_what_it_was_built_with() -> None:
+    rule = Bulyan(num_byzantine=2)
+    assert repr(rule) == "Bulyan(num_byzantine=2, even_median='element')"
+    assert hash(rule) == hash(Bulyan(num_byzantine=2)) and rule != Bulyan(num_byzantine=2, even_median="midpoint")
+    with pytest.raises(RecipeError, match=r"is frozen: build another with num_byzantine=3"):
+        rule.num_byzantine = 3  # type: ignore[misc]  # it is what is tested
+    with pytest.raises(RecipeError, match=r"takes its fields by name, got 2 .*Krum\(num_byzantine=\.\.\.\)"):
+        Krum(2)  # type: ignore[call-arg]  # as above
+    with pytest.raises(RecipeError, match="Krum: num_byzantine: is required, and was not given"):
+        Krum()  # type: ignore[call-arg]  # as above
 
 
 @pytest.mark.parametrize("name", ["krum", "bulyan", "trimmed_mean"])
@@ -237,11 +292,11 @@ def test_a_function_of_the_users_is_an_aggregator(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(sys.modules, "users_rules", sys.modules[__name__])
     assert imported("users_rules:a_rule") is a_rule
-    rule = made("users_rules:a_rule", 1)
-    assert isinstance(rule, Custom)
+    rule = chosen("users_rules:a_rule")
+    assert isinstance(rule, OwnFunction)
     assert combined(rule, np.array([[1.0, 5.0], [2.0, 3.0]])).tolist() == [4.0, 10.0]
     with pytest.raises(RoundError, match=r"must return a tensor \[2\], it returned \[3, 2\]"):
-        combined(made("users_rules:a_wrong_rule", 1), np.zeros((3, 2)))
+        combined(chosen("users_rules:a_wrong_rule"), np.zeros((3, 2)))
 
 
 @given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=6))
@@ -304,4 +359,4 @@ def test_inner_products_are_pairs_added_in_an_order_that_is_written_down() -> No
 def test_equal_updates_tie_and_the_first_site_wins() -> None:
     models = updates_of_integers(0, 7, 5)
     models[4] = models[2] = models.mean(axis=0).round()
-    assert np.array_equal(combined(made("krum", num_byzantine=1, min_clients=7), models), models[2])
+    assert np.array_equal(combined(made("krum", num_byzantine=1), models), models[2])

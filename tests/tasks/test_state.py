@@ -15,7 +15,16 @@ from fedpool.flows.fedopt import FedOpt
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
-from fedpool.tasks.aggregators import Bulyan, GeometricMedian, Krum, Mean, Median, NormClippedMean, TrimmedMean
+from fedpool.tasks.aggregators import (
+    Bulyan,
+    GeometricMedian,
+    Krum,
+    Mean,
+    Median,
+    MultiKrum,
+    NormClippedMean,
+    TrimmedMean,
+)
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.optimizers import Adaptive, Momentum, Schedule, TorchOptimizer, make_optimizer
 from fedpool.tasks.strategy import Strategy
@@ -79,12 +88,12 @@ class Rounds:
 ADAM = FedOpt(Mean(), Adaptive("adam", Schedule(0.1), 0.9, 0.99, 1e-3))
 STRATEGIES: dict[str, Strategy] = {
     "median": FedAvg(Median()),
-    "trimmed_mean": FedAvg(TrimmedMean(0.2)),
-    "krum": FedAvg(Krum(2, 1)),
-    "multi_krum": FedAvg(Krum(2)),
-    "bulyan": FedAvg(Bulyan(1)),
+    "trimmed_mean": FedAvg(TrimmedMean(trim_ratio=0.2)),
+    "krum": FedAvg(Krum(num_byzantine=2)),
+    "multi_krum": FedAvg(MultiKrum(num_byzantine=2)),
+    "bulyan": FedAvg(Bulyan(num_byzantine=1)),
     "geometric_median": FedAvg(GeometricMedian()),
-    "norm_clipped_mean": FedAvg(NormClippedMean(0.5)),
+    "norm_clipped_mean": FedAvg(NormClippedMean(clip_norm=0.5)),
     "adam": ADAM,
     "adam of the median": FedOpt(Median(), Adaptive("adam", Schedule(0.1), 0.9, 0.99, 1e-3)),
     "torch": FedOpt(GeometricMedian(), TorchOptimizer("AdamW", Schedule(0.1))),

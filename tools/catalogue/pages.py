@@ -8,17 +8,18 @@ from the docstring of its strategy. An aggregator says in `Needs` how many updat
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from fedpool.flows.averaging import AveragingRecipe
 from fedpool.flows.evaluation import EvaluationRecipe
 from fedpool.flows.fedavg import FedAvgRecipe
 from fedpool.flows.recipes import built_in
 from fedpool.recipe import Recipe
-from fedpool.tasks.aggregators import PARAMETERS, Aggregator, make_aggregator
+from fedpool.tasks.aggregators import AGGREGATORS, Rule
+from fedpool.tasks.choose_aggregator import plain_names
 from tools.catalogue.docstrings import Script, describe, describe_script
 from tools.catalogue.tables import cells, field_table, table
 
@@ -118,7 +119,7 @@ def _own_fields(kind: type[Recipe]) -> str:
             own[name] = field
     others = "those of every recipe, [docs/recipes/fields.md](fields.md)"
     if base is AveragingRecipe:
-        others += ", and the aggregator with its parameters, [docs/recipes/aggregators.md](aggregators.md)"
+        others += ", and `aggregator`, [docs/recipes/aggregators.md](aggregators.md)"
     return "\n\n".join(
         (
             field_table(own) if own else "None of its own.",
@@ -139,51 +140,32 @@ def _fields_page() -> str:
 
 def _aggregators_page(measured: Mapping[str, tuple[str, str]]) -> str:
     use = [f"[`{k.__name__}`]({page_name(k)}.md)" for k in built_in().values() if issubclass(k, AveragingRecipe)]
-    own = {name: field for name, field in AveragingRecipe.model_fields.items() if name not in Recipe.model_fields}
-    kinds: dict[type[Aggregator], list[str]] = {}
-    for name in PARAMETERS:
-        kinds.setdefault(type(aggregator(name)), []).append(name)
+    plain = ", ".join(f'`"{name}"`' for name in plain_names())
     return _page(
         "Aggregators",
-        f'How the updates of a round become one: `aggregator="median"`, say, in {", ".join(use)}.',
+        f"How the updates of a round become one, in {', '.join(use)}: `aggregator=Krum(num_byzantine=2)`, say. `fedpool` exports "
+        f"the classes. Of those that need nothing the name will do: {plain}. A deployment's parameters and `job.json` have "
+        'the same as JSON, `{"kind": "krum", "num_byzantine": 2}`: `prefect deployment run -p aggregator=...` takes either.',
         "Below, n are the updates of a round that were accepted and have a weight above 0, and f = `num_byzantine` of them may "
         "be arbitrary. A recipe is refused whose `min_clients` lets a round have fewer updates than its aggregator needs.",
-        "## Parameters",
-        field_table(own),
-        *(_aggregator_section(kind, names) for kind, names in kinds.items()),
+        *(_aggregator_section(name, kind) for name, kind in AGGREGATORS.items()),
         _measured("aggregators", measured),
         _OWN_AGGREGATOR.read_text(),
     )
 
 
-def aggregator(name: str, num_byzantine: int = 1, trim_ratio: float = 0.2, num_selected: int = 1) -> Aggregator:
-    """An aggregator by its name, with those of the parameters that are its own."""
-    given = {"num_byzantine": num_byzantine, "trim_ratio": trim_ratio, "num_selected": num_selected, "clip_norm": 1.0}
-    needed, allowed = PARAMETERS[name]
-    own: dict[str, Any] = {what: value if what in (*needed, *allowed) else None for what, value in given.items()}
-    return make_aggregator(name, **own, min_clients=sys.maxsize)
-
-
-def _aggregator_section(kind: type[Aggregator], names: Sequence[str]) -> str:
+def _aggregator_section(name: str, kind: type[Rule]) -> str:
     about = describe(kind.__doc__)
     if "needs" not in about.sections:
         raise ValueError(f"the docstring of {kind.__name__} has no section Needs: say how many updates it works with")
-    parameters = []
-    for name in names:
-        needed, allowed = PARAMETERS[name]
-        listed = [*(f"`{what}`" for what in needed), *(f"`{what}` if you like" for what in allowed)]
-        parameters.append(f"{f'{name}: ' if len(names) > 1 else ''}{', '.join(listed) or 'none'}")
-    return "\n".join(
-        (
-            f"## {', '.join(names)}",
-            "",
-            "\n\n".join(part for part in (about.summary, about.rest) if part),
-            "",
-            f"- Parameters: {'; '.join(parameters)}",
-            f"- Needs: {about.sections['needs'].text}",
-            f"- Paper: {about.paper}",
-        )
+    own = {field: info for field, info in kind.model_fields.items() if field != "kind"}
+    facts = (
+        f"- Needs: {about.sections['needs'].text}",
+        f"- Paper: {about.paper}",
+        f'- In JSON: `{{"kind": "{name}"{", ..." if own else ""}}}`',
     )
+    parts = (f"## {kind.__name__}", about.summary, about.rest, field_table(own) if own else "", "\n".join(facts))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _measured(page: str, measured: Mapping[str, tuple[str, str]]) -> str:

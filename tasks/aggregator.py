@@ -1,0 +1,77 @@
+"""What an aggregator is, and the mean, which the rules that look at whole updates come to in a round.
+
+An aggregator is frozen. It is given block after block and holds a block of each update at most; one that looks at whole updates
+asks for a survey first.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedpool.errors import RoundError
+from fedpool.tasks.geometry import Geometry
+from fedpool.tasks.mean import weighted_mean
+from fedpool.tasks.strategy import State, Update
+
+
+class Aggregator(ABC):
+    """How updates become one."""
+
+    surveys: ClassVar[bool] = False
+    """Whether `survey` is to be called before the first block."""
+
+    @property
+    def fewest(self) -> int:
+        """The fewest updates that it works with."""
+        return 1
+
+    def survey(self, geometry: Geometry) -> "Aggregator":
+        """The aggregator for one round, by how its updates lie to each other."""
+        return self
+
+    @abstractmethod
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        """One block of the aggregate.
+
+        Args:
+            name: of the parameter.
+            state: with the global model's block.
+            updates: in sorted site order.
+        """
+
+    def check(self, num_updates: int) -> None:
+        """Raise `RoundError` when a round has too few updates."""
+        if num_updates < self.fewest:
+            raise RoundError(f"the aggregator needs {self.fewest} updates with a weight above 0, and has {num_updates}")
+
+
+@dataclass(frozen=True)
+class RoundMean(Aggregator):
+    """The mean of one round's updates, by weights and scales that a survey has found."""
+
+    weights: Mapping[str, float] | None = None
+    """site -> weight, where it is not the update's own."""
+    scales: Mapping[str, float] | None = None
+    """site -> factor on its difference to the global model, where that is not 1."""
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        return weighted_mean((self._weight(update), self._value(name, state, update)) for update in self._used(updates))
+
+    def _used(self, updates: Sequence[Update]) -> Sequence[Update]:
+        return [update for update in updates if self._weight(update) > 0]  # the others need not be read
+
+    def _weight(self, update: Update) -> float:
+        return update.weight if self.weights is None else self.weights.get(update.site, 0.0)
+
+    def _value(self, name: str, state: State, update: Update) -> torch.Tensor:
+        scale = 1.0 if self.scales is None else self.scales.get(update.site, 1.0)
+        value = update.params[name]
+        return value if scale == 1.0 else torch.lerp(state.params[name], value, scale)
+
+
+def stacked(name: str, updates: Sequence[Update]) -> torch.Tensor:
+    """One block of all updates, (n, elements)."""
+    return torch.stack([update.params[name] for update in updates])

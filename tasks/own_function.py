@@ -1,0 +1,64 @@
+"""An aggregator that is a function of the user's, known by its import path."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedpool.errors import RecipeError, RoundError
+from fedpool.tasks.aggregator import Aggregator, stacked
+from fedpool.tasks.strategy import State, Update
+
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""((n, elements) values, (n,) weights), both float64, to (elements,)."""
+
+
+@dataclass(frozen=True)
+class OwnFunction(Aggregator):
+    """A function of the user's, by its import path."""
+
+    path: str
+
+    def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
+        weights = torch.tensor([update.weight for update in updates], dtype=torch.float64)
+        values = stacked(name, updates)
+        found = imported(self.path)(values, weights)
+        if not isinstance(found, torch.Tensor) or found.shape != values.shape[1:]:
+            what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise RoundError(
+                f"aggregator {self.path} must return a tensor {list(values.shape[1:])}, it returned {what}"
+            )
+        return found.to(torch.float64)
+
+
+def imported(path: str) -> Function:
+    """The function at an import path, `package.module:function`.
+
+    Raises:
+        RecipeError: there is none, here and now.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"aggregator {path!r} cannot be imported ({error}): give 'package.module:function', installed where the "
+            "coordinator runs"
+        ) from None
+    if not callable(function):
+        raise RecipeError(f"aggregator {path!r} is not a function: it is a {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
+
+
+def path_of(function: Callable[..., Any]) -> str:
+    """The import path of a function.
+
+    Raises:
+        RecipeError: it cannot be imported by one, as a lambda or a function inside another cannot.
+    """
+    path = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+    if "<" in path or imported(path) is not function:  # <lambda>, <locals>
+        raise RecipeError(f"aggregator {function!r} cannot be imported by its path {path!r}: put it into a module")
+    return path
