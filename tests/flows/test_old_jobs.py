@@ -91,7 +91,7 @@ def test_a_job_that_was_lost_goes_on_to_the_same_bytes(store: Store, tmp_path: P
     job_id = next(job_id for job_id in job_ids("d3a726f") if job_id.startswith("krum"))
     paths, lost = JobPaths(job_id), Store(tmp_path)
     shutil.copytree(Path(store.full(job_id)), tmp_path / job_id)
-    final = lost.read_json(paths.result)["final"]["path"]
+    final = paths.global_model(2)
     wanted = lost.read_bytes(final)
     lost.remove(paths.result)
     for number in (1, 2):
