@@ -668,7 +668,7 @@ class TestFindingTheHost:
         host = find_host(given)
         assert isinstance(host, TorchrunHost)
         with pytest.raises(
-            ClientError, match=r"ranks above 0 learn site, job and config in the first flare\.is_running\(\)"
+            ClientError, match=r"ranks above 0 learn site, job and config in their first flare\.is_running\(\)"
         ):
             _ = host.welcome
 

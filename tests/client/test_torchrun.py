@@ -256,7 +256,7 @@ def test_every_rank_knows_which_of_how_many_sites_it_is(seen: list[dict[str, Any
 
 def test_a_rank_above_0_learns_who_it_is_in_the_first_is_running(seen: list[dict[str, Any]]) -> None:
     assert "early" not in seen[0]
-    assert "ranks above 0 learn site, job and config in the first flare.is_running()" in seen[1]["early"]
+    assert "ranks above 0 learn site, job and config in their first flare.is_running()" in seen[1]["early"]
 
 
 def test_only_rank_0_talks_to_the_host(session: tuple[Path, SessionThread, Any], seen: list[dict[str, Any]]) -> None:

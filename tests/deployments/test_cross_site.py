@@ -335,7 +335,7 @@ def test_verify_finds_whatever_is_swapped(scored: Path) -> None:
 def test_a_round_too_many_is_found(scored: Path) -> None:
     (scored / "rounds/00006").mkdir()
     (scored / "rounds/00006/round.json").write_bytes((scored / "rounds/00005/round.json").read_bytes())
-    with pytest.raises(IntegrityError, match="the job was at its end"):
+    with pytest.raises(IntegrityError, match="the job had already ended"):
         verify_job(Store(scored.parent), scored.name)
 
 

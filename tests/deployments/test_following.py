@@ -96,7 +96,7 @@ def held(store: Store, job_id: str) -> Iterator[subprocess.Popen[bytes]]:
 
 LOST = (
     r"job \S+ was lost after 2 committed rounds: {}. "
-    r"Go on with it by recipe.execute\(env, resume='\S+'\) or `fedpool job resume"
+    r"Resume it with recipe.execute\(env, resume='\S+'\) or `fedpool job resume"
 )
 
 

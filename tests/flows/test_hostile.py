@@ -208,8 +208,8 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "a dtype nobody knows": (with_header(lambda head: head["w"].update(dtype="PICKLE")), "bytes", "unknown dtype"),
     "a header that is a list": (raw(header_of([1, 2])), "bytes", "is not a JSON object"),  # type: ignore[arg-type]
     # manifests
-    "a manifest that is no JSON": (raw_manifest(b"\x80\x04}"), "manifest", "its manifest is not one"),
-    "a manifest of nothing but brackets": (raw_manifest(DEEP), "manifest", "its manifest is not one"),
+    "a manifest that is no JSON": (raw_manifest(b"\x80\x04}"), "manifest", "its manifest is invalid"),
+    "a manifest of nothing but brackets": (raw_manifest(DEEP), "manifest", "its manifest is invalid"),
     "a manifest of two megabytes": (
         raw_manifest(b" " * (MAX_MANIFEST_BYTES + 1)),
         "manifest",

@@ -171,7 +171,7 @@ def test_a_statement_that_would_have_to_be_split_and_has_comments_stays() -> Non
         ("from nvflare.apis.dxo_filter import DXOFilter", "nvflare.apis.dxo_filter.DXOFilter", "before flare.send()"),
         ("from nvflare.fuel.utils import fobs", "nvflare.fuel.utils.fobs", "remove the import"),
         ("import nvflare.client as flare\nflare.IPCAgent()", "flare.IPCAgent", "fedpool.client has no IPCAgent"),
-        ("import nvflare.client as flare\nflare.init(config_file='a')", "init(config_file=)", "is not read"),
+        ("import nvflare.client as flare\nflare.init(config_file='a')", "init(config_file=)", "is ignored"),
         (
             "load('nvflare.app_opt.pt.decomposers.TensorDecomposer')",
             "'nvflare.app_opt.pt.decomposers.TensorDecomposer'",
