@@ -10,15 +10,12 @@ from loading the deployment's flow, pull steps and all, for its hooks when a run
 Use a process pool only where whoever can create deployments may run code at the site; the `fedpool-site` worker never loads any.
 """
 
-import re
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from fedpool.errors import ConfigError, RecipeError
-from fedpool.paths import check_new_names
-
-Kind = Literal["process", "docker", "kubernetes"]
+from fedpool.deployments.template_checks import Kind, SitePool, check_pool, words
+from fedpool.errors import ConfigError
 
 _DATA = "/data"
 _CONFIG_FOLDER = "/etc/fedpool"
@@ -26,21 +23,6 @@ _CONFIG_FILE = "site.toml"
 _FOLDER = "/tmp/fedpool-site"
 _KEPT = f"{_FOLDER}/kept"
 _JOB_KEPT_S = 3600
-
-_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_MEMORY = {
-    "docker": (re.compile(r"[1-9][0-9]*[bkmg]"), "512m, 4g"),
-    "kubernetes": (re.compile(r"[1-9][0-9]*([kMGT]|[KMGT]i)?"), "512Mi, 4Gi"),
-}
-_ONLY_IN = {
-    "image": ("docker", "kubernetes"),
-    "keep": ("docker", "kubernetes"),
-    "memory": ("docker", "kubernetes"),
-    "cpus": ("docker", "kubernetes"),
-    "env_secret": ("kubernetes",),
-    "namespace": ("kubernetes",),
-}
 
 
 def base_job_template(
@@ -77,62 +59,25 @@ def base_job_template(
     Raises:
         ConfigError: a value does not fit, or this type of pool has no such thing.
     """
-    _check_kind(
-        kind,
-        {
-            "image": image,
-            "keep": keep,
-            "memory": memory,
-            "cpus": cpus,
-            "env_secret": env_secret,
-            "namespace": namespace,
-        },
+    pool = SitePool(
+        kind=kind,
+        name=name,
+        image=image,
+        data=data,
+        keep=keep,
+        config=config,
+        env=dict(env or {}),
+        env_secret=env_secret,
+        memory=memory,
+        cpus=cpus,
+        namespace=namespace,
+        program=program,
     )
-    variables = dict(env or {})
-    _check_env(variables)
-    _check_texts({"image": image, "data": data, "keep": keep, "config": config, "program": program})
-    try:
-        check_new_names("site", [name])
-    except RecipeError as error:
-        raise ConfigError(str(error)) from None
-    if memory is not None:
-        _check_memory(kind, memory)
-    if cpus is not None and not 0 < cpus < 10_000:
-        raise ConfigError(f"cpus is {cpus!r}: give a number of processors such as 2 or 0.5")
-    run = [*_words(program), "site", "run", "--name", name]
-    if kind == "kubernetes":
-        names = {"data": data, "keep": keep, "config": config, "env_secret": env_secret, "namespace": namespace}
-        for option, value in names.items():
-            _check_kubernetes_name(option, value)
-    else:
-        for option, value in {"data": data, "keep": keep, "config": config}.items():
-            _check_path(kind, option, value)
-    if kind == "process":
-        run += _options(data=data, config=config)
-        configuration: dict[str, Any] = {"command": shlex.join([*_with_env(variables), *run])}
-    else:
-        run += _options(data=data and _DATA, config=config and f"{_CONFIG_FOLDER}/{_CONFIG_FILE}", folder=_FOLDER)
-        if kind == "docker":
-            run = [*_with_env(variables), *run]
-            configuration = _docker(run, image=image, data=data, keep=keep, config=config, memory=memory, cpus=cpus)
-        else:
-            configuration = _kubernetes(run, image=image, data=data, keep=keep, config=config, memory=memory, cpus=cpus)
-            configuration["namespace"] = namespace or "default"
-            container = configuration["job_manifest"]["spec"]["template"]["spec"]["containers"][0]
-            container["env"] = [{"name": key, "value": value} for key, value in variables.items()]
-            if env_secret is not None:
-                container["envFrom"] = [{"secretRef": {"name": env_secret}}]
+    check_pool(pool)
     return {
-        "job_configuration": configuration,
+        "job_configuration": {"process": _process, "docker": _docker, "kubernetes": _kubernetes}[kind](pool),
         "variables": {"type": "object", "properties": {}, "additionalProperties": False},
     }
-
-
-def _words(program: str) -> list[str]:
-    try:
-        return shlex.split(program)
-    except ValueError as error:  # what shlex raises
-        raise ConfigError(f"program {program!r} cannot be split into words ({error}): balance its quotes") from None
 
 
 def parse_env(entries: Iterable[str]) -> dict[str, str]:
@@ -150,72 +95,62 @@ def parse_env(entries: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _docker(
-    command: list[str],
-    *,
-    image: str | None,
-    data: str | None,
-    keep: str | None,
-    config: str | None,
-    memory: str | None,
-    cpus: float | None,
-) -> dict[str, Any]:
+def _command(pool: SitePool, **options: str | None) -> list[str]:
+    given = (word for option, value in options.items() if value is not None for word in (f"--{option}", value))
+    return [*words(pool.program), "site", "run", "--name", pool.name, *given]
+
+
+def _command_in_container(pool: SitePool) -> list[str]:
+    config = pool.config and f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"
+    return _command(pool, data=pool.data and _DATA, config=config, folder=_FOLDER)
+
+
+def _process(pool: SitePool) -> dict[str, Any]:
+    """The job configuration of a process pool."""
+    return {"command": shlex.join([*_with_env(pool.env), *_command(pool, data=pool.data, config=pool.config)])}
+
+
+def _docker(pool: SitePool) -> dict[str, Any]:
     """The job configuration of a docker pool; an engine that lacks the image gets it from its registry."""
     # init ends what a script leaves behind, and hands SIGTERM on.
     container: dict[str, Any] = {"init": True, "security_opt": ["no-new-privileges"]}
-    if cpus is not None:
-        container["nano_cpus"] = round(cpus * 1e9)
-    mounts = {_DATA: data, f"{_CONFIG_FOLDER}/{_CONFIG_FILE}": config}
+    if pool.cpus is not None:
+        container["nano_cpus"] = round(pool.cpus * 1e9)
+    mounts = {_DATA: pool.data, f"{_CONFIG_FOLDER}/{_CONFIG_FILE}": pool.config}
     configuration: dict[str, Any] = {
-        "command": shlex.join(command),
-        "image": image,
+        "command": shlex.join([*_with_env(pool.env), *_command_in_container(pool)]),
+        "image": pool.image,
         "volumes": [
             *(f"{source}:{target}:ro" for target, source in mounts.items() if source is not None),
-            *([f"{keep}:{_KEPT}:rw"] if keep is not None else []),
+            *([f"{pool.keep}:{_KEPT}:rw"] if pool.keep is not None else []),
         ],
         "auto_remove": True,
         "privileged": False,
         "stream_output": True,
         "container_create_kwargs": container,
     }
-    if memory is not None:
-        configuration |= {"mem_limit": memory, "memswap_limit": memory}
+    if pool.memory is not None:
+        configuration |= {"mem_limit": pool.memory, "memswap_limit": pool.memory}
     return configuration
 
 
-def _kubernetes(
-    command: list[str],
-    *,
-    image: str | None,
-    data: str | None,
-    keep: str | None,
-    config: str | None,
-    memory: str | None,
-    cpus: float | None,
-) -> dict[str, Any]:
+def _kubernetes(pool: SitePool) -> dict[str, Any]:
     """The job configuration of a kubernetes pool. A pod that is evicted is not replaced: the round goes on without the site."""
-    mounts: list[dict[str, Any]] = []
-    volumes: list[dict[str, Any]] = []
-    if data is not None:
-        mounts.append({"name": "data", "mountPath": _DATA, "readOnly": True})
-        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": data, "readOnly": True}})
-    if keep is not None:
-        mounts.append({"name": "keep", "mountPath": _KEPT})
-        volumes.append({"name": "keep", "persistentVolumeClaim": {"claimName": keep}})
-    if config is not None:
-        mounts.append({"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True})
-        volumes.append({"name": "config", "secret": {"secretName": config}})
-    resources = {} if memory is None else {"memory": memory}
-    if cpus is not None:
-        resources["cpu"] = f"{round(cpus * 1000)}m"
-    container = {
+    mounts, volumes = _volumes(pool)
+    resources = {} if pool.memory is None else {"memory": pool.memory}
+    if pool.cpus is not None:
+        resources["cpu"] = f"{round(pool.cpus * 1000)}m"
+    container: dict[str, Any] = {
         "name": "prefect-job",
-        "image": image,
-        "args": command,
+        "image": pool.image,
+        "args": _command_in_container(pool),
+        "env": [{"name": key, "value": value} for key, value in pool.env.items()],
         "volumeMounts": mounts,
         "resources": {"limits": resources, "requests": resources},
         "securityContext": {"privileged": False, "allowPrivilegeEscalation": False},
     }
+    if pool.env_secret is not None:
+        container["envFrom"] = [{"secretRef": {"name": pool.env_secret}}]
     pod = {
         "parallelism": 1,  # Prefect wants these two here too
         "completions": 1,
@@ -227,6 +162,7 @@ def _kubernetes(
     }
     job = {"backoffLimit": 0, "ttlSecondsAfterFinished": _JOB_KEPT_S, "template": {"spec": pod}}
     return {
+        "namespace": pool.namespace or "default",
         "job_manifest": {
             "apiVersion": "batch/v1",
             "kind": "Job",
@@ -237,60 +173,21 @@ def _kubernetes(
     }
 
 
-def _options(**given: str | None) -> list[str]:
-    return [word for option, value in given.items() if value is not None for word in (f"--{option}", value)]
+def _volumes(pool: SitePool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a container mounts, and what of: the site's data, what its scripts keep, its settings."""
+    mounts: list[dict[str, Any]] = []
+    volumes: list[dict[str, Any]] = []
+    if pool.data is not None:
+        mounts.append({"name": "data", "mountPath": _DATA, "readOnly": True})
+        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": pool.data, "readOnly": True}})
+    if pool.keep is not None:
+        mounts.append({"name": "keep", "mountPath": _KEPT})
+        volumes.append({"name": "keep", "persistentVolumeClaim": {"claimName": pool.keep}})
+    if pool.config is not None:
+        mounts.append({"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True})
+        volumes.append({"name": "config", "secret": {"secretName": pool.config}})
+    return mounts, volumes
 
 
 def _with_env(variables: Mapping[str, str]) -> list[str]:
     return ["env", *(f"{name}={value}" for name, value in variables.items())] if variables else []
-
-
-def _check_kind(kind: str, given: Mapping[str, object]) -> None:
-    if kind not in ("process", "docker", "kubernetes"):
-        raise ConfigError(f"there is no template of type {kind!r}: give process, docker or kubernetes")
-    for option, value in given.items():
-        if value is not None and kind not in _ONLY_IN[option]:
-            raise ConfigError(f"a {kind} pool has no {option} (it was {value!r}): leave it out")
-    if kind in _ONLY_IN["image"] and not given["image"]:
-        raise ConfigError(f"a {kind} pool needs an image: one with fedpool and what scripts import")
-
-
-def _check_texts(given: Mapping[str, str | None]) -> None:
-    for option, value in given.items():
-        if value is not None:
-            _check_no_placeholder(option, value)
-            if not value or value != value.strip():
-                raise ConfigError(f"{option} is {value!r}: it must not be empty, nor begin or end with a space")
-
-
-def _check_env(variables: Mapping[str, str]) -> None:
-    for name, value in variables.items():
-        if not _VARIABLE_NAME.fullmatch(name):
-            raise ConfigError(f"env {name!r} is not the name of a variable")
-        _check_no_placeholder(f"env {name}", value)
-
-
-def _check_no_placeholder(option: str, value: str) -> None:
-    if "{{" in value:
-        raise ConfigError(f"{option} is {value!r}: '{{{{' would be a placeholder, which deployments fill in")
-
-
-def _check_memory(kind: str, memory: str) -> None:
-    pattern, examples = _MEMORY[kind]
-    if not pattern.fullmatch(memory):
-        raise ConfigError(f"memory {memory!r} is not a limit that {kind} understands: write, for example, {examples}")
-
-
-def _check_path(kind: str, option: str, path: str | None) -> None:
-    if path is not None and (not path.startswith("/") or (kind == "docker" and ":" in path)):
-        raise ConfigError(f"{option} {path!r} is not an absolute path{' without a colon' if ':' in path else ''}")
-
-
-def _check_kubernetes_name(option: str, name: str | None) -> None:
-    if name is not None and not _KUBERNETES_NAME.fullmatch(name):
-        what = {
-            "data": "a persistent volume claim",
-            "keep": "a persistent volume claim",
-            "namespace": "a namespace",
-        }.get(option, "a secret")
-        raise ConfigError(f"{option} {name!r} cannot be the name of {what} of kubernetes")
