@@ -25,7 +25,6 @@ LONG_MODULES = {
     "src/fedpool/client/api.py": 390,
     "src/fedpool/recipe.py": 419,
     "tasks/aggregate.py": 333,
-    "tasks/aggregators.py": 374,
     "tasks/dispatch.py": 379,
     "tasks/record.py": 302,
     "sites/local.py": 331,
