@@ -72,17 +72,7 @@ def draw(name: str, points: Sequence[Point]) -> str:
         name: of the metric, any text.
         points: one or more (round, value) by ascending round; values are at most 1e100 in magnitude.
     """
-    bottom, top, y_step = _value_axis([value for _, value in points])
-    start, end = points[0][0], points[-1][0]
-    x_step = max(1, math.ceil(_nice((end - start) / 8)))
-
-    def x(round: int) -> float:
-        share = (round - start) / (end - start) if end > start else 0.5
-        return _LEFT + share * (_RIGHT - _LEFT)
-
-    def y(value: float) -> float:
-        return _BOTTOM - (value - bottom) / (top - bottom) * (_BOTTOM - _TOP)
-
+    axes = _Axes.of(points)
     shown = "".join(c if c.isprintable() else "?" for c in name)
     shown = escape(shown if len(shown) <= _MAX_TITLE else f"{shown[: _MAX_TITLE - 1]}…")
     last_round, last = points[-1]
@@ -93,18 +83,9 @@ def draw(name: str, points: Sequence[Point]) -> str:
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="28" font-size="16" font-weight="bold" fill="#0f172a">{shown}</text>',
         f'<text x="{_RIGHT}" y="28" text-anchor="end">{last:.6g} in round {last_round}</text>',
+        *axes.drawn(),
     ]
-    digits = _digits(max(abs(bottom), abs(top)), y_step)
-    for count in range(round(bottom / y_step), round(top / y_step) + 1):
-        height = y(count * y_step)
-        parts.append(f'<path d="M{_LEFT} {height:.1f}H{_RIGHT}" stroke="#e2e8f0"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{count * y_step:.{digits}g}</text>')
-    for number in range(math.ceil(start / x_step) * x_step, end + 1, x_step):
-        parts.append(f'<path d="M{x(number):.1f} {_BOTTOM}v5" stroke="#475569"/>')
-        parts.append(f'<text x="{x(number):.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{number}</text>')
-    parts.append(f'<text x="{(_LEFT + _RIGHT) // 2}" y="{_HEIGHT - 8}" text-anchor="middle">round</text>')
-    parts.append(f'<path d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}" fill="none" stroke="#475569"/>')
-    places = [f"{x(number):.1f},{y(value):.1f}" for number, value in _thinned(points)]
+    places = [f"{axes.x(number):.1f},{axes.y(value):.1f}" for number, value in _thinned(points)]
     parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="#2563eb" stroke-width="2"/>')
     if len(places) <= _MAX_DOTS:
         parts += [
@@ -112,6 +93,48 @@ def draw(name: str, points: Sequence[Point]) -> str:
             for left, height in (place.split(",") for place in places)
         ]
     return "\n".join([*parts, "</svg>\n"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """Rounds from `start` to `end` across, values from `bottom` to `top` upwards, in steps of round figures."""
+
+    start: int
+    end: int
+    x_step: int
+    bottom: float
+    top: float
+    y_step: float
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> "_Axes":
+        start, end = points[0][0], points[-1][0]
+        x_step = max(1, math.ceil(_nice((end - start) / 8)))
+        return cls(start, end, x_step, *_value_axis([value for _, value in points]))
+
+    def x(self, round: int) -> float:
+        share = (round - self.start) / (self.end - self.start) if self.end > self.start else 0.5
+        return _LEFT + share * (_RIGHT - _LEFT)
+
+    def y(self, value: float) -> float:
+        return _BOTTOM - (value - self.bottom) / (self.top - self.bottom) * (_BOTTOM - _TOP)
+
+    def drawn(self) -> list[str]:
+        """The two lines, with a label at each step, and a line across at each of the values'."""
+        parts = []
+        digits = _digits(max(abs(self.bottom), abs(self.top)), self.y_step)
+        for count in range(round(self.bottom / self.y_step), round(self.top / self.y_step) + 1):
+            value = count * self.y_step
+            height = self.y(value)
+            parts.append(f'<path d="M{_LEFT} {height:.1f}H{_RIGHT}" stroke="#e2e8f0"/>')
+            parts.append(f'<text x="{_LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{value:.{digits}g}</text>')
+        for number in range(math.ceil(self.start / self.x_step) * self.x_step, self.end + 1, self.x_step):
+            left = self.x(number)
+            parts.append(f'<path d="M{left:.1f} {_BOTTOM}v5" stroke="#475569"/>')
+            parts.append(f'<text x="{left:.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{number}</text>')
+        parts.append(f'<text x="{(_LEFT + _RIGHT) // 2}" y="{_HEIGHT - 8}" text-anchor="middle">round</text>')
+        parts.append(f'<path d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}" fill="none" stroke="#475569"/>')
+        return parts
 
 
 def _value_axis(numbers: Sequence[float]) -> tuple[float, float, float]:

@@ -56,19 +56,26 @@ def heat_map(matrix: Matrix, metric: str, mode: Literal["max", "min"]) -> Curve 
         top = _TOP + _CELL_HEIGHT * row
         parts.append(f'<text x="{_LEFT - 8}" y="{top + 18}" text-anchor="end">{_name(site)}</text>')
         for column, owner in enumerate(columns):
-            left = _LEFT + _CELL_WIDTH * column
-            frame = f'x="{left}" y="{top}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}"'
-            if (value := scores.get((site, owner))) is None:
-                parts.append(f'<rect {frame} fill="#ffffff" stroke="#e2e8f0"/>')
-                continue
-            share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5  # halves do not overflow
-            share = share if mode == "max" else 1 - share
-            ink = "#ffffff" if share > 0.5 else "#0f172a"
-            parts.append(f'<rect {frame} fill="{_color(share)}"/>')
-            parts.append(
-                f'<text x="{left + _CELL_WIDTH // 2 - 1}" y="{top + 18}" text-anchor="middle" fill="{ink}">{value:.4g}</text>'
-            )
+            value = scores.get((site, owner))
+            quality = None
+            if value is not None:
+                share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5  # halves do not overflow
+                quality = share if mode == "max" else 1 - share
+            parts += _cell(_LEFT + _CELL_WIDTH * column, top, value, quality)
     return Curve("cross-site-map", metric, "\n".join([*parts, "</svg>\n"]))
+
+
+def _cell(left: int, top: int, value: float | None, quality: float | None) -> list[str]:
+    """One score; `quality` says how dark it is, from 0, the worst of those shown, to 1. Without a score an empty frame."""
+    frame = f'x="{left}" y="{top}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}"'
+    if value is None or quality is None:
+        return [f'<rect {frame} fill="#ffffff" stroke="#e2e8f0"/>']
+    ink = "#ffffff" if quality > 0.5 else "#0f172a"
+    middle = left + _CELL_WIDTH // 2 - 1
+    return [
+        f'<rect {frame} fill="{_color(quality)}"/>',
+        f'<text x="{middle}" y="{top + 18}" text-anchor="middle" fill="{ink}">{value:.4g}</text>',
+    ]
 
 
 def _color(share: float) -> str:
