@@ -227,6 +227,7 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console, envir
         from prefect.settings import temporary_settings
 
         from fedpool.flows.job import federated_job
+        from fedpool.tasks.report import Reporter
 
         stack.enter_context(temporary_settings(api))
         stack.enter_context(_quiet_console())
@@ -242,6 +243,7 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console, envir
                 start.resumes,
                 start.parent,
                 environment,
+                (Reporter(),),
                 return_state=True,
             )
             if not store.exists(JobPaths(start.job_id).result):  # a job that failed in its rounds says so there

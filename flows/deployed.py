@@ -42,6 +42,7 @@ from fedpool.tasks.dispatch import PoolSites
 from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.reach import site_problems
 from fedpool.tasks.record import RoundRecord
+from fedpool.tasks.report import Reporter
 
 _SITES_POLL_S = 2.0
 """How often to look whether enough sites can take part."""
@@ -192,7 +193,8 @@ async def _run(
     with storage.held(staged):
         if await asyncio.to_thread(has_completed, storage, staged):
             return Completed(message=f"job {staged} had already ended")
-        job = await asyncio.to_thread(take_up, recipe, staged, storage, PoolSites(sites), look_ahead)
+        here = partial(take_up, observers=(Reporter(),))
+        job = await asyncio.to_thread(here, recipe, staged, storage, PoolSites(sites), look_ahead)
         return await overlap.outlasting_its_slot(run_job(job))
 
 

@@ -37,6 +37,7 @@ from fedpool.tasks.job_record import (
 )
 from fedpool.tasks.key_metric import metric_gap
 from fedpool.tasks.matrix import cross_site_matrix
+from fedpool.tasks.observer import Beginning, Ending, Observer
 from fedpool.tasks.record import RoundRecord, num_trained
 from fedpool.tensors import Digest
 
@@ -53,6 +54,7 @@ async def federated_job(
     resume: bool = False,
     parent: Parent | None = None,
     environment: EnvironmentRecord | None = None,
+    observers: Sequence[Observer] = (),
 ) -> State[Any]:
     """Run a recipe to its end, from the process that holds it.
 
@@ -64,6 +66,7 @@ async def federated_job(
         resume: go on with a job that was begun before.
         parent: what a new job is a fork of.
         environment: where a new job runs, and how.
+        observers: who watches it.
 
     Returns: a Completed or a Cancelled state; the result is in the store.
 
@@ -78,7 +81,9 @@ async def federated_job(
             if not resume:
                 stage_job = partial(stage, simulated=sites.traits.simulated, parent=parent, environment=environment)
                 await asyncio.to_thread(stage_job, recipe, job_id, storage, sites.names)
-            job = await asyncio.to_thread(partial(take_up, fresh=not resume), recipe, job_id, storage, sites)
+            job = await asyncio.to_thread(
+                partial(take_up, observers=observers, fresh=not resume), recipe, job_id, storage, sites
+            )
         except BaseException:
             await sites.end()
             raise
@@ -91,6 +96,9 @@ async def run_job(job: Job) -> State[Any]:
     for note in recipe.bundle.notes:
         get_run_logger().info("%s", note)
     stopped_by = error = None
+    job.observer.begun(
+        Beginning(job.job_id, recipe.name, storage, sites.names, job.ledger.job.fields, recipe.key_metric)
+    )
     try:
         await asyncio.to_thread(sites.open, recipe.client_job(job.job_id, job.ledger.job.model), storage)
         try:
@@ -100,7 +108,9 @@ async def run_job(job: Job) -> State[Any]:
         except asyncio.CancelledError:
             # Someone cancels the run, or ends this process, and waits for nothing: the sites learn of it from the result.
             sites.cancel()
-            storage.write_json(job.paths.result, _result(job, "CANCELLED", None, "cancelled").as_json())
+            result = _result(job, "CANCELLED", None, "cancelled")
+            storage.write_json(job.paths.result, result.as_json())
+            job.observer.interrupted(Ending(recipe.name, result, job.records, storage))
             raise
     finally:
         await sites.end()
@@ -115,10 +125,11 @@ async def run_job(job: Job) -> State[Any]:
     try:
         await asyncio.to_thread(storage.write_json, job.paths.result, result.as_json())
     except StoreError as unwritten:  # what ended the job may keep its result from being written, too
+        job.observer.interrupted(Ending(recipe.name, result, job.records, storage))
         raise JobFailed(f"job {job.job_id} failed: {error or _failure(unwritten, job)}") from unwritten
     told = findings(job.rules, recipe.aggregation_weights, job.records)
-    job.reporter.report(recipe.name, result, job.records, storage, matrix, findings=told)
-    await job.reporter.finish()
+    job.observer.ended(Ending(recipe.name, result, job.records, storage, matrix, told))
+    await job.observer.finish()
     if status == "CANCELLED":
         return Cancelled(message=f"cancelled after {len(job.records)} rounds")
     if error:
@@ -153,14 +164,14 @@ async def _run_rounds(job: Job) -> str | None:
             await _committed(job, number, runs[number])
             has_gap = has_gap or _check_metrics(job, job.records[-1:])
             step, stopped_by = next_step(recipe, job.records)
-            job.reporter.progress(100 * len(job.records) / max(1, num_expected(recipe, job.records, num_sites)))
+            job.observer.progressed(100 * len(job.records) / max(1, num_expected(recipe, job.records, num_sites)))
     finally:
         for signals in job.rounds.values():
             if not signals.step.done():
                 signals.step.set_result(None)
         # The run of a committed round may still be reporting its end to Prefect.
         await asyncio.gather(*runs.values(), return_exceptions=True)
-    job.reporter.progress(100)
+    job.observer.progressed(100)
     if failed := evaluation_error(job.records):
         get_run_logger().warning("%s", failed)
     elif len(job.records) == num_trained(job.records):

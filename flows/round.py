@@ -60,7 +60,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     _check(job, asking, record)
     digest = await asyncio.to_thread(job.store.write_json, job.paths.record(number), record.as_json())
     job.ledger = job.ledger.advance(record, digest.sha256)
-    job.reporter.table(record)
+    job.observer.committed(record)
     job.rounds[number].committed.set()
     await _tidy(job, number, made.outcomes)  # the next round is under way by now: this costs it nothing
     return None

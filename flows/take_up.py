@@ -1,6 +1,7 @@
 """A job is taken up from its last commit, whether it is new or was lost."""
 
 import hashlib
+from collections.abc import Sequence
 
 from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError
@@ -13,11 +14,19 @@ from fedpool.sites.sites import Sites
 from fedpool.store import Store
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.ledger import Ledger
+from fedpool.tasks.observer import Observer
 from fedpool.tasks.record import RoundRecord
 
 
 def take_up(
-    recipe: Recipe, job_id: str, store: Store, sites: Sites, look_ahead: int = LOOK_AHEAD, *, fresh: bool = False
+    recipe: Recipe,
+    job_id: str,
+    store: Store,
+    sites: Sites,
+    look_ahead: int = LOOK_AHEAD,
+    *,
+    observers: Sequence[Observer] = (),
+    fresh: bool = False,
 ) -> Job:
     """A job that was staged, or begun and lost, as far as it has come: from its last commit on it is run like any other.
 
@@ -25,6 +34,7 @@ def take_up(
     nobody's word, and goes; so does the result of a job that has failed or was cancelled.
 
     Args:
+        observers: who watches it from now on.
         fresh: this very process has just staged it.
 
     Raises:
@@ -44,7 +54,7 @@ def take_up(
         _remove_unnamed(store, ledger)
     for path in (paths.result, paths.cross_site, paths.state(ledger.num_trained)):
         store.remove(path)
-    return Job(recipe, store, sites, ledger, look_ahead)
+    return Job(recipe, store, sites, ledger, look_ahead, observers)
 
 
 def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:

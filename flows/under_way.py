@@ -12,8 +12,8 @@ from fedpool.tasks.aggregate import Before
 from fedpool.tasks.arithmetic import Arithmetic
 from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.ledger import Ledger
+from fedpool.tasks.observer import Observer, Observers
 from fedpool.tasks.record import RoundRecord
-from fedpool.tasks.report import Reporter
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
 from fedpool.tensors import TensorReader
@@ -48,9 +48,9 @@ class Job:
         "late",
         "ledger",
         "look_ahead",
+        "observer",
         "paths",
         "recipe",
-        "reporter",
         "resumed_at",
         "rounds",
         "rules",
@@ -60,7 +60,13 @@ class Job:
     )
 
     def __init__(
-        self, recipe: Recipe, store: Store, sites: Sites, ledger: Ledger, look_ahead: int = LOOK_AHEAD
+        self,
+        recipe: Recipe,
+        store: Store,
+        sites: Sites,
+        ledger: Ledger,
+        look_ahead: int = LOOK_AHEAD,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.recipe = recipe
         self.paths = JobPaths(ledger.job.job_id)
@@ -78,7 +84,8 @@ class Job:
         self.late: set[tuple[int, str, int]] = set()
         """Rounds, sites and attempts of the updates that were late and have not come yet."""
         self.rounds: dict[int, RoundSignals] = {}
-        self.reporter = Reporter()
+        self.observer: Observer = Observers(*observers)
+        """Whoever watches it: its environment says who does."""
 
     @property
     def job_id(self) -> str:

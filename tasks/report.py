@@ -28,15 +28,15 @@ from prefect.logging import get_run_logger
 from fedpool.store import Store
 from fedpool.tasks.curves import curves
 from fedpool.tasks.heatmap import heat_map
-from fedpool.tasks.job_record import JobResult
 from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
+from fedpool.tasks.observer import Ending, Observer
 from fedpool.tasks.record import RoundRecord, of_global_models
 from fedpool.tasks.tables import final_report, round_table
 
 _PROGRESS_INTERVAL_S = 1.0
 
 
-class Reporter:
+class Reporter(Observer):
     """Writes artifacts behind the job's back: in order, each for the flow run that asked for it."""
 
     __slots__ = ("_last", "_moved", "_progress", "_shown", "_wanted")
@@ -48,43 +48,27 @@ class Reporter:
         self._moved = -math.inf
         self._wanted = 0.0
 
-    def progress(self, percent: float) -> None:
-        """Show or move the job's progress bar."""
+    def progressed(self, percent: float) -> None:
+        """See `Observer.progressed`: show or move the job's progress bar."""
         self._wanted = percent
         self._later(self._move())
 
-    def table(self, record: RoundRecord) -> None:
-        """The table of a round."""
+    def committed(self, record: RoundRecord) -> None:
+        """See `Observer.committed`: the table of the round."""
         self._later(
             acreate_table_artifact(
                 round_table(record), key="round-table", description=f"round {record.round}: {record.task}"
             )
         )
 
-    def report(
-        self,
-        name: str,
-        result: JobResult,
-        records: Sequence[RoundRecord],
-        store: Store,
-        matrix: Matrix | None = None,
-        *,
-        findings: Sequence[str] = (),
-    ) -> None:
-        """The report at the end, the metrics' curves, the scores across sites, and links to the models.
-
-        Args:
-            name: of the job.
-            result: of the job.
-            store: that the models lie in.
-            matrix: the scores across sites, where there are any.
-            findings: what the tables do not show; see `fedpool.tasks.findings`.
-        """
+    def ended(self, ending: Ending) -> None:
+        """See `Observer.ended`: the report, the metrics' curves, the scores across sites, and links to the models."""
+        name, result, records = ending.name, ending.result, ending.records
         pictures = curves(of_global_models(records), first=result.key_metric)
-        if matrix is not None:
-            self._across_sites(name, matrix, first=result.key_metric, mode=result.key_metric_mode)
+        if ending.matrix is not None:
+            self._across_sites(name, ending.matrix, first=result.key_metric, mode=result.key_metric_mode)
         markdown = final_report(
-            name, result, records, pictures=[picture.key for picture in pictures], findings=findings
+            name, result, records, pictures=[picture.key for picture in pictures], findings=ending.findings
         )
         self._later(
             acreate_markdown_artifact(markdown, key="report", description=f"report of {name}"),
@@ -94,7 +78,7 @@ class Reporter:
             ),
             *(
                 acreate_link_artifact(
-                    link_to(store, model.path),
+                    link_to(ending.store, model.path),
                     link_text=model.path,
                     key=f"{which}-model",
                     description=f"{which} model of {name}: the start of round {model.round}",
