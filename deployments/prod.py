@@ -22,6 +22,8 @@ class ProdEnv(RemoteEnv):
         RecipeError (also a pydantic.ValidationError): fields that do not fit.
     """
 
+    coordinator_here = False
+
     api_url: str | None = Field(
         default=None, description="URL of the Prefect API; default: the one of the Prefect profile"
     )

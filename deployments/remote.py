@@ -25,9 +25,9 @@ from fedpool.deployments.overlap import Overlap, chosen, described, limit
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.terminal import open_console
+from fedpool.deployments.tracked import Tracked
 from fedpool.environment import ANEW, Begin
 from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
-from fedpool.fields import Checked
 from fedpool.flows.own_code import check_travels
 from fedpool.flows.recipes import flow_name
 from fedpool.flows.staging import check_unchanged, has_completed, stage, start_of
@@ -36,6 +36,7 @@ from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.tasks.job_record import EnvironmentRecord
+from fedpool.tasks.track import check_places
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -46,7 +47,7 @@ _AD_HOC = "execute"
 """Prefix of the deployments that `execute` uses, one for each form; a recipe's own deployment is left alone."""
 
 
-class RemoteEnv(Checked):
+class RemoteEnv(Tracked):
     """What the proof of concept and production have in common: a Prefect server, a store, a coordinator's pool, sites' pools."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,9 +71,11 @@ class RemoteEnv(Checked):
         """Prefect settings by which this process reaches the server."""
 
     def recorded(self) -> EnvironmentRecord:
-        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began. No secrets, and no addresses."""
+        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began. No secrets, and no
+        addresses but those of trackers.
+        """
         settings = self.model_dump(mode="json", include={"coordinator_pool", "look_ahead"})
-        return EnvironmentRecord(type=type(self).__name__, settings=settings)
+        return EnvironmentRecord(type=type(self).__name__, settings=settings | self.tracking())
 
     def prepare(self, recipe: Recipe) -> None:
         """Get ready to run a recipe; the base has nothing to do."""
@@ -107,6 +110,7 @@ class RemoteEnv(Checked):
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
+        check_places(self.track, is_local=store.is_local)
         start = start_of(recipe, store, begin)
         recipe, job_id = start.recipe, start.job_id
         if start.resumes:
@@ -177,6 +181,7 @@ class RemoteEnv(Checked):
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
+        check_places(self.track, is_local=store.is_local)
         template = new_job_id(recipe.name)
 
         async def register() -> None:
@@ -215,7 +220,13 @@ class RemoteEnv(Checked):
         from fedpool.flows.deployed import form_fields
 
         fields = recipe.model_dump(mode="json", include=set(form_fields(type(recipe))))
-        return {"store": store.url, "sites": list(names), "look_ahead": self.look_ahead, **fields}
+        return {
+            "store": store.url,
+            "sites": list(names),
+            "look_ahead": self.look_ahead,
+            "track": list(self.track),
+            **fields,
+        }
 
     def _cancel(self, run_id: UUID) -> None:
         from fedpool.deployments.following import cancel_run

@@ -24,6 +24,7 @@ from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.server import private_server
 from fedpool.deployments.terminal import open_console
+from fedpool.deployments.tracked import Tracked
 from fedpool.environment import ANEW, Begin
 from fedpool.errors import RecipeError
 from fedpool.flows.own_code import why_it_stays
@@ -55,7 +56,7 @@ _FIRST_RUN_IMPORTS = (
 """What Prefect imports when the first flow runs: imported while the server is still starting."""
 
 
-class SimEnv(NamedClients):
+class SimEnv(Tracked, NamedClients):
     """Simulation on this machine.
 
     With no Prefect API configured, a private server with an in-memory database is started for the run and stopped with it.
@@ -128,7 +129,7 @@ class SimEnv(NamedClients):
     def recorded(self) -> EnvironmentRecord:
         """What `job.json` says of it: by that `fedpool job resume` goes on as the job began."""
         fields = {"num_threads", "gpus", "keep_alive", "command", "logs"}
-        return EnvironmentRecord(type="SimEnv", settings=self.model_dump(mode="json", include=fields))
+        return EnvironmentRecord(type="SimEnv", settings=self.model_dump(mode="json", include=fields) | self.tracking())
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
         """The sites that a recipe would run at: as many as it needs when the environment does not say."""
@@ -193,7 +194,12 @@ class SimEnv(NamedClients):
             commands=commands,
             show=_show_on(open_console() if console.quiet else console) if self.logs == "console" else None,
         )
-        run = Run(job_id, store, work=lambda: _work(start, store, sites, console, self.recorded()), cancel=sites.cancel)
+        run = Run(
+            job_id,
+            store,
+            work=lambda: _work(start, store, sites, console, self.recorded(), self.track),
+            cancel=sites.cancel,
+        )
         if wait:
             show(run, recipe, len(names), console)
             console.print(f"what scripts printed: {run.path}/logs", highlight=False, markup=False, soft_wrap=True)
@@ -214,7 +220,14 @@ def _origin(script: Path) -> str:
     return str(script.resolve().parent) if script.is_file() else ""
 
 
-def _work(start: Start, store: Store, sites: LocalSites, console: Console, environment: EnvironmentRecord) -> None:
+def _work(
+    start: Start,
+    store: Store,
+    sites: LocalSites,
+    console: Console,
+    environment: EnvironmentRecord,
+    track: Sequence[str],
+) -> None:
     """A job from its beginning to its end, on its own thread with its own event loop."""
     # At the interpreter's end, looking for garbage among all that torch and Prefect consist of takes longer than some rounds.
     atexit.unregister(gc.freeze)
@@ -228,6 +241,7 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console, envir
 
         from fedpool.flows.job import federated_job
         from fedpool.tasks.report import Reporter
+        from fedpool.tasks.tracking import trackings
 
         stack.enter_context(temporary_settings(api))
         stack.enter_context(_quiet_console())
@@ -243,7 +257,7 @@ def _work(start: Start, store: Store, sites: LocalSites, console: Console, envir
                 start.resumes,
                 start.parent,
                 environment,
-                (Reporter(),),
+                (Reporter(), *trackings(track)),
                 return_state=True,
             )
             if not store.exists(JobPaths(start.job_id).result):  # a job that failed in its rounds says so there

@@ -90,7 +90,13 @@ async def _asking(job: Job, number: int, step: Step) -> Asking:
 def _round(job: Job, number: int, asked: Mapping[str, Asked]) -> Round:
     recipe = job.recipe
     return Round(
-        number, job.sites, job.store, retries=recipe.site_retries, patience_s=recipe.site_patience_s, asked=asked
+        number,
+        job.sites,
+        job.store,
+        retries=recipe.site_retries,
+        patience_s=recipe.site_patience_s,
+        asked=asked,
+        observer=job.observer,
     )
 
 

@@ -43,6 +43,7 @@ from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.reach import site_problems
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.report import Reporter
+from fedpool.tasks.tracking import trackings
 
 _SITES_POLL_S = 2.0
 """How often to look whether enough sites can take part."""
@@ -139,6 +140,12 @@ def _common() -> list[_Parameter]:
         ),
         ("warm_start", bool, False, "start from the final model of the recipe's last completed job"),
         (
+            "track",
+            list[str],
+            [],
+            "trackers that get all scalars, such as mlflow:URI; their libraries are installed where the job runs",
+        ),
+        (
             "cancel_earlier",
             bool,
             False,
@@ -172,6 +179,7 @@ async def _run(
     look_ahead: int,
     warm_start: bool,
     cancel_earlier: bool,
+    track: list[str] | None = None,
     **fields: Any,
 ) -> State[Any]:
     storage = Store(store)
@@ -185,6 +193,8 @@ async def _run(
         recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
         staged = new_job_id(recipe.name)
         environment = (await asyncio.to_thread(JobRecord.read, storage, JobPaths(template).job)).environment
+        if environment is not None and track:  # with those of this run the job goes on, when it is resumed
+            environment = environment.model_copy(update={"settings": {**environment.settings, "track": track}})
         await asyncio.to_thread(partial(stage, environment=environment), recipe, staged, storage, tuple(sites))
         await _name_after(staged)
     else:
@@ -193,7 +203,7 @@ async def _run(
     with storage.held(staged):
         if await asyncio.to_thread(has_completed, storage, staged):
             return Completed(message=f"job {staged} had already ended")
-        here = partial(take_up, observers=(Reporter(),))
+        here = partial(take_up, observers=(Reporter(), *trackings(track)))
         job = await asyncio.to_thread(here, recipe, staged, storage, PoolSites(sites), look_ahead)
         return await overlap.outlasting_its_slot(run_job(job))
 

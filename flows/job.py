@@ -99,6 +99,8 @@ async def run_job(job: Job) -> State[Any]:
     job.observer.begun(
         Beginning(job.job_id, recipe.name, storage, sites.names, job.ledger.job.fields, recipe.key_metric)
     )
+    if job.observer.wants_scalars and not sites.traits.simulated:
+        await asyncio.to_thread(_ask_for_scalars, job)
     try:
         await asyncio.to_thread(sites.open, recipe.client_job(job.job_id, job.ledger.job.model), storage)
         try:
@@ -135,6 +137,15 @@ async def run_job(job: Job) -> State[Any]:
     if error:
         raise JobFailed(f"job {job.job_id} failed: {error}")
     return Completed(message=f"{recipe.name}: {len(job.records)} rounds")
+
+
+def _ask_for_scalars(job: Job) -> None:
+    """Have sites elsewhere send all that their scripts log. Who watches a job fails it in no case."""
+    try:
+        if not job.store.exists(job.paths.tracked):
+            job.store.write_json(job.paths.tracked, {})
+    except StoreError as error:
+        get_run_logger().warning("trackers do not get what scripts log: %s", error)
 
 
 def _failure(failure: Exception, job: Job) -> str:

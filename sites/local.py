@@ -235,6 +235,7 @@ class LocalSites:
                 deadline=deadline,
                 log=log,
                 trusted=self._store.is_local,
+                apart=False,
             )
             if not self._keep_alive:
                 self._end(site, session)

@@ -24,6 +24,7 @@ from fedpool.errors import SiteError
 from fedpool.sites.handles import explain
 from fedpool.sites.launcher import Launcher, Script
 from fedpool.sites.output import MAX_LINE_BYTES, LogLine, Output
+from fedpool.sites.scalars import ScalarLog
 from fedpool.sites.session import END_GRACE_S, Reply, Work
 from fedpool.storable import storable
 
@@ -82,7 +83,7 @@ class ScriptSession:
 
     def _converse(self, assignment: Assignment, deadline: float | None, log: LogLine) -> Reply:
         """Hand the assignment over when the script asks for it, and take what it sends, up to its update."""
-        logged: dict[str, float] = {}
+        logged = ScalarLog()
         while True:
             if self._asked and not self._handed and self._link:
                 self._link.put("assignment", assignment=asdict(assignment))
@@ -90,13 +91,14 @@ class ScriptSession:
             message = self._step(deadline)
             if message is None:
                 continue
-            if message["kind"] == "log":
-                logged[message["key"]] = message["value"]
-                where = "".join(f", {name} {value}" for name, value in message["where"].items())
-                log(storable(f"{message['key']} = {message['value']:g}{where}", MAX_LINE_BYTES))
+            if message["kind"] in ("log", "logs"):
+                for line in logged.take(message):
+                    log(storable(line, MAX_LINE_BYTES))
             elif message["kind"] == "update" and self._handed and message["round"] == assignment.round:
                 self._output.finish()
-                return Reply(message, logged)
+                for line in logged.left_out():
+                    log(line)
+                return Reply(message, logged.last, logged.scalars)
 
     @property
     def killed(self) -> bool:

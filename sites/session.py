@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from fedpool.client.hosts import Assignment
 from fedpool.sites.output import LogLine
+from fedpool.sites.scalars import Scalar
 
 END_GRACE_S = 10.0
 
@@ -33,10 +34,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a script sent for an assignment: the fields of its `update` message, and the last value of each logged scalar."""
+    """What a script sent for an assignment: the fields of its `update` message, the last value of each logged scalar, and all of
+    them for trackers.
+    """
 
     update: Mapping[str, Any]
     logged: Mapping[str, float]
+    scalars: Sequence[Scalar] = ()
 
 
 class Session(Protocol):

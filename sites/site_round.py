@@ -3,8 +3,8 @@
 import hashlib
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from fedpool.client.hosts import Assignment
 from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
 from fedpool.inspection import Inspection, inspect_tensors
 from fedpool.local_file import LocalFile
-from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
+from fedpool.manifest import ClientJob, SiteAssignment, Stored, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
+from fedpool.sites.scalars import Scalar, send_scalars
 from fedpool.sites.session import Reply, Session
 from fedpool.store import Store, to_json
 from fedpool.tensors import Digest, TensorReader
@@ -49,6 +50,8 @@ class Delivery:
     manifest: UpdateManifest
     manifest_sha256: str
     inspection: Inspection | None = None
+    scalars: Sequence[Scalar] = ()
+    """All that its script has logged, where the site is of this process; of others the manifest names it."""
 
 
 def read_delivery(store: Store, job_id: str, round: int, site: str, attempt: int) -> Delivery:
@@ -86,11 +89,13 @@ def run_site_round(
     deadline: float | None,
     log: LogLine,
     trusted: bool = False,
+    apart: bool = True,
 ) -> Delivery:
     """Do an assignment and commit what came of it to the store.
 
     Args:
         trusted: the global model's bytes were written by this very process, so they are not hashed again.
+        apart: the coordinator is another process, so what the script logs travels through the store.
 
     Returns: the manifest as written to the store, and what was seen of the update on its way there.
 
@@ -102,7 +107,9 @@ def run_site_round(
     try:
         work = part.fetch()
         reply = _perform(session, work, restarts=job.restarts, deadline=deadline, log=log)
-        return part.deliver(reply, started)
+        sent = send_scalars(reply.scalars, store, job.job_id, assignment, log) if apart else None
+        delivery = part.deliver(reply, started, sent)
+        return delivery if apart else replace(delivery, scalars=reply.scalars)
     except (OSError, StoreError) as error:
         raise SiteError(assignment.site, assignment.round, f"the store failed: {error}") from error
 
@@ -144,11 +151,12 @@ class _Part:
             initial=str(initial) if initial else None,
         )
 
-    def deliver(self, reply: Reply, started: float) -> Delivery:
+    def deliver(self, reply: Reply, started: float, scalars: Stored | None) -> Delivery:
         """Put the update and then its manifest, which commits it, into the store.
 
         Args:
             started: `time.monotonic()` at the beginning of the part.
+            scalars: what was put there of all that the script has logged.
         """
         asked, update = self.assignment, reply.update
         paths = JobPaths(self.job.job_id)
@@ -171,6 +179,7 @@ class _Part:
             metrics=_finite(update["metrics"]),
             logged=_finite(reply.logged),
             meta=update["meta"],
+            scalars=scalars,
             seconds=time.monotonic() - started,
         )
         where = paths.manifest(asked.round, asked.site, asked.attempt)

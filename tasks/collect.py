@@ -26,6 +26,7 @@ from fedpool.store import Store
 from fedpool.tasks.answers import Again, Answers, Asked, Turn
 from fedpool.tasks.events import emit_rejected
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected, judge
+from fedpool.tasks.observer import Observer, tell_logged
 
 MAX_SITE_TASKS = 64
 """Above this many sites in a round, a task serves all sites of a slot: a Prefect task per site does not scale to thousands."""
@@ -40,10 +41,11 @@ class Round:
         retries: how often a site that is lost is asked again at once.
         patience_s: how long a site that is lost or cannot be reached is waited for.
         asked: what came before: an earlier coordinator's attempts, or this one's before the round is tried again.
+        observer: who is told what sites have logged.
     """
 
     # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is nothing for it to walk.
-    __slots__ = ("answers", "asked", "number", "patience_s", "retries", "sites", "store", "turn")
+    __slots__ = ("answers", "asked", "number", "observer", "patience_s", "retries", "sites", "store", "turn")
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Round:
         retries: int,
         patience_s: float,
         asked: Mapping[str, Asked] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.number = number
         self.sites = sites
@@ -61,6 +64,7 @@ class Round:
         self.retries = retries
         self.patience_s = patience_s
         self.asked = asked or {}
+        self.observer = observer
         self.turn: asyncio.Future[Turn | None] = asyncio.get_running_loop().create_future()
         """None when the job ends before the round's turn."""
         self.answers: Answers | None = None
@@ -212,6 +216,8 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
             )
     except IntegrityError as error:
         return Rejected(site, attempt, None, None, "manifest", storable(str(error)))
+    if round.observer is not None:
+        tell_logged(round.observer, round.store, site, round.number, attempt, expected.job_id, delivery)
     return await asyncio.to_thread(judge, round.store, site, attempt, delivery, expected)
 
 

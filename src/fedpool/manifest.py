@@ -118,4 +118,8 @@ class UpdateManifest(Value):
     metrics: dict[Text, float | None] = {}
     logged: dict[Text, float | None] = {}
     meta: dict[Text, Text | int | float | bool | None] = {}
+    # Left out where there are none. None are sent unless the job asks for them: other versions know no such field.
+    scalars: Stored | None = Field(
+        default=None, description="all that its script has logged, beside the manifest", exclude_if=_is_none
+    )
     seconds: float

@@ -8,11 +8,14 @@ Layout (all safetensors and JSON, nothing pickled)::
     {root}/{job_id}/rounds/00000/global.safetensors
     {root}/{job_id}/rounds/00000/assignments/{site}.json           (none in simulation)
     {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors + update.json
+    {root}/{job_id}/rounds/00000/sites/{site}/scalars.json          (all that its script logged, where a job is tracked)
     {root}/{job_id}/rounds/00000/attempts/1/...                    (the same, of sites that were asked again)
     {root}/{job_id}/rounds/00000/state.safetensors                 (what the strategy carries into the next round)
     {root}/{job_id}/rounds/00000/round.json
     {root}/{job_id}/cross_site.json                                (where models were scored across sites)
     {root}/{job_id}/logs/{site}.log                                 (text; in simulation only, and no part of the record)
+    {root}/{job_id}/tracked.json                                    (where the job is tracked; none in simulation)
+    {root}/{job_id}/tensorboard/{run}/events.out.tfevents.*        (TensorBoard's files, and no part of the record)
     {root}/{job_id}/result.json
 """
 
@@ -123,6 +126,16 @@ class JobPaths:
         """What the job came to; its presence says that the job ended."""
         return f"{self.job_id}/result.json"
 
+    @property
+    def tracked(self) -> str:
+        """Asks the sites for all that their scripts log, by being there."""
+        return f"{self.job_id}/tracked.json"
+
+    @property
+    def tensorboard(self) -> str:
+        """Folder of TensorBoard's files, where nobody names another."""
+        return f"{self.job_id}/tensorboard"
+
     def bundle(self, sha256: str) -> str:
         """The client script and its modules."""
         if not _SHA256.fullmatch(sha256):
@@ -170,6 +183,10 @@ class JobPaths:
     def manifest(self, round: int, site: str, attempt: int = 0) -> str:
         """The manifest that commits a site's update."""
         return f"{self.sites(round, attempt)}/{self.site_manifest(site)}"
+
+    def scalars(self, round: int, site: str, attempt: int = 0) -> str:
+        """All that a site's script has logged in the round; not in simulation."""
+        return f"{self.sites(round, attempt)}/{check_name('site', site)}/scalars.json"
 
     def ending(self, round: int, site: str, attempt: int = 0) -> str:
         """How a site's script failed at the end of the job, after this round, which was its last; not in simulation."""

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from multiprocessing import AuthenticationError, Pipe
@@ -574,7 +575,29 @@ class TestSessionHost:
     def test_messages_arrive_as_they_were_put(self) -> None:
         host, other = session()
         host.put("log", key="loss", value=float("inf"), where={})
-        assert other.get() == {"kind": "log", "key": "loss", "value": float("inf"), "where": {}}
+        message = other.get()
+        assert abs(message.pop("time") - time.time()) < 60
+        assert message == {"kind": "log", "key": "loss", "value": float("inf"), "where": {}}
+
+    def test_scalars_that_come_fast_are_sent_together_and_before_anything_else(self) -> None:
+        host, other = session()
+        for step in range(1000):
+            host.put("log", key="loss", value=1.0 * step, where={"global_step": str(step)})
+        host.put("update", round=0)
+        messages = [other.get()]
+        while messages[-1]["kind"] != "update":
+            messages.append(other.get())
+        # One for each of the slowest, were the machine to stand still: but no message for each scalar.
+        assert len(messages) < 200
+        scalars = [each for message in messages[:-1] for each in message.get("scalars", [message])]
+        assert [each["value"] for each in scalars] == list(range(1000))
+        times = [each["time"] for each in scalars]
+        assert times == sorted(times) and time.time() - 60 < times[0]
+
+    def test_a_scalar_that_comes_alone_is_sent_at_once(self) -> None:
+        host, other = session()
+        host.put("log", key="loss", value=1.0, where={})
+        assert other.connection.poll(60)
 
     def test_without_a_global_model_params_are_empty(self) -> None:
         host, _ = session()

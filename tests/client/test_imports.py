@@ -18,6 +18,8 @@ HEAVY = (
     "pydantic",
     "rich",
     "httpx",
+    "tensorboardX",
+    "mlflow",
 )
 
 

@@ -3,8 +3,12 @@
 All three answer to the same four methods, `Host`; `fedpool.client.api` holds everything else.
 """
 
+import atexit
+import contextlib
+import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -12,6 +16,11 @@ from typing import Any, Protocol
 from fedpool.arrays import ParamsFormat, load_arrays
 from fedpool.client.link import PROTOCOL, Link
 from fedpool.errors import ClientError
+
+_HOLD_S = 0.02
+"""Scalars that a script logs sooner after the one before than that wait for each other."""
+_MAX_HELD = 500
+"""And no more of them than that, nor longer than until the next message."""
 
 
 class Waiting(Exception):
@@ -91,6 +100,10 @@ class SessionHost:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._asked = False
+        self._held: list[dict[str, Any]] = []
+        self._sent_scalars = -math.inf
+        self._pid = os.getpid()
+        atexit.register(self._at_exit)
         link.put("hello", protocol=PROTOCOL, pid=os.getpid())
         message = self._get()
         self.welcome = Welcome(**{each.name: message[each.name] for each in fields(Welcome)})
@@ -114,19 +127,39 @@ class SessionHost:
         return load_arrays(assignment.model, params_format) if assignment.model else {}
 
     def put(self, kind: str, **fields: Any) -> None:
-        """See `Host.put`."""
+        """See `Host.put`: scalars that come fast are sent together, because each message wakes the host."""
+        if kind == "log":
+            fields["time"] = time.time()
         try:
+            if kind == "log" and time.monotonic() - self._sent_scalars < _HOLD_S and len(self._held) < _MAX_HELD:
+                self._held.append(fields)
+                return
+            self._send_held()
             self._link.put(kind, **fields)
         except OSError as error:
             raise self._lost() from error
+        if kind == "log":
+            self._sent_scalars = time.monotonic()
+
+    def _send_held(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._link.put("logs", scalars=held)
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid:  # a fork of the script's has a copy of what is held
+            with contextlib.suppress(OSError):
+                self._send_held()
 
     def note(self, text: str) -> None:
         """See `Host.note`: what a script prints goes there."""
+        self._send_held()
         print(text, flush=True)
 
     def close(self) -> None:
         """See `Host.close`."""
         try:
+            self._send_held()
             self._link.put("bye")
         except OSError:
             return  # the host is gone already: there is nobody to say goodbye to

@@ -1,6 +1,6 @@
 """The wire between a client script and its session host: JSON objects over `multiprocessing.connection`, never pickles.
 
-Script to host: `hello`, `next`, `update`, `log`, `bye`. Host to script: `welcome`, `assignment`, `end`.
+Script to host: `hello`, `next`, `update`, `log`, `logs`, `bye`. Host to script: `welcome`, `assignment`, `end`.
 Tensors do not pass here: they lie in safetensors files whose paths the assignment gives.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
-PROTOCOL = 1
+PROTOCOL = 2
 ADDRESS_VARIABLE = "FEDPOOL_SESSION_ADDRESS"
 KEY_VARIABLE = "FEDPOOL_SESSION_KEY"
 

@@ -1,7 +1,7 @@
 """The writers of `nvflare.client.tracking`: what they are given goes through `fedpool.client.log`, whichever of them it is.
 
-Nothing is written to event files or sent to a tracking server. Numbers show in the site's log and, with their last value, in the
-round's record; text shows in the site's log.
+A script need not know who tracks its job. Numbers reach the trackers of the environment (`track`), each with its step and time,
+and show in the site's log and, with their last value, in the round's record; parameters, tags and text show in the site's log.
 """
 
 from collections.abc import Mapping
@@ -30,6 +30,10 @@ class SummaryWriter:
     def add_scalars(self, tag: str, scalars: Mapping[str, Any], global_step: int | None = None, **where: Any) -> None:
         """Log several scalars, each under `tag/name`."""
         log(tag, scalars, AnalyticsDataType.SCALARS, ctx=self._ctx, global_step=global_step, **where)
+
+    def add_text(self, tag: str, text_string: str, global_step: int | None = None, **where: Any) -> None:
+        """Write a text to the site's log, under `tag`."""
+        log(tag, text_string, AnalyticsDataType.TEXT, ctx=self._ctx)
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -1,0 +1,77 @@
+"""What 1,000 scalars a round cost the round: jobs that log nothing and jobs that log and are tracked, in turn.
+
+    python benchmarks/tracking.py [--rounds 30] [--repeat 3] [--track tensorboard]
+
+Two simulated sites at a time log 1,000 scalars each in a round, and train nothing: a round is what fedpool costs. Printed are the
+medians of all rounds but the first three of a job, in milliseconds, and their difference.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from fedpool import FedAvgRecipe, SimEnv
+from fedpool.deployments.server import private_server
+
+SCRIPT = """
+import sys
+import fedpool.client as flare
+from fedpool.client.tracking import SummaryWriter
+
+flare.init()
+writer = SummaryWriter()
+while flare.is_running():
+    model = flare.receive()
+    for step in range(int(sys.argv[1])):
+        writer.add_scalar("loss", 1 / (1 + step), global_step=step)
+    flare.send(flare.FLModel(params={name: value + 1 for name, value in model.params.items()}))
+"""
+WARM_UP = 3
+
+
+def round_ms(folder: Path, scalars: int, rounds: int, track: list[str]) -> list[float]:
+    """Milliseconds of each round of a job, as its records say."""
+    (folder / "client.py").write_text(SCRIPT)
+    recipe = FedAvgRecipe(
+        name="scalars",
+        min_clients=2,
+        num_rounds=rounds,
+        model={"w": np.zeros(8, np.float32)},
+        train_script=folder / "client.py",
+        train_args=str(scalars),
+    )
+    env = SimEnv(num_clients=2, num_threads=2, workspace=folder / "runs", progress=False, track=track)
+    result = recipe.execute(env=env).get_result()
+    return [1000 * record["timings"]["round_s"] for record in result.rounds[WARM_UP:]]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="What 1,000 scalars a round cost the round.")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--track", nargs="*", default=["tensorboard"])
+    arguments = parser.parse_args()
+    cases: dict[str, tuple[int, list[str]]] = {
+        "nothing logged": (0, []),
+        "1,000 logged": (1000, []),
+        "1,000 logged and tracked": (1000, arguments.track),
+    }
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    with private_server() as server, tempfile.TemporaryDirectory() as folder:
+        server.wait()
+        with temporary_settings({PREFECT_API_URL: server.api_url}):
+            for _ in range(arguments.repeat):
+                for name, (scalars, track) in cases.items():
+                    found[name] += round_ms(Path(folder), scalars, arguments.rounds, track)
+    base = median(found["nothing logged"])
+    for name, times in found.items():
+        print(f"{name:26} {median(times):7.1f} ms a round, {median(times) - base:+6.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The process in which a tracker's library runs, at the lowest priority: reads messages from its input, a JSON object a line.
+
+`begin` tells of the job, `scalars` has rows of name, value, step and time for a run, `end` says how the job ended. The end of the
+input ends the process, also when the coordinator was killed. What fails is tried again, with pauses that grow, because servers
+come back; after the end of the input only for a short time more. What it has to say goes to its output, after `WARNING`.
+"""
+
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO, Protocol
+
+SERVER_RUN = "server"
+"""The run of the job itself, beside those of the sites."""
+WARNING = "fedpool-warning: "
+GAVE_UP = 3
+"""Exit code of a process that could not write everything."""
+GRACE_S = 5.0
+"""How long what fails is still tried again after the end of the input."""
+
+_MAX_PAUSE_S = 60.0
+_MAX_WAITING_BYTES = 256 << 20
+"""What waits while a tracker fails; more is dropped."""
+
+Row = tuple[str, float, int, float]
+"""Name, value, step and time in seconds since 1970."""
+
+
+class Refused(Exception):
+    """The tracker takes this message neither now nor later."""
+
+
+class Writer(Protocol):
+    """A tracker. A method that raises is called again with the same arguments, unless it raises `Refused`."""
+
+    def begin(self, target: str, job_id: str, name: str, params: Mapping[str, str]) -> None:
+        """Begin the runs of a job, or go on with them."""
+        ...
+
+    def scalars(self, run: str, rows: Sequence[Row]) -> None:
+        """Add scalars to a run."""
+        ...
+
+    def end(self, status: str, texts: Mapping[str, str]) -> None:
+        """The job has ended: `COMPLETED`, `FAILED` or `CANCELLED`."""
+        ...
+
+
+class Inbox:
+    """Messages that have come and wait, read by a thread as they come. Thread-safe."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self._lines: deque[bytes] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self.ended = threading.Event()
+        """That nothing more will come."""
+        self.dropped = 0
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def first(self) -> dict[str, Any] | None:
+        """The message that has waited longest, which stays; None when none will come any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self.ended.is_set())
+            line = self._lines[0] if self._lines else None
+        message: dict[str, Any] | None = None if line is None else json.loads(line)
+        return message
+
+    def done(self) -> None:
+        """That message is written."""
+        with self._changed:
+            self._bytes -= len(self._lines.popleft())
+
+    def _read(self) -> None:
+        for line in self._source:
+            with self._changed:
+                # The end is let in: without it a run would look as if it were still under way.
+                if self._bytes + len(line) > _MAX_WAITING_BYTES and not line.startswith(b'{"do": "end"'):
+                    self.dropped += 1
+                    continue
+                self._lines.append(line)
+                self._bytes += len(line)
+                self._changed.notify()
+        with self._changed:
+            self.ended.set()
+            self._changed.notify()
+
+
+def serve(writer: Writer, inbox: Inbox) -> int:
+    """Write messages until there are no more; returns the exit code."""
+    num_failures, ended = 0, None
+    while (message := inbox.first()) is not None:
+        try:
+            getattr(writer, message.pop("do"))(**message)
+        except Refused as refused:
+            _warn(f"it refuses what it is given: {refused}")
+        except Exception as error:  # noqa: BLE001  # only its library knows in what ways a tracker fails
+            _warn(f"it cannot be written to, which is tried again: {_brief(error)}")
+            num_failures += 1
+            if inbox.ended.is_set():
+                ended = ended or time.monotonic()
+                if time.monotonic() - ended > GRACE_S:
+                    return GAVE_UP
+            # While messages come it waits for the last of them; after that only a moment.
+            pause_s = min(_MAX_PAUSE_S, 0.5 * 2 ** min(num_failures, 10))
+            if inbox.ended.wait(pause_s):
+                threading.Event().wait(min(pause_s, 0.5))
+            continue
+        num_failures = 0
+        inbox.done()
+    if inbox.dropped:
+        _warn(f"{inbox.dropped} messages were dropped while it could not be written to")
+    return 0
+
+
+def _warn(text: str) -> None:
+    print(WARNING + " ".join(text.split())[:1000], flush=True)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def main() -> int:
+    """Serve the tracker that is named on the command line."""
+    os.nice(10)
+    inbox = Inbox(sys.stdin.buffer)
+    # A tracker's library would import it, which takes seconds and much memory, for tensors that nobody gives it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    try:
+        writer: Writer = importlib.import_module(f"fedpool.tasks.{sys.argv[1]}_writer").make_writer()
+    except ImportError as error:
+        _warn(f"its library cannot be imported: {error}")
+        return GAVE_UP
+    return serve(writer, inbox)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What `track` may say, checked before anything runs."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpool import PocEnv, ProdEnv, RecipeError, SimEnv
+from fedpool.deployments.resumed import environment_of
+from fedpool.store import Store
+from fedpool.tasks.track import Tracker, check_places, parse_tracker
+from tests.records import job_of
+
+
+def test_a_tracker_has_a_kind_and_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_tracker("tensorboard", here=True) == Tracker("tensorboard")
+    assert parse_tracker("tensorboard:logs", here=True) == Tracker("tensorboard", str(tmp_path / "logs"))
+    assert parse_tracker("mlflow:http://host:5000", here=True).target == "http://host:5000"
+    assert parse_tracker("mlflow:sqlite:///m.db", here=True).target == f"sqlite:///{tmp_path}/m.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
+    assert str(parse_tracker("mlflow", here=True)) == "mlflow:http://other"
+
+
+@pytest.mark.parametrize(
+    ("track", "message"),
+    [
+        ("tensorbord", r"did you mean 'tensorboard'\? There is no such tracker"),
+        ("wandb", "There is no such tracker: give 'tensorboard' or 'mlflow'"),
+        ("mlflow", "give MLflow's store, mlflow:sqlite:////FOLDER/mlflow.db"),
+        ("mlflow:./mlruns", "stores in plain folders are deprecated"),
+        ("mlflow:file:///tmp/mlruns", "stores in plain folders are deprecated"),
+        ("mlflow:https://me:secret@host", "has a password in it"),
+        ("tensorboard:s3://bucket/logs", "give a folder of the coordinator's machine, not a URL"),
+        (f"tensorboard:{__file__}", "is a file"),
+        (["tensorboard", "tensorboard"], "names one twice"),
+    ],
+)
+def test_what_is_not_one_is_refused_when_the_environment_is_built(
+    track: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RecipeError, match=message) as caught:
+        SimEnv(track=track)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [SimEnv, PocEnv])
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow:http://host"])
+def test_a_library_that_is_missing_is_refused_by_its_extra(
+    tracker: str, kind: type[SimEnv] | type[PocEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    absent = ("tensorboardX", "mlflow")
+    monkeypatch.setattr("fedpool.tasks.track.find_spec", lambda name: None if name in absent else find(name))
+    extra = tracker.partition(":")[0]
+    with pytest.raises(RecipeError, match=rf'is not installed: pip install "fedpool\[{extra}\]"'):
+        kind(track=[tracker])
+    # Production's coordinator is another machine: what is installed here says nothing.
+    assert ProdEnv(store="s3://x", sites=("a",), track=[tracker]).track == (tracker,)
+
+
+def test_production_takes_paths_of_its_coordinator_only() -> None:
+    with pytest.raises(RecipeError, match="give an absolute path: it is the coordinator's machine that writes there"):
+        ProdEnv(store="s3://x", sites=("a",), track=["tensorboard:logs"])
+
+
+def test_tensorboard_needs_a_folder_where_the_store_is_not_one() -> None:
+    check_places(["tensorboard"], is_local=True)
+    check_places(["tensorboard:/logs", "mlflow:http://host"], is_local=False)
+    with pytest.raises(RecipeError, match="name a folder of the coordinator's machine"):
+        check_places(["tensorboard"], is_local=False)
+
+
+def test_a_job_that_is_resumed_has_the_trackers_with_which_it_began(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    env = SimEnv(clients=("a", "b"), track=["tensorboard", "mlflow:http://host"], workspace=tmp_path)
+    said = {"sites": ("a", "b"), "environment": env.recorded().as_json()}
+    again = environment_of(job_of(said), store, tmp_path)
+    assert again.track == env.track == ("tensorboard", "mlflow:http://host")
+    assert "track" not in SimEnv().recorded().settings  # the record of a job that nobody tracks is as it was
