@@ -24,6 +24,7 @@ from fedpool.deployments.jobs import check_has_ended
 from fedpool.deployments.overlap import Overlap, chosen, described, limit
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
+from fedpool.deployments.schedules import parse_schedule
 from fedpool.deployments.terminal import open_console
 from fedpool.deployments.tracked import Tracked
 from fedpool.environment import ANEW, Begin
@@ -250,26 +251,6 @@ class RemoteEnv(Tracked):
 
         with self._applied():
             run_blocking(wait())
-
-
-def parse_schedule(entry: str | timedelta) -> "Schedule":
-    """A schedule of whatever was given.
-
-    Raises:
-        ConfigError: a text that is neither a cron line nor a recurrence rule, or an interval that is not positive.
-    """
-    from prefect.schedules import Cron, Interval, RRule
-
-    try:
-        if isinstance(entry, timedelta):
-            if entry <= timedelta(0):
-                raise ValueError("an interval must be positive")
-            return Interval(entry)
-        return RRule(entry) if "FREQ=" in entry else Cron(entry)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f'schedule {entry!r} does not fit ({error}): write a cron line "0 2 * * 0", a rule "FREQ=WEEKLY", or a timedelta'
-        ) from None
 
 
 def probe(store: Store) -> None:

@@ -7,12 +7,9 @@ import asyncio
 import atexit
 import gc
 import logging
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +19,7 @@ from rich.console import Console
 from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
-from fedpool.deployments.server import private_server
+from fedpool.deployments.sim_api import find_api
 from fedpool.deployments.terminal import open_console
 from fedpool.deployments.tracked import Tracked
 from fedpool.environment import ANEW, Begin
@@ -41,19 +38,9 @@ from fedpool.store import Store
 from fedpool.tasks.job_record import EnvironmentRecord
 
 if TYPE_CHECKING:
-    from prefect.settings.legacy import Setting
+    pass
 
 _DRAIN_TIMEOUT_S = 30.0
-
-_FIRST_RUN_IMPORTS = (
-    "prefect.flow_engine",
-    "prefect.task_engine",
-    "prefect.events.worker",
-    "prefect.utilities.visualization",
-    "fastapi.encoders",
-    "anyio._backends._asyncio",
-)
-"""What Prefect imports when the first flow runs: imported while the server is still starting."""
 
 
 class SimEnv(Tracked, NamedClients):
@@ -235,7 +222,7 @@ def _work(
     with ExitStack() as stack:
         stack.callback(sites.close)
         with collector_off():
-            api = _find_api(stack, console, sites)
+            api = find_api(stack, console, sites)
 
         from prefect.settings import temporary_settings
 
@@ -264,58 +251,6 @@ def _work(
                 await state.aresult()
 
         asyncio.run(run_job())
-
-
-def _find_api(stack: ExitStack, console: Console, sites: LocalSites) -> "dict[Setting, object]":
-    """Settings by which Prefect finds the API that is configured, else a private server that lives as long as the stack does.
-
-    Has the sites import what they need meanwhile.
-    """
-    # A server takes seconds to start, importing Prefect one or two more: do both at once. Only Prefect can tell whether
-    # a profile names an API; then the server goes again.
-    server = None
-    if "prefect" not in sys.modules and "PREFECT_API_URL" not in os.environ:
-        server = stack.enter_context(private_server())
-    # The server has the most to import, and all wait for it: on two processors a third process would only delay it.
-    sites_wait = server is not None and (os.cpu_count() or 1) < 3
-    if not sites_wait:
-        sites.preload()
-
-    from prefect.settings import (
-        PREFECT_API_URL,
-        PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
-        PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
-    )
-
-    import_module("fedpool.flows.job")
-    if sites_wait:
-        sites.preload()
-    configured: str | None = PREFECT_API_URL.value()
-    if configured is not None:
-        if server is not None:
-            server.close()
-        from fedpool.deployments.api import check_server
-
-        check_server("start it, or unset PREFECT_API_URL to have a private server")
-        return {PREFECT_API_URL: configured}
-    if (around := _surrounding_api()) is not None:
-        return {PREFECT_API_URL: around}
-    server = server or stack.enter_context(private_server())
-    for name in _FIRST_RUN_IMPORTS:
-        import_module(name)
-    server.wait()
-    console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
-    # A server of ours is of our version, and asks for no token: there is nothing to ask it first.
-    ask_first = (PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED)
-    return {PREFECT_API_URL: server.api_url, **dict.fromkeys(ask_first, False)}
-
-
-def _surrounding_api() -> str | None:
-    """The API that a flow or a task around us runs on, though none is configured: Prefect has started a server for it."""
-    from prefect.context import FlowRunContext, TaskRunContext
-
-    around = FlowRunContext.get() or TaskRunContext.get()
-    return None if around is None else str(around.client.api_url).rstrip("/")
 
 
 def _drain() -> None:

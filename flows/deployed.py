@@ -32,16 +32,14 @@ from fedpool.flows.staging import has_completed, stage
 from fedpool.flows.stored import recipe_of
 from fedpool.flows.take_up import take_up
 from fedpool.flows.under_way import LOOK_AHEAD
-from fedpool.initial import InitialModel
+from fedpool.flows.warm_start import last_model
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.patience import pauses
 from fedpool.recipe import Recipe
 from fedpool.store import Store
-from fedpool.stored_model import StoredModel
 from fedpool.tasks.dispatch import PoolSites
-from fedpool.tasks.job_record import JobRecord, JobResult
+from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.reach import site_problems
-from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.report import Reporter
 from fedpool.tasks.tracking import trackings
 
@@ -281,28 +279,6 @@ def _remade(
     except FileNotFoundError:
         raise _no_template(store, template) from None
     recipe.check_sites(sites)
-    if warm_start and (model := _last_model(recipe, store)) is not None:
+    if warm_start and (model := last_model(recipe, store)) is not None:
         recipe = recipe.revise(model=model)
     return recipe
-
-
-def _last_model(recipe: Recipe, store: Store) -> InitialModel | None:
-    """The final model of the last job of that name that trained and completed, when it fits the recipe's."""
-    for job_id in sorted((name for name in store.names("") if name.startswith(f"{recipe.name}-")), reverse=True):
-        paths = JobPaths(job_id)
-        if not store.exists(paths.result):
-            continue
-        result = JobResult.read(store, paths.result)
-        if result.status != "COMPLETED" or not result.num_rounds:
-            continue
-        job = JobRecord.read(store, paths.job)
-        if job.fields["name"] != recipe.name:
-            continue
-        digest = RoundRecord.read(store, paths.record(result.num_rounds - 1)).next_global
-        assert digest is not None, "a round that trained has made a model"
-        model = StoredModel(store, paths.global_model(result.num_rounds), digest, job.holes)
-        if dict(model.spec) != dict(recipe.model.spec):
-            raise RecipeError(f"warm_start: the model of job {job_id} has other parameters than the recipe's")
-        get_run_logger().info("starting from the final model of job %s", job_id)
-        return model
-    return None

@@ -222,18 +222,17 @@ class LocalSites:
             if deadline is not None and time.monotonic() >= deadline:
                 raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
             session = self._sessions.get(site) or self._new_session(site, slot)
-            paths = JobPaths(self._job.job_id)
-            log = self._logging(assignment, log)
             if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
                 raise SiteError(site, assignment.round, "the job was cancelled")
+            kept = Path(self._store.full(JobPaths(self._job.job_id).kept(site)))
             delivery = run_site_round(
                 self._job,
                 assignment,
                 session=session,
                 store=self._store,
-                folder=SiteFolder(self._folder / "sites" / site, Path(self._store.full(paths.kept(site)))),
+                folder=SiteFolder(self._folder / "sites" / site, kept),
                 deadline=deadline,
-                log=log,
+                log=self._logging(assignment, log),
                 trusted=self._store.is_local,
                 apart=False,
             )

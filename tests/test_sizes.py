@@ -29,8 +29,7 @@ LONG_MODULES = {
     "tasks/record.py": 302,
     "sites/local.py": 331,
     "sites/resident.py": 352,
-    "deployments/remote.py": 353,
-    "deployments/sim.py": 328,
+    "deployments/remote.py": 345,
     "deployments/site_worker.py": 378,
 }
 
