@@ -205,18 +205,22 @@ def _finite(value: Any) -> float:
 
 def _step(text: str | None) -> int | None:
     """A script's step: an integer, or what is close to one, such as "3.0"; None for anything else."""
-    number = _number(text)
-    if text is None or number is None or abs(number) > _MAX_STEP:
+    if text is None:
         return None
     try:
-        return int(text)
+        step = int(text)
     except ValueError:
-        return int(number)
+        if (number := _number(text)) is None:
+            return None
+        step = int(number)
+    return step if abs(step) <= _MAX_STEP else None
 
 
 def _number(text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
-        number = float(text or "")
+        number = float(text)
     except ValueError:
         return None
     return number if math.isfinite(number) else None

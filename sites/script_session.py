@@ -92,8 +92,9 @@ class ScriptSession:
             if message is None:
                 continue
             if message["kind"] in ("log", "logs"):
-                for line in logged.take(message):
-                    log(storable(line, MAX_LINE_BYTES))
+                # Those that came together are one entry of the log, because each costs what a short step does.
+                if lines := [storable(line, MAX_LINE_BYTES) for line in logged.take(message)]:
+                    log("\n".join(lines))
             elif message["kind"] == "update" and self._handed and message["round"] == assignment.round:
                 self._output.finish()
                 for line in logged.left_out():

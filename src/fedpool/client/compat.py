@@ -184,6 +184,8 @@ def entries(key: str, value: Any, data_type: Any) -> tuple[dict[str, Any], dict[
     Raises:
         ClientError: a data type that cannot be logged here, or several values that are not a dict.
     """
+    if data_type is None:
+        return {key: value}, {}
     if data_type in _REFUSED:
         raise ClientError(f"log({key!r}) of {data_type.value} is not possible here: log numbers or text")
     if data_type in (*_MANY_TEXTS, *_MANY_NUMBERS):
