@@ -8,20 +8,20 @@ import atexit
 import gc
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from rich.console import Console
 
-from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.progress import show
 from fedpool.deployments.run import Run
 from fedpool.deployments.sim_api import find_api
 from fedpool.deployments.terminal import open_console
 from fedpool.deployments.tracked import Tracked
+from fedpool.deployments.virtual import VirtualTime
 from fedpool.environment import ANEW, Begin
 from fedpool.errors import RecipeError
 from fedpool.flows.own_code import why_it_stays
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _DRAIN_TIMEOUT_S = 30.0
 
 
-class SimEnv(Tracked, NamedClients):
+class SimEnv(Tracked, VirtualTime):
     """Simulation on this machine.
 
     With no Prefect API configured, a private server with an in-memory database is started for the run and stopped with it.
@@ -113,10 +113,10 @@ class SimEnv(Tracked, NamedClients):
             raise RecipeError(f"command names {', '.join(unknown)}, but the sites are {', '.join(names)}")
         return {site: command for site, command in commands.items() if command != "python"}
 
-    def recorded(self) -> EnvironmentRecord:
-        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began."""
-        fields = {"num_threads", "gpus", "keep_alive", "command", "logs"}
-        return EnvironmentRecord(type="SimEnv", settings=self.model_dump(mode="json", include=fields) | self.tracking())
+    def recorded(self, virtual: Mapping[str, Any] | None = None) -> EnvironmentRecord:
+        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began; with what `virtual` gives."""
+        own = self.model_dump(mode="json", include={"num_threads", "gpus", "keep_alive", "command", "logs"})
+        return EnvironmentRecord(type="SimEnv", settings=own | self.tracking() | dict(virtual or {}))
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
         """The sites that a recipe would run at: as many as it needs when the environment does not say."""
@@ -144,7 +144,7 @@ class SimEnv(Tracked, NamedClients):
         recipe, job_id = start.recipe, start.job_id
         names = self.site_names(recipe)
         recipe.check_sites(names)
-        commands = self.commands(names)
+        commands, environment = self.commands(names), self.recorded(self.virtual(recipe, names))
         if start.resumes:
             check_unchanged(recipe, job_id, store, names)
             if has_completed(store, job_id):
@@ -184,7 +184,7 @@ class SimEnv(Tracked, NamedClients):
         run = Run(
             job_id,
             store,
-            work=lambda: _work(start, store, sites, console, self.recorded(), self.track),
+            work=lambda: _work(start, store, sites, console, environment, self.track),
             cancel=sites.cancel,
         )
         if wait:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from prefect.logging import get_run_logger
@@ -11,6 +11,7 @@ from fedpool.digest import check_digest
 from fedpool.flows.choose import choose, quorum_of
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, asks_everyone
+from fedpool.flows.redo import go_on_in_virtual_time
 from fedpool.flows.under_way import Job
 from fedpool.site_order import in_order
 from fedpool.tasks.absence import unasked
@@ -62,6 +63,8 @@ async def ask(job: Job, number: int) -> tuple[Asking | None, list[Outcome]]:
         step = await job.rounds[number].step
         if step is not None:
             asking = await _asking(job, number, step)
+            if number == job.resumed_at and job.clock is not None:
+                await go_on_in_virtual_time(job, job.clock)
             now = [site for site in asking.chosen if site not in asking.not_asked]
             round.begin(_turn(job, asking, now, asking.probes))
             await collect(round, in_order(set(now) - set(ahead)))
@@ -97,6 +100,7 @@ def _round(job: Job, number: int, asked: Mapping[str, Asked]) -> Round:
         patience_s=recipe.site_patience_s,
         asked=asked,
         observer=job.observer,
+        clock=job.clock,
     )
 
 
@@ -165,6 +169,6 @@ def _have_model(job: Job, number: int, step: Step) -> None:
         copy_model(job.store, job.paths.global_model(step.origin), head, path)
 
 
-def accepted(outcomes: Collection[Outcome]) -> list[Accepted]:
+def accepted(outcomes: Iterable[Outcome]) -> list[Accepted]:
     """The updates that may touch the sum."""
     return [outcome for outcome in outcomes if isinstance(outcome, Accepted)]

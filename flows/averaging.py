@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from fedpool.errors import RecipeError
-from fedpool.recipe import Recipe
+from fedpool.flows.late_updates import LateUpdates
 from fedpool.tasks.aggregator import Aggregator
 from fedpool.tasks.aggregators import AGGREGATORS
 from fedpool.tasks.choose_aggregator import AggregatorField, chosen, written
@@ -41,7 +41,7 @@ class Averaging(Strategy):
         return replace(self, rule=self.rule.survey(geometry))
 
 
-class AveragingRecipe(Recipe):
+class AveragingRecipe(LateUpdates):
     """A recipe whose rounds average the sites' models, with an aggregator of the user's choice."""
 
     aggregator: AggregatorField = Field(

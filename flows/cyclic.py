@@ -15,7 +15,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from fedpool.errors import RecipeError
-from fedpool.recipe import Recipe
+from fedpool.flows.late_updates import NoLateUpdates
 from fedpool.site_order import in_order
 from fedpool.tasks.mean import weighted_mean
 from fedpool.tasks.strategy import State, Strategy, Update
@@ -43,7 +43,7 @@ class Cyclic(Strategy):
         return state.after(params)
 
 
-class CyclicRecipe(Recipe):
+class CyclicRecipe(NoLateUpdates):
     """Weight transfer from site to site: no averaging, one model at a time, for few sites with little data each.
 
     A round is one site's turn: `num_rounds` of 30 takes the model through 10 sites three times.

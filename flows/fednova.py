@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from fedpool.flows.late_updates import NoLateUpdates
 from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS
-from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
 from fedpool.tasks.strategy import State, Strategy, Update
 
@@ -52,7 +52,7 @@ def _scalar(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-class FedNovaRecipe(Recipe):
+class FedNovaRecipe(NoLateUpdates):
     """Federated averaging for sites that take unequal numbers of local steps (different data, epochs or speed).
 
     Client script: examples/algorithms/fednova.py

@@ -16,6 +16,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError, StoreError
+from fedpool.flows.late import name_dropped
 from fedpool.flows.plan import best_model, next_step, num_expected
 from fedpool.flows.round_run import run_round
 from fedpool.flows.staging import stage
@@ -115,6 +116,8 @@ async def run_job(job: Job) -> State[Any]:
             job.observer.interrupted(Ending(recipe.name, result, job.records, storage))
             raise
     finally:
+        if job.clock is not None:
+            await job.clock.close()
         await sites.end()
     status: JobOutcome = "CANCELLED" if sites.cancelled else "FAILED" if error else "COMPLETED"
     for site, how in sites.endings.items():
@@ -129,6 +132,7 @@ async def run_job(job: Job) -> State[Any]:
     except StoreError as unwritten:  # what ended the job may keep its result from being written, too
         job.observer.interrupted(Ending(recipe.name, result, job.records, storage))
         raise JobFailed(f"job {job.job_id} failed: {error or _failure(unwritten, job)}") from unwritten
+    await asyncio.to_thread(name_dropped, job)
     told = findings(job.rules, recipe.aggregation_weights, job.records)
     job.observer.ended(Ending(recipe.name, result, job.records, storage, matrix, told))
     await job.observer.finish()

@@ -1,7 +1,7 @@
 """Replay of a round: what its updates come to under another strategy, or without some of the sites. The job stays as it is."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,9 +22,9 @@ from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.choose_aggregator import Given, chosen
 from fedpool.tasks.expected import Expected
-from fedpool.tasks.gate import Accepted, judge
+from fedpool.tasks.gate import Accepted, counting_in, judge
 from fedpool.tasks.job_record import JobRecord
-from fedpool.tasks.record import RoundRecord, stored_records
+from fedpool.tasks.record import AcceptedEntry, RoundRecord, stored_records
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import first_weights
 from fedpool.tensors import TensorReader, blocks_of
@@ -83,7 +83,13 @@ def replay_round(
     own: Strategy = recipe.strategy(len(job.sites))
     base = store.tensors(paths.global_model(number), record.base.size)
     wanted = expected(recipe, own, job_id, number, "train", record.base, base, job.holes, job.arithmetic)
-    updates = _judged_again(store, record, wanted, leave_out)
+
+    def wanted_of(earlier: int) -> Expected:
+        head = RoundRecord.read(store, paths.record(earlier)).base
+        model = store.tensors(paths.global_model(earlier), head.size)
+        return expected(recipe, own, job_id, earlier, "train", head, model, job.holes, job.arithmetic)
+
+    updates = _judged_again(store, record, wanted, wanted_of, leave_out)
     earlier = list(islice(stored_records(store, job_id), number))
     scratch, state_target = Store(target.absolute().parent), f".{target.name}.state"
     try:
@@ -109,7 +115,7 @@ def replay_round(
     made = scratch.tensors(target.name, digest.size)
     return Replayed(
         round=number,
-        sites=[update.site for update in updates],
+        sites=in_order({update.site for update in updates}),
         sha256=digest.sha256,
         moved=_distance(base, committed, store.block_elements),
         distance=_distance(committed, made, store.block_elements),
@@ -129,28 +135,46 @@ def _training_round(store: Store, job_id: str, round: int) -> RoundRecord:
     return record
 
 
-def _judged_again(store: Store, record: RoundRecord, wanted: Expected, leave_out: Collection[str]) -> list[Accepted]:
-    """The accepted updates of a round, through the gate once more, without those of some sites."""
-    paths, round = JobPaths(record.job_id), record.round
-    there = [entry.site for entry in record.accepted]
+def _judged_again(
+    store: Store,
+    record: RoundRecord,
+    wanted: Expected,
+    wanted_of: Callable[[int], Expected],
+    leave_out: Collection[str],
+) -> list[Accepted]:
+    """The updates that count in a round, late ones among them, through the gate once more, without those of some sites.
+
+    Args:
+        wanted_of: what the updates of an earlier round have to fit.
+    """
+    there = in_order({entry.site for entry in (*record.accepted, *record.late_accepted)})
     if unknown := in_order(set(leave_out) - set(there)):
-        raise RecipeError(f"{', '.join(unknown)} sent nothing that round {round} used: these did: {', '.join(there)}")
-    updates = []
-    for entry in record.accepted:
-        if entry.site in leave_out:
-            continue
-        if not store.exists(paths.update(round, entry.site, entry.attempt)):
-            raise RoundError(f"the updates of round {round} were not kept (keep_updates): it cannot be replayed")
-        delivery = read_delivery(store, record.job_id, round, entry.site, entry.attempt)
-        outcome = judge(store, entry.site, entry.attempt, delivery, wanted)
-        if not isinstance(outcome, Accepted):
-            raise RoundError(f"{entry.site}'s update has changed ({outcome.reason}): verify the job")
-        updates.append(outcome)
+        raise RecipeError(
+            f"{', '.join(unknown)} sent nothing that round {record.round} used: these did: {', '.join(there)}"
+        )
+    updates = [_passed(store, entry, wanted) for entry in record.accepted if entry.site not in leave_out]
+    for late in record.late_accepted:
+        if late.site not in leave_out:
+            of_round = wanted_of(late.round)
+            outcome = counting_in(record.round, _passed(store, late, of_round), of_round)
+            assert isinstance(outcome, Accepted)
+            updates.append(outcome)
     if not updates:
         raise RecipeError("no update is left: leave out fewer sites")
     if not any(update.weight for update in updates):
         raise RecipeError("no update that is left has a weight above 0: leave out fewer sites")
     return updates
+
+
+def _passed(store: Store, entry: AcceptedEntry, wanted: Expected) -> Accepted:
+    """An update that was accepted, through the gate once more."""
+    if not store.exists(JobPaths(wanted.job_id).update(wanted.round, entry.site, entry.attempt)):
+        raise RoundError(f"the updates of round {wanted.round} were not kept (keep_updates): it cannot be replayed")
+    delivery = read_delivery(store, wanted.job_id, wanted.round, entry.site, entry.attempt)
+    outcome = judge(store, entry.site, entry.attempt, delivery, wanted)
+    if not isinstance(outcome, Accepted):
+        raise RoundError(f"{entry.site}'s update has changed ({outcome.reason}): verify the job")
+    return outcome
 
 
 def _state(store: Store, paths: JobPaths, round: int) -> TensorReader | None:

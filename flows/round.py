@@ -10,8 +10,8 @@ then `round.json`, which commits the round. With fewer than `min_clients` accept
 import asyncio
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -20,23 +20,30 @@ from prefect.states import Cancelled
 
 from fedpool.errors import RoundError
 from fedpool.flows.ask import Asking, accepted, ask, ask_until_enough
+from fedpool.flows.late import late_arrivals
+from fedpool.flows.late_updates import folds
 from fedpool.flows.plan import unscored_best
 from fedpool.flows.under_way import Job
 from fedpool.storable import storable
 from fedpool.tasks.absence import how_to_resume
-from fedpool.tasks.aggregate import Aggregated, UpdateChanged, aggregate
+from fedpool.tasks.aggregate import Aggregated, aggregate
 from fedpool.tasks.causes import causes, uncounted
-from fedpool.tasks.gate import Accepted, Late, Outcome, Rejected
+from fedpool.tasks.counted import UpdateChanged
+from fedpool.tasks.gate import Accepted, Arrival, Late, Outcome, Rejected
 from fedpool.tasks.publish import copy_model, publish_submitted
-from fedpool.tasks.record import RoundRecord, SubmittedModel, Timings, known_weights, round_ms, round_record
+from fedpool.tasks.record import RoundRecord, SubmittedModel, Timings, known_weights, round_ms
+from fedpool.tasks.recording import round_record
 from fedpool.tasks.retention import drop_updates, outdated
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a round has made of its updates: the next model, or the models that sites have submitted."""
+    """What a round has made of its updates, and of late ones: the next model, or the models that sites have submitted."""
 
     outcomes: Sequence[Outcome]
+    arrivals: Sequence[Arrival] = ()
     following: Aggregated | None = None
     models: Sequence[SubmittedModel] | None = None
 
@@ -62,7 +69,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     job.ledger = job.ledger.advance(record, digest.sha256)
     job.observer.committed(record)
     job.rounds[number].committed.set()
-    await _tidy(job, number, made.outcomes)  # the next round is under way by now: this costs it nothing
+    await _tidy(job, number, made.outcomes, made.arrivals)  # the next round is under way by now: this costs it nothing
     return None
 
 
@@ -76,7 +83,7 @@ async def _make(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made:
 
 
 async def _aggregate(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made:
-    number = asking.number
+    number, arrivals = asking.number, await late_arrivals(job, asking.number, asking.probes)
     while len(accepted(outcomes)) >= job.recipe.min_clients:
         try:
             following = await asyncio.to_thread(
@@ -84,7 +91,7 @@ async def _aggregate(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> M
                 job.strategy,
                 store=job.store,
                 before=await asyncio.to_thread(job.before, number, asking.base),
-                updates=accepted(outcomes),
+                updates=[*accepted(outcomes), *accepted(came.outcome for came in arrivals)],
                 factors=job.recipe.aggregation_weights,
                 target=job.paths.global_model(number + 1),
                 state_target=job.paths.state(number),
@@ -92,9 +99,10 @@ async def _aggregate(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> M
             )
         except UpdateChanged as changed:
             outcomes = [_unless_changed(outcome, changed) for outcome in outcomes]
+            arrivals = [replace(came, outcome=_unless_changed(came.outcome, changed)) for came in arrivals]
         else:
-            return Made(outcomes, following)
-    return Made(outcomes)
+            return Made(outcomes, arrivals, following)
+    return Made(outcomes, arrivals)
 
 
 async def _submit(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made:
@@ -133,6 +141,7 @@ def _recorded(job: Job, asking: Asking, made: Made, trained: float) -> RoundReco
         round=asking.number,
         task=step.task,
         outcomes=made.outcomes,
+        arrivals=made.arrivals,
         not_asked=asking.not_asked,
         known_weights=known_weights(job.records),
         owner=step.owner,
@@ -142,6 +151,7 @@ def _recorded(job: Job, asking: Asking, made: Made, trained: float) -> RoundReco
         state=following.state if following else None,
         models=made.models,
         previous_sha256=job.ledger.sha256,
+        virtual_time=None if job.clock is None else job.clock.schedule.now,
         timings=Timings(
             train_s=round_ms(trained - asking.started),
             aggregate_s=round_ms(ended - trained),
@@ -165,14 +175,18 @@ def _check(job: Job, asking: Asking, record: RoundRecord) -> None:
         get_run_logger().warning("round %d: %s", record.round, why)
 
 
-async def _tidy(job: Job, number: int, outcomes: Sequence[Outcome]) -> None:
+async def _tidy(job: Job, number: int, outcomes: Sequence[Outcome], arrivals: Sequence[Arrival]) -> None:
     """What is left to do when a round is committed."""
     for outcome in accepted(outcomes):
         await asyncio.to_thread(job.store.settle, job.paths.update(number, outcome.site, outcome.attempt))
+    for came in arrivals:
+        if isinstance(update := came.outcome, Accepted):
+            await asyncio.to_thread(job.store.settle, job.paths.update(came.round, update.site, update.attempt))
     for old in outdated(job.records, job.recipe.keep_updates)[-1:]:  # those before it went in their time
         await asyncio.to_thread(drop_updates, job.store, job.job_id, old)
-    job.late |= {(number, outcome.site, outcome.attempt) for outcome in outcomes if isinstance(outcome, Late)}
-    await asyncio.to_thread(_name_late, job)
+    if not folds(job.recipe):
+        job.late |= {(number, outcome.site, outcome.attempt) for outcome in outcomes if isinstance(outcome, Late)}
+        await asyncio.to_thread(_name_late, job)
 
 
 def _name_late(job: Job) -> None:
@@ -188,9 +202,9 @@ def _name_late(job: Job) -> None:
             )
 
 
-def _unless_changed(outcome: Outcome, changed: UpdateChanged) -> Outcome:
+def _unless_changed(outcome: T, changed: UpdateChanged) -> T | Rejected:
     """The outcome, or that of an update which was changed after the gate had let it pass."""
-    if not isinstance(outcome, Accepted) or outcome.site != changed.site:
+    if not isinstance(outcome, Accepted) or outcome.key != changed.key:
         return outcome
     get_run_logger().warning("%s: update rejected (changed): %s", changed.site, changed)
     return Rejected(

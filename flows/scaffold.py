@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from fedpool.flows.late_updates import NoLateUpdates
 from fedpool.model import ALGORITHM, CONTROL, SCAFFOLD
-from fedpool.recipe import Recipe
 from fedpool.tasks.mean import weighted_mean
 from fedpool.tasks.strategy import Shares, State, Strategy, Update
 
@@ -77,7 +77,7 @@ def _change(name: str, update: Update) -> torch.Tensor:
     return change if update.scale == 1.0 else change * update.scale
 
 
-class ScaffoldRecipe(Recipe):
+class ScaffoldRecipe(NoLateUpdates):
     """Federated learning for sites that differ much and train long between rounds, at twice the transfer of averaging.
 
     Every site should take part often: a control variate that is many rounds old corrects little.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError
+from fedpool.flows.late_updates import folds
 from fedpool.flows.plan import Step, next_step
 from fedpool.flows.staging import check_unchanged
 from fedpool.flows.under_way import LOOK_AHEAD, Job
@@ -16,6 +17,7 @@ from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.observer import Observer
 from fedpool.tasks.record import RoundRecord
+from fedpool.tasks.staleness import awaited
 
 
 def take_up(
@@ -83,6 +85,8 @@ def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None
         named[paths.global_model(ledger.number)] = step.model
     if recipe.starts_own_models:
         named[paths.global_model(0)] = ledger.job.model
+    for owed in awaited(ledger.records) if folds(recipe) else ():
+        named[paths.global_model(owed.round)] = ledger.records[owed.round].base
     if ledger.state is not None:
         named[paths.state(trained - 1)] = ledger.state
     for path, digest in named.items():

@@ -16,6 +16,8 @@ from fedpool.tasks.observer import Observer, Observers
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
+from fedpool.tasks.virtual_round import VirtualClock
+from fedpool.tasks.virtual_time import Schedule, units_of
 from fedpool.tensors import TensorReader
 
 LOOK_AHEAD = 2
@@ -44,6 +46,7 @@ class Job:
 
     # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is nothing for it to walk.
     __slots__ = (
+        "clock",
         "counted",
         "late",
         "ledger",
@@ -81,6 +84,9 @@ class Job:
         self.resumed_at = ledger.number
         """The round in which an earlier coordinator left the job, if there was one: parts of it may be done."""
         self.counted = Counted(recipe.aggregation_weights)
+        units = units_of(ledger.job.environment)
+        self.clock = None if units is None else VirtualClock(Schedule.after(units, ledger.records))
+        """Of a simulation in virtual time."""
         self.late: set[tuple[int, str, int]] = set()
         """Rounds, sites and attempts of the updates that were late and have not come yet."""
         self.rounds: dict[int, RoundSignals] = {}

@@ -16,6 +16,7 @@ from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.stored import recipe_of
+from fedpool.flows.verify_late import late_again
 from fedpool.flows.verify_updates import UpdateAudit, differs
 from fedpool.inspection import not_finite_names
 from fedpool.paths import JobPaths
@@ -23,21 +24,16 @@ from fedpool.refusals import explained
 from fedpool.store import Store, to_json
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.causes import evaluation_error
-from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
+from fedpool.tasks.gate import Accepted, Failed, Late, Outcome
 from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
-from fedpool.tasks.record import (
-    AcceptedEntry,
-    ProbedEntry,
-    RoundRecord,
-    SubmittedModel,
-    known_weights,
-    round_record,
-)
+from fedpool.tasks.record import RoundRecord, SubmittedModel, known_weights
+from fedpool.tasks.recording import round_record
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
+from fedpool.tasks.virtual_time import Schedule, contradiction, units_of
 from fedpool.tensors import Digest, TensorReader, blocks_of
 
 
@@ -89,6 +85,8 @@ class _Audit:
         self._ledger = Ledger.of(job, hashlib.sha256(data).hexdigest())
         self._arithmetic = job.arithmetic
         self._holes = job.holes
+        units = units_of(job.environment)
+        self._schedule = None if units is None else Schedule(units)
         self._updates = UpdateAudit(store, job_id, self._recipe.keep_updates)
         self._counted = Counted(self._recipe.aggregation_weights)
         self._strategy: Strategy = self._recipe.strategy(len(job.sites))
@@ -120,6 +118,10 @@ class _Audit:
         for name in sorted(says.keys() | follows.keys()):
             if (said := says.get(name)) != (found := follows.get(name)):
                 raise self._differs(path, f"says {name} {_brief(said)}, but it should be {_brief(found)}")
+        if (against := contradiction(self._schedule, record)) is not None:
+            raise self._differs(path, against)
+        if self._schedule is not None:
+            self._schedule = self._schedule.follow(record)
         if record.to_bytes() != data:
             raise self._differs(path, "is not in the form in which records are written")
         self._ledger = self._ledger.advance(record, hashlib.sha256(data).hexdigest())
@@ -133,24 +135,20 @@ class _Audit:
         ]
         outcomes += [Late(entry.site, entry.attempt) for entry in record.late]
         outcomes += [self._updates.judge_rejected(number, entry, wanted) for entry in record.rejected]
-        passed: list[AcceptedEntry | ProbedEntry] = [*record.accepted, *record.probed]
-        for entry in passed:
-            outcome = self._updates.judge(number, entry, wanted)
-            if isinstance(outcome, Rejected):
-                what = self._paths.update if outcome.manifest else self._paths.manifest
-                path = what(number, entry.site, entry.attempt)
-                raise self._differs(
-                    path, f"was accepted, but should have been rejected ({outcome.code}): {outcome.reason}"
-                )
-            outcomes.append(Probed(outcome) if isinstance(entry, ProbedEntry) else outcome)
+        outcomes += [self._updates.passed(number, entry, wanted) for entry in record.accepted]
+        outcomes += [self._updates.passed(number, entry, wanted) for entry in record.probed]
         accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
-        following = self._following(number, base, accepted, record, folder) if step.task == "train" else None
+        known = (recipe, self._strategy, self._store, self._ledger)
+        arrivals = late_again(*known, record, self._updates) if step.task == "train" else []
+        counted = accepted + [came.outcome for came in arrivals if isinstance(came.outcome, Accepted)]
+        following = self._following(number, base, counted, record, folder) if step.task == "train" else None
         models = self._submitted(base, accepted, record) if step.task == "submit_model" else None
         return round_record(
             job_id=job_id,
             round=number,
             task=step.task,
             outcomes=outcomes,
+            arrivals=arrivals,
             not_asked={entry.site: entry.reason for entry in record.not_asked},
             known_weights=known_weights(self._ledger.records),
             owner=step.owner,
@@ -160,6 +158,7 @@ class _Audit:
             state=following.state if following else None,
             models=models,
             previous_sha256=self._ledger.sha256,
+            virtual_time=record.virtual_time,
             timings=record.timings,
             arithmetic=self._arithmetic,
         )

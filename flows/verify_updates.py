@@ -9,7 +9,7 @@ from fedpool.storable import storable
 from fedpool.store import Store
 from fedpool.tasks import gate
 from fedpool.tasks.expected import Expected
-from fedpool.tasks.gate import Accepted, Rejected
+from fedpool.tasks.gate import Accepted, Probed, Rejected
 from fedpool.tasks.record import AcceptedEntry, Entry, ProbedEntry, RejectedEntry
 from fedpool.tasks.retention import KeepUpdates
 
@@ -32,6 +32,20 @@ class UpdateAudit:
         self._paths = JobPaths(job_id)
         self._keep_updates = keep_updates
         self.num_updates = self.num_pruned = 0
+
+    def passed(self, number: int, entry: AcceptedEntry | ProbedEntry, wanted: Expected) -> Accepted | Probed:
+        """An update that was accepted, or would have been but for the quarantine of its site, judged anew.
+
+        Raises:
+            IntegrityError: it is to be rejected.
+        """
+        outcome = self.judge(number, entry, wanted)
+        if isinstance(outcome, Rejected):
+            what = self._paths.update if outcome.manifest else self._paths.manifest
+            path = what(number, entry.site, entry.attempt)
+            how = f"was accepted, but should have been rejected ({outcome.code}): {outcome.reason}"
+            raise differs(self._store, path, how)
+        return Probed(outcome) if isinstance(entry, ProbedEntry) else outcome
 
     def judge(self, number: int, entry: AcceptedEntry | ProbedEntry, wanted: Expected) -> Accepted | Rejected:
         """An update that was accepted, judged anew."""

@@ -23,26 +23,20 @@ from fedpool.errors import IntegrityError
 from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.blocks import Block, narrow, widen
+from fedpool.tasks.counted import UpdateChanged, in_their_order, with_weights
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.geometry import Geometry, blas_products, block_products
 from fedpool.tasks.holes import unchanged
+from fedpool.tasks.moved import moved
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
-from fedpool.tasks.used import counting, job_shares
+from fedpool.tasks.used import job_shares
 from fedpool.tensor_stream import write_and_hash
 from fedpool.tensors import BlockBytes, Digest, TensorReader, beside, block_ranges, file_order, is_trained
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _RUN_BLOCKS = 4
 _T = TypeVar("_T")
-
-
-class UpdateChanged(IntegrityError):
-    """An update is not what the gate has seen: `site` has changed it since, or the store is damaged."""
-
-    def __init__(self, site: str, what: str) -> None:
-        super().__init__(what)
-        self.site = site
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +84,7 @@ def aggregate(
     Args:
         strategy: how.
         before: what the round starts from.
-        updates: accepted ones; read in the order of their sites, whatever order they come in.
+        updates: accepted ones; read in the order of their sites, whatever order they come in. Of a site, a late one comes first.
         factors: site -> factor on its weight; 1 for a site that is not named.
         target: path of the next global model in the store.
         state_target: path of the slots, which are written when the strategy has any.
@@ -102,9 +96,8 @@ def aggregate(
         RoundError: the aggregate is not finite, or the updates are not what the strategy needs.
         UpdateChanged: an update is not what the gate has seen.
     """
-    ordered = arithmetic.by_site(updates, lambda update: update.site)
-    weights = counting({update.site: update.weight for update in ordered}, factors)
-    counted = [(update, weight) for update in ordered if (weight := weights[update.site])]
+    ordered = in_their_order(updates, arithmetic)
+    counted = with_weights(ordered, factors)
     before = replace(before, shares=job_shares(before.weights, {u.site: u.weight for u in ordered}, factors))
     base = before.model
     with ExitStack() as stack:
@@ -174,7 +167,7 @@ def _geometry(
     for parts in _in_order(executor, partial(_products, counted, arithmetic), _blocks(before, block_elements)):
         for part in parts:
             products += part
-    return Geometry(tuple(update.site for update, _ in counted), tuple(weight for _, weight in counted), products)
+    return Geometry(tuple(update.key for update, _ in counted), tuple(weight for _, weight in counted), products)
 
 
 def _products(counted: Sequence[tuple[Accepted, float]], arithmetic: Arithmetic, block: Block) -> list[torch.Tensor]:
@@ -234,9 +227,10 @@ def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, a
     assert update.tensors is not None
     extras: dict[str, Slice] = {}
     if strategy.extras and is_trained(block.name, block.spec):
-        extras = {group: _BesideSlice(block, update.tensors, group, update.site) for group in strategy.extras}
+        extras = {group: _BesideSlice(block, update.tensors, group, update) for group in strategy.extras}
     scale = update.scale if arithmetic.scaled_extras else 1.0
-    return Update(update.site, weight, _UpdateSlice(block, update), extras, update.manifest.meta, scale)
+    params = _UpdateSlice(block, update)
+    return Update(update.site, weight, params, extras, update.manifest.meta, scale, update.staleness)
 
 
 def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -> torch.Tensor:
@@ -280,20 +274,20 @@ class _GlobalSlice(_LazySlice):
 class _BesideSlice(_LazySlice):
     """What lies beside a block: in the strategy's slots, or in the update of a site."""
 
-    def __init__(self, block: Block, tensors: TensorReader, group: str, site: str | None = None) -> None:
+    def __init__(self, block: Block, tensors: TensorReader, group: str, update: Accepted | None = None) -> None:
         super().__init__(block)
         self._tensors = tensors
         self._group = group
-        self._site = site
+        self._update = update
 
     def _read(self) -> torch.Tensor:
         block = self._block
         try:
             return read_wide(self._tensors, beside(self._group, block.name), block.start, block.stop)
         except (IntegrityError, FileNotFoundError) as error:
-            if self._site is None:
+            if self._update is None:
                 raise
-            raise UpdateChanged(self._site, str(error)) from error
+            raise UpdateChanged(self._update, str(error)) from error
 
 
 class _UpdateSlice(_LazySlice):
@@ -321,11 +315,14 @@ class _UpdateSlice(_LazySlice):
         try:
             data = tensors.read_block(block.name, block.start, block.stop)
         except (IntegrityError, FileNotFoundError) as error:
-            raise UpdateChanged(self._update.site, str(error)) from error
+            raise UpdateChanged(self._update, str(error)) from error
         return torch_block(data, tensors.spec[block.name].dtype)
 
     def _read_values(self) -> torch.Tensor:
         block, value = self._block, self._value()
+        if (origin := self._update.origin) is not None:
+            is_difference = self._update.manifest.params_type == "DIFF"
+            return moved(block, value, origin.base, is_difference=is_difference, scale=self._scale)
         # A boolean has no difference: a DIFF carries the site's own value.
         if self._update.manifest.params_type == "DIFF" and value.dtype is not torch.bool:
             return value.to(torch.float64) * self._scale + block.wide

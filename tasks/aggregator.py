@@ -53,9 +53,9 @@ class RoundMean(Aggregator):
     """The mean of one round's updates, by weights and scales that a survey has found."""
 
     weights: Mapping[str, float] | None = None
-    """site -> weight, where it is not the update's own."""
+    """key of an update (see `Update`) -> weight, where it is not the update's own."""
     scales: Mapping[str, float] | None = None
-    """site -> factor on its difference to the global model, where that is not 1."""
+    """key of an update -> factor on its difference to the global model, where that is not 1."""
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
         return weighted_mean((self._weight(update), self._value(name, state, update)) for update in self._used(updates))
@@ -64,10 +64,10 @@ class RoundMean(Aggregator):
         return [update for update in updates if self._weight(update) > 0]  # the others need not be read
 
     def _weight(self, update: Update) -> float:
-        return update.weight if self.weights is None else self.weights.get(update.site, 0.0)
+        return update.weight if self.weights is None else self.weights.get(update.key, 0.0)
 
     def _value(self, name: str, state: State, update: Update) -> torch.Tensor:
-        scale = 1.0 if self.scales is None else self.scales.get(update.site, 1.0)
+        scale = 1.0 if self.scales is None else self.scales.get(update.key, 1.0)
         value = update.params[name]
         return value if scale == 1.0 else torch.lerp(state.params[name], value, scale)
 

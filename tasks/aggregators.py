@@ -282,5 +282,5 @@ class _MeanAroundMedian(Aggregator):
     midpoint: bool
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        chosen = [update for update in updates if update.site in self.sites]
+        chosen = [update for update in updates if update.key in self.sites]
         return mean_around_median(stacked(name, chosen), self.num_near, midpoint=self.midpoint)

@@ -12,7 +12,7 @@ class _Cause:
     """What became of a site, and why. Two are equal if they differ only in the site and the round that their texts name.
 
     Args:
-        kind: `failed`, `rejected`, `probed`, `late` or `not_asked`.
+        kind: `failed`, `rejected`, `probed`, `late`, `folded` (late, and counted in a later round) or `not_asked`.
         why: as people read it.
         alike: the same, without the names of its own site and round.
     """
@@ -25,6 +25,9 @@ class _Cause:
     def of(cls, kind: str, why: str, site: str, number: int) -> "_Cause":
         own_site = rf"(?<![\w.-]){re.escape(site)}(?![\w-]|\.\w)"
         return cls(kind, why, re.sub(own_site, "\0site", re.sub(rf"\bround {number}\b", "\0round", why)))
+
+
+_FOLDED = _Cause("folded", "", "")
 
 
 def causes(record: RoundRecord) -> str:
@@ -45,8 +48,10 @@ def causes(record: RoundRecord) -> str:
 def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
     """Why sites are missing from some rounds: a paragraph for each cause, with the sites that had it and their rounds."""
     rounds: dict[_Cause, dict[str, list[int]]] = {}
+    folded = {(entry.round, entry.site): record.round for record in records for entry in record.late_accepted}
     for record in records:
-        for site, cause in _missing(record):
+        for site, missed in _missing(record):
+            cause = _FOLDED if missed.kind == "late" and (record.round, site) in folded else missed
             known = rounds.setdefault(cause, {}).setdefault(site, [])
             if record.round not in known:
                 known.append(record.round)
@@ -57,7 +62,11 @@ def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
             together.setdefault(round_numbers(numbers), []).append(site)
         who = ", ".join(f"{', '.join(sites)} ({numbers})" for numbers, sites in together.items())
         what = f"the update of {who}" if len(of_site) == 1 else f"the updates of {who}"
-        told.append(_sentence(cause, who, what, list(of_site)))
+        if cause is _FOLDED:
+            later = sorted({folded[number, site] for site, missed_in in of_site.items() for number in missed_in})
+            told.append(f"{who} {'was' if len(of_site) == 1 else 'were'} late, counted in {round_numbers(later)}")
+        else:
+            told.append(_sentence(cause, who, what, list(of_site)))
     return told
 
 
@@ -76,7 +85,7 @@ def uncounted(record: RoundRecord, factors: Mapping[str, float]) -> str | None:
     Args:
         factors: the recipe's `aggregation_weights`.
     """
-    accepted = record.accepted
+    accepted = (*record.accepted, *record.late_accepted)
     if record.task != "train" or any(entry.weight and factors.get(entry.site, 1.0) for entry in accepted):
         return None
     sent = [entry.site for entry in accepted if not entry.weight]

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from prefect import task
@@ -27,6 +28,7 @@ from fedpool.tasks.answers import Again, Answers, Asked, Turn
 from fedpool.tasks.events import emit_rejected
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected, judge
 from fedpool.tasks.observer import Observer, tell_logged
+from fedpool.tasks.virtual_round import VirtualClock
 
 MAX_SITE_TASKS = 64
 """Above this many sites in a round, a task serves all sites of a slot: a Prefect task per site does not scale to thousands."""
@@ -42,10 +44,11 @@ class Round:
         patience_s: how long a site that is lost or cannot be reached is waited for.
         asked: what came before: an earlier coordinator's attempts, or this one's before the round is tried again.
         observer: who is told what sites have logged.
+        clock: of a simulation in virtual time.
     """
 
     # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is nothing for it to walk.
-    __slots__ = ("answers", "asked", "number", "observer", "patience_s", "retries", "sites", "store", "turn")
+    __slots__ = ("answers", "asked", "clock", "number", "observer", "patience_s", "retries", "sites", "store", "turn")
 
     def __init__(
         self,
@@ -57,7 +60,9 @@ class Round:
         patience_s: float,
         asked: Mapping[str, Asked] | None = None,
         observer: Observer | None = None,
+        clock: VirtualClock | None = None,
     ) -> None:
+        self.clock = clock
         self.number = number
         self.sites = sites
         self.store = store
@@ -73,6 +78,8 @@ class Round:
         """The round's turn has come; None when it never will."""
         if turn is not None:
             self.answers = Answers(time.monotonic(), turn.quorum, turn.probes)
+            if self.clock is not None:
+                self.clock.begin(self.number, turn, self.answers)
         self.turn.set_result(turn)
 
     def end(self) -> None:
@@ -87,7 +94,8 @@ async def collect(round: Round, chosen: Sequence[str]) -> list[Outcome]:
     Returns: what came of it, once all have answered, failed or timed out, or the round has closed; empty when the turn never
         came.
     """
-    if round.sites.traits.have_runs:
+    # In virtual time nobody waits in a slot's queue for another one's end: the slots are the sites' own matter.
+    if round.sites.traits.have_runs or (round.clock is not None and len(chosen) > MAX_SITE_TASKS):
         calls: list[Coroutine[Any, Any, Any]] = [_follow_run(round, site) for site in chosen]
     elif len(chosen) <= MAX_SITE_TASKS:
         calls = [_ask_site.with_options(task_run_name=site)(round, site) for site in chosen]
@@ -128,7 +136,11 @@ async def _part(round: Round, site: str) -> bool:
     turn = await asyncio.shield(round.turn)
     if turn is None or site not in turn.sites:
         return False
-    await _ask(round, turn, site, attempt)
+    assert round.answers is not None, "begin() comes first"
+    if round.clock is None:
+        await ask_site(round, turn, site, attempt, round.answers)
+    else:
+        await round.clock.ask(site, attempt, turn, partial(ask_site, round, turn, site, attempt))
     return True
 
 
@@ -157,16 +169,15 @@ async def _ask_slot(round: Round, shared: _Shared) -> None:
         if site not in turn.sites:
             continue
         try:
-            await _ask(round, turn, site, round.asked[site].attempt if site in round.asked else 0)
+            assert round.answers is not None, "begin() comes first"
+            await ask_site(round, turn, site, round.asked[site].attempt if site in round.asked else 0, round.answers)
         except SiteError as error:
             get_run_logger().error("%s", error)
 
 
-async def _ask(round: Round, turn: Turn, site: str, attempt: int) -> None:
+async def ask_site(round: Round, turn: Turn, site: str, attempt: int, answers: Answers) -> None:
     """Note what comes of asking a site; one that is lost is asked again. Raises `SiteError` when it fails for good."""
     logger = get_run_logger()
-    answers = round.answers
-    assert answers is not None, "begin() comes first"
     again = Again(round.retries, round.patience_s if round.sites.traits.come_back else 0.0)
     while True:
         try:

@@ -1,6 +1,6 @@
 """The gate: an update is accepted, or rejected with a reason, before it can touch the sum."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedpool.errors import IntegrityError
 from fedpool.inspection import inspect_tensors
@@ -12,6 +12,7 @@ from fedpool.store import Store
 from fedpool.tasks.claims import check_manifest
 from fedpool.tasks.expected import MAX_REASON, Expected, Refused
 from fedpool.tasks.fits import check_finite, check_names, check_range, norm_and_scale, open_update
+from fedpool.tasks.staleness import Origin, update_key
 from fedpool.tensors import TensorReader
 
 
@@ -21,7 +22,7 @@ class Accepted:
     it has no model of its own to submit.
 
     `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale` what the difference is
-    multiplied by to be within the limit.
+    multiplied by to be within the limit. `origin` is where an update comes from that counts in a later round than its own.
     """
 
     manifest: UpdateManifest
@@ -30,6 +31,17 @@ class Accepted:
     tensors: TensorReader | None
     norm: float | None = None
     scale: float = 1.0
+    origin: Origin | None = None
+
+    @property
+    def staleness(self) -> int:
+        """Commits between its base and the round that it counts in."""
+        return 0 if self.origin is None else self.origin.staleness
+
+    @property
+    def key(self) -> str:
+        """What tells it apart from the other updates of the round that it counts in."""
+        return update_key(self.site, self.staleness)
 
     @property
     def site(self) -> str:
@@ -94,6 +106,26 @@ class Probed:
 
 Outcome = Accepted | Rejected | Failed | Late | Probed
 """What came of asking a site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A late update that has come, as the gate judged it for the round that it would count in; `round` is its own."""
+
+    round: int
+    outcome: Accepted | Rejected | Probed
+
+
+def counting_in(number: int, outcome: Accepted | Rejected, wanted: Expected) -> Accepted | Rejected:
+    """What the gate said of an update of an earlier round, with its origin, for the round that it counts in.
+
+    Args:
+        wanted: what it was judged by.
+    """
+    if isinstance(outcome, Rejected):
+        return outcome
+    assert wanted.base is not None, "whatever is trained starts from a model"
+    return replace(outcome, origin=Origin(wanted.base, number - wanted.round))
 
 
 def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: Expected) -> Accepted | Rejected:

@@ -19,7 +19,7 @@ class Geometry:
     """The inner products of n updates.
 
     Attributes:
-        sites: who sent them, in the order of the matrix.
+        sites: who sent them, in the order of the matrix; of a late one, its key (see `Update`).
         weights: of the updates, in the same order, above 0.
         products: (n, n), float64; [i, j] is the inner product of the differences of updates i and j to the global model, over
             all floating point parameters that they share.

@@ -10,8 +10,8 @@ from typing import Any
 from fedpool.errors import IntegrityError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.aggregate import UpdateChanged
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
+from fedpool.tasks.counted import UpdateChanged
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.record import SubmittedModel
 from fedpool.tensor_stream import Writable, write_and_hash
@@ -59,7 +59,7 @@ def publish_submitted(
             with store.staged(paths.global_model(first + len(models))) as file:
                 digest = _write(file, base, update.tensors, store.block_elements)
         except (IntegrityError, FileNotFoundError) as error:
-            changed.append(UpdateChanged(update.site, str(error)))
+            changed.append(UpdateChanged(update, str(error)))
         else:
             models.append(model_entry(update, digest))
     return models, changed

@@ -19,9 +19,13 @@ def quarantined(records: Sequence[RoundRecord], max_rejections: int | None) -> f
         return frozenset()
     in_a_row: dict[str, int] = {}
     for record in records:
-        passed = {entry.site for entry in (*record.accepted, *record.probed)}
-        for site in {entry.site for entry in record.rejected} - passed:
-            in_a_row[site] = in_a_row.get(site, 0) + 1
-        for site in passed:
-            in_a_row.pop(site, None)
+        for good, bad in (
+            ((*record.late_accepted, *record.late_probed), record.late_rejected),  # what was sent for an earlier round
+            ((*record.accepted, *record.probed), record.rejected),
+        ):
+            passed = {entry.site for entry in good}
+            for site in {entry.site for entry in bad} - passed:
+                in_a_row[site] = in_a_row.get(site, 0) + 1
+            for site in passed:
+                in_a_row.pop(site, None)
     return frozenset(site for site, count in in_a_row.items() if count >= max_rejections)

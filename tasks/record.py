@@ -3,21 +3,16 @@
 A field that is None in a job of an earlier version, or that a round has no use for, is left out of the JSON.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedpool.manifest import PROTOCOL, Task
-from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
+from fedpool.manifest import Task
 from fedpool.paths import JobPaths, check_name
-from fedpool.recipe import SERVER
 from fedpool.store import Store
-from fedpool.tasks.arithmetic import CURRENT, Arithmetic
-from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Probed, Rejected
-from fedpool.tasks.metrics import denominators, mean_metrics
 from fedpool.tensors import Digest
 from fedpool.written import Written, is_empty, is_false, is_none
 
@@ -92,6 +87,29 @@ class LateEntry(Entry):
     """A site that had not answered when the round closed."""
 
 
+class LateAcceptedEntry(AcceptedEntry):
+    """An update of an earlier round, which is `round`, that counts in this one."""
+
+    round: int = Field(ge=0)
+    staleness: int = Field(ge=1)
+
+
+class LateRejectedEntry(RejectedEntry):
+    """An update of an earlier round that was not accepted."""
+
+    round: int = Field(ge=0)
+
+
+class LateProbedEntry(ProbedEntry):
+    """A good update of an earlier round, of a site in quarantine."""
+
+    round: int = Field(ge=0)
+
+
+JudgedLate = LateAcceptedEntry | LateRejectedEntry | LateProbedEntry
+"""What became of an update of an earlier round."""
+
+
 class NotAskedEntry(SiteEntry):
     """A site that the round went ahead without."""
 
@@ -132,13 +150,16 @@ class RoundRecord(Written):
 
     Attributes:
         sites: that took part, in their order; the entries of each kind are in the same order, one for each time asked.
-        metrics: score of the round's global model, over the sites.
+        late_accepted, late_rejected, late_probed: updates of earlier rounds, which had closed without them, as this one judged
+            them, by site and round; see `fedpool.tasks.staleness`.
+        metrics: score of the round's global model, over the sites; late updates, which scored another one, have no part in it.
         denominators: metric -> what its mean is over.
         logged: scalars that scripts have logged, over the sites.
         base: the round's global model, `global` in JSON.
         next_global: the next one; None when the round made none.
         state: what the strategy carries into the next round; None when it carries nothing, and after an evaluation.
         models: where sites submitted models: whose are scored in the rounds that follow, in their order.
+        virtual_time: in which it closed, of a simulation in virtual time; see `fedpool.tasks.virtual_time`.
         previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
     """
 
@@ -152,11 +173,15 @@ class RoundRecord(Written):
     failed: tuple[FailedEntry, ...]
     probed: tuple[ProbedEntry, ...]
     late: tuple[LateEntry, ...]
+    late_accepted: tuple[LateAcceptedEntry, ...] = Field(default=(), exclude_if=is_empty)
+    late_rejected: tuple[LateRejectedEntry, ...] = Field(default=(), exclude_if=is_empty)
+    late_probed: tuple[LateProbedEntry, ...] = Field(default=(), exclude_if=is_empty)
     not_asked: tuple[NotAskedEntry, ...] = Field(default=(), exclude_if=is_empty)
     metrics: dict[str, float]
     denominators: dict[str, float]
     logged: dict[str, float]
     timings: Timings
+    virtual_time: float | None = Field(default=None, exclude_if=is_none, ge=0)
     model: WhoseModel
     base: Annotated[Digest, Field(alias="global")]
     next_global: Digest | None
@@ -166,111 +191,10 @@ class RoundRecord(Written):
 
     what: ClassVar[str] = "a round"
 
-
-def round_record(
-    *,
-    job_id: str,
-    round: int,
-    task: Task,
-    outcomes: Collection[Outcome],
-    not_asked: Mapping[str, str] | None = None,
-    known_weights: Mapping[str, float],
-    owner: str = SERVER,
-    origin: int | None = None,
-    base: Digest,
-    following: Digest | None,
-    state: Digest | None,
-    models: Sequence[SubmittedModel] | None = None,
-    previous_sha256: str,
-    timings: Timings,
-    arithmetic: Arithmetic = CURRENT,
-) -> RoundRecord:
-    """The record of a round.
-
-    Args:
-        outcomes: one for each time that a site was asked.
-        not_asked: site -> why the round went ahead without asking it.
-        known_weights: site -> weight of its last training update, for scores that come without one.
-        owner: whose model the round's global one is.
-        origin: the round that it is the start of; of a site's, the one that it was submitted in; None for this very round.
-        base, following, state, models, previous_sha256, timings: see `RoundRecord`.
-        arithmetic: of the job.
-    """
-    ordered = arithmetic.by_site(sorted(outcomes, key=lambda outcome: outcome.attempt), lambda outcome: outcome.site)
-    accepted = [_accepted(outcome, known_weights, arithmetic) for outcome in ordered if isinstance(outcome, Accepted)]
-    without = not_asked or {}
-    return RoundRecord(
-        protocol=PROTOCOL,
-        job_id=job_id,
-        round=round,
-        task=task,
-        sites=tuple(arithmetic.ordered({outcome.site for outcome in ordered} | set(without))),
-        accepted=tuple(accepted),
-        rejected=tuple(
-            RejectedEntry(
-                site=outcome.site,
-                attempt=outcome.attempt,
-                sha256=outcome.manifest.sha256 if outcome.manifest else None,
-                manifest_sha256=outcome.manifest_sha256,
-                code=outcome.code,
-                reason=outcome.reason,
-            )
-            for outcome in ordered
-            if isinstance(outcome, Rejected)
-        ),
-        failed=tuple(
-            FailedEntry(site=outcome.site, attempt=outcome.attempt, cause=outcome.cause, away=outcome.away)
-            for outcome in ordered
-            if isinstance(outcome, Failed)
-        ),
-        probed=tuple(
-            ProbedEntry(
-                site=outcome.site,
-                attempt=outcome.attempt,
-                sha256=outcome.update.manifest.sha256,
-                manifest_sha256=outcome.update.manifest_sha256,
-            )
-            for outcome in ordered
-            if isinstance(outcome, Probed)
-        ),
-        late=tuple(
-            LateEntry(site=outcome.site, attempt=outcome.attempt) for outcome in ordered if isinstance(outcome, Late)
-        ),
-        not_asked=tuple(NotAskedEntry(site=site, reason=without[site]) for site in arithmetic.ordered(without)),
-        metrics=mean_metrics((entry.metrics_weight, entry.metrics) for entry in accepted),
-        denominators=denominators((entry.metrics_weight, entry.metrics) for entry in accepted),
-        logged=mean_metrics((entry.weight, entry.logged) for entry in accepted),
-        timings=timings,
-        model=WhoseModel(owner=owner, round=round if origin is None else origin),
-        base=base,
-        next_global=following,
-        state=state,
-        models=None if models is None else tuple(models),
-        previous_sha256=previous_sha256,
-    )
-
-
-def _accepted(outcome: Accepted, known_weights: Mapping[str, float], arithmetic: Arithmetic) -> AcceptedEntry:
-    manifest = outcome.manifest
-    weight = outcome.weight
-    num_examples = manifest.meta.get(NUM_EVAL_EXAMPLES) if arithmetic.eval_examples else None
-    if manifest.task == "evaluate" and NUM_STEPS not in manifest.meta:
-        weight = known_weights.get(outcome.site, weight)
-    return AcceptedEntry(
-        site=outcome.site,
-        attempt=outcome.attempt,
-        sha256=manifest.sha256,
-        manifest_sha256=outcome.manifest_sha256,
-        size=manifest.size,
-        params_type=manifest.params_type,
-        weight=weight,
-        num_eval_examples=None if num_examples is None else float(num_examples),
-        metrics=manifest.metrics,
-        logged=manifest.logged,
-        seconds=round_ms(manifest.seconds),
-        norm=outcome.norm,
-        scale=None if outcome.norm is None else outcome.scale,
-    )
+    @property
+    def judged_late(self) -> tuple[JudgedLate, ...]:
+        """The updates of earlier rounds that came in this one."""
+        return (*self.late_accepted, *self.late_rejected, *self.late_probed)
 
 
 def stored_records(store: Store, job_id: str) -> Iterator[RoundRecord]:
@@ -289,7 +213,12 @@ def round_ms(seconds: float) -> float:
 
 def known_weights(records: Sequence[RoundRecord]) -> dict[str, float]:
     """site -> weight of its last accepted training update."""
-    return {entry.site: entry.weight for record in records if record.task == "train" for entry in record.accepted}
+    return {
+        entry.site: entry.weight
+        for record in records
+        if record.task == "train"
+        for entry in (*record.late_accepted, *record.accepted)
+    }
 
 
 def of_global_models(records: Sequence[RoundRecord]) -> list[RoundRecord]:

@@ -1,6 +1,7 @@
 """How long updates are kept: they are most of what a job stores, and are needed to verify and to replay it.
 
-Manifests stay, and with them all hashes; so do rejected updates, for their owners to see.
+Manifests stay, and with them all hashes; so do rejected updates, for their owners to see. A late update goes with the round in
+which it counted, and stays until then.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Literal
 
 from fedpool.paths import JobPaths
 from fedpool.store import Store
-from fedpool.tasks.record import RoundRecord
+from fedpool.tasks.record import LateAcceptedEntry, LateProbedEntry, RoundRecord
 
 KeepUpdates = Literal["all", "last", "none"]
 
@@ -28,6 +29,8 @@ def drop_updates(store: Store, job_id: str, record: RoundRecord) -> int:
     paths, number = JobPaths(job_id), record.round
     sent = [entry for entry in (*record.accepted, *record.probed) if entry.sha256 is not None]
     gone = [paths.update(number, entry.site, entry.attempt) for entry in sent]
+    late: list[LateAcceptedEntry | LateProbedEntry] = [*record.late_accepted, *record.late_probed]
+    gone += [paths.update(entry.round, entry.site, entry.attempt) for entry in late]
     freed = 0
     if number > 0:
         gone.append(paths.state(number - 1))

@@ -16,6 +16,7 @@ import torch
 
 from fedpool.tasks.geometry import Geometry
 from fedpool.tasks.sampling import choose_sites
+from fedpool.tasks.staleness import update_key
 
 Slice = Mapping[str, torch.Tensor]
 
@@ -73,12 +74,14 @@ class Update:
 
     Attributes:
         site: who sent it.
-        weight: from 0, finite, relative to the other updates'.
-        params: the site's parameters (a DIFF has been added to the global model); read when asked for.
+        weight: from 0, finite, relative to the other updates'; of a late one, times its discount, see `fedpool.tasks.staleness`.
+        params: the site's parameters (a DIFF has been added to the global model); read when asked for. Of a late update, the
+            global model plus the difference to its own base; of what is averaged alone (`State.averaged`), the site's values.
         extras: group -> what the site sent beside its parameters, as a slice like those of the state's slots.
         meta: what the script said of the update.
         scale: what its difference to the global model was multiplied by, to be within a limit; `params` is so already, and
             `extras` are not.
+        staleness: commits between the model that the site trained from and the round that it counts in; 0 for a fresh update.
     """
 
     site: str
@@ -87,6 +90,12 @@ class Update:
     extras: Mapping[str, Slice] = field(default_factory=dict)
     meta: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     scale: float = 1.0
+    staleness: int = 0
+
+    @property
+    def key(self) -> str:
+        """What tells it apart from the round's other updates: a site may have a fresh one, and a late one."""
+        return update_key(self.site, self.staleness)
 
 
 class Strategy(ABC):

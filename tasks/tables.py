@@ -36,7 +36,22 @@ def round_table(record: RoundRecord) -> list[dict[str, Any]]:
     rows += [{"site": entry.site, "state": f"not asked: {entry.reason}"} for entry in record.not_asked]
     rows += [{"site": entry.site, "state": "late"} for entry in record.late]
     rows += [{"site": entry.site, "state": "probed"} for entry in record.probed]
+    rows += late_rows(record)
     return by_site(rows, lambda row: str(row["site"]))
+
+
+def late_rows(record: RoundRecord) -> list[dict[str, Any]]:
+    """One row per update of an earlier round that came in this one."""
+    rows: list[dict[str, Any]] = []
+    for entry in record.late_accepted:
+        state = f"late from round {entry.round}, counted in round {record.round} (staleness {entry.staleness})"
+        shown = {"examples": f"{entry.weight:g}", "seconds": f"{entry.seconds:.2f}", "bytes": str(entry.size)}
+        rows.append({"site": entry.site, "state": state, **shown})
+    for refused in record.late_rejected:
+        state = f"late from round {refused.round}, rejected: {_first_line(refused.reason)}"
+        rows.append({"site": refused.site, "state": state})
+    rows += [{"site": entry.site, "state": f"late from round {entry.round}, probed"} for entry in record.late_probed]
+    return rows
 
 
 def task_and_owner(record: RoundRecord) -> str:
@@ -56,7 +71,8 @@ def report_rows(records: Sequence[RoundRecord]) -> tuple[list[str], list[list[st
             [
                 str(record.round),
                 task_and_owner(record),
-                f"{len(record.accepted)}/{len(record.sites)}",
+                f"{len(record.accepted)}/{len(record.sites)}"
+                + (f" + {late} late" if (late := len(record.late_accepted)) else ""),
                 *(f"{known[name]:.4f}" if name in known else "" for name in names),
                 f"{record.timings.round_s:.2f}",
             ]

@@ -57,7 +57,8 @@ class Counted:
         return {site: self.last_used.get(site, NONE_USED) for site in sites}
 
     def _add(self, record: RoundRecord) -> None:
-        accepted = {entry.site: entry for entry in record.accepted}
+        # Of a site that has both, the fresh one, as in `aggregate`. Where sites see `last_used`, no late update counts.
+        accepted = {entry.site: entry for entry in (*record.late_accepted, *record.accepted)}
         weights = {site: entry.weight for site, entry in accepted.items()}
         counted = counting(weights, self._factors)
         if any(counted.values()):

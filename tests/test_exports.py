@@ -188,7 +188,7 @@ def test_what_an_algorithm_of_the_users_is_written_against_stays_as_it_is() -> N
         }
 
     assert fields(fedpool.State) == ["params", "slots", "round", "averaged", "shares"]
-    assert fields(fedpool.Update) == ["site", "weight", "params", "extras", "meta", "scale"]
+    assert fields(fedpool.Update) == ["site", "weight", "params", "extras", "meta", "scale", "staleness"]
     assert methods(fedpool.State) == {"after": "self, params, slots"}
     assert methods(fedpool.Strategy) == {
         "slots": "property",

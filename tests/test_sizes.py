@@ -26,7 +26,6 @@ LONG_MODULES = {
     "src/fedpool/recipe.py": 419,
     "tasks/aggregate.py": 333,
     "tasks/dispatch.py": 379,
-    "tasks/record.py": 302,
     "sites/local.py": 331,
     "sites/resident.py": 352,
     "deployments/remote.py": 345,

@@ -106,7 +106,7 @@ def test_an_installed_recipe_that_is_registered_is_found_by_its_job(
     again = recipe_of("job-1", store)
     assert type(again) is kind and again.model_dump(mode="json") == recipe.model_dump(mode="json")
     check_unchanged(again, "job-1", store, SITES)
-    share = "aggregator,share"
+    share = "aggregator,late,share"
     assert entrypoint_of(kind) == f"fedpool.flows.entrypoints.own({share})"
     flow = import_object(entrypoint_of(kind))
     assert set(parameter_schema(deployed(kind)).properties) == set(flow.fn.__signature__.parameters)

@@ -18,8 +18,8 @@ from fedpool.tasks.record import (
     known_weights,
     of_global_models,
     round_ms,
-    round_record,
 )
+from fedpool.tasks.recording import round_record
 from fedpool.tensors import Digest
 from tests.updates import sent_by
 

@@ -115,7 +115,11 @@ def _own_fields(kind: type[Recipe]) -> str:
     for name, field in kind.model_fields.items():
         if field.exclude:
             fixed.append(f"`{name}`")
-        elif name not in base.model_fields or cells(name, field) != cells(name, base.model_fields[name]):
+        elif (
+            name == "late"
+            or name not in base.model_fields
+            or cells(name, field) != cells(name, base.model_fields[name])
+        ):
             own[name] = field
     others = "those of every recipe, [docs/recipes/fields.md](fields.md)"
     if base is AveragingRecipe:

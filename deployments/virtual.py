@@ -1,0 +1,46 @@
+"""The part of a simulation's settings that is about virtual time; see `fedpool.tasks.virtual_time`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from fedpool.deployments.clients import NamedClients
+from fedpool.errors import RecipeError
+from fedpool.recipe import Recipe
+from fedpool.tasks.virtual_time import SPEEDS, check_speed, speeds_by_site
+
+Speeds = tuple[float, ...] | dict[str, float] | None
+
+
+class VirtualTime(NamedClients):
+    """An environment whose sites may have speeds."""
+
+    speeds: Speeds = Field(
+        default=None,
+        description="units of virtual time that each site needs for an assignment, in the order of the sites or by name: who is "
+        "late follows from them and not from this machine; default: time is the machine's",
+    )
+
+    @field_validator("speeds")
+    @classmethod
+    def _speeds_are_positive(cls, value: Speeds) -> Speeds:
+        named = value if isinstance(value, dict) else {f"site {at + 1}": units for at, units in enumerate(value or ())}
+        for site, units in named.items():
+            check_speed(site, units)
+        return value
+
+    def virtual(self, recipe: Recipe, names: Sequence[str]) -> dict[str, Any]:
+        """What `job.json` says of the sites' speeds, as part of the settings; nothing where time is the machine's.
+
+        Raises:
+            RecipeError: `speeds` are not those of the sites, or the recipe goes by the machine's time.
+        """
+        if self.speeds is None:
+            return {}
+        if recipe.round_timeout is not None:
+            raise RecipeError(
+                f"round_timeout={recipe.round_timeout:g} counts seconds of this machine, speeds units of virtual time: leave "
+                "one of them out"
+            )
+        return {SPEEDS: speeds_by_site(self.speeds, names)}

@@ -1,0 +1,56 @@
+"""What simulated sites were at work on, in virtual time, when a coordinator was lost.
+
+It is done again, from the model of its own round, in a new attempt.
+"""
+
+import asyncio
+from functools import partial
+
+from fedpool.flows.expected import expected
+from fedpool.flows.under_way import Job
+from fedpool.tasks.answers import Asked, Turn, asked_before
+from fedpool.tasks.collect import Round, ask_site
+from fedpool.tasks.quorum import Quorum
+from fedpool.tasks.used import Counted
+from fedpool.tasks.virtual_round import VirtualClock
+
+
+async def go_on_in_virtual_time(job: Job, clock: VirtualClock) -> None:
+    """Have every site go on with what it is at work on; what is in the store already is not done again."""
+    for site, part in clock.schedule.at_work.items():
+        found = await asyncio.to_thread(job.store.tree, job.paths.round(part.round))
+        before = asked_before(found, lives_on=False).get(site, Asked(0, answered=False))
+        recipe = job.recipe
+        round = Round(
+            part.round,
+            job.sites,
+            job.store,
+            retries=recipe.site_retries,
+            patience_s=recipe.site_patience_s,
+            asked={site: before},
+        )
+        turn = await asyncio.to_thread(_turn, job, part.round, site)
+        clock.go_on(site, turn, partial(ask_site, round, turn, site, before.attempt))
+
+
+def _turn(job: Job, number: int, site: str) -> Turn:
+    """What the site was asked in a round that is committed."""
+    record = job.records[number]
+    base = job.store.tensors(job.paths.global_model(number), record.base.size)
+    wanted = expected(
+        job.recipe, job.strategy, job.job_id, number, record.task, record.base, base, job.holes, job.arithmetic
+    )
+    shared = job.strategy.shared and record.task == "train"
+    counted = Counted(job.recipe.aggregation_weights)
+    counted.follow(job.records[:number])
+    return Turn(
+        record.task,
+        record.base,
+        wanted,
+        state=job.records[number - 1].state if shared and number > 0 else None,
+        deadline=None,
+        quorum=Quorum(min_clients=1),
+        sites=(site,),
+        probes=(),
+        used=counted.used((site,)) if shared else {},
+    )
