@@ -138,8 +138,7 @@ class SessionHost:
             self._link.put(kind, **fields)
         except OSError as error:
             raise self._lost() from error
-        if kind == "log":
-            self._sent_scalars = time.monotonic()
+        self._sent_scalars = time.monotonic() if kind == "log" else -math.inf
 
     def _send_held(self) -> None:
         held, self._held = self._held, []
