@@ -16,6 +16,7 @@ import httpx
 
 from fedpool.errors import ConfigError, ServerError
 from fedpool.loopback import bypass_proxies
+from fedpool.tasks.prefect_internals import profile_name
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -102,11 +103,9 @@ def _no_answer(url: str, cause: str, remedy: str | None) -> ServerError:
 
 def _setting() -> str:
     """How to change the server that is asked."""
-    from prefect.context import get_settings_context
-
     if "PREFECT_API_URL" in os.environ:
         return "correct PREFECT_API_URL"
-    return f"correct PREFECT_API_URL of the Prefect profile {get_settings_context().profile.name!r}"
+    return f"correct PREFECT_API_URL of the Prefect profile {profile_name()!r}"
 
 
 def _certificates(skip: bool, file: str | None) -> ssl.SSLContext:

@@ -9,31 +9,25 @@ that the deployment names, to look for hooks, and so run what was refused.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from uuid import UUID
 
-import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
-from prefect.engine import handle_engine_signals
-from prefect.exceptions import PrefectException
-from prefect.states import Crashed
+from prefect.client.orchestration import get_client
 
-from fedpool.deployments.site_run import check_run, do_run
-from fedpool.errors import ConfigError
+from fedpool.deployments.prefect_runs import PrefectRuns
+from fedpool.errors import ConfigError, ServerError
 from fedpool.sites.config import SiteConfig
+from fedpool.sites.desk import Phase, Piece, Report, Reports
+from fedpool.sites.piece import check_piece, do_piece
 from fedpool.sites.resident import Resident
+from fedpool.tasks.prefect_internals import FLOW_RUN_VARIABLE, engine_signals
 
-RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
-"""Where every worker of Prefect puts the id of the run that a command is for."""
-
-_CANCEL_POLL = timedelta(seconds=4)
+_CANCEL_POLL_S = 4.0
 
 
 def assigned_run(environment: Mapping[str, str] = os.environ) -> UUID:
@@ -42,12 +36,12 @@ def assigned_run(environment: Mapping[str, str] = os.environ) -> UUID:
     Raises:
         ConfigError: no worker has started it.
     """
-    text = environment.get(RUN_VARIABLE, "")
+    text = environment.get(FLOW_RUN_VARIABLE, "")
     try:
         return UUID(text)
     except ValueError:
         raise ConfigError(
-            f"{RUN_VARIABLE} is {text!r}, not the id of a flow run: `fedpool site run` is the command of a work pool, whose "
+            f"{FLOW_RUN_VARIABLE} is {text!r}, not the id of a flow run: `fedpool site run` is the command of a work pool, whose "
             "worker sets it; `fedpool site start` is a site's own worker"
         ) from None
 
@@ -64,64 +58,50 @@ def run_assigned(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
     Raises:
         SystemExit: the run is over already (0), or could not be reported (1).
     """
-    with handle_engine_signals(run_id), get_client(sync_client=True) as client:
-        run = client.read_flow_run(run_id)
+    with engine_signals(run_id):
+        return asyncio.run(_run(run_id, load))
+
+
+async def _run(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
+    async with get_client() as client:
+        desk = PrefectRuns(client)
+        piece = await desk.piece(run_id)
         try:
-            check_run(client.read_flow(run.flow_id).name, run.parameters)
+            check_piece(piece)
             config = load()
             config.check_devices()
         except (PermissionError, ConfigError) as error:
             sys.stderr.write(f"{error}\n")
             refused = isinstance(error, PermissionError)
             message = str(error) if refused else "the site's settings are invalid: its output says why"
-            client.set_flow_run_state(run_id, Crashed(message=message), force=True)
+            await desk.report(piece, Report(Phase.CRASHED, message))
             return False
-        _Round(config, run, client).work()
+        with Resident(config) as resident:
+            await _do(desk, piece, resident)
     return True
 
 
-class _Round:
-    """A run, on a thread of its own: Prefect's engine would take over the signals of the main thread."""
+async def _do(desk: Reports, piece: Piece, resident: Resident) -> None:
+    """Do a piece, unless it is cancelled, or this process is to end."""
+    signalled, stop = asyncio.Event(), threading.Event()
 
-    def __init__(self, config: SiteConfig, run: FlowRun, client: SyncPrefectClient) -> None:
-        self._run = run
-        self._client = client
-        self._resident = Resident(config)
-        self._stop = threading.Event()
-        self._signalled = False
-        self._wake = threading.Event()
+    async def watch() -> None:
+        while not signalled.is_set():
+            try:
+                await asyncio.wait_for(signalled.wait(), _CANCEL_POLL_S)
+            except TimeoutError:
+                with contextlib.suppress(ServerError):  # it does not answer: the next look may find it
+                    if await desk.cancelled([piece.id]):
+                        stop.set()
+        await asyncio.to_thread(resident.close)
 
-    def work(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        with ThreadPoolExecutor(1, thread_name_prefix="fedpool-site-round") as thread, self._resident:
-            done = thread.submit(self._run_site_round)
-            done.add_done_callback(lambda _: self._wake.set())
-            while not done.done():
-                self._wake.wait(_CANCEL_POLL.total_seconds())
-                self._wake.clear()
-                if done.done():
-                    break
-                if self._is_cancelled():
-                    self._stop.set()
-                elif self._signalled:
-                    self._resident.close()
-        done.result()
-
-    def _run_site_round(self) -> None:
-        async def run() -> None:
-            async with get_client() as client:
-                await do_run(client, self._run, self._resident, stop=self._stop)
-
-        asyncio.run(run())
-
-    def _on_signal(self, *_: object) -> None:
-        self._signalled = True
-        self._wake.set()
-
-    def _is_cancelled(self) -> bool:
-        try:
-            state = self._client.read_flow_run(self._run.id).state
-        except (httpx.HTTPError, PrefectException):  # the server is unreachable: the next look may find it
-            return False
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled.set)
+    watching = asyncio.create_task(watch())
+    try:
+        await do_piece(desk, piece, resident, stop=stop)
+    finally:
+        if not signalled.is_set():
+            watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

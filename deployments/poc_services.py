@@ -26,6 +26,7 @@ from fedpool.deployments.server import (
 )
 from fedpool.errors import ConfigError, ServerError
 from fedpool.patience import pauses
+from fedpool.tasks.prefect_internals import LASTING_LEASES
 
 _SERVER, _S3, _COORDINATOR = "server", "s3", "coordinator"
 _SITE_PREFIX = "site."
@@ -152,9 +153,7 @@ class Services:
         port = int(state.address.rsplit(":", 1)[1])
         environment = server_environment(self._home / "prefect", state.database)
         if state.database != IN_MEMORY:  # which run holds a deployment's slot lasts as long as the runs do
-            environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = (
-                "prefect.server.concurrency.lease_storage.filesystem"
-            )
+            environment |= LASTING_LEASES
         process = self._processes.start(_SERVER, [*server_command(port), "stay"], environment)
         wait_until_up(state.api_url, process, self._processes.log(_SERVER))
 

@@ -37,6 +37,7 @@ from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.tasks.job_record import EnvironmentRecord
+from fedpool.tasks.prefect_internals import form_schema
 from fedpool.tasks.track import check_places
 
 if TYPE_CHECKING:
@@ -309,12 +310,11 @@ async def _deploy(
     overlap: Overlap | None = None,
 ) -> UUID:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.utilities.callables import parameter_schema
 
     from fedpool.flows.deployed import deployed, entrypoint_of
 
     flow, entrypoint = deployed(type(recipe)), entrypoint_of(type(recipe))
-    schema = parameter_schema(flow).model_dump_for_openapi()
+    schema = form_schema(flow)
     most, options = limit(overlap)
     deployment: UUID = await client.create_deployment(
         flow_id=await client.create_flow(flow),

@@ -26,11 +26,9 @@ gc.disable()  # until all is imported: looking for garbage among what stays is a
 import aiosqlite  # noqa: E402
 import prefect  # noqa: E402
 import uvicorn  # noqa: E402
-from prefect.server.database import PrefectDBInterface, provide_database_interface  # noqa: E402
-from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, Settings  # noqa: E402
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL  # noqa: E402
 
-_ASKED_FIRST = ("/flows", "/flow_runs", "/task_runs", "/logs", "/artifacts", "/events")
-"""What simulations need of the API."""
+from fedpool.tasks.prefect_internals import server_app, server_database  # noqa: E402
 
 
 def _end_with_parent() -> None:
@@ -40,7 +38,7 @@ def _end_with_parent() -> None:
 
 
 @asynccontextmanager
-async def _memory(database: PrefectDBInterface) -> AsyncIterator[Any]:
+async def _memory(database: Any) -> AsyncIterator[Any]:
     """The SQLite connection that all of the server shares. Prefect's pool has just this one: hold it briefly."""
     engine = await database.engine()
     async with engine.connect() as connection:
@@ -49,7 +47,7 @@ async def _memory(database: PrefectDBInterface) -> AsyncIterator[Any]:
 
 async def _prepare_tables(cache: Path, *, known: bool) -> None:
     """Create the tables, from the cache when it is known, and fill the cache when it is not."""
-    database = provide_database_interface()
+    database = server_database()
     if known:
         async with aiosqlite.connect(cache) as source, _memory(database) as memory:
             await source.backup(memory)
@@ -74,7 +72,7 @@ async def main(port: int, tables: Path, *, known: bool, stay: bool) -> None:
         except sqlite3.DatabaseError:  # the cache is damaged: make the tables anew
             await _prepare_tables(tables, known=False)
     config = uvicorn.Config(
-        _create_app,
+        server_app,
         factory=True,
         host="127.0.0.1",
         port=port,
@@ -82,24 +80,6 @@ async def main(port: int, tables: Path, *, known: bool, stay: bool) -> None:
         lifespan="on",
     )
     await _Server(config).serve()
-
-
-def _create_app() -> Any:
-    """Prefect's app, made ready for the first runs as early as can be."""
-    from prefect.server.api import server
-
-    def rank(router: Any) -> int:
-        return _ASKED_FIRST.index(router.prefix) if router.prefix in _ASKED_FIRST else len(_ASKED_FIRST)
-
-    # FastAPI prepares all routes up to the one that a request is for, each when the first request passes by.
-    server.API_ROUTERS = tuple(sorted(server.API_ROUTERS, key=rank))  # type: ignore[assignment]
-    # By this key Prefect tells the apps of one process apart, and to make it takes as long as some requests: here there is one.
-    Settings.hash_key = _hash_key  # type: ignore[assignment,method-assign]
-    return server.create_app()
-
-
-def _hash_key(settings: Settings) -> str:
-    return "the only one"
 
 
 class _Server(uvicorn.Server):

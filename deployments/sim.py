@@ -6,12 +6,11 @@ Nothing here imports Prefect before the job's thread does, so that a private ser
 import asyncio
 import atexit
 import gc
-import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from rich.console import Console
@@ -36,9 +35,7 @@ from fedpool.sites.process import find_program
 from fedpool.startup import collector_off
 from fedpool.store import Store
 from fedpool.tasks.job_record import EnvironmentRecord
-
-if TYPE_CHECKING:
-    pass
+from fedpool.tasks.prefect_internals import drain, quiet_console
 
 _DRAIN_TIMEOUT_S = 30.0
 
@@ -231,9 +228,9 @@ def _work(
         from fedpool.tasks.tracking import trackings
 
         stack.enter_context(temporary_settings(api))
-        stack.enter_context(_quiet_console())
+        stack.enter_context(quiet_console())  # there is the progress line
         # Before the server goes, its clients in this process must have sent what they hold.
-        stack.callback(_drain)
+        stack.callback(drain, _DRAIN_TIMEOUT_S)
 
         async def run_job() -> None:
             state = await federated_job(
@@ -251,29 +248,3 @@ def _work(
                 await state.aresult()
 
         asyncio.run(run_job())
-
-
-def _drain() -> None:
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    APILogWorker.drain_all(timeout=_DRAIN_TIMEOUT_S, at_exit=False)
-    EventsWorker.drain_all(timeout=_DRAIN_TIMEOUT_S, at_exit=False)
-
-
-@contextmanager
-def _quiet_console() -> Iterator[None]:
-    """Keep the runs' logs in the UI and off the terminal, where the progress line is."""
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    def is_not_of_a_run(record: logging.LogRecord) -> bool:
-        return not record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect.engine"))
-
-    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, PrefectConsoleHandler)]
-    for handler in handlers:
-        handler.addFilter(is_not_of_a_run)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(is_not_of_a_run)

@@ -4,28 +4,16 @@ import os
 import sys
 from contextlib import ExitStack
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Console
 
 from fedpool.deployments.server import private_server
 from fedpool.sites.local import LocalSites
-
-if TYPE_CHECKING:
-    from prefect.settings.legacy import Setting
-
-_FIRST_RUN_IMPORTS = (
-    "prefect.flow_engine",
-    "prefect.task_engine",
-    "prefect.events.worker",
-    "prefect.utilities.visualization",
-    "fastapi.encoders",
-    "anyio._backends._asyncio",
-)
-"""What Prefect imports when the first flow runs: imported while the server is still starting."""
+from fedpool.tasks.prefect_internals import import_for_first_run, surrounding_api
 
 
-def find_api(stack: ExitStack, console: Console, sites: LocalSites) -> "dict[Setting, object]":
+def find_api(stack: ExitStack, console: Console, sites: LocalSites) -> dict[Any, object]:
     """Settings by which Prefect finds the API that is configured, else a private server that lives as long as the stack does.
 
     Has the sites import what they need meanwhile.
@@ -57,21 +45,12 @@ def find_api(stack: ExitStack, console: Console, sites: LocalSites) -> "dict[Set
 
         check_server("start it, or unset PREFECT_API_URL to have a private server")
         return {PREFECT_API_URL: configured}
-    if (around := _surrounding_api()) is not None:
+    if (around := surrounding_api()) is not None:
         return {PREFECT_API_URL: around}
     server = server or stack.enter_context(private_server())
-    for name in _FIRST_RUN_IMPORTS:
-        import_module(name)
+    import_for_first_run()
     server.wait()
     console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
     # A server of ours is of our version, and asks for no token: there is nothing to ask it first.
     ask_first = (PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED)
     return {PREFECT_API_URL: server.api_url, **dict.fromkeys(ask_first, False)}
-
-
-def _surrounding_api() -> str | None:
-    """The API that a flow or a task around us runs on, though none is configured: Prefect has started a server for it."""
-    from prefect.context import FlowRunContext, TaskRunContext
-
-    around = FlowRunContext.get() or TaskRunContext.get()
-    return None if around is None else str(around.client.api_url).rstrip("/")

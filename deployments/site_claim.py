@@ -21,9 +21,10 @@ import psutil
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import VariableCreate
 from prefect.client.schemas.objects import Worker, WorkerStatus
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from fedpool.errors import ConfigError
+from fedpool.tasks.prefect_internals import delete_variable, delete_worker
 
 _LOOK_S = 30.0
 """How often a process looks whether its claim still stands."""
@@ -96,14 +97,8 @@ class SiteClaim:
         """Give the site up: without a claim its worker is no more, so that its record goes, too. Harmless when repeated."""
         if self._id is None:
             return
-        pool, name = self.holder.pool, self.holder.worker
-        try:
-            path = {"work_pool_name": pool, "name": name}
-            await client.request("DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params=path)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 404:
-                raise
-        await _delete(client, self._id)
+        await delete_worker(client, self.holder.pool, self.holder.worker)
+        await delete_variable(client, self._id)
         self._id = None
 
     async def _make(self, client: PrefectClient) -> None:
@@ -128,7 +123,7 @@ class SiteClaim:
                     f"site {self.holder.site!r} is already served by {holder} (worker {holder.worker!r} of work pool "
                     f"{holder.pool!r}): stop that one first, or give this site another name"
                 )
-            await _delete(client, there.id)
+            await delete_variable(client, there.id)
 
     async def _lives(self, client: PrefectClient, holder: Holder) -> bool:
         """Whether a process is there, and not just its claim."""
@@ -155,14 +150,6 @@ def variable_name(site: str) -> str:
     """Name of the variable that holds the claim to a site. Variables have lowercase names, without dots."""
     slug = re.sub(r"[^a-z0-9_-]", "-", site.lower())
     return f"fedpool-site-{slug}" + ("" if slug == site else f"-{hashlib.sha256(site.encode()).hexdigest()[:8]}")
-
-
-async def _delete(client: PrefectClient, variable: UUID) -> None:
-    try:
-        await client.request("DELETE", "/variables/{id}", path_params={"id": str(variable)})
-    except PrefectHTTPStatusError as error:
-        if error.response.status_code != 404:
-            raise
 
 
 async def _record(client: PrefectClient, holder: Holder) -> Worker | None:

@@ -15,9 +15,8 @@ from anyio import CancelScope
 from prefect import task
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.context import FlowRunContext, TagsContext
-from prefect.exceptions import Abort, ObjectNotFound, PrefectException, TerminationSignal
-from prefect.logging.loggers import flow_run_logger
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 
 from fedpool.errors import FedpoolError, ServerError
@@ -25,6 +24,7 @@ from fedpool.flows.round import federated_round
 from fedpool.flows.under_way import Job, RoundSignals
 from fedpool.storable import storable
 from fedpool.tasks.dispatch import gone
+from fedpool.tasks.prefect_internals import client_of, current_tags, run_logger, subflow_context, termination
 from fedpool.tasks.states import report_state
 
 
@@ -43,8 +43,7 @@ async def run_round(job: Job, number: int) -> None:
     """
     parent = FlowRunContext.get()
     assert parent is not None and parent.flow_run is not None, "a round runs inside the run of its job"
-    client = parent.client
-    assert isinstance(client, PrefectClient), "the job's flow is asynchronous"
+    client = client_of(parent)
     if (before := job.rounds.get(number - 1)) is not None:
         await before.created.wait()
     try:
@@ -53,17 +52,15 @@ async def run_round(job: Job, number: int) -> None:
         raise await why_refused(client, parent.flow_run.id, number, error) from error
     finally:
         job.rounds[number].created.set()
-    logger = flow_run_logger(run, federated_round)
-    own = {"flow": federated_round, "flow_run": run, "parameters": run.parameters}
-    fresh: dict[str, object] = {"task_run_dynamic_keys": {}, "observed_flow_pauses": {}, "run_results": {}}
+    logger = run_logger(run.id, run.name, federated_round.name)
     starting = asyncio.create_task(_start_at_turn(client, run, job, number, logger))
-    with parent.model_copy(update=own | fresh), _noted(job.rounds[number].ended):
+    with subflow_context(parent, federated_round, run), _noted(job.rounds[number].ended):
         try:
             try:
                 ended = await federated_round.fn(job, number) or Completed()
             finally:
                 await _settle(starting, job.rounds[number])
-        except (asyncio.CancelledError, TerminationSignal):
+        except (asyncio.CancelledError, termination()):
             await _report(client, run, Crashed(message="the coordinator was ended"))
             raise
         except Exception as error:
@@ -86,7 +83,7 @@ def _noted(event: asyncio.Event) -> Iterator[None]:
 
 
 async def _start_at_turn(
-    client: PrefectClient, run: FlowRun, job: Job, number: int, logger: "Logger | LoggerAdapter[Logger]"
+    client: PrefectClient, run: FlowRun, job: Job, number: int, logger: "LoggerAdapter[Logger]"
 ) -> None:
     """Report that a round's run has started once its turn has come, while the round does its work."""
     if await asyncio.shield(job.rounds[number].step) is None:
@@ -116,7 +113,7 @@ async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -
         federated_round,
         name=f"{job.name} round {number}",
         parameters={"number": number},
-        tags=TagsContext.get().current_tags,
+        tags=current_tags(),
         parent_task_run_id=tracking.id,
         state=Pending(message="waits for its turn"),
     )
@@ -137,8 +134,5 @@ async def why_refused(client: PrefectClient, job_run: UUID, number: int, error: 
 
 
 async def _report(client: PrefectClient, run: FlowRun, state: State[None]) -> None:
-    try:
-        with CancelScope(shield=True):
-            await report_state(client, state, run.id)
-    except Abort:  # the run has ended already, by somebody else's word
-        return
+    with CancelScope(shield=True):
+        await report_state(client, state, run.id)

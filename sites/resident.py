@@ -7,17 +7,15 @@ asked for nothing for the idle time. The work of one job is done one assignment 
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from fedpool.bundle import unpack_bundle
-from fedpool.errors import IntegrityError, SiteError, StoreError, StoreRefused
+from fedpool.errors import IntegrityError, SiteError, StoreError
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
 from fedpool.sites.config import SiteConfig
+from fedpool.sites.looks import Either, Looks, NowAndThen, Watch
 from fedpool.sites.output import LogLine
 from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
@@ -28,10 +26,6 @@ from fedpool.sites.sockets import make_socket_folder
 from fedpool.sites.turns import Turns
 from fedpool.store import Store
 
-_LOCAL_POLL_S = 0.05
-_REMOTE_POLL_S = 0.25
-_JOB_POLL_S = 1.0
-"""How often a site looks whether a job has ended, while it waits or trains."""
 _IDLE_POLL_S = 3.0
 """How often it looks otherwise: a job ends some time after its last round."""
 
@@ -91,7 +85,7 @@ class Resident:
                 )
             job.num_calls += 1
         try:
-            return job.perform(round, attempt, stop=_Either(stop, self._closed), log=log)
+            return job.perform(round, attempt, stop=Either(stop, self._closed), log=log)
         finally:
             with self._lock:
                 job.num_calls -= 1
@@ -127,16 +121,6 @@ class Resident:
                 job.end()
 
 
-class _Either:
-    """Two events as one."""
-
-    def __init__(self, first: threading.Event, second: threading.Event) -> None:
-        self._events = (first, second)
-
-    def is_set(self) -> bool:
-        return any(event.is_set() for event in self._events)
-
-
 class _JobHere:
     """One job at this site."""
 
@@ -144,6 +128,7 @@ class _JobHere:
         self.job_id = job_id
         self._store = store
         self._paths = JobPaths(job_id)
+        self._looks = Looks(config.name, store, self._paths, max_wait_s=config.max_wait_s)
         self._config = config
         self._turns = turns
         self._folder = scratch / job_id
@@ -158,16 +143,16 @@ class _JobHere:
         self._last: tuple[SiteAssignment, LogLine] | None = None
         self._session: Session | None = None
 
-    def perform(self, round: int, attempt: int, *, stop: _Either, log: LogLine) -> bool:
+    def perform(self, round: int, attempt: int, *, stop: Either, log: LogLine) -> bool:
         try:
-            assignment = self._wait_for(round, attempt, stop)
+            assignment = self._looks.wait_for(round, attempt, stop)
             if assignment is None:
                 return False
             deadline = None if assignment.timeout_s is None else time.monotonic() + assignment.timeout_s
             with self._working:
-                if self._is_over(round):  # while the script was still at work for the round before
+                if self._looks.is_over(round):  # while the script was still at work for the round before
                     return False
-                is_over = _NowAndThen(lambda: self._is_over(round))
+                is_over = NowAndThen(lambda: self._looks.is_over(round))
 
                 def give_up() -> bool:
                     late = deadline is not None and time.monotonic() >= deadline
@@ -184,17 +169,7 @@ class _JobHere:
 
     def has_ended(self) -> bool:
         """Whether the job's result is in the store."""
-        return self._is_there(self._paths.result)
-
-    def _is_over(self, round: int) -> bool:
-        """Whether the job has ended, or has committed the round."""
-        return self.has_ended() or self._is_there(self._paths.record(round))
-
-    def _is_there(self, path: str) -> bool:
-        try:
-            return self._store.exists(path)
-        except (OSError, StoreError):  # the store does not answer: whatever it is, it is not known to be there
-            return False
+        return self._looks.has_ended()
 
     def kill(self) -> None:
         if (session := self._session) is not None:
@@ -223,43 +198,11 @@ class _JobHere:
         except (OSError, StoreError) as error:
             log(f"{path} could not be written: {error}")
 
-    def _wait_for(self, round: int, attempt: int, stop: _Either) -> SiteAssignment | None:
-        """The assignment, as soon as the coordinator has written it; None when the round or the job is over first."""
-        path = self._paths.assignment(round, self._config.name, attempt)
-        pause = threading.Event()
-        began = looked = answered = time.monotonic()
-        while True:
-            now = time.monotonic()
-            try:
-                if self._store.exists(path):
-                    return SiteAssignment.model_validate_json(self._store.read_bytes(path))
-                answered = now
-            except StoreRefused:
-                raise
-            except (OSError, StoreError):  # the store does not answer: give it as long as a write would
-                if now - answered > self._store.patience_s:
-                    raise
-            except ValidationError as error:
-                raise IntegrityError(f"{self._store.full(path)} is not an assignment: {error}") from None
-            if now - looked >= _JOB_POLL_S:
-                looked = now
-                if self._is_over(round):
-                    return None
-            if stop.is_set():
-                raise SiteError(self._config.name, round, "it was cancelled before the round began")
-            if now - began > self._config.max_wait_s:
-                raise SiteError(
-                    self._config.name,
-                    round,
-                    f"the round did not begin in {self._config.max_wait_s:g} s (max_wait_s): the coordinator is gone",
-                )
-            pause.wait(_LOCAL_POLL_S if self._store.is_local else _REMOTE_POLL_S)
-
-    def _do(self, assignment: SiteAssignment, deadline: float | None, stop: _Either, log: LogLine) -> None:
+    def _do(self, assignment: SiteAssignment, deadline: float | None, stop: Either, log: LogLine) -> None:
         client = self._client = self._client or self._read_job()
         self._last = assignment, log
         session = self._session = self._session or self._new_session(client)
-        with _Watch(lambda: stop.is_set() or self.has_ended(), session.kill) as watch:
+        with Watch(lambda: stop.is_set() or self.has_ended(), session.kill) as watch:
             try:
                 run_site_round(
                     client,
@@ -310,43 +253,3 @@ class _JobHere:
         )
         launcher = ProcessLauncher(config.command, threads=client.threads, imports=client.imports)
         return ScriptSession(work, launcher, folder=self._sockets, workdir=config.folder.absolute())
-
-
-class _NowAndThen:
-    """A question to the store that is asked once in a while; in between the answer is no."""
-
-    def __init__(self, ask: Callable[[], bool]) -> None:
-        self._ask = ask
-        self._asked = time.monotonic()
-
-    def __call__(self) -> bool:
-        if time.monotonic() - self._asked < _JOB_POLL_S:
-            return False
-        self._asked = time.monotonic()
-        return self._ask()
-
-
-class _Watch:
-    """Calls `act` once when `condition` comes to hold, looking now and then, for the length of a `with` block."""
-
-    def __init__(self, condition: Callable[[], bool], act: Callable[[], None]) -> None:
-        self.fired = False
-        self._condition = condition
-        self._act = act
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="fedpool-watch", daemon=True)
-
-    def __enter__(self) -> "_Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(_JOB_POLL_S):
-            if self._condition():
-                self.fired = True
-                self._act()
-                return

@@ -96,6 +96,8 @@ WITHOUT_PREFECT = [
     *(path.partition(":")[0] for path in BUILT_IN.values()),
     "fedpool.flows.verify",
     "fedpool.flows.replay",
+    *(f"fedpool.sites.{name}" for name in ("desk", "piece", "service")),
+    "fedpool.tasks.prefect_internals",
 ]
 """What an environment looks at before anything runs, and commands that read a store: importing Prefect takes two seconds."""
 

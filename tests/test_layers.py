@@ -33,6 +33,33 @@ BASE_LEVELS = (
     "testing migration",  # tools beside the product
 )
 
+# What Prefect documents; None: all of a module. The rest is named in one module, so that an upgrade fails in one place.
+PREFECT_DOCUMENTS: dict[str, set[str] | None] = {
+    "prefect": {"Flow", "flow", "task"},
+    "prefect.artifacts": None,
+    "prefect.client.orchestration": {"PrefectClient", "get_client"},
+    "prefect.client.schemas.actions": None,
+    "prefect.client.schemas.filters": None,
+    "prefect.client.schemas.objects": None,
+    "prefect.client.schemas.sorting": None,
+    "prefect.context": {"FlowRunContext"},
+    "prefect.events": {"emit_event"},
+    "prefect.exceptions": {
+        "CancelledRun",
+        "ObjectAlreadyExists",
+        "ObjectNotFound",
+        "PrefectException",
+        "PrefectHTTPStatusError",
+    },
+    "prefect.logging": {"get_logger", "get_run_logger"},
+    "prefect.runtime": None,
+    "prefect.schedules": None,
+    "prefect.settings": None,
+    "prefect.states": None,
+    "prefect.workers.base": {"BaseJobConfiguration", "BaseVariables", "BaseWorker", "BaseWorkerResult"},
+}
+PREFECT_INTERNALS = "tasks/prefect_internals.py"
+
 # Modules of a layer above that are named by a string, and why it has to be so.
 NAMED_ABOVE = {
     (
@@ -191,6 +218,37 @@ def test_a_module_that_is_named_by_a_string_is_seen_in_each_form() -> None:
         name for _, name in named(PACKAGE / "flows/recipes.py")
     ]  # f"fedpool.flows.{name}:{kind}"
     assert list(named(PACKAGE / "tasks/events.py")) == []  # "fedpool.update.rejected" is none of ours
+
+
+def undocumented_of_prefect(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, name) of what a module uses of Prefect that Prefect does not document, be it by an import or by a string."""
+    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, each.name) for each in node.names if each.name.startswith("prefect."))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "prefect":
+            allowed = PREFECT_DOCUMENTS.get(node.module, set())
+            for each in node.names:
+                if each.name.startswith("_") or (allowed is not None and each.name not in allowed):
+                    yield node.lineno, f"{node.module}.{each.name}"
+        elif isinstance(node, ast.Constant) and re.fullmatch(
+            r"prefect(?!\.resource)(\.[a-z_]+)+|PREFECT__\w+", str(node.value)
+        ):
+            yield node.lineno, str(node.value)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if shown(path) != PREFECT_INTERNALS], ids=shown)
+def test_what_prefect_does_not_document_is_named_in_one_module(path: Path) -> None:
+    assert list(undocumented_of_prefect(path)) == []
+
+
+def test_in_that_module_such_names_are_seen_in_each_form() -> None:
+    found = {name for _, name in undocumented_of_prefect(PACKAGE / PREFECT_INTERNALS)}
+    assert {
+        "prefect.utilities.engine.propose_state",  # an import
+        "prefect.context.TagsContext",  # another name of a module that has documented ones
+        "prefect.flow_engine",  # a string
+        "PREFECT__FLOW_RUN_ID",
+    } <= found
 
 
 def test_no_modules_need_each_other() -> None:

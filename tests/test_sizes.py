@@ -27,9 +27,7 @@ LONG_MODULES = {
     "tasks/aggregate.py": 333,
     "tasks/dispatch.py": 379,
     "sites/local.py": 331,
-    "sites/resident.py": 352,
     "deployments/remote.py": 345,
-    "deployments/site_worker.py": 378,
 }
 
 

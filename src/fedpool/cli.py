@@ -20,7 +20,7 @@ from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.poc_services import Service
 from fedpool.deployments.recipe_command import recipe
 from fedpool.deployments.terminal import open_console
-from fedpool.errors import FedpoolError
+from fedpool.errors import FedpoolError, ServerError
 from fedpool.loopback import bypass_proxies
 from fedpool.refusals import refusal
 from fedpool.sites.config import SiteConfig
@@ -101,23 +101,20 @@ def start(
     """Start the site's worker; it runs until SIGTERM or Ctrl-C."""
     settings = _site_settings(config, data, name=name, pool=pool, gpus=gpus, folder=folder)
 
-    import httpx
     from prefect.settings import PREFECT_API_URL
-    from prefect.utilities.processutils import setup_signal_handlers_worker
 
     from fedpool.deployments.api import check_server
     from fedpool.deployments.site_worker import SiteWorker
 
     if not PREFECT_API_URL.value():
         check_server()
-    setup_signal_handlers_worker(os.getpid(), "the site", Console().print)
     worker = SiteWorker(settings.pool_name, config=settings)
     try:
         run_blocking(worker.start(printer=Console().print))
-    except httpx.HTTPStatusError:
+    except ServerError:
         check_server()  # a server that does not answer is waited for; one that refuses is told in a sentence
         raise
-    except KeyboardInterrupt:  # what the first SIGTERM becomes
+    except KeyboardInterrupt:  # before the worker takes the signal in its own way
         Console().print(f"site {settings.name} has stopped")
 
 
@@ -193,7 +190,7 @@ def register(
 
     async def register() -> None:
         from fedpool.deployments.api import open_client
-        from fedpool.deployments.site_worker import register_site
+        from fedpool.deployments.prefect_desk import register_site
 
         async with open_client() as client:
             await register_site(client, name, pool)

@@ -10,7 +10,8 @@
     │   └── StoreRefused     the store refuses in a way that waiting does not heal: its message has the remedy
     ├── SiteError            a site's script failed: names the site, the round and the cause
     ├── RoundError           a round ended with fewer accepted updates than `min_clients`
-    ├── ServerError          the private Prefect server did not start
+    ├── ServerError          the Prefect server did not start, or refuses
+    │   └── Unreachable      it does not answer just now, or is not itself: another try may help
     └── JobError             a job has no result
         ├── JobFailed        because it failed
         └── JobCancelled     because someone cancelled it
@@ -80,7 +81,11 @@ class RoundError(FedpoolError):
 
 
 class ServerError(FedpoolError):
-    """The private Prefect server did not start; the message ends with what it printed."""
+    """The Prefect server did not start, and the message ends with what it printed; or it does not answer, or refuses."""
+
+
+class Unreachable(ServerError):
+    """The server does not answer just now, or fails by a fault of its own: another try may help."""
 
 
 class JobError(FedpoolError):

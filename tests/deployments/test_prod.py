@@ -16,8 +16,8 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from pydantic import ValidationError
 
 from fedpool import ConfigError, FedAvgRecipe, FedpoolError, ProdEnv, ServerError, Store, StoreError
+from fedpool.deployments.prefect_desk import register_site
 from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
-from fedpool.deployments.site_worker import register_site
 from fedpool.flows.site_round import site_round
 from fedpool.manifest import PROTOCOL
 from tests.conftest import ADD_ONE

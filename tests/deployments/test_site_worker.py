@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from safetensors.numpy import load
 
 from fedpool import FedAvgRecipe, Store
-from fedpool.deployments.site_worker import register_site
+from fedpool.deployments.prefect_desk import register_site
 from fedpool.flows.site_round import site_round
 from fedpool.flows.staging import stage
 from fedpool.manifest import SiteAssignment

@@ -6,7 +6,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 
-from fedpool.deployments.site_worker import register_site
+from fedpool.deployments.prefect_desk import register_site
 from fedpool.tasks.dispatch import PoolSites
 from fedpool.tasks.reach import NO_WORKER, PAUSED, Pool
 

@@ -1,0 +1,130 @@
+"""A piece of work at a site: what is asked for is checked, done by whoever lives here, and reported to the desk."""
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedpool.errors import ConfigError, FedpoolError, SiteError, Unreachable
+from fedpool.sites.desk import SITE_ROUND, Phase, Piece, Report, Reports
+from fedpool.sites.output import LogLine
+from fedpool.sites.resident import Resident
+from fedpool.storable import storable
+
+_RETRY_S = 2.0
+
+
+class RoundAsked(BaseModel):
+    """A site's part of a round, as it is asked for; see the flow `site_round`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job_id: str
+    site: str
+    round: int = Field(ge=0)
+    attempt: int = Field(ge=0)
+    store: str
+
+
+def check_piece(piece: Piece) -> None:
+    """Refuse any work but a site's part of a round, and that with other parameters than its own.
+
+    Raises:
+        PermissionError: it is another one.
+    """
+    if piece.kind != SITE_ROUND:
+        raise PermissionError(f"this site runs {SITE_ROUND} and nothing else: the run of {piece.kind!r} was refused")
+    takes = sorted(RoundAsked.model_fields)
+    if sorted(piece.parameters) != takes:
+        given = ", ".join(sorted(piece.parameters)) or "none"
+        raise PermissionError(f"{SITE_ROUND} takes {', '.join(takes)}: a run with {given} was refused")
+
+
+async def do_piece(desk: Reports, piece: Piece, resident: Resident, *, stop: threading.Event) -> None:
+    """Do a piece that `check_piece` has passed, and report how far it comes; returns when it has ended.
+
+    Args:
+        resident: the site that lives here.
+        stop: set it to have the piece end at once, as cancelled.
+    """
+    # A server that is busy may take seconds to hear that the work has begun: the round does not wait for that.
+    beginning = asyncio.create_task(_begin(desk, piece, resident, stop))
+
+    def work() -> Report:
+        return do_round(resident, _asked(piece.parameters), stop=stop, log=lambda line: desk.log(piece, line))
+
+    try:
+        # With a limit of its own: the sites' runs wait for their rounds, and would use up the threads of all others.
+        ended = await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
+    except (FedpoolError, OSError) as error:
+        ended = Report(Phase.FAILED, storable(str(error)))
+        desk.log(piece, ended.message, error=True)
+    except BaseException:
+        beginning.cancel()
+        raise
+    else:
+        desk.log(piece, f"{ended.phase.capitalize()}: {ended.message}")
+    with anyio.CancelScope(shield=True):
+        if await beginning:
+            await _report(desk, piece, ended, resident)
+
+
+def do_round(resident: Resident, asked: RoundAsked, *, stop: threading.Event, log: LogLine) -> Report:
+    """Do a site's part of a round with the warm site that lives here. Blocks; belongs on a thread.
+
+    Args:
+        stop: set it to have it end at once.
+        log: called with each line that the script prints.
+
+    Returns: completed; cancelled when the job, or the round, was over before it began here, or it was stopped; crashed when the
+        site was.
+
+    Raises:
+        SiteError: the script or the store failed, or the run was meant for another site.
+    """
+    if resident.config.name != asked.site:
+        raise SiteError(
+            asked.site, asked.round, f"this is {resident.config.name}: the run was sent to the wrong work pool"
+        )
+    try:
+        came = resident.perform(asked.job_id, asked.round, asked.attempt, store=asked.store, stop=stop, log=log)
+    except SiteError:
+        if resident.closed:
+            return Report(Phase.CRASHED, "the site was stopped before it had done its part")
+        if stop.is_set():
+            return Report(Phase.CANCELLED, "it was cancelled")
+        raise
+    if not came:
+        return Report(Phase.CANCELLED, "the round was over, or the job, before it had begun here")
+    return Report(Phase.COMPLETED, f"{asked.site} has done its part of round {asked.round}")
+
+
+def _asked(parameters: Mapping[str, Any]) -> RoundAsked:
+    try:
+        return RoundAsked.model_validate(dict(parameters))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(f"the run's parameters do not fit: {wrong}") from None
+
+
+async def _begin(desk: Reports, piece: Piece, resident: Resident, stop: threading.Event) -> bool:
+    """Report that a piece has begun; False, and the work stopped, when somebody else has ended it."""
+    if await _report(desk, piece, Report(Phase.STARTED), resident):
+        return True
+    stop.set()
+    return False
+
+
+async def _report(desk: Reports, piece: Piece, report: Report, resident: Resident) -> bool:
+    """Report as soon as the desk can be reached; True when it cannot and the site is closing, so that nobody waits for that."""
+    while True:
+        try:
+            return await desk.report(piece, report)
+        except Unreachable:
+            if resident.closed:
+                return True
+            await asyncio.sleep(_RETRY_S)
