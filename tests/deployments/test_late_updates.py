@@ -136,7 +136,7 @@ def test_in_virtual_time_a_lost_coordinator_comes_to_the_same_rounds(
     before, store, paths = run.get_result().rounds, Store(tmp_path / "runs"), JobPaths(run.job_id)
     for number in range(4, 7):
         shutil.rmtree(store.full(paths.round(number)))
-    for lost in (paths.result, paths.record(3), paths.update(0, "site-4"), paths.manifest(0, "site-4")):
+    for lost in (paths.result, paths.record(3), paths.manifest(0, "site-4")):
         store.remove(lost)
     recipe = recipe_of(run.job_id, store)
     env = SimEnv(num_clients=4, workspace=tmp_path / "runs", progress=False)
