@@ -79,17 +79,17 @@ class Services:
             "PREFECT_WORKER_QUERY_SECONDS": f"{max(1.0, len(sites) / 8):g}",
             "PREFECT_WORKER_HEARTBEAT_SECONDS": f"{max(3, len(sites) // 3)}",
         }
+        # Whoever may submit a job here may run a program here anyway.
+        environment = often | {allowed_code.VARIABLE: allowed_code.ANY}
         if self._processes.find(_COORDINATOR) is None:
             command = ["-m", "prefect", "worker", "start", "--type", "process", "--name", "coordinator"]
-            # Whoever may submit a job here may run a program here anyway.
-            allowed = {allowed_code.VARIABLE: allowed_code.ANY}
-            self._start_worker(state, _COORDINATOR, [*command, "--pool", coordinator_pool], often | allowed)
+            self._start_worker(state, _COORDINATOR, [*command, "--pool", coordinator_pool], environment)
         for name in sites:
             if self._processes.find(_SITE_PREFIX + name) is None:
                 folder = self._home / "sites" / name
                 folder.mkdir(parents=True, exist_ok=True)
                 command = ["-m", "fedpool.cli", "site", "start", "--name", name, "--folder", str(folder)]
-                self._start_worker(state, _SITE_PREFIX + name, command, often)
+                self._start_worker(state, _SITE_PREFIX + name, command, environment)
         self._wait_for_workers(state, {_COORDINATOR, *(_SITE_PREFIX + name for name in sites)}, coordinator_pool)
 
     def stop(self) -> None:

@@ -46,4 +46,6 @@ def expected(
         holes=holes,
         idle=arithmetic.idle_sites,
         eval_examples=arithmetic.eval_examples,
+        filters=() if task == "evaluate" else recipe.filters,
+        seed=recipe.seed,
     )

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
+from fedpool import filter_field
 from fedpool.errors import RecipeError
+from fedpool.filters import type_of_filter
 from fedpool.flows.recipes import BUILT_IN, GROUP, class_name, is_registered, type_of
 from fedpool.recipe import Recipe
 from fedpool.user_code import Code, build_code, find_home, is_installed
@@ -15,6 +17,16 @@ def code_of(recipe: Recipe) -> Code | None:
         RecipeError: see `build_code`.
     """
     modules = [path.partition(":")[0] for path in _own(recipe) if _why_it_stays(path, recipe) is None]
+    return build_code(modules) if modules else None
+
+
+def filter_code_of(recipe: Recipe) -> Code | None:
+    """The code that the sites need of it, for its filters alone; None as in `code_of`.
+
+    Raises:
+        RecipeError: see `build_code`.
+    """
+    modules = [path.partition(":")[0] for path in _own_filters(recipe) if _why_it_stays(path, recipe) is None]
     return build_code(modules) if modules else None
 
 
@@ -39,15 +51,25 @@ def _own(recipe: Recipe) -> Iterator[str]:
     if full not in BUILT_IN.values() and not is_registered(full):
         yield full
     yield from (path for path in recipe.functions if not is_installed(path.partition(":")[0]))
+    yield from _own_filters(recipe)
+
+
+def _own_filters(recipe: Recipe) -> Iterator[str]:
+    """The `module:Class` of the filters that are neither fedpool's nor registered."""
+    for path in map(type_of_filter, recipe.filters):
+        if not path.startswith("fedpool.") and not filter_field.is_registered(path):
+            yield path
 
 
 def _why_it_stays(path: str, recipe: Recipe) -> str | None:
     module, _, name = path.partition(":")
-    what = f"class {class_name(path)}" if path == type_of(type(recipe)) else f"function {name}"
+    is_filter = path in map(type_of_filter, recipe.filters)
+    what, group = ("filter", filter_field.GROUP) if is_filter else ("function", GROUP)
+    what = f"class {class_name(path)}" if path == type_of(type(recipe)) else f"{what} {name}"
     if is_installed(module):
         return (
             f"{what} is of the installed module {module}, which does not register it: give its package the entry point "
-            f'[project.entry-points."{GROUP}"] {module.rpartition(".")[2]} = "{path}"'
+            f'[project.entry-points."{group}"] {module.rpartition(".")[2]} = "{path}"'
         )
     if "<locals>" in name:
         return f"{what} is defined inside a function of {module}: define it at the top of a module"

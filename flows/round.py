@@ -19,6 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from fedpool.errors import RoundError
+from fedpool.filters import described
 from fedpool.flows.ask import Asking, accepted, ask, ask_until_enough
 from fedpool.flows.late import late_arrivals
 from fedpool.flows.late_updates import folds
@@ -158,6 +159,7 @@ def _recorded(job: Job, asking: Asking, made: Made, trained: float) -> RoundReco
             round_s=round_ms(ended - asking.started),
         ),
         arithmetic=job.arithmetic,
+        filters=described(asking.wanted.filters),
     )
 
 

@@ -14,16 +14,18 @@ from typing import Any
 from fedpool.bundle import Bundle
 from fedpool.environment import Begin
 from fedpool.errors import IntegrityError, RecipeError
-from fedpool.flows.own_code import code_of
+from fedpool.flows.own_code import code_of, filter_code_of
 from fedpool.flows.recipes import class_name, full_type, type_of
+from fedpool.manifest import NamedCode
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.stored_model import StoredModel
 from fedpool.tasks.arithmetic import CURRENT
-from fedpool.tasks.job_record import EnvironmentRecord, JobRecord, JobResult, NamedCode, Parent
+from fedpool.tasks.job_record import EnvironmentRecord, JobRecord, JobResult, Parent
 from fedpool.tasks.record import RoundRecord, stored_records
 from fedpool.tensors import Digest
+from fedpool.user_code import Code
 
 _NOT_COMPARED = {"train_script", "initial_ckpt"}
 """Fields of a recipe that may differ when a job goes on: what they name is in the store."""
@@ -150,9 +152,10 @@ def stage(
     """
     paths = JobPaths(job_id)
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
-    code = code_of(recipe)
-    if code is not None:
-        store.write_bytes(paths.code(code.sha256), code.data)
+    code, filter_code = code_of(recipe), filter_code_of(recipe)
+    travelling = {each.sha256: each.data for each in (code, filter_code) if each is not None}  # often one and the same
+    for sha256, data in travelling.items():
+        store.write_bytes(paths.code(sha256), data)
     digest: Digest = recipe.model.digest
     with store.staged(paths.global_model(0)) as file:
         recipe.model.write_to(file)
@@ -164,12 +167,12 @@ def stage(
         environment=environment,
         recipe=_described(recipe),
         given=None if recipe.given is None else tuple(sorted(recipe.given)),
-        client=recipe.client_job(job_id, digest),
+        client=recipe.client_job(job_id, digest).model_copy(update={"filter_code": _named(filter_code)}),
         seed=recipe.seed,
         arithmetic_number=CURRENT.number,
         sites=sites,
         bundle_sha256=recipe.bundle.sha256,
-        code=None if code is None else NamedCode(sha256=code.sha256, modules=code.modules),
+        code=_named(code),
         model=digest,
         hole_names=tuple(sorted(recipe.model.holes)),
         versions={
@@ -179,6 +182,10 @@ def stage(
     )
     store.write_json(paths.job, job.as_json())
     return digest
+
+
+def _named(code: Code | None) -> NamedCode | None:
+    return None if code is None else NamedCode(sha256=code.sha256, modules=code.modules)
 
 
 def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:

@@ -1,6 +1,5 @@
 """The recipe of a job that lies in the store, made of what lies there: its class as well, where that came with the job."""
 
-import hashlib
 import sys
 from typing import Any
 
@@ -11,7 +10,8 @@ from fedpool.flows.staging import restore
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store
-from fedpool.tasks.job_record import JobRecord, NamedCode
+from fedpool.stored_code import stored_code
+from fedpool.tasks.job_record import JobRecord
 from fedpool.user_code import Code, is_loaded, load_code
 
 
@@ -33,7 +33,7 @@ def recipe_of(
     path = JobPaths(job_id).job
     record = JobRecord.read(store, path)
     full = full_type(record.kind)
-    code = None if record.code is None else _stored_code(job_id, store, record.code)
+    code = None if record.code is None else stored_code(job_id, store, record.code)
     if code is not None and not is_loaded(code):
         where = store.full(JobPaths(job_id).code(code.sha256))
         allow(Request(job_id, full, code.modules, tuple(code.files), code.sha256, where))
@@ -46,22 +46,6 @@ def recipe_of(
             f"({GROUP}). The code of another class is in its jobs if it is defined in a module beside the script that was run"
         )
     return restore(kind, job_id, store)
-
-
-def _stored_code(job_id: str, store: Store, named: NamedCode) -> Code:
-    """The code that a job has brought.
-
-    Raises:
-        IntegrityError: it is not there, or not what `job.json` says.
-    """
-    path = JobPaths(job_id).code(named.sha256)
-    try:
-        data = store.read_bytes(path)
-    except FileNotFoundError:
-        raise IntegrityError(f"{store.full(path)} is missing") from None
-    if hashlib.sha256(data).hexdigest() != named.sha256:
-        raise IntegrityError(f"{store.full(path)} does not match the hash in its name")
-    return Code(named.modules, named.sha256, data)
 
 
 def _own_class(full: str, code: Code | None, where: str) -> type[Recipe] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedpool.allowed_code import Permission, by_environment
 from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError, RecipeError, RoundError
+from fedpool.filters import described
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, best_model, next_step, unscored_best
 from fedpool.flows.stored import recipe_of
@@ -161,6 +162,7 @@ class _Audit:
             virtual_time=record.virtual_time,
             timings=record.timings,
             arithmetic=self._arithmetic,
+            filters=described(wanted.filters),
         )
 
     def _following(

@@ -16,6 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from fedpool.allowed_code import VARIABLE, Request, allows
 from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems, nearest
 from fedpool.paths import check_new_names
@@ -27,6 +28,7 @@ CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 
 
 _PREFIX = "FEDPOOL_SITE_"
+_ALLOWED = "allowed_code"
 _OF_KUBERNETES = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)\w*)?")
 """What Kubernetes tells every pod of a service named `fedpool-site`."""
 
@@ -60,6 +62,11 @@ class SiteConfig(BaseSettings):
         description="options of the store for fsspec; secrets are better off in its own variables",
         repr=False,
     )
+    allowed_code: str | None = Field(
+        default=None,
+        description="code of jobs' filters that may run here: sha256 hashes with commas between them, any, or none; default: "
+        "what FEDPOOL_ALLOWED_CODE says",
+    )
     max_jobs: int | None = Field(
         default=None,
         description="how many jobs may train here at once, the others wait for their turn; empty: all of them",
@@ -92,6 +99,21 @@ class SiteConfig(BaseSettings):
     def pool_name(self) -> str:
         """The work pool of the site."""
         return self.pool or self.name
+
+    def allow_code(self, request: Request) -> None:
+        """Refuse code that came with a job, unless this site allows it.
+
+        Raises:
+            ConfigError: it does not, or its setting is not one; the message has the remedy.
+        """
+        setting, value = (
+            (VARIABLE, os.environ.get(VARIABLE, "")) if self.allowed_code is None else (_ALLOWED, self.allowed_code)
+        )
+        if not allows(value, request.sha256, what=setting):
+            raise ConfigError(
+                f'{request}. Site {self.name} does not allow it: review it, then set {_ALLOWED} = "{request.sha256}" in the '
+                f"site's configuration, or {VARIABLE}={request.sha256} in the environment of its worker, and start that again"
+            )
 
     def check_devices(self) -> None:
         """Check that this machine has the devices that scripts are to use.

@@ -18,6 +18,8 @@ from typing import ClassVar
 
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
+from fedpool.filter_field import read_filters
+from fedpool.filters import Filter
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
@@ -60,6 +62,7 @@ class LocalSites:
         "_commands",
         "_endings",
         "_executor",
+        "_filters",
         "_folder",
         "_gpus",
         "_imports",
@@ -124,6 +127,7 @@ class LocalSites:
             command: ProcessLauncher(command, threads=threads, imports=imports) for command in set(commands.values())
         }
         self._zygote = None if commands.keys() >= set(names) else Zygote(threads=threads)
+        self._filters: tuple[Filter, ...] = ()
         self._job: ClientJob | None = None
         self._store: Store | None = None
 
@@ -153,6 +157,7 @@ class LocalSites:
         with store.open(JobPaths(job.job_id).bundle(job.bundle_sha256)) as file:
             data = file.read()
         unpack_bundle(data, self._folder / "bundle", sha256=job.bundle_sha256)
+        self._filters = read_filters(job.filters)
         self._job, self._store = job, store
 
     async def announce(self, site: str, round: int, attempt: int) -> bool:
@@ -235,6 +240,7 @@ class LocalSites:
                 log=self._logging(assignment, log),
                 trusted=self._store.is_local,
                 apart=False,
+                filters=self._filters,
             )
             if not self._keep_alive:
                 self._end(site, session)

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from fedpool.bundle import unpack_bundle
-from fedpool.errors import IntegrityError, SiteError, StoreError
+from fedpool.errors import ConfigError, IntegrityError, SiteError, StoreError
+from fedpool.filters import Filter
 from fedpool.manifest import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
@@ -21,6 +22,7 @@ from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
 from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Session, Work
+from fedpool.sites.site_filters import load_filters
 from fedpool.sites.site_round import SiteFolder, run_site_round
 from fedpool.sites.sockets import make_socket_folder
 from fedpool.sites.turns import Turns
@@ -139,6 +141,7 @@ class _JobHere:
         """Calls of `perform` that are under way; belongs to the resident, and to its lock, as does the next."""
         self.last_call = time.monotonic()
         self._client: ClientJob | None = None
+        self._filters: tuple[Filter, ...] = ()
         self._sites: list[str] = []
         self._last: tuple[SiteAssignment, LogLine] | None = None
         self._session: Session | None = None
@@ -199,7 +202,7 @@ class _JobHere:
             log(f"{path} could not be written: {error}")
 
     def _do(self, assignment: SiteAssignment, deadline: float | None, stop: Either, log: LogLine) -> None:
-        client = self._client = self._client or self._read_job()
+        client = self._client = self._client or self._read_job(assignment.round)
         self._last = assignment, log
         session = self._session = self._session or self._new_session(client)
         with Watch(lambda: stop.is_set() or self.has_ended(), session.kill) as watch:
@@ -212,6 +215,7 @@ class _JobHere:
                     folder=SiteFolder(self._folder, self._config.folder.absolute() / "kept" / self.job_id),
                     deadline=deadline,
                     log=log,
+                    filters=self._filters,
                 )
             except SiteError as error:
                 if watch.fired:
@@ -222,11 +226,12 @@ class _JobHere:
                     self._session = None
                     session.end(0)
 
-    def _read_job(self) -> ClientJob:
+    def _read_job(self, round: int) -> ClientJob:
         """The job as the store describes it, its bundle unpacked.
 
         Raises:
             IntegrityError: something there is not what it says.
+            SiteError: this site does not allow the code of the job's filters.
         """
         try:
             described = self._store.read_json(self._paths.job)
@@ -237,6 +242,10 @@ class _JobHere:
             raise IntegrityError(f"{self._store.full(self._paths.job)} does not describe a job: {error}") from None
         data = self._store.read_bytes(self._paths.bundle(client.bundle_sha256))
         unpack_bundle(data, self._folder / "bundle", sha256=client.bundle_sha256)
+        try:
+            self._filters = load_filters(client, self._store, self._config.allow_code)
+        except ConfigError as error:
+            raise SiteError(self._config.name, round, str(error)) from error
         return client
 
     def _new_session(self, client: ClientJob) -> Session:

@@ -12,16 +12,17 @@ from pydantic import ValidationError
 
 from fedpool.client.hosts import Assignment
 from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
-from fedpool.inspection import Inspection, inspect_tensors
-from fedpool.local_file import LocalFile
+from fedpool.filters import Filter
+from fedpool.inspection import Inspection
 from fedpool.manifest import ClientJob, SiteAssignment, Stored, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.paths import JobPaths
+from fedpool.sites.outgoing import Outgoing
 from fedpool.sites.output import LogLine
 from fedpool.sites.scalars import Scalar, send_scalars
 from fedpool.sites.session import Reply, Session
 from fedpool.store import Store, to_json
-from fedpool.tensors import Digest, TensorReader
+from fedpool.tensors import Digest
 
 MAX_MANIFEST_BYTES = 1 << 20
 
@@ -90,25 +91,28 @@ def run_site_round(
     log: LogLine,
     trusted: bool = False,
     apart: bool = True,
+    filters: Sequence[Filter] = (),
 ) -> Delivery:
     """Do an assignment and commit what came of it to the store.
 
     Args:
         trusted: the global model's bytes were written by this very process, so they are not hashed again.
         apart: the coordinator is another process, so what the script logs travels through the store.
+        filters: of the job, see `load_filters`.
 
     Returns: the manifest as written to the store, and what was seen of the update on its way there.
 
     Raises:
-        SiteError: the script or the store failed.
+        SiteError: the script, a filter or the store failed.
     """
-    part = _Part(job, assignment, store, folder, trusted)
+    outgoing = Outgoing(job, assignment, filters, log)
+    part = _Part(job, assignment, store, folder, trusted, outgoing)
     started = time.monotonic()
     try:
         work = part.fetch()
         reply = _perform(session, work, restarts=job.restarts, deadline=deadline, log=log)
         sent = send_scalars(reply.scalars, store, job.job_id, assignment, log) if apart else None
-        delivery = part.deliver(reply, started, sent)
+        delivery = part.deliver(reply, Path(str(work.model)), started, sent)
         return delivery if apart else replace(delivery, scalars=reply.scalars)
     except (OSError, StoreError) as error:
         raise SiteError(assignment.site, assignment.round, f"the store failed: {error}") from error
@@ -123,6 +127,7 @@ class _Part:
     store: Store
     folder: SiteFolder
     trusted: bool
+    outgoing: Outgoing
 
     def fetch(self) -> Assignment:
         """Fetch the models of the round; returns what the script is asked."""
@@ -142,8 +147,6 @@ class _Part:
             update=str(self.folder.update),
             kept=str(self.folder.kept),
             extras=str(state) if state else None,
-            # A site's own model is to be scored at other sites, as it is.
-            transfer="FULL" if asked.task == "submit_model" else job.transfer,
             exclude=job.exclude,
             seed=site_seed(job.seed, asked.site, asked.round),
             attempt=asked.attempt,
@@ -151,19 +154,20 @@ class _Part:
             initial=str(initial) if initial else None,
         )
 
-    def deliver(self, reply: Reply, started: float, scalars: Stored | None) -> Delivery:
+    def deliver(self, reply: Reply, model: Path, started: float, scalars: Stored | None) -> Delivery:
         """Put the update and then its manifest, which commits it, into the store.
 
         Args:
+            model: the round's global model.
             started: `time.monotonic()` at the beginning of the part.
             scalars: what was put there of all that the script has logged.
         """
         asked, update = self.assignment, reply.update
         paths = JobPaths(self.job.job_id)
-        inspection = None
-        if update["params_type"] is not None:
+        inspection, kind = None, update["params_type"]
+        if kind is not None:
             path = paths.update(asked.round, asked.site, asked.attempt)
-            inspection = _deliver(self.folder.update, self.store, path)
+            inspection, kind = self.outgoing.deliver(self.folder.update, model, kind, self.store, path)
         manifest = UpdateManifest(
             job_id=self.job.job_id,
             site=asked.site,
@@ -172,7 +176,7 @@ class _Part:
             task=asked.task,
             base_sha256=asked.base_sha256,
             assignment_sha256=hashlib.sha256(to_json(asked.model_dump(mode="json"))).hexdigest(),
-            params_type=update["params_type"],
+            params_type=kind,
             sha256=inspection.digest.sha256 if inspection else None,
             size=inspection.digest.size if inspection else 0,
             weight=_weight(update["meta"]),
@@ -181,6 +185,7 @@ class _Part:
             meta=update["meta"],
             scalars=scalars,
             seconds=time.monotonic() - started,
+            filters=() if kind is None else self.job.filters,
         )
         where = paths.manifest(asked.round, asked.site, asked.attempt)
         written = self.store.write_json(where, manifest.model_dump(mode="json"))
@@ -206,14 +211,6 @@ def _perform(session: Session, work: Assignment, *, restarts: int, deadline: flo
             raise failure
         restarts -= 1
         log(f"it is started again, because it failed: {failure.cause}")
-
-
-def _deliver(local: Path, store: Store, path: str) -> Inspection:
-    """Hash what the script wrote, here and not in the script, which is the user's code; then move it into the store."""
-    reader = TensorReader(LocalFile(local), local.stat().st_size, where=local.name)
-    inspection = inspect_tensors(reader, store.block_elements)
-    store.adopt(local, path)
-    return inspection
 
 
 def _weight(meta: Mapping[str, Any]) -> float | str:

@@ -32,7 +32,7 @@ from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
 from fedpool.tasks.used import job_shares
 from fedpool.tensor_stream import write_and_hash
-from fedpool.tensors import BlockBytes, Digest, TensorReader, beside, block_ranges, file_order, is_trained
+from fedpool.tensors import BlockBytes, Digest, TensorReader, Tensors, beside, block_ranges, file_order, is_trained
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _RUN_BLOCKS = 4
@@ -274,7 +274,7 @@ class _GlobalSlice(_LazySlice):
 class _BesideSlice(_LazySlice):
     """What lies beside a block: in the strategy's slots, or in the update of a site."""
 
-    def __init__(self, block: Block, tensors: TensorReader, group: str, update: Accepted | None = None) -> None:
+    def __init__(self, block: Block, tensors: Tensors, group: str, update: Accepted | None = None) -> None:
         super().__init__(block)
         self._tensors = tensors
         self._group = group

@@ -2,6 +2,7 @@
 
 import math
 
+from fedpool.filters import described
 from fedpool.manifest import UpdateManifest
 from fedpool.model import NUM_EVAL_EXAMPLES, is_count
 from fedpool.tasks.expected import Expected, Refused
@@ -27,10 +28,19 @@ def _check_claims(site: str, attempt: int, manifest: UpdateManifest, expected: E
     ):
         if found != wanted:
             raise Refused(code, f"its manifest says {code} {str(found)[:200]}, expected {wanted}")
+    _check_filters(manifest, expected)
     if expected.transfer == "DIFF" and manifest.params_type == "FULL":
         raise Refused("params_type", "it is FULL where the recipe asks for DIFF")
     if expected.task == "submit_model" and manifest.params_type == "DIFF":
         raise Refused("params_type", "it is DIFF where a site's own model is asked for: send it FULL")
+
+
+def _check_filters(manifest: UpdateManifest, expected: Expected) -> None:
+    named, wanted = list(manifest.filters), list(described(expected.filters))
+    if named != (wanted if manifest.params_type is not None else []):
+        raise Refused(
+            "filters", f"its manifest names the filters {str(named)[:300]}, the recipe has {str(wanted)[:300]}"
+        )
 
 
 def _check_weight(weight: float | str) -> float:

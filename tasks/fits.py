@@ -7,7 +7,7 @@ from fedpool.manifest import UpdateManifest
 from fedpool.store import Store
 from fedpool.tasks.expected import Expected, Refused
 from fedpool.tasks.holes import keeps_holes
-from fedpool.tensors import ITEM_SIZES, Spec, TensorReader, is_beside, split_beside
+from fedpool.tensors import ITEM_SIZES, Spec, TensorReader, Tensors, is_beside, split_beside
 
 
 def check_names(found: Spec, expected: Spec) -> None:
@@ -30,9 +30,7 @@ def check_names(found: Spec, expected: Spec) -> None:
             raise Refused("dtype", f"{name}: expected {expected[name].dtype}, got {found[name].dtype}")
 
 
-def check_finite(
-    seen: Inspection, tensors: TensorReader, params_type: str, expected: Expected, block_elements: int
-) -> None:
+def check_finite(seen: Inspection, tensors: Tensors, params_type: str, expected: Expected, block_elements: int) -> None:
     """Refuse an update that holds NaN or infinity where it may not."""
     for name, where in seen.not_finite.items():
         if expected.holes is None:
@@ -63,7 +61,7 @@ def check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
 
 
 def norm_and_scale(
-    tensors: TensorReader, params_type: str, expected: Expected, block_elements: int
+    tensors: Tensors, params_type: str, expected: Expected, block_elements: int
 ) -> tuple[float | None, float]:
     """L2 norm of the update's difference to the global model, and what it is scaled by to be within the limit."""
     limit = expected.max_norm
@@ -80,7 +78,7 @@ def norm_and_scale(
     return norm, limit / norm
 
 
-def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Spec) -> TensorReader:
+def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Expected) -> TensorReader:
     """The tensors of an update, as its file describes them; refuses one that is missing, too large or not sound."""
     try:
         size = store.size(path)
@@ -89,18 +87,17 @@ def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Spe
         most = max_update_bytes(expected)
         if size > most:
             raise Refused("size", f"it has {size} bytes, more than any update of this model: at most {most}")
-        return store.tensors(path, size, max_header=_max_header_bytes(expected))
+        return store.tensors(path, size, max_header=round(expected.growth * _max_header_bytes(expected.spec)))
     except FileNotFoundError:
         raise Refused("bytes", "its manifest is there, but the update is not") from None
     except IntegrityError as error:
         raise Refused("bytes", str(error)) from None
 
 
-def max_update_bytes(expected: Spec) -> int:
+def max_update_bytes(expected: Expected) -> int:
     """The largest file that an update of a model can be: every parameter in the widest dtype, and a generous header."""
-    return _max_header_bytes(expected) + max(ITEM_SIZES.values()) * sum(
-        entry.num_elements for entry in expected.values()
-    )
+    values = max(ITEM_SIZES.values()) * sum(entry.num_elements for entry in expected.spec.values())
+    return round(expected.growth * (_max_header_bytes(expected.spec) + values))
 
 
 def _max_header_bytes(expected: Spec) -> int:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from fedpool.errors import IntegrityError
-from fedpool.inspection import inspect_tensors
+from fedpool.errors import FilterError, IntegrityError
+from fedpool.filters import Passage
+from fedpool.inspection import Inspection, inspect_tensors, inspect_values
 from fedpool.manifest import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
@@ -13,7 +14,7 @@ from fedpool.tasks.claims import check_manifest
 from fedpool.tasks.expected import MAX_REASON, Expected, Refused
 from fedpool.tasks.fits import check_finite, check_names, check_range, norm_and_scale, open_update
 from fedpool.tasks.staleness import Origin, update_key
-from fedpool.tensors import TensorReader
+from fedpool.tensors import TensorReader, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Accepted:
     manifest: UpdateManifest
     manifest_sha256: str
     weight: float
-    tensors: TensorReader | None
+    tensors: Tensors | None
     norm: float | None = None
     scale: float = 1.0
     origin: Origin | None = None
@@ -143,23 +144,43 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
             return Accepted(manifest, delivery.manifest_sha256, weight, None)
         if manifest.params_type is None or manifest.sha256 is None:
             raise Refused("no_params", "it holds metrics but no parameters: send params in a training round")
-        tensors = open_update(
-            store, JobPaths(expected.job_id).update(expected.round, site, attempt), manifest, expected.spec
-        )
-        check_names(tensors.spec, expected.spec)
-        seen = delivery.inspection or inspect_tensors(tensors, store.block_elements, keep_blocks=True)
-        if seen.digest.sha256 != manifest.sha256:
-            raise Refused("bytes", f"it has sha256 {seen.digest.sha256}, its manifest says {manifest.sha256}")
-        if seen.blocks is not None:
-            tensors = tensors.checked(seen.blocks)
+        path = JobPaths(expected.job_id).update(expected.round, site, attempt)
+        tensors, seen = _unfiltered(*_travelled(store, path, delivery, expected), site, expected, store.block_elements)
         check_finite(seen, tensors, manifest.params_type, expected, store.block_elements)
         check_range(seen, expected.spec, manifest.params_type)
         norm, scale = norm_and_scale(tensors, manifest.params_type, expected, store.block_elements)
     except Refused as refused:
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, refused.code, storable(str(refused)))
+    except FilterError as error:
+        return Rejected(site, attempt, manifest, delivery.manifest_sha256, "filter", storable(str(error))[:MAX_REASON])
     except IntegrityError as error:  # it was swapped while it was read
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, "bytes", storable(str(error))[:MAX_REASON])
     return Accepted(manifest, delivery.manifest_sha256, weight, tensors, norm, scale)
+
+
+def _travelled(store: Store, path: str, delivery: Delivery, expected: Expected) -> tuple[TensorReader, Inspection]:
+    """An update as it lies in the store, which is what its manifest says, and what was seen of it."""
+    manifest = delivery.manifest
+    tensors = open_update(store, path, manifest, expected)
+    if not expected.filters:
+        check_names(tensors.spec, expected.spec)
+    seen = delivery.inspection or inspect_tensors(tensors, store.block_elements, keep_blocks=True)
+    if seen.digest.sha256 != manifest.sha256:
+        raise Refused("bytes", f"it has sha256 {seen.digest.sha256}, its manifest says {manifest.sha256}")
+    return tensors if seen.blocks is None else tensors.checked(seen.blocks), seen
+
+
+def _unfiltered(
+    travelled: TensorReader, seen: Inspection, site: str, expected: Expected, block_elements: int
+) -> tuple[Tensors, Inspection]:
+    """An update as it was before the filters, which has to have the model's names and shapes, and what is to be seen of it."""
+    if not expected.filters:
+        return travelled, seen
+    assert expected.base is not None, "who has filters has the model"
+    passage = Passage(site, expected.round, expected.seed, expected.base)
+    tensors = passage.take_back(expected.filters, travelled)
+    check_names(tensors.spec, expected.spec)
+    return tensors, Inspection(seen.digest, *inspect_values(tensors, block_elements))
 
 
 def judge_manifest(

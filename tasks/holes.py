@@ -10,7 +10,7 @@ earlier version names none, and its updates must be finite everywhere.
 from typing import TYPE_CHECKING
 
 from fedpool.arrays import torch_block
-from fedpool.tensors import TensorReader, block_ranges
+from fedpool.tensors import Tensors, block_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,7 @@ def unchanged(update: "torch.Tensor", at: "torch.Tensor", *, is_difference: bool
     return at if is_difference else at & ~update.isfinite()
 
 
-def keeps_holes(
-    update: TensorReader, base: TensorReader, name: str, block_elements: int, *, is_difference: bool
-) -> bool:
+def keeps_holes(update: Tensors, base: Tensors, name: str, block_elements: int, *, is_difference: bool) -> bool:
     """Whether a tensor of an update is finite except in the holes of the global model, and the same there.
 
     The difference of two infinities is NaN: as a difference that is what no change looks like.
@@ -44,5 +42,5 @@ def keeps_holes(
     return True
 
 
-def _block(reader: TensorReader, name: str, start: int, stop: int) -> "torch.Tensor":
+def _block(reader: Tensors, name: str, start: int, stop: int) -> "torch.Tensor":
     return torch_block(reader.read_block(name, start, stop), reader.spec[name].dtype)

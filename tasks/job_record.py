@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
-from fedpool.manifest import ClientJob
+from fedpool.manifest import ClientJob, NamedCode
 from fedpool.store import to_json
 from fedpool.tasks.arithmetic import BEFORE, Arithmetic
 from fedpool.tensors import Digest
@@ -21,13 +21,6 @@ class Parent(Written):
 
     job_id: str
     round: int
-
-
-class NamedCode(Written):
-    """Code of the user's that a job has brought: its hash, and the modules of it that are imported."""
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    modules: tuple[str, ...] = Field(min_length=1)
 
 
 class EnvironmentRecord(Written):

@@ -15,7 +15,7 @@ from fedpool.tasks.counted import UpdateChanged
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.record import SubmittedModel
 from fedpool.tensor_stream import Writable, write_and_hash
-from fedpool.tensors import Digest, TensorReader, block_ranges, file_order
+from fedpool.tensors import Digest, TensorReader, Tensors, block_ranges, file_order
 
 
 class _Nowhere:
@@ -70,13 +70,13 @@ def model_entry(update: Accepted, digest: Digest) -> SubmittedModel:
     return SubmittedModel(owner=update.site, round=update.manifest.round, sha256=digest.sha256, size=digest.size)
 
 
-def submitted_digest(base: TensorReader, update: TensorReader, block_elements: int) -> Digest:
+def submitted_digest(base: TensorReader, update: Tensors, block_elements: int) -> Digest:
     """Digest of what `publish_submitted` writes."""
     return _write(_Nowhere(), base, update, block_elements)
 
 
-def _write(file: Writable, base: TensorReader, update: TensorReader, block_elements: int) -> Digest:
-    homes = {name: update if name in update.spec else base for name in base.spec}
+def _write(file: Writable, base: TensorReader, update: Tensors, block_elements: int) -> Digest:
+    homes: dict[str, Tensors] = {name: update if name in update.spec else base for name in base.spec}
     spec = {name: home.spec[name] for name, home in homes.items()}
     return write_and_hash(
         file,

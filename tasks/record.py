@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedpool.manifest import Task
+from fedpool.manifest import Described, Task
 from fedpool.paths import JobPaths, check_name
 from fedpool.store import Store
 from fedpool.tensors import Digest
@@ -160,6 +160,7 @@ class RoundRecord(Written):
         state: what the strategy carries into the next round; None when it carries nothing, and after an evaluation.
         models: where sites submitted models: whose are scored in the rounds that follow, in their order.
         virtual_time: in which it closed, of a simulation in virtual time; see `fedpool.tasks.virtual_time`.
+        filters: that its updates have passed, where there are any.
         previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
     """
 
@@ -187,6 +188,7 @@ class RoundRecord(Written):
     next_global: Digest | None
     state: Digest | None
     models: tuple[SubmittedModel, ...] | None = Field(default=None, exclude_if=is_none)
+    filters: tuple[Described, ...] = Field(default=(), exclude_if=is_empty)
     previous_sha256: str
 
     what: ClassVar[str] = "a round"

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedpool.manifest import PROTOCOL, Task
+from fedpool.manifest import PROTOCOL, Described, Task
 from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
 from fedpool.recipe import SERVER
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
@@ -47,6 +47,7 @@ def round_record(
     timings: Timings,
     virtual_time: float | None = None,
     arithmetic: Arithmetic = CURRENT,
+    filters: tuple[Described, ...] = (),
 ) -> RoundRecord:
     """The record of a round.
 
@@ -57,7 +58,7 @@ def round_record(
         known_weights: site -> weight of its last training update, for scores that come without one.
         owner: whose model the round's global one is.
         origin: the round that it is the start of; of a site's, the one that it was submitted in; None for this very round.
-        base, following, state, models, previous_sha256, timings, virtual_time: see `RoundRecord`.
+        base, following, state, models, previous_sha256, timings, virtual_time, filters: see `RoundRecord`.
         arithmetic: of the job.
     """
     ordered = arithmetic.by_site(sorted(outcomes, key=lambda outcome: outcome.attempt), lambda outcome: outcome.site)
@@ -107,6 +108,7 @@ def round_record(
         next_global=following,
         state=state,
         models=None if models is None else tuple(models),
+        filters=filters,
         previous_sha256=previous_sha256,
     )
 

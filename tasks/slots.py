@@ -15,7 +15,7 @@ from fedpool.arrays import as_bytes, torch_block, torch_dtype
 from fedpool.errors import RoundError
 from fedpool.store import Store
 from fedpool.tensor_stream import write_and_hash
-from fedpool.tensors import ITEM_SIZES, Digest, Spec, TensorReader, TensorSpec, beside, file_order, is_trained
+from fedpool.tensors import ITEM_SIZES, Digest, Spec, Tensors, TensorSpec, beside, file_order, is_trained
 
 _COPY_BYTES = 4 << 20
 
@@ -71,6 +71,6 @@ def slot_file(spec: Spec) -> Iterator[SlotFile]:
         yield SlotFile(spec, file.fileno())
 
 
-def read_wide(reader: TensorReader, name: str, start: int, stop: int) -> torch.Tensor:
+def read_wide(reader: Tensors, name: str, start: int, stop: int) -> torch.Tensor:
     """A block of a tensor beside a parameter, as a strategy sees it."""
     return torch_block(reader.read_block(name, start, stop), reader.spec[name].dtype).to(torch.float64)

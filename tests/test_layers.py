@@ -28,7 +28,7 @@ BASE_LEVELS = (
     "backend upload",
     "store written",
     "environment fields conditions exclude weights checkpoint initial stored_model bundle client_use early_settings "
-    "script_files script_paths script_values user_code allowed_code",
+    "script_files script_paths script_values user_code allowed_code stored_code filters filter_field",
     "recipe",
     "testing migration",  # tools beside the product
 )

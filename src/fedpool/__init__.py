@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ClientError,
         ConfigError,
         FedpoolError,
+        FilterError,
         IntegrityError,
         JobCancelled,
         JobError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         SiteError,
         StoreError,
     )
+    from fedpool.filters import ElementwiseFilter, Filter, FilterContext
     from fedpool.flows.recipes import *  # noqa: F403  # for type checkers: which they are is said there, and only there
     from fedpool.model import FLModel, ParamsType
     from fedpool.recipe import Recipe
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     )
     from fedpool.tasks.mean import weighted_mean
     from fedpool.tasks.strategy import State, Strategy, Update
+    from fedpool.tensors import Tensors
 
 _HOMES = {
     "fedpool.deployments.poc": ("PocEnv",),
@@ -55,6 +58,7 @@ _HOMES = {
         "ClientError",
         "ConfigError",
         "FedpoolError",
+        "FilterError",
         "IntegrityError",
         "JobCancelled",
         "JobError",
@@ -65,6 +69,7 @@ _HOMES = {
         "SiteError",
         "StoreError",
     ),
+    "fedpool.filters": ("ElementwiseFilter", "Filter", "FilterContext"),
     "fedpool.model": ("FLModel", "ParamsType"),
     "fedpool.recipe": ("Recipe",),
     "fedpool.store": ("Store",),
@@ -81,6 +86,7 @@ _HOMES = {
     ),
     "fedpool.tasks.mean": ("weighted_mean",),
     "fedpool.tasks.strategy": ("State", "Strategy", "Update"),
+    "fedpool.tensors": ("Tensors",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _HOME |= dict.fromkeys(recipes.__all__, recipes.__name__)
@@ -90,8 +96,12 @@ __all__ = [
     "Bulyan",
     "ClientError",
     "ConfigError",
+    "ElementwiseFilter",
     "FLModel",
     "FedpoolError",
+    "Filter",
+    "FilterContext",
+    "FilterError",
     "GeometricMedian",
     "IntegrityError",
     "JobCancelled",
@@ -118,6 +128,7 @@ __all__ = [
     "Store",
     "StoreError",
     "Strategy",
+    "Tensors",
     "TrimmedMean",
     "Update",
     "weighted_mean",

@@ -53,10 +53,21 @@ def is_allowed(sha256: str) -> bool:
     Raises:
         ConfigError: its value is not one.
     """
-    value = os.environ.get(VARIABLE, "").strip()
-    if value in ("", _NONE):
+    return allows(os.environ.get(VARIABLE, ""), sha256, what=VARIABLE)
+
+
+def allows(value: str, sha256: str, *, what: str) -> bool:
+    """Whether a setting allows code: it has hashes with commas between them, `any`, or `none`.
+
+    Args:
+        what: the setting, for the message.
+
+    Raises:
+        ConfigError: its value is not one.
+    """
+    if (value := value.strip()) in ("", _NONE):
         return False
-    return value == ANY or sha256 in check_hashes(VARIABLE, value.split(","), or_else=f", {ANY!r} or {_NONE!r}")
+    return value == ANY or sha256 in check_hashes(what, value.split(","), or_else=f", {ANY!r} or {_NONE!r}")
 
 
 def check_hashes(what: str, values: Sequence[str], *, or_else: str = "") -> frozenset[str]:

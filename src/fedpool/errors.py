@@ -7,6 +7,7 @@
     ├── MigrationError       a script that `fedpool migrate` cannot read; also a ValueError
     ├── StoreError           the job's object storage refused, or an object is already there
     │   ├── IntegrityError   bytes that are not what their manifest or their format says
+    │   │   └── FilterError  what a filter could not make, or could not undo: names the filter
     │   └── StoreRefused     the store refuses in a way that waiting does not heal: its message has the remedy
     ├── SiteError            a site's script failed: names the site, the round and the cause
     ├── RoundError           a round ended with fewer accepted updates than `min_clients`
@@ -49,6 +50,18 @@ class StoreError(FedpoolError):
 
 class IntegrityError(StoreError):
     """Bytes that are not what their manifest or their format says."""
+
+
+class FilterError(IntegrityError):
+    """A filter could not make what is to travel, or could not undo what has travelled; the message names the filter."""
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(f"filter {name}: {storable(cause)}")
+        self.name = name
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type["FilterError"], tuple[str, str]]:
+        return FilterError, (self.name, self.cause)
 
 
 class StoreRefused(StoreError):

@@ -3,9 +3,10 @@
 `ClientJob` and `SiteAssignment` go to the site; `UpdateManifest` comes back, and is what `update.json` holds.
 """
 
+from collections.abc import Sized
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from fedpool.storable import storable
 
@@ -22,6 +23,10 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_empty(value: Sized) -> bool:
+    return not len(value)
+
+
 class Value(BaseModel):
     """Base of the values here: frozen, and nothing unknown."""
 
@@ -33,6 +38,17 @@ class Stored(Value):
 
     sha256: str
     size: int = Field(ge=0)
+
+
+class NamedCode(Value):
+    """Code of the user's that a job has brought: its hash, and the modules of it that are imported."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    modules: tuple[str, ...] = Field(min_length=1)
+
+
+Described = dict[str, JsonValue]
+"""A filter: its class under `type`, and its fields."""
 
 
 class ClientJob(Value):
@@ -59,6 +75,12 @@ class ClientJob(Value):
         default=None,
         description="the model of round 0, for a recipe whose sites start one of their own from it",
         exclude_if=_is_none,
+    )
+    filters: tuple[Described, ...] = Field(
+        default=(), description="what the host does to updates before they leave", exclude_if=_is_empty
+    )
+    filter_code: NamedCode | None = Field(
+        default=None, description="code of the user's that the filters need", exclude_if=_is_none
     )
 
 
@@ -98,7 +120,7 @@ class UpdateManifest(Value):
     """The commit of what a site sent in a round.
 
     `weight` is the site's `NUM_STEPS_CURRENT_ROUND` (1 when absent), as a string when it was not a finite number, which JSON
-    cannot hold and the gate refuses. A metric that was not finite is null.
+    cannot hold and the gate refuses. A metric that was not finite is null. `filters` are those that the update has passed.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -123,3 +145,4 @@ class UpdateManifest(Value):
         default=None, description="all that its script has logged, beside the manifest", exclude_if=_is_none
     )
     seconds: float
+    filters: tuple[Described, ...] = Field(default=(), exclude_if=_is_empty)

@@ -31,6 +31,8 @@ from fedpool.environment import Begin, DeployingEnvironment, Environment, check_
 from fedpool.errors import RecipeError
 from fedpool.exclude import check_excluded, excluded
 from fedpool.fields import Checked
+from fedpool.filter_field import Filters
+from fedpool.filters import described
 from fedpool.initial import InitialModel, initial_model
 from fedpool.manifest import ClientJob, Stored
 from fedpool.paths import check_name, check_new_names
@@ -84,6 +86,11 @@ class Recipe(Checked):
     exclude_vars: tuple[str, ...] = Field(
         default=(),
         description="regular expressions; parameters in whose names one is found are not exchanged and stay at the site",
+    )
+    filters: Filters = Field(
+        default=(),
+        description="what is done to updates on their way: outgoing at the site, in this order; incoming at the coordinator, in "
+        "reverse order",
     )
     key_metric: str = Field(default="accuracy", description="metric by which the best model is chosen", min_length=1)
     key_metric_mode: Literal["max", "min"] = Field(
@@ -327,6 +334,7 @@ class Recipe(Checked):
             },
             transfer=self.params_transfer_type,
             exclude=self.exclude_vars,
+            filters=described(self.filters),
             seed=self.seed,
             threads=self.threads_per_site,
             restarts=self.site_retries,

@@ -26,6 +26,8 @@ from fedpool.errors import ConfigError, IntegrityError, RecipeError
 from fedpool.refusals import explained
 from fedpool.script_files import find_files
 
+_UNPACKED = "fedpool-code-"
+"""How the folders of code begin that is unpacked here."""
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
@@ -132,7 +134,7 @@ def load_code(code: Code) -> None:
         ConfigError: this process has other modules of those names, or the import fails.
     """
     with explained(tempfile.gettempdir()):
-        unpacked = tempfile.TemporaryDirectory(prefix="fedpool-code-")
+        unpacked = tempfile.TemporaryDirectory(prefix=_UNPACKED)
     folder = Path(unpacked.name).resolve()
     try:
         unpack_bundle(code.data, folder, sha256=code.sha256)
@@ -151,6 +153,20 @@ def load_code(code: Code) -> None:
         unpacked.cleanup()
         raise
     atexit.register(unpacked.cleanup)  # functions may import from it as long as the process lives
+
+
+def make_room(code: Code) -> None:
+    """Forget the modules of other jobs' code that has one of the same names; objects of their classes go on as they are.
+
+    What a function of theirs imports only when it is called is not found any more.
+    """
+    wanted = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in code.files}
+    for place in [place for place in sys.path if Path(place).name.startswith(_UNPACKED)]:
+        theirs = [name for name, loaded in list(sys.modules.items()) if _is_of(loaded, Path(place))]
+        if wanted.intersection(theirs):
+            sys.path.remove(place)
+            for name in theirs:
+                del sys.modules[name]
 
 
 def _import(module: str, folder: Path) -> None:

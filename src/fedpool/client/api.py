@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpool.arrays import ParamsFormat, describe, is_torch, load_arrays, save_arrays
+from fedpool.arrays import ParamsFormat, load_arrays, save_arrays
 from fedpool.client import keeping
 from fedpool.client.hosts import Assignment, Host, Waiting
 from fedpool.client.meta import received_meta, sent_control, sent_meta
@@ -323,11 +323,6 @@ class Client:
         excluded = {name for name in params if any(re.search(pattern, name) for pattern in assignment.exclude)}
         sent = {name: value for name, value in params.items() if name not in excluded}
         try:
-            if assignment.transfer == "DIFF" and params_type is ParamsType.FULL:
-                # From the file: the script may have trained the very tensors that it received.
-                base = load_arrays(assignment.model, self._params_format()) if assignment.model else {}
-                sent = {name: _difference(name, value, base.get(name)) for name, value in sent.items()}
-                params_type = ParamsType.DIFF
             control = sent_control(model.meta, params, self.config) if assignment.task == "train" else None
             extras = model.extras if control is None else {**model.extras, CONTROL: control}
             beside_them = _beside(extras, excluded)
@@ -352,27 +347,6 @@ def _beside(extras: Mapping[str, Mapping[str, Any]], excluded: Collection[str]) 
         for name, value in values.items()
         if name not in excluded
     }
-
-
-def _difference(name: str, value: Any, base: Any) -> Any:
-    """value - base; integers as int64, because unsigned ones would wrap around.
-
-    A boolean has no difference and stays as it is, and so does what has no base to subtract: the gate judges it.
-    """
-    if base is None or not hasattr(value, "shape") or tuple(value.shape) != tuple(base.shape):
-        return value
-    kind = describe(name, value).kind
-    if kind == "bool":
-        return value
-    if is_torch(value) or is_torch(base):
-        import torch
-
-        dtype = torch.int64 if kind == "int" else None
-        value = torch.as_tensor(value).detach().cpu()
-        value = value.to(dtype or value.dtype)
-        return value - torch.as_tensor(base).to(value.dtype)
-    value = value.astype("int64") if kind == "int" else value
-    return value - base.astype(value.dtype)
 
 
 def _number(what: str, value: Any) -> float:

@@ -56,7 +56,6 @@ class Assignment:
     update: str | None = None
     extras: str | None = None
     kept: str | None = None
-    transfer: str = "FULL"
     exclude: tuple[str, ...] = ()
     seed: int | None = None
     silent: bool = False

@@ -1,0 +1,25 @@
+"""The code that a job has brought, as it lies in the store."""
+
+import hashlib
+
+from fedpool.errors import IntegrityError
+from fedpool.manifest import NamedCode
+from fedpool.paths import JobPaths
+from fedpool.store import Store
+from fedpool.user_code import Code
+
+
+def stored_code(job_id: str, store: Store, named: NamedCode) -> Code:
+    """The code that a job has brought.
+
+    Raises:
+        IntegrityError: it is not there, or not what its hash says.
+    """
+    path = JobPaths(job_id).code(named.sha256)
+    try:
+        data = store.read_bytes(path)
+    except FileNotFoundError:
+        raise IntegrityError(f"{store.full(path)} is missing") from None
+    if hashlib.sha256(data).hexdigest() != named.sha256:
+        raise IntegrityError(f"{store.full(path)} does not match the hash in its name")
+    return Code(named.modules, named.sha256, data)
