@@ -13,12 +13,11 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
-from fedpool.arrays import ParamsFormat, as_bytes, load_arrays, save_and_hash
+from fedpool.arrays import ParamsFormat, as_bytes
 from fedpool.client.api import Client, start
 from fedpool.client.hosts import Assignment, Host, SessionHost, Standalone, Waiting, Welcome
 from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link, connect
@@ -181,8 +180,8 @@ class TestSend:
         client.send(FLModel(params=MODEL))
         assert len(host.updates) == 1
 
-    def test_params_that_cannot_be_sent_are_refused_by_name_as_a_difference_too(self, tmp_path: Path) -> None:
-        client = Client(host_of(tmp_path, MODEL, transfer="DIFF"), "numpy")
+    def test_params_that_cannot_be_sent_are_refused_by_name(self, tmp_path: Path) -> None:
+        client = Client(host_of(tmp_path, MODEL), "numpy")
         client.receive()
         with pytest.raises(ClientError, match=r"params\['w'\] has dtype complex128"):
             client.send(FLModel(params={"w": np.array([1j, 2j])}))
@@ -296,54 +295,8 @@ class TestParams:
         with pytest.raises(ClientError, match='params_format must be "torch" or "numpy", got \'jax\''):
             start(None, "jax")  # type: ignore[arg-type]  # that is the point
 
-    @pytest.mark.parametrize("params_format", FORMATS)
-    def test_the_client_computes_the_difference_that_the_recipe_asks_for(
-        self, params_format: ParamsFormat, tmp_path: Path
-    ) -> None:
-        base = {
-            "w": np.array([1.0, 2.0], dtype=np.float32),
-            "half": np.array([1.0], dtype=ml_dtypes.bfloat16),
-            "count": np.array(10),
-            "byte": np.array([200, 3], dtype=np.uint8),
-            "mask": np.array([True, False]),
-        }
-        trained = {
-            "w": np.array([1.5, 1.0], dtype=np.float32),
-            "half": np.array([1.5], dtype=ml_dtypes.bfloat16),
-            "count": np.array(7),
-            "byte": np.array([100, 255], dtype=np.uint8),
-            "mask": np.array([True, True]),
-        }
-        host = host_of(tmp_path, base, transfer="DIFF")
-        client = Client(host, params_format)
-        client.receive()
-        sent = tmp_path / "trained"
-        with sent.open("wb") as file:
-            save_and_hash(file, trained)
-        client.send(FLModel(params=load_arrays(sent, params_format)))
-        assert host.updates[0]["params_type"] == "DIFF"
-        found = host.params_sent()
-        assert {name: (str(value.dtype), value.tolist()) for name, value in found.items()} == {
-            "w": ("torch.float32", [0.5, -1.0]),
-            "half": ("torch.bfloat16", [0.5]),
-            "count": ("torch.int64", -3),
-            "byte": ("torch.int64", [-100, 252]),  # unsigned ones would wrap around
-            "mask": ("torch.bool", [True, True]),  # a boolean has no difference: its own value
-        }
-
-    @pytest.mark.parametrize(("received_as", "sent_as"), [("torch", "numpy"), ("numpy", "torch")])
-    def test_a_difference_may_be_of_the_other_library_than_what_was_received(
-        self, received_as: ParamsFormat, sent_as: ParamsFormat, tmp_path: Path
-    ) -> None:
-        host = host_of(tmp_path, MODEL, transfer="DIFF")
-        client = Client(host, received_as)
-        client.receive()
-        trained: Any = torch.tensor([2.0, 4.0]) if sent_as == "torch" else np.array([2.0, 4.0], dtype=np.float32)
-        client.send(FLModel(params={"w": trained}))
-        assert host.params_sent()["w"].tolist() == [1.0, 2.0]
-
-    def test_a_module_in_training_can_be_sent_as_a_difference(self, tmp_path: Path) -> None:
-        host = host_of(tmp_path, {"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}, transfer="DIFF")
+    def test_a_module_in_training_can_be_sent(self, tmp_path: Path) -> None:
+        host = host_of(tmp_path, {"weight": torch.zeros(1, 2), "bias": torch.zeros(1)})
         client = Client(host)
         module = torch.nn.Linear(2, 1)
         module.load_state_dict(params_of(received(client)))
@@ -352,37 +305,13 @@ class TestParams:
         client.send(FLModel(params=dict(module.named_parameters())))
         assert host.params_sent()["weight"].tolist() == [[2.0, 2.0]]
 
-    @pytest.mark.parametrize("params_format", FORMATS)
-    def test_a_difference_is_to_the_model_as_it_came_even_when_the_script_trained_it_in_place(
-        self, params_format: ParamsFormat, tmp_path: Path
-    ) -> None:
-        host = host_of(tmp_path, MODEL, transfer="DIFF")
-        client = Client(host, params_format)
-        model = received(client)
-        params_of(model)["w"][:] += 5
-        client.send(FLModel(params=model.params))
-        assert host.params_sent()["w"].tolist() == [5.0, 5.0]
-
     def test_a_declared_difference_is_sent_as_it_is(self, tmp_path: Path) -> None:
-        for transfer in ("FULL", "DIFF"):
-            folder = tmp_path / transfer
-            folder.mkdir()
-            host = host_of(folder, MODEL, transfer=transfer)
-            client = Client(host)
-            client.receive()
-            client.send(FLModel(params_type=ParamsType.DIFF, params={"w": np.array([0.5, 0.5], dtype=np.float32)}))
-            assert host.updates[0]["params_type"] == "DIFF"
-            assert host.params_sent()["w"].tolist() == [0.5, 0.5]
-
-    def test_what_has_no_base_to_subtract_is_sent_as_it_is_for_the_gate_to_judge(self, tmp_path: Path) -> None:
-        host = host_of(tmp_path, MODEL, transfer="DIFF")
+        host = host_of(tmp_path, MODEL)
         client = Client(host)
         client.receive()
-        client.send(FLModel(params={"w": np.ones(5), "unknown": np.ones(1)}))
-        assert {name: value.tolist() for name, value in host.params_sent().items()} == {
-            "w": [1.0] * 5,
-            "unknown": [1.0],
-        }
+        client.send(FLModel(params_type=ParamsType.DIFF, params={"w": np.array([0.5, 0.5], dtype=np.float32)}))
+        assert host.updates[0]["params_type"] == "DIFF"
+        assert host.params_sent()["w"].tolist() == [0.5, 0.5]
 
 
 class TestExcludedParams:
@@ -391,11 +320,10 @@ class TestExcludedParams:
     BASE = {"body.w": np.zeros(2, dtype=np.float32), "head.w": np.zeros(2, dtype=np.float32)}  # noqa: RUF012  # never changed
 
     @pytest.mark.parametrize("params_format", FORMATS)
-    @pytest.mark.parametrize("transfer", ["FULL", "DIFF"])
     def test_they_are_not_sent_and_come_back_in_the_next_round(
-        self, params_format: ParamsFormat, transfer: str, tmp_path: Path
+        self, params_format: ParamsFormat, tmp_path: Path
     ) -> None:
-        host = host_of(tmp_path, self.BASE, self.BASE, exclude=("^head",), transfer=transfer)
+        host = host_of(tmp_path, self.BASE, self.BASE, exclude=("^head",))
         client = Client(host, params_format)
         assert params_of(received(client))["head.w"].tolist() == [0.0, 0.0]
         client.send(FLModel(params={name: value + 3 for name, value in self.BASE.items()}))
