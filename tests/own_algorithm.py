@@ -13,9 +13,11 @@ _BLOCK = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOT
 def write_algorithm(folder: Path) -> Path:
     """Write the files of CONTRIBUTING.md's algorithm: client.py, partial_step.py and job.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = dict(_BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))
-    for name in ("client.py", "partial_step.py", "job.py"):
-        (folder / name).write_text(files[name])
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add an algorithm")[2].partition("\n## ")[0]
+    files = dict(_BLOCK.findall(section))
+    assert set(files) == {"client.py", "partial_step.py", "job.py"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
     return folder
 
 

@@ -89,8 +89,7 @@ class Recipe(Checked):
     )
     filters: Filters = Field(
         default=(),
-        description="what is done to updates on their way: outgoing at the site, in this order; incoming at the coordinator, in "
-        "reverse order",
+        description="filters of the updates: at the sites in this order, undone at the coordinator in reverse",
     )
     key_metric: str = Field(default="accuracy", description="metric by which the best model is chosen", min_length=1)
     key_metric_mode: Literal["max", "min"] = Field(
