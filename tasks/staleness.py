@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedpool.tensors import TensorReader
+from fedpool.tensors import Tensors
 
 if TYPE_CHECKING:
     from fedpool.tasks.record import RoundRecord
@@ -29,7 +29,7 @@ class Origin:
         staleness: rounds from its own to the one that it counts in, at least 1.
     """
 
-    base: TensorReader
+    base: Tensors
     staleness: int
 
 
