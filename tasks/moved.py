@@ -4,10 +4,10 @@ import torch
 
 from fedpool.arrays import torch_block
 from fedpool.tasks.blocks import Block, widen
-from fedpool.tensors import TensorReader, is_trained
+from fedpool.tensors import Tensors, is_trained
 
 
-def moved(block: Block, value: torch.Tensor, base: TensorReader, *, is_difference: bool, scale: float) -> torch.Tensor:
+def moved(block: Block, value: torch.Tensor, base: Tensors, *, is_difference: bool, scale: float) -> torch.Tensor:
     """The block of a late update as a strategy sees it, float64.
 
     Of a parameter that is trained, the round's global model plus the difference to the update's own base, times `scale`. What
