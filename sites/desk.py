@@ -81,7 +81,8 @@ class Reports(Protocol):
     async def report(self, piece: Piece, report: Report) -> bool:
         """Say how far a piece has come.
 
-        Returns: whether it stands: False when somebody else has it, or has ended it, so that the work is to end too.
+        Returns: whether it stands: False when somebody else has it, or someone is cancelling it, so that the work is to end too;
+            and False for a crash of a piece that has ended. Another end, or a start, may replace an end that was reported.
         """
         ...
 

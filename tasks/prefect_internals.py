@@ -45,7 +45,7 @@ async def propose(client: "PrefectClient", state: "State[Any]", run_id: UUID) ->
     """Propose a state of a flow run, as Prefect's engine does.
 
     Returns: the state that the run is in now, which is another one where the server has rejected this one; None when it does not
-        allow it at all, such as after the run's end, or when somebody else has taken the run.
+        allow it at all: no crash after the run's end, nothing pending when somebody has taken the run. Another end replaces it.
 
     Raises:
         ObjectNotFound: there is no such run.

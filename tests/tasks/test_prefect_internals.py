@@ -23,7 +23,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
-from prefect.states import Cancelled, Completed, Failed, Paused, Pending, Running, Scheduled
+from prefect.states import Cancelled, Completed, Crashed, Paused, Pending, Running, Scheduled
 from prefect.workers.base import BaseJobConfiguration, BaseWorker
 
 from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
@@ -67,7 +67,7 @@ def test_a_state_that_is_proposed_is_taken_rejected_or_not_allowed(prefect_api: 
         assert await internals.propose(client, Pending(), run.id) is None  # somebody has it
         assert await internals.propose(client, Running(), run.id) is not None
         await client.set_flow_run_state(run.id, Cancelled(message="by hand"), force=True)
-        assert await internals.propose(client, Failed(), run.id) is None  # it has ended
+        assert await internals.propose(client, Crashed(), run.id) is None  # it has ended
         assert (await client.read_flow_run(run.id)).state.message == "by hand"  # type: ignore[union-attr]
         with pytest.raises(ObjectNotFound):
             await internals.propose(client, Running(), uuid4())
