@@ -52,8 +52,10 @@ def chosen(given: Given) -> Aggregator:
     )
 
 
-def written(aggregator: Aggregator) -> str | dict[str, Any]:
+def written(aggregator: Aggregator | str) -> str | dict[str, Any]:
     """An aggregator as `job.json` and a deployment's parameters have it: its name alone where that says all, or a path."""
+    if isinstance(aggregator, str):  # the field's default, which a schema shows
+        return aggregator
     if isinstance(aggregator, OwnFunction):
         return aggregator.path
     assert isinstance(aggregator, Rule), "what `chosen` makes"

@@ -439,11 +439,14 @@ def test_a_deployment_runs_by_the_stock_command_and_each_job_starts_from_the_las
     adder: str, env: PocEnv, tmp_path: Path
 ) -> None:
     assert adder == "federated-job/adder"
-    for rounds in (2, 1):
-        done = prefect(env.api_url, tmp_path, "deployment", "run", adder, "-p", f"num_rounds={rounds}", "--watch")
+    alike = {"kind": "geometric_median", "weighted": False}
+    for rounds, aggregator in ((2, "median"), (1, json.dumps(alike))):
+        changes = ("-p", f"num_rounds={rounds}", "-p", f"aggregator={aggregator}")
+        done = prefect(env.api_url, tmp_path, "deployment", "run", adder, *changes, "--watch")
         assert done.returncode == 0, done.stdout
     store = env.open_store()
     first, second = (JobPaths(job_id) for job_id in jobs_of_adder(env))
+    assert [store.read_json(paths.job)["recipe"]["aggregator"] for paths in (first, second)] == ["median", alike]
     assert not store.exists(first.global_model(3)) and not store.exists(second.global_model(2))
     final = store.read_bytes(first.global_model(2))
     assert final != store.read_bytes(first.global_model(0))
@@ -455,6 +458,8 @@ def test_a_deployment_refuses_parameters_out_of_bounds_with_the_reason(adder: st
     done = prefect(env.api_url, tmp_path, "deployment", "run", adder, "-p", "num_rounds=0")
     assert done.returncode != 0
     assert "num_rounds" in done.stdout and "minimum" in done.stdout, done.stdout
+    done = prefect(env.api_url, tmp_path, "deployment", "run", adder, "-p", 'aggregator={"kind": "krum"}')
+    assert done.returncode != 0 and "aggregator" in done.stdout, done.stdout
     assert jobs_of_adder(env) == before
 
 

@@ -21,9 +21,10 @@ from fedpool import (
     TrimmedMean,
 )
 from fedpool.flows.averaging import AveragingRecipe
-from fedpool.flows.deployed import deployed
+from fedpool.flows.deployed import deployed, form_fields
 from fedpool.flows.staging import check_unchanged, stage
 from fedpool.flows.stored import recipe_of
+from fedpool.tasks.choose_aggregator import written
 from fedpool.tasks.own_function import OwnFunction
 from fedpool.tasks.robust import median
 
@@ -163,6 +164,23 @@ def test_the_form_of_a_deployment_offers_every_aggregator() -> None:
     assert krum["properties"]["kind"]["const"] == "krum" and krum["required"] == ["num_byzantine"]
     assert krum["properties"]["num_byzantine"]["minimum"] == 1
     assert "how many updates of a round may be arbitrary" in krum["properties"]["num_byzantine"]["description"]
+
+
+@pytest.mark.parametrize(
+    "given", ["median", {"kind": "trimmed_mean", "trim_ratio": 0.2}, "fedpool.tasks.robust:median"]
+)
+def test_a_run_of_a_deployment_changes_the_aggregator_of_its_template(
+    recipe: Callable[..., FedAvgRecipe], tmp_path: Path, given: Any
+) -> None:
+    store = Store(tmp_path / "store")
+    stage(recipe(aggregator=Krum(num_byzantine=1)), "template", store, SITES, template=True)
+    template = recipe_of("template", store)
+    parameters = template.model_dump(mode="json", include=set(form_fields(FedAvgRecipe)))
+    assert parameters["aggregator"] == {"kind": "krum", "num_byzantine": 1}
+    changed = template.revise(**{**parameters, "aggregator": given})
+    assert isinstance(changed, FedAvgRecipe) and written(changed.rule) == given
+    with pytest.raises(RecipeError, match="needs 11 updates"):
+        template.revise(min_clients=10, aggregator={"kind": "bulyan", "num_byzantine": 2})
 
 
 @pytest.mark.parametrize(
