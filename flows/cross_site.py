@@ -3,7 +3,7 @@
 `model` is the server's. A training recipe does the same after its training, with `cross_site_eval=True`.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,4 +27,9 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
 
-    cross_site_eval: Literal[True] = Field(default=True, exclude=True)
+    cross_site_eval: ClassVar[Literal[True]] = True
+
+    keep_updates: Literal["all", "last", "none"] = Field(
+        default="all",
+        description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
+    )

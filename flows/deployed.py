@@ -42,6 +42,7 @@ from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.reach import site_problems
 from fedpool.tasks.report import Reporter
 from fedpool.tasks.tracking import trackings
+from fedpool.training_recipe import TrainingRecipe
 
 _SITES_POLL_S = 2.0
 """How often to look whether enough sites can take part."""
@@ -60,8 +61,8 @@ _LEFT_OUT = "<as in the template>"
 _STAGED = frozenset({"name", "model", "train_script", "initial_ckpt", "include"})
 """Fields that are in the template and not in the form: files and objects of whoever deployed."""
 
-_SHARED = tuple(name for name in Recipe.model_fields if name not in _STAGED)
-"""What the forms of all recipes have, but for those that fix a field."""
+_SHARED = tuple(name for name in TrainingRecipe.model_fields if name not in _STAGED)
+"""What the forms of all recipes that train have."""
 
 
 def form_fields(kind: type[Recipe]) -> list[str]:

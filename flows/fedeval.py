@@ -4,9 +4,7 @@ The result has each site's metrics with its weight, and the pooled ones: means w
 number of rows that a site has scored, or without it by `NUM_STEPS_CURRENT_ROUND`; the denominators stand beside them.
 """
 
-from typing import Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from fedpool.flows.evaluation import EvaluationRecipe
 
@@ -24,5 +22,5 @@ class FedEvalRecipe(EvaluationRecipe):
         RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
     """
 
-    cross_site_eval: Literal[False] = Field(default=False, exclude=True)
-    keep_updates: Literal["all"] = Field(default="all", exclude=True)
+    cross_site_eval: ClassVar[Literal[False]] = False
+    keep_updates: ClassVar[Literal["all"]] = "all"

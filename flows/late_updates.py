@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
+from fedpool.training_recipe import TrainingRecipe
 
 
-class LateUpdates(Recipe):
+class LateUpdates(TrainingRecipe):
     """A recipe whose rounds may count updates that come late, by `fedpool.tasks.staleness`."""
 
     late: Literal["drop", "fold"] = Field(
@@ -28,7 +29,7 @@ class LateUpdates(Recipe):
             )
 
 
-class NoLateUpdates(Recipe):
+class NoLateUpdates(TrainingRecipe):
     """A recipe whose updates belong to the round that asked for them."""
 
     @model_validator(mode="before")

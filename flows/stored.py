@@ -12,6 +12,7 @@ from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.stored_code import stored_code
 from fedpool.tasks.job_record import JobRecord
+from fedpool.training_recipe import TrainingRecipe
 from fedpool.user_code import Code, is_loaded, load_code
 
 
@@ -38,7 +39,9 @@ def recipe_of(
         where = store.full(JobPaths(job_id).code(code.sha256))
         allow(Request(job_id, full, code.modules, tuple(code.files), code.sha256, where))
         load_code(code)
-    kind = kind or _own_class(full, code, store.full(path)) or find_installed(full)
+    kind = (
+        kind or _own_class(full, code, store.full(path), trains="num_rounds" in record.fields) or find_installed(full)
+    )
     if kind is None:
         known = ", ".join(map(class_name, BUILT_IN.values()))
         raise IntegrityError(
@@ -48,7 +51,7 @@ def recipe_of(
     return restore(kind, job_id, store)
 
 
-def _own_class(full: str, code: Code | None, where: str) -> type[Recipe] | None:
+def _own_class(full: str, code: Code | None, where: str, *, trains: bool) -> type[Recipe] | None:
     """The class of a recipe out of the job's own code, which is loaded; None when it is of another module."""
     module, _, name = full.partition(":")
     if code is None or module not in code.modules:
@@ -58,4 +61,10 @@ def _own_class(full: str, code: Code | None, where: str) -> type[Recipe] | None:
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Recipe)):
         raise IntegrityError(f"{where} names {full}, which is not a recipe: it is {found!r}")
-    return found
+    return found if issubclass(found, TrainingRecipe) or not trains else _of_an_earlier_version(found)
+
+
+def _of_an_earlier_version(kind: type[Recipe]) -> type[Recipe]:
+    """A class that was written when every recipe had the fields of a training, with them."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind, TrainingRecipe), names)

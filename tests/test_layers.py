@@ -29,7 +29,9 @@ BASE_LEVELS = (
     "store written",
     "environment fields conditions exclude weights checkpoint initial stored_model bundle client_use early_settings "
     "script_files script_paths script_values user_code allowed_code stored_code filters filter_field",
+    "asked executable",
     "recipe",
+    "training_recipe",
     "testing migration",  # tools beside the product
 )
 

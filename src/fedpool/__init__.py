@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fedpool.tasks.mean import weighted_mean
     from fedpool.tasks.strategy import State, Strategy, Update
     from fedpool.tensors import Tensors
+    from fedpool.training_recipe import TrainingRecipe
 
 _HOMES = {
     "fedpool.deployments.poc": ("PocEnv",),
@@ -87,6 +88,7 @@ _HOMES = {
     "fedpool.tasks.mean": ("weighted_mean",),
     "fedpool.tasks.strategy": ("State", "Strategy", "Update"),
     "fedpool.tensors": ("Tensors",),
+    "fedpool.training_recipe": ("TrainingRecipe",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _HOME |= dict.fromkeys(recipes.__all__, recipes.__name__)
@@ -129,6 +131,7 @@ __all__ = [
     "StoreError",
     "Strategy",
     "Tensors",
+    "TrainingRecipe",
     "TrimmedMean",
     "Update",
     "weighted_mean",

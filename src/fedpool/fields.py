@@ -137,6 +137,16 @@ def describe_problems(kind: type[BaseModel], error: ValidationError, data: Mappi
         yield what if not where or begins else f"{where}: {what}"
 
 
+def one_or_many(value: Any) -> Any:
+    """A text as a tuple of it, and nothing as none."""
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def none_is_empty(value: Any) -> Any:
+    """Nothing as an empty mapping."""
+    return {} if value is None else value
+
+
 def nearest(name: str, known: Collection[str]) -> str | None:
     """What was probably meant by a name that is not known; None when nothing is like it."""
     by_lower = {candidate.lower(): candidate for candidate in known}

@@ -1,5 +1,7 @@
 """`Recipe`, the base of every recipe: a frozen pydantic model of *what* to run. Where it runs is the environment's matter.
 
+What a training needs beside is in `fedpool.training_recipe`.
+
 Everything that can be known to be wrong is refused when the recipe is built. The fields' descriptions and bounds are what
 Prefect shows as a form. The two fields that are files or objects of the user's (`model`, `train_script`) become plain
 values at once: tensors with their spec, and a content-addressed bundle.
@@ -7,12 +9,10 @@ values at once: tensors with their spec, and a content-addressed bundle.
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -25,12 +25,13 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
+from fedpool.asked import Asked
 from fedpool.bundle import Bundle, build_bundle
-from fedpool.conditions import MODE_FIELDS, StopCondition, choose_mode, parse_condition
-from fedpool.environment import Begin, DeployingEnvironment, Environment, check_environment
+from fedpool.conditions import MODE_FIELDS, choose_mode
 from fedpool.errors import RecipeError
 from fedpool.exclude import check_excluded, excluded
-from fedpool.fields import Checked
+from fedpool.executable import Executable
+from fedpool.fields import Checked, none_is_empty, one_or_many
 from fedpool.filter_field import Filters
 from fedpool.filters import described
 from fedpool.initial import InitialModel, initial_model
@@ -38,9 +39,6 @@ from fedpool.manifest import ClientJob, Stored
 from fedpool.paths import check_name, check_new_names
 from fedpool.script_values import check_values, site_arguments, split_arguments
 from fedpool.tensors import Digest
-from fedpool.weights import check_weights
-
-R = TypeVar("R")
 
 SERVER = "server"
 """Owner of a job's final model, where models have owners."""
@@ -52,10 +50,10 @@ def _model_form(model: InitialModel) -> dict[str, Any]:
     return {"sha256": model.digest.sha256, "tensors": len(model.spec), "parameters": model.num_parameters}
 
 
-class Recipe(Checked):
-    """What every recipe has. Frozen; unknown fields are refused.
+class Recipe(Checked, Executable, Asked):
+    """What every recipe has, whether it trains or not. Frozen; unknown fields are refused.
 
-    Subclasses add their algorithm's parameters and give its `strategy`.
+    An algorithm derives from `TrainingRecipe`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
@@ -69,23 +67,9 @@ class Recipe(Checked):
         default="", description="command line of the client script, as one string or a list"
     )
     min_clients: int = Field(description="accepted updates that a round needs; with fewer it fails", ge=1)
-    num_rounds: int = Field(description="rounds to run", ge=1, le=100_000)
-    clients_per_round: int | None = Field(
-        default=None, description="sites drawn for each round, as a function of the seed; empty: all of them", ge=1
-    )
     initial_ckpt: Path | None = Field(
         default=None,
         description="checkpoint whose values replace the initial model's; keys must fit, but for the prefixes of wrappers",
-    )
-    params_transfer_type: Literal["FULL", "DIFF"] = Field(
-        default="FULL", description="what sites send: their parameters, or the difference to the model they received"
-    )
-    aggregation_weights: Annotated[dict[str, float], AfterValidator(check_weights)] = Field(
-        default_factory=dict, description="site -> factor on its updates' weight; 1 for a site that is not named"
-    )
-    exclude_vars: tuple[str, ...] = Field(
-        default=(),
-        description="regular expressions; parameters in whose names one is found are not exchanged and stay at the site",
     )
     filters: Filters = Field(
         default=(),
@@ -95,12 +79,6 @@ class Recipe(Checked):
     key_metric_mode: Literal["max", "min"] = Field(
         default="max",
         description="whether more or less of the key metric is better; left out, a stop_cond on that metric decides",
-    )
-    stop_cond: str | None = Field(
-        default=None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"'
-    )
-    patience: int | None = Field(
-        default=None, description="stop early after this many rounds without a better key metric", ge=1
     )
     seed: int = Field(
         default=0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63
@@ -125,25 +103,6 @@ class Recipe(Checked):
         ge=0,
         allow_inf_nan=False,
     )
-    over_sample: int = Field(
-        default=0,
-        description="sites drawn beyond clients_per_round: the round takes the first clients_per_round accepted updates",
-        ge=0,
-    )
-    max_update_norm: float | None = Field(
-        default=None,
-        description="largest L2 norm of an update's difference to the global model, over its floating point parameters",
-        gt=0,
-        allow_inf_nan=False,
-    )
-    clip_updates: bool = Field(
-        default=False, description="scale an update of a larger norm down to max_update_norm, instead of rejecting it"
-    )
-    max_rejections: int | None = Field(
-        default=None,
-        description="rejected updates in a row after which a site is in quarantine, until one of its updates passes the gate",
-        ge=1,
-    )
     round_retries: int = Field(
         default=0,
         description="how often a round with fewer than min_clients updates asks the missing sites again",
@@ -162,18 +121,6 @@ class Recipe(Checked):
         ge=0,
         allow_inf_nan=False,
     )
-    keep_updates: Literal["all", "last", "none"] = Field(
-        default="all",
-        description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
-    )
-    final_evaluation: bool = Field(
-        default=True,
-        description="after the training, one more round in which sites score the final model, if any site reports metrics",
-    )
-    cross_site_eval: bool = Field(
-        default=False,
-        description="after the training, score every site's best local model and the server's models at every site",
-    )
     include: tuple[str, ...] = Field(
         default=(), description="more files and folders for the bundle, relative to the client script's folder"
     )
@@ -189,15 +136,15 @@ class Recipe(Checked):
     _arguments: tuple[str, ...] = PrivateAttr()
     _site_arguments: dict[str, tuple[str, ...]] = PrivateAttr()
 
-    @field_validator("exclude_vars", "include", mode="before")
+    @field_validator("include", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return () if value is None else (value,) if isinstance(value, str) else value
+        return one_or_many(value)
 
-    @field_validator("aggregation_weights", "config", "per_site_config", mode="before")
+    @field_validator("config", "per_site_config", mode="before")
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
-        return {} if value is None else value
+        return none_is_empty(value)
 
     @field_validator("name")
     @classmethod
@@ -209,25 +156,8 @@ class Recipe(Checked):
     def _script_path(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("stop_cond")
-    @classmethod
-    def _condition_parses(cls, value: str | None) -> str | None:
-        return None if value is None else str(parse_condition(value))
-
     @model_validator(mode="after")
     def _prepare(self, info: ValidationInfo) -> Self:
-        if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
-            raise RecipeError(
-                f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}: no round could succeed"
-            )
-        if self.over_sample and self.clients_per_round is None:
-            raise RecipeError(
-                f"over_sample={self.over_sample} without clients_per_round: say how many updates a round takes"
-            )
-        if self.clip_updates and self.max_update_norm is None:
-            raise RecipeError("clip_updates without max_update_norm: say to what norm updates are scaled down")
-        if self.cross_site_eval and not self.final_evaluation:
-            raise RecipeError("cross_site_eval scores the final model, too: leave out final_evaluation=False")
         context = info.context or {}
         restored = context.get("bundle")
         self._given = context["given"] if restored else frozenset(self.model_fields_set)
@@ -298,16 +228,6 @@ class Recipe(Checked):
         return self._bundle
 
     @property
-    def sample_size(self) -> int | None:
-        """How many sites are drawn for a round; None for all of them."""
-        return None if self.clients_per_round is None else self.clients_per_round + self.over_sample
-
-    @property
-    def stop_condition(self) -> StopCondition | None:
-        """`stop_cond`, parsed."""
-        return parse_condition(self.stop_cond) if self.stop_cond else None
-
-    @property
     def starts_own_models(self) -> bool:
         """Whether sites start models of their own from the job's initial one, in whatever round they are first drawn."""
         return False
@@ -351,61 +271,11 @@ class Recipe(Checked):
             raise RecipeError(
                 f"min_clients={self.min_clients}, but the environment has {len(sites)} sites: no round could succeed"
             )
-        if self.sample_size is not None and self.sample_size > len(sites):
-            more = f" with over_sample={self.over_sample} more" if self.over_sample else ""
-            raise RecipeError(
-                f"clients_per_round={self.clients_per_round}{more}, but the environment has {len(sites)} sites"
-            )
         if self.cross_site_eval and (taken := sorted({SERVER, SERVER_BEST} & set(sites))):
             raise RecipeError(f"cross_site_eval calls the server's models {taken[0]!r}: give that site another name")
         for what in ("aggregation_weights", "per_site_config"):
             if unknown := sorted(set(getattr(self, what)) - set(sites)):
                 raise RecipeError(f"{what} names {', '.join(unknown)}, but the sites are {', '.join(sites[:8])}")
-
-    def execute(
-        self,
-        env: Environment[R],
-        *,
-        wait: bool = True,
-        resume: str | None = None,
-        fork: bool = False,
-        from_round: int | None = None,
-    ) -> R:
-        """Run the recipe in an environment; returns its handle on the job, a `Run`.
-
-        Args:
-            env: where.
-            wait: block until the job has ended; False returns at once.
-            resume: id of a job that was begun before: it goes on from its last committed round. One that has completed is
-                left as it is.
-            fork: make a new job instead, which starts from a model of the job that `resume` names, with this recipe.
-            from_round: the round whose global model a fork starts from; None: its newest.
-
-        Raises:
-            RecipeError: the job that is to go on was begun with another recipe or at other sites; no environment was given.
-        """
-        check_environment(env, "execute")
-        return env.execute(self, Begin(resume, fork, from_round), wait=wait)
-
-    def deploy(
-        self,
-        env: DeployingEnvironment[Any],
-        *,
-        schedule: str | timedelta | Sequence[str | timedelta] | None = None,
-        **options: Any,
-    ) -> str:
-        """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new job of.
-
-        Args:
-            env: where: `PocEnv` or `ProdEnv`.
-            schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule ("FREQ=WEEKLY"), an interval, or a
-                list of those.
-            options: more of the environment's, such as `warm_start`.
-
-        Returns: the deployment's name, for `prefect deployment run`.
-        """
-        check_environment(env, "deploy")
-        return env.deploy(self, schedule=schedule, **options)
 
     @property
     def client_config(self) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpool import SimEnv
+from fedpool import SimEnv, TrainingRecipe
 from fedpool.errors import IntegrityError
 from fedpool.flows.averaging import AveragingRecipe
 from fedpool.flows.replay import replay_round
@@ -102,6 +102,25 @@ def test_a_job_that_was_lost_goes_on_to_the_same_bytes(store: Store, tmp_path: P
     assert recipe_of(job_id, lost).execute(env, resume=job_id).get_status() == "COMPLETED"
     assert lost.read_bytes(final) == wanted
     assert verify_job(lost, job_id).num_rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rounds", "trains"), [("own-class", 3, True), ("fedeval", 1, False), ("cross-site", 5, False)]
+)
+def test_a_job_of_when_every_recipe_had_the_fields_of_a_training_is_what_it_was(
+    tmp_path: Path, name: str, num_rounds: int, trains: bool
+) -> None:
+    """One of them with a class of the user's, which derives from `Recipe` and trains."""
+    with tarfile.open(FOLDER / "recipes-of-d3a726f.tar.xz") as opened:
+        opened.extractall(tmp_path, filter="data")
+    store = Store(tmp_path)
+    (job_id,) = (folder.name for folder in tmp_path.glob(f"{name}-*"))
+    recipe = recipe_of(job_id, store, allow=lambda request: None)
+    assert isinstance(recipe, TrainingRecipe) == trains
+    verified = verify_job(store, job_id, allow=lambda request: None)
+    assert (verified.status, verified.num_rounds) == ("COMPLETED", num_rounds)
+    check_unchanged(recipe, job_id, store, store.read_json(JobPaths(job_id).job)["sites"])
+    assert recipe.revise(min_clients=1).min_clients == 1
 
 
 def test_a_record_that_was_changed_is_still_found_out(store: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.importtools import import_object
 
 import fedpool
-from fedpool import FedAvgRecipe, IntegrityError, Recipe, RecipeError, Store
+from fedpool import FedAvgRecipe, IntegrityError, Recipe, RecipeError, Store, TrainingRecipe
 from fedpool.flows import recipes
 from fedpool.flows.deployed import deployed, entrypoint_of
 from fedpool.flows.recipes import BUILT_IN, built_in, class_name, find_installed, full_type, type_of
@@ -26,7 +26,11 @@ SITES = ("site-1", "site-2")
 def test_every_recipe_is_named_once_and_the_facade_has_it() -> None:
     assert sorted(map(class_name, BUILT_IN.values())) == recipes.__all__
     assert {name: getattr(fedpool, name) for name in recipes.__all__} == dict(built_in())
-    assert {name for name in fedpool.__all__ if name.endswith("Recipe")} == {"Recipe", *recipes.__all__}
+    assert {name for name in fedpool.__all__ if name.endswith("Recipe")} == {
+        "Recipe",
+        "TrainingRecipe",
+        *recipes.__all__,
+    }
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -60,10 +64,10 @@ def test_the_registry_loads_no_recipe() -> None:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], type[Recipe]]:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], type[TrainingRecipe]]:
     """Installs a package with a recipe, as pip would, and gives its class; with the value of its entry point, if any."""
 
-    def install(entry_point: str) -> type[Recipe]:
+    def install(entry_point: str) -> type[TrainingRecipe]:
         site = tmp_path / "site-packages"
         (site / "acme_fl").mkdir(parents=True)
         (site / "acme_fl" / "__init__.py").touch()
@@ -83,13 +87,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.delitem(sys.modules, "acme_fl", raising=False)
         monkeypatch.delitem(sys.modules, "acme_fl.halves", raising=False)
-        kind: type[Recipe] = importlib.import_module("acme_fl.halves").HalvesRecipe
+        kind: type[TrainingRecipe] = importlib.import_module("acme_fl.halves").HalvesRecipe
         return kind
 
     return install
 
 
-def staged(kind: type[Recipe], script: Path, store: Store) -> Recipe:
+def staged(kind: type[TrainingRecipe], script: Path, store: Store) -> Recipe:
     model = {"w": np.zeros(3, np.float32)}
     recipe = kind(name="job", min_clients=2, num_rounds=2, model=model, train_script=str(script))
     stage(recipe, "job-1", store, SITES)
@@ -97,7 +101,7 @@ def staged(kind: type[Recipe], script: Path, store: Store) -> Recipe:
 
 
 def test_an_installed_recipe_that_is_registered_is_found_by_its_job(
-    package: Callable[[str], type[Recipe]], write_script: Callable[..., Path], tmp_path: Path
+    package: Callable[[str], type[TrainingRecipe]], write_script: Callable[..., Path], tmp_path: Path
 ) -> None:
     kind, store = package("acme_fl.halves:HalvesRecipe"), Store(tmp_path / "store")
     recipe = staged(kind, write_script("pass"), store)
@@ -113,7 +117,7 @@ def test_an_installed_recipe_that_is_registered_is_found_by_its_job(
 
 
 def test_a_class_of_the_same_name_and_fields_is_another_class(
-    package: Callable[[str], type[Recipe]], write_script: Callable[..., Path], tmp_path: Path
+    package: Callable[[str], type[TrainingRecipe]], write_script: Callable[..., Path], tmp_path: Path
 ) -> None:
     kind, store = package("acme_fl.halves:HalvesRecipe"), Store(tmp_path / "store")
     other = type("FedAvgRecipe", (FedAvgRecipe,), {"__module__": kind.__module__})

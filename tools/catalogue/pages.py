@@ -20,6 +20,7 @@ from fedpool.flows.recipes import built_in
 from fedpool.recipe import Recipe
 from fedpool.tasks.aggregators import AGGREGATORS, Rule
 from fedpool.tasks.choose_aggregator import plain_names
+from fedpool.training_recipe import TrainingRecipe
 from tools.catalogue.docstrings import Script, describe, describe_script
 from tools.catalogue.tables import cells, field_table, table
 
@@ -110,26 +111,18 @@ def _recipe_page(kind: type[Recipe], measured: Mapping[str, tuple[str, str]]) ->
 
 
 def _own_fields(kind: type[Recipe]) -> str:
-    base = AveragingRecipe if issubclass(kind, AveragingRecipe) else Recipe
-    own, fixed = {}, []
-    for name, field in kind.model_fields.items():
-        if field.exclude:
-            fixed.append(f"`{name}`")
-        elif (
-            name == "late"
-            or name not in base.model_fields
-            or cells(name, field) != cells(name, base.model_fields[name])
-        ):
-            own[name] = field
-    others = "those of every recipe, [docs/recipes/fields.md](fields.md)"
+    base = next(base for base in (AveragingRecipe, TrainingRecipe, Recipe) if issubclass(kind, base))
+    own = {
+        name: field
+        for name, field in kind.model_fields.items()
+        if name == "late" or name not in base.model_fields or cells(name, field) != cells(name, base.model_fields[name])
+    }
+    others = "those of every recipe" + (" that trains" if issubclass(kind, TrainingRecipe) else "")
+    others += ", [docs/recipes/fields.md](fields.md)"
     if base is AveragingRecipe:
         others += ", and `aggregator`, [docs/recipes/aggregators.md](aggregators.md)"
     return "\n\n".join(
-        (
-            field_table(own) if own else "None of its own.",
-            f"{'Its other' if own else 'Its'} fields are {others}.",
-            *((f"Not to be given, because nothing is trained or it is settled: {', '.join(fixed)}.",) if fixed else ()),
-        )
+        (field_table(own) if own else "None of its own.", f"{'Its other' if own else 'Its'} fields are {others}.")
     )
 
 
@@ -139,6 +132,10 @@ def _fields_page() -> str:
         "All are keyword arguments, and unknown ones are refused. [docs/recipe.md](../recipe.md) says more of model, "
         "bundle, scores and sites.",
         field_table(Recipe.model_fields),
+        "## Of those that train",
+        field_table(
+            {name: field for name, field in TrainingRecipe.model_fields.items() if name not in Recipe.model_fields}
+        ),
     )
 
 
