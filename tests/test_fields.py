@@ -83,8 +83,8 @@ def test_all_problems_are_listed_without_a_link_or_a_code(fields: dict[str, Any]
         "FedAvgRecipe has 5 problems:",
         "  train_args: must be a valid string, or must be a valid tuple, got 3",
         "  min_clients: must be greater than or equal to 1, got 0",
-        "  num_rounds: is required, and was not given",
         "  seed: must be a valid integer, got 'x'",
+        "  num_rounds: is required, and was not given",
         "  num_round: did you mean num_rounds? There is no such field",
     ]
 

@@ -155,11 +155,9 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def _unknown(name: str, fields: Mapping[str, FieldInfo]) -> str:
-    # A field that is excluded is fixed: who needs it took the wrong class.
-    known = [field for field, info in fields.items() if not info.exclude]
-    if (meant := nearest(name, known)) is not None:
+    if (meant := nearest(name, fields)) is not None:
         return f"did you mean {meant}? There is no such field"
-    return f"there is no such field: there are {', '.join(known)}"
+    return f"there is no such field: there are {', '.join(fields)}"
 
 
 def _where(loc: Sequence[int | str], data: Mapping[str, Any]) -> str:
