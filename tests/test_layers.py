@@ -211,7 +211,9 @@ def test_every_exception_is_needed() -> None:
 
 
 def test_a_module_that_is_named_by_a_string_is_seen_in_each_form() -> None:
-    assert "fedpool.flows.job" in [name for _, name in named(PACKAGE / "deployments/sim.py")]  # import_module("...")
+    assert "fedpool.flows.job" in [
+        name for _, name in named(PACKAGE / "deployments/sim_api.py")
+    ]  # import_module("...")
     assert "fedpool.tasks.mean" in [name for _, name in named(PACKAGE / "__init__.py")]  # the home of a name
     assert "fedpool.flows.site_round" in [
         name for _, name in named(PACKAGE / "flows/site_round.py")

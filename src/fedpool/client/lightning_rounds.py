@@ -144,16 +144,20 @@ class Hooks:
         self._rounds = rounds
 
     def on_fit_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
+        """Load the received model."""
         self._rounds.begin_training(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
+        """Give the round its own random numbers, and count the rows where the recipe needs them."""
         self._rounds.rewind_generator()
         self._rounds.count_rows()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: torch.nn.Module, optimizer: Any) -> None:
+        """Add the gradient of the proximal term, where the recipe has one."""
         self._rounds.add_proximal_term(optimizer)
 
     def on_validation_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
+        """Load the received model, whose score this is to be."""
         self._rounds.begin_scoring(pl_module)
 
 
