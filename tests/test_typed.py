@@ -80,6 +80,6 @@ def test_recipes_environments_runs_and_results_have_their_types_and_a_misuse_is_
         f'{first + 3}: note: Revealed type is "list[dict[str, float]]"',
     ]
     assert wrong_type.startswith(
-        f'{first + 4}: error: Argument "env" to "execute" of "Recipe" has incompatible type "str"'
+        f'{first + 4}: error: Argument "env" to "execute" of "Executable" has incompatible type "str"'
     )
     assert wrong_name.startswith(f'{first + 5}: error: "Run" has no attribute "get_results"')
