@@ -302,5 +302,5 @@ def test_what_is_gone_though_it_counted_is_told(tmp_path: Path, monkeypatch: pyt
 def test_after_the_job_there_is_no_round_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flare, "_client", Client(MemoryHost(tmp_path, []), "torch"))
     model: Any = nn.Linear(2, 1)
-    with pytest.raises(ClientError, match="was called outside a round"):
+    with pytest.raises(ClientError, match="was made outside a round"):
         flare.Scaffold(model, torch.optim.SGD(model.parameters(), lr=0.1))
