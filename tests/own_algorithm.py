@@ -1,4 +1,4 @@
-"""What the tests of an algorithm of the user's own share: the one of CONTRIBUTING.md, in a folder beside a job.py."""
+"""What the tests of a user's own algorithms and filters share: those of CONTRIBUTING.md, in a folder beside a job.py."""
 
 import os
 import re
@@ -12,10 +12,23 @@ _BLOCK = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOT
 
 def write_algorithm(folder: Path) -> Path:
     """Write the files of CONTRIBUTING.md's algorithm: client.py, partial_step.py and job.py."""
+    return _write(folder, _files("Add an algorithm"), {"client.py", "partial_step.py", "job.py"})
+
+
+def write_filter(folder: Path) -> Path:
+    """Write the files of CONTRIBUTING.md's filter: scaling.py and job.py; client.py is the algorithm's."""
+    client = {"client.py": _files("Add an algorithm")["client.py"]}
+    return _write(folder, client | _files("Add a filter"), {"client.py", "scaling.py", "job.py"})
+
+
+def _files(section: str) -> dict[str, str]:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    return dict(_BLOCK.findall(page.partition(f"## {section}")[2].partition("\n## ")[0]))
+
+
+def _write(folder: Path, files: dict[str, str], expected: set[str]) -> Path:
+    assert set(files) == expected
     folder.mkdir(parents=True, exist_ok=True)
-    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add an algorithm")[2].partition("\n## ")[0]
-    files = dict(_BLOCK.findall(section))
-    assert set(files) == {"client.py", "partial_step.py", "job.py"}
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder
