@@ -16,7 +16,7 @@ from fedpool.flows.under_way import Job
 from fedpool.site_order import in_order
 from fedpool.tasks.absence import unasked
 from fedpool.tasks.answers import Asked, Turn, asked_before
-from fedpool.tasks.collect import Round, collect
+from fedpool.tasks.collect import collect
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, Outcome
 from fedpool.tasks.publish import copy_model
@@ -56,7 +56,7 @@ async def ask(job: Job, number: int) -> tuple[Asking | None, list[Outcome]]:
     if number == job.resumed_at:
         found = await asyncio.to_thread(job.store.tree, job.paths.round(number))
         before = asked_before(found, lives_on=job.sites.traits.outlive)
-    round = _round(job, number, before)
+    round = job.round(number, before)
     collecting = asyncio.create_task(collect(round, ahead))
     asking = None
     try:
@@ -88,20 +88,6 @@ async def _asking(job: Job, number: int, step: Step) -> Asking:
     )
     not_asked = await unasked(job.records, job.sites, chosen, probes=probes, needed=step.min_answers)
     return Asking(number, step, head, base, wanted, chosen, probes, not_asked, started)
-
-
-def _round(job: Job, number: int, asked: Mapping[str, Asked]) -> Round:
-    recipe = job.recipe
-    return Round(
-        number,
-        job.sites,
-        job.store,
-        retries=recipe.site_retries,
-        patience_s=recipe.site_patience_s,
-        asked=asked,
-        observer=job.observer,
-        clock=job.clock,
-    )
 
 
 def _turn(job: Job, asking: Asking, sites: Collection[str], probes: Collection[str], num_there: int = 0) -> Turn:
@@ -145,7 +131,8 @@ async def _ask_again(job: Job, asking: Asking, before: Collection[Outcome]) -> l
     attempts = {outcome.site: outcome.attempt for outcome in before}  # the last of a site wins
     missing = in_order(set(asking.chosen) - asking.probes - there)
     get_run_logger().warning("round %d is tried again with %s: too few updates", asking.number, ", ".join(missing[:8]))
-    round = _round(job, asking.number, {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts})
+    again = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
+    round = job.round(asking.number, again)
     round.begin(_turn(job, asking, missing, (), len(there)))
     try:
         return await collect(round, missing)

@@ -16,7 +16,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError, StoreError
-from fedpool.flows.late import name_dropped
+from fedpool.flows.late_arrivals import name_dropped
 from fedpool.flows.plan import best_model, next_step, num_expected
 from fedpool.flows.round_run import run_round
 from fedpool.flows.staging import stage

@@ -9,7 +9,7 @@ from functools import partial
 from fedpool.flows.expected import expected
 from fedpool.flows.under_way import Job
 from fedpool.tasks.answers import Asked, Turn, asked_before
-from fedpool.tasks.collect import Round, ask_site
+from fedpool.tasks.collect import ask_site
 from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.used import Counted
 from fedpool.tasks.virtual_round import VirtualClock
@@ -20,15 +20,7 @@ async def go_on_in_virtual_time(job: Job, clock: VirtualClock) -> None:
     for site, part in clock.schedule.at_work.items():
         found = await asyncio.to_thread(job.store.tree, job.paths.round(part.round))
         before = asked_before(found, lives_on=False).get(site, Asked(0, answered=False))
-        recipe = job.recipe
-        round = Round(
-            part.round,
-            job.sites,
-            job.store,
-            retries=recipe.site_retries,
-            patience_s=recipe.site_patience_s,
-            asked={site: before},
-        )
+        round = job.round(part.round, {site: before})
         turn = await asyncio.to_thread(_turn, job, part.round, site)
         clock.go_on(site, turn, partial(ask_site, round, turn, site, before.attempt))
 

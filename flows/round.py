@@ -21,7 +21,7 @@ from prefect.states import Cancelled
 from fedpool.errors import RoundError
 from fedpool.filters import described
 from fedpool.flows.ask import Asking, accepted, ask, ask_until_enough
-from fedpool.flows.late import late_arrivals
+from fedpool.flows.late_arrivals import late_arrivals
 from fedpool.flows.late_updates import folds
 from fedpool.flows.plan import unscored_best
 from fedpool.flows.under_way import Job
@@ -29,12 +29,12 @@ from fedpool.storable import storable
 from fedpool.tasks.absence import how_to_resume
 from fedpool.tasks.aggregate import Aggregated, aggregate
 from fedpool.tasks.causes import causes, uncounted
-from fedpool.tasks.counted import UpdateChanged
 from fedpool.tasks.gate import Accepted, Arrival, Late, Outcome, Rejected
 from fedpool.tasks.publish import copy_model, publish_submitted
 from fedpool.tasks.record import RoundRecord, SubmittedModel, Timings, known_weights, round_ms
 from fedpool.tasks.recording import round_record
 from fedpool.tasks.retention import drop_updates, outdated
+from fedpool.tasks.weighing import UpdateChanged
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """A job that is under way: what its rounds share, and how its loop and the runs of its rounds talk."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedpool.flows.plan import Step
 from fedpool.paths import JobPaths
@@ -9,7 +9,9 @@ from fedpool.recipe import Recipe
 from fedpool.sites.sites import Sites
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before
+from fedpool.tasks.answers import Asked
 from fedpool.tasks.arithmetic import Arithmetic
+from fedpool.tasks.collect import Round
 from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.observer import Observer, Observers
@@ -117,6 +119,23 @@ class Job:
     def holes(self) -> frozenset[str] | None:
         """See `JobRecord.holes`."""
         return self.ledger.job.holes
+
+    def round(self, number: int, asked: Mapping[str, Asked]) -> Round:
+        """What the tasks of a round share.
+
+        Args:
+            asked: site -> how it was asked in that round before.
+        """
+        return Round(
+            number,
+            self.sites,
+            self.store,
+            retries=self.recipe.site_retries,
+            patience_s=self.recipe.site_patience_s,
+            asked=asked,
+            observer=self.observer,
+            clock=self.clock,
+        )
 
     def before(self, number: int, base: TensorReader) -> Before:
         """What a training round starts from."""

@@ -23,7 +23,6 @@ from fedpool.errors import IntegrityError
 from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.blocks import Block, narrow, widen
-from fedpool.tasks.counted import UpdateChanged, in_their_order, with_weights
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.geometry import Geometry, blas_products, block_products
 from fedpool.tasks.holes import unchanged
@@ -31,6 +30,7 @@ from fedpool.tasks.moved import moved
 from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
 from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
 from fedpool.tasks.used import job_shares
+from fedpool.tasks.weighing import UpdateChanged, in_their_order, with_weights
 from fedpool.tensor_stream import write_and_hash
 from fedpool.tensors import BlockBytes, Digest, TensorReader, Tensors, beside, block_ranges, file_order, is_trained
 

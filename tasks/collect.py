@@ -59,7 +59,7 @@ class Round:
         retries: int,
         patience_s: float,
         asked: Mapping[str, Asked] | None = None,
-        observer: Observer | None = None,
+        observer: Observer,
         clock: VirtualClock | None = None,
     ) -> None:
         self.clock = clock
@@ -227,8 +227,7 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
             )
     except IntegrityError as error:
         return Rejected(site, attempt, None, None, "manifest", storable(str(error)))
-    if round.observer is not None:
-        tell_logged(round.observer, round.store, site, round.number, attempt, expected.job_id, delivery)
+    tell_logged(round.observer, round.store, site, round.number, attempt, expected.job_id, delivery)
     return await asyncio.to_thread(judge, round.store, site, attempt, delivery, expected)
 
 

@@ -5,11 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
+from fedpool.left_out import is_none
 from fedpool.manifest import ClientJob, NamedCode
 from fedpool.store import to_json
 from fedpool.tasks.arithmetic import BEFORE, Arithmetic
 from fedpool.tensors import Digest
-from fedpool.written import Written, is_none
+from fedpool.written import Written
 
 JOB_FORMAT = 1
 

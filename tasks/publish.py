@@ -11,9 +11,9 @@ from fedpool.errors import IntegrityError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
-from fedpool.tasks.counted import UpdateChanged
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.record import SubmittedModel
+from fedpool.tasks.weighing import UpdateChanged
 from fedpool.tensor_stream import Writable, write_and_hash
 from fedpool.tensors import Digest, TensorReader, Tensors, block_ranges, file_order
 

@@ -10,11 +10,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from fedpool.left_out import is_empty, is_false, is_none
 from fedpool.manifest import Described, Task
 from fedpool.paths import JobPaths, check_name
 from fedpool.store import Store
 from fedpool.tensors import Digest
-from fedpool.written import Written, is_empty, is_false, is_none
+from fedpool.written import Written
 
 SiteName = Annotated[str, AfterValidator(partial(check_name, "site"))]
 """Paths in the store are made of it."""

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,17 @@ def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.Complete
         text=True,
         timeout=400,
     )
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[Path]:
+    """A folder of the user's on sys.path, as it is for a job.py in it; afterwards nothing of it is left in this process."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield folder
+    finally:
+        sys.path.remove(str(folder))
+        forget(folder)
 
 
 def forget(folder: Path) -> None:

@@ -22,14 +22,14 @@ FACADE = ("__init__.py", "cli.py")
 
 # The base in itself, lowest first; a folder stands for all that is in it. A client script loads no store, and a store no recipe.
 BASE_LEVELS = (
-    "storable errors model manifest paths site_order tensors tensor_stream digest arrays inspection local_file patience "
+    "storable errors left_out model manifest paths site_order tensors tensor_stream digest arrays inspection local_file patience "
     "exclusive refusals s3 loopback startup",
     "client",
     "backend upload",
     "store written",
     "environment fields conditions exclude weights checkpoint initial stored_model bundle client_use early_settings "
     "script_files script_paths script_values user_code allowed_code stored_code filters filter_field",
-    "asked executable",
+    "training_terms executable",
     "recipe",
     "training_recipe",
     "testing migration",  # tools beside the product

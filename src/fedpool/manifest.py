@@ -3,11 +3,11 @@
 `ClientJob` and `SiteAssignment` go to the site; `UpdateManifest` comes back, and is what `update.json` holds.
 """
 
-from collections.abc import Sized
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
+from fedpool.left_out import is_empty, is_none
 from fedpool.storable import storable
 
 PROTOCOL = 3
@@ -17,14 +17,6 @@ Task = Literal["train", "evaluate", "submit_model"]
 
 Text = Annotated[str, AfterValidator(storable)]
 """What a script has said, as it can be stored; see `fedpool.storable`."""
-
-
-def _is_none(value: object) -> bool:
-    return value is None
-
-
-def _is_empty(value: Sized) -> bool:
-    return not len(value)
 
 
 class Value(BaseModel):
@@ -74,13 +66,13 @@ class ClientJob(Value):
     initial: Stored | None = Field(
         default=None,
         description="the model of round 0, for a recipe whose sites start one of their own from it",
-        exclude_if=_is_none,
+        exclude_if=is_none,
     )
     filters: tuple[Described, ...] = Field(
-        default=(), description="what the host does to updates before they leave", exclude_if=_is_empty
+        default=(), description="what the host does to updates before they leave", exclude_if=is_empty
     )
     filter_code: NamedCode | None = Field(
-        default=None, description="code of the user's that the filters need", exclude_if=_is_none
+        default=None, description="code of the user's that the filters need", exclude_if=is_none
     )
 
 
@@ -111,7 +103,7 @@ class SiteAssignment(Value):
     used: Used | None = Field(
         default=None,
         description="this site's last update that counted, for a strategy that sites see",
-        exclude_if=_is_none,
+        exclude_if=is_none,
     )
     timeout_s: float | None = Field(description="seconds until the coordinator waits no longer; None: for ever")
 
@@ -142,7 +134,7 @@ class UpdateManifest(Value):
     meta: dict[Text, Text | int | float | bool | None] = {}
     # Left out where there are none. None are sent unless the job asks for them: other versions know no such field.
     scalars: Stored | None = Field(
-        default=None, description="all that its script has logged, beside the manifest", exclude_if=_is_none
+        default=None, description="all that its script has logged, beside the manifest", exclude_if=is_none
     )
     seconds: float
-    filters: tuple[Described, ...] = Field(default=(), exclude_if=_is_empty)
+    filters: tuple[Described, ...] = Field(default=(), exclude_if=is_empty)

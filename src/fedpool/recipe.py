@@ -25,7 +25,6 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from fedpool.asked import Asked
 from fedpool.bundle import Bundle, build_bundle
 from fedpool.conditions import MODE_FIELDS, choose_mode
 from fedpool.errors import RecipeError
@@ -39,6 +38,7 @@ from fedpool.manifest import ClientJob, Stored
 from fedpool.paths import check_name, check_new_names
 from fedpool.script_values import check_values, site_arguments, split_arguments
 from fedpool.tensors import Digest
+from fedpool.training_terms import TrainingTerms
 
 SERVER = "server"
 """Owner of a job's final model, where models have owners."""
@@ -50,7 +50,7 @@ def _model_form(model: InitialModel) -> dict[str, Any]:
     return {"sha256": model.digest.sha256, "tensors": len(model.spec), "parameters": model.num_parameters}
 
 
-class Recipe(Checked, Executable, Asked):
+class Recipe(Checked, Executable, TrainingTerms):
     """What every recipe has, whether it trains or not. Frozen; unknown fields are refused.
 
     An algorithm derives from `TrainingRecipe`.

@@ -1,27 +1,11 @@
 """Base of what the coordinator writes to the store as JSON: typed, frozen, and of one form in bytes."""
 
-from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedpool.errors import IntegrityError
 from fedpool.store import Store, to_json
-
-
-def is_none(value: object) -> bool:
-    """For `exclude_if`: a field that an earlier version lacks, or that there is no use for, is left out."""
-    return value is None
-
-
-def is_empty(value: Collection[object]) -> bool:
-    """See `is_none`."""
-    return not value
-
-
-def is_false(value: object) -> bool:
-    """See `is_none`."""
-    return value is False
 
 
 class Written(BaseModel):

@@ -19,7 +19,7 @@ from fedpool.flows.replay import replay_round
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from tests.algorithms import models_of
-from tests.own_algorithm import forget, run, write_algorithm
+from tests.own_algorithm import importable, run, write_algorithm
 from tests.poc import Worker, brought_up, prefect
 
 SITES = ("site-1", "site-2")
@@ -46,11 +46,8 @@ class Algorithm:
 
 @pytest.fixture(scope="module")
 def algorithm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Algorithm]:
-    folder = write_algorithm(tmp_path_factory.mktemp("partial"))
-    sys.path.insert(0, str(folder))
-    yield Algorithm(folder)
-    sys.path.remove(str(folder))
-    forget(folder)
+    with importable(write_algorithm(tmp_path_factory.mktemp("partial"))) as folder:
+        yield Algorithm(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The filter of CONTRIBUTING.md, from a folder of the user's: in every environment it is run, named, and undone again."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fedpool.flows.replay import replay_round
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from tests.algorithms import models_of
-from tests.own_algorithm import forget, write_filter
+from tests.own_algorithm import importable, write_filter
 from tests.poc import Worker, brought_up
 
 SITES = ("site-1", "site-2")
@@ -46,11 +45,8 @@ class Scaled:
 
 @pytest.fixture(scope="module")
 def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
-    folder = write_filter(tmp_path_factory.mktemp("scaled"))
-    sys.path.insert(0, str(folder))
-    yield Scaled(folder)
-    sys.path.remove(str(folder))
-    forget(folder)
+    with importable(write_filter(tmp_path_factory.mktemp("scaled"))) as folder:
+        yield Scaled(folder)
 
 
 @pytest.fixture(scope="module")

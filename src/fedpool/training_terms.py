@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from fedpool.conditions import StopCondition
 
 
-class Asked:
+class TrainingTerms:
     """Fields of the recipes that train, and constants of the others. A recipe of either kind has them all.
 
     They are declared for type checkers alone: at run time a property would be in the way of the field of its name.
