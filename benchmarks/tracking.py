@@ -1,9 +1,9 @@
-"""What 1,000 scalars a round cost the round: jobs that log nothing and jobs that log and are tracked, in turn.
+"""What the scalars of a round cost the round: jobs that log nothing and jobs that log and are tracked, in turn.
 
-    python benchmarks/tracking.py [--rounds 30] [--repeat 3] [--track tensorboard]
+    python benchmarks/tracking.py [--scalars 1000] [--rounds 30] [--repeat 3] [--track tensorboard]
 
-Two simulated sites at a time log 1,000 scalars each in a round, and train nothing: a round is what fedpool costs. Printed are the
-medians of all rounds but the first three of a job, in milliseconds, and their difference.
+Two simulated sites at a time log half of the scalars of a round each, and train nothing: a round is what fedpool costs. Printed
+are the medians of all rounds but the first three of a job, in milliseconds, and their difference.
 """
 
 import argparse
@@ -30,36 +30,38 @@ while flare.is_running():
         writer.add_scalar("loss", 1 / (1 + step), global_step=step)
     flare.send(flare.FLModel(params={name: value + 1 for name, value in model.params.items()}))
 """
+SITES = 2
 WARM_UP = 3
 
 
 def round_ms(folder: Path, scalars: int, rounds: int, track: list[str]) -> list[float]:
-    """Milliseconds of each round of a job, as its records say."""
+    """Milliseconds of each round of a job, as its records say; each site logs `scalars`."""
     (folder / "client.py").write_text(SCRIPT)
     recipe = FedAvgRecipe(
         name="scalars",
-        min_clients=2,
+        min_clients=SITES,
         num_rounds=rounds,
         model={"w": np.zeros(8, np.float32)},
         train_script=folder / "client.py",
         train_args=str(scalars),
     )
-    env = SimEnv(num_clients=2, num_threads=2, workspace=folder / "runs", progress=False, track=track)
+    env = SimEnv(num_clients=SITES, num_threads=SITES, workspace=folder / "runs", progress=False, track=track)
     result = recipe.execute(env=env).get_result()
     return [1000 * record["timings"]["round_s"] for record in result.rounds[WARM_UP:]]
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="What 1,000 scalars a round cost the round.")
+    parser = argparse.ArgumentParser(description="What the scalars of a round cost the round.")
+    parser.add_argument("--scalars", type=int, default=1000, help="of a round, by both sites together")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--track", nargs="*", default=["tensorboard"])
     arguments = parser.parse_args()
     cases: dict[str, tuple[int, list[str]]] = {
         "nothing logged": (0, []),
-        "1,000 logged": (1000, []),
-        "1,000 logged and tracked": (1000, arguments.track),
+        f"{arguments.scalars:,} logged": (arguments.scalars // SITES, []),
+        f"{arguments.scalars:,} logged and tracked": (arguments.scalars // SITES, arguments.track),
     }
     found: dict[str, list[float]] = {name: [] for name in cases}
     with private_server() as server, tempfile.TemporaryDirectory() as folder:

@@ -62,6 +62,19 @@ def importable(folder: Path) -> Iterator[Path]:
         forget(folder)
 
 
+@contextmanager
+def job_code_forgotten() -> Iterator[None]:
+    """Leaves nothing in this process of the code of jobs that it loads meanwhile: other tests have modules of the same names."""
+    modules, path = set(sys.modules), list(sys.path)
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - modules:
+            if "fedpool-code-" in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+        sys.path[:] = path
+
+
 def forget(folder: Path) -> None:
     """Have this process forget the modules of a folder, so that others of their names can be imported."""
     for name, module in list(sys.modules.items()):

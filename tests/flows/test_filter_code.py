@@ -17,7 +17,7 @@ from fedpool.manifest import ClientJob
 from fedpool.paths import JobPaths
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.site_filters import load_filters
-from tests.own_algorithm import forget
+from tests.own_algorithm import forget, job_code_forgotten
 
 SCALING = """
 from fedpool import ElementwiseFilter
@@ -55,11 +55,8 @@ class Folder:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
     monkeypatch.delenv(VARIABLE, raising=False)
-    before = list(sys.path)
-    yield Folder(tmp_path)
-    sys.path[:] = before
-    for name in [name for name in sys.modules if name == "scaling_of_mine"]:
-        del sys.modules[name]
+    with job_code_forgotten():
+        yield Folder(tmp_path)
 
 
 def site(**settings: Any) -> SiteConfig:

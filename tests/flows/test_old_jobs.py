@@ -18,6 +18,7 @@ from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.choose_aggregator import written
+from tests.own_algorithm import job_code_forgotten
 
 FOLDER = Path(__file__).parent
 ARCHIVES = {
@@ -115,12 +116,13 @@ def test_a_job_of_when_every_recipe_had_the_fields_of_a_training_is_what_it_was(
         opened.extractall(tmp_path, filter="data")
     store = Store(tmp_path)
     (job_id,) = (folder.name for folder in tmp_path.glob(f"{name}-*"))
-    recipe = recipe_of(job_id, store, allow=lambda request: None)
-    assert isinstance(recipe, TrainingRecipe) == trains
-    verified = verify_job(store, job_id, allow=lambda request: None)
-    assert (verified.status, verified.num_rounds) == ("COMPLETED", num_rounds)
-    check_unchanged(recipe, job_id, store, store.read_json(JobPaths(job_id).job)["sites"])
-    assert recipe.revise(min_clients=1).min_clients == 1
+    with job_code_forgotten():
+        recipe = recipe_of(job_id, store, allow=lambda request: None)
+        assert isinstance(recipe, TrainingRecipe) == trains
+        verified = verify_job(store, job_id, allow=lambda request: None)
+        assert (verified.status, verified.num_rounds) == ("COMPLETED", num_rounds)
+        check_unchanged(recipe, job_id, store, store.read_json(JobPaths(job_id).job)["sites"])
+        assert recipe.revise(min_clients=1).min_clients == 1
 
 
 def test_a_record_that_was_changed_is_still_found_out(store: Store, tmp_path: Path) -> None:

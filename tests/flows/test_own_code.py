@@ -23,7 +23,7 @@ from fedpool.flows.staging import check_unchanged, stage
 from fedpool.flows.stored import recipe_of
 from fedpool.paths import JobPaths
 from fedpool.user_code import build_code, find_home, is_installed, load_code
-from tests.own_algorithm import ROOT, forget, run
+from tests.own_algorithm import ROOT, forget, importable, job_code_forgotten, run
 
 SITES = ("site-1", "site-2")
 HALVES = """
@@ -70,14 +70,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
     monkeypatch.delenv(VARIABLE, raising=False)
     path = tmp_path / "mine"
     path.mkdir()
-    monkeypatch.syspath_prepend(str(path))
-    before = dict(sys.modules), list(sys.path)
-    yield Folder(path)
-    for name in set(sys.modules) - set(before[0]):
-        if "fedpool-code-" in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    sys.path[:] = before[1]
-    forget(path)
+    with importable(path), job_code_forgotten():
+        yield Folder(path)
 
 
 def allow(request: Request) -> None:
