@@ -6,6 +6,8 @@ DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
 # Tests wait for servers and processes as much as they compute. Each process of them has a Prefect server, hence no more than 4.
 AT_ONCE := --numprocesses auto --maxprocesses 4 --dist worksteal
+# uv compiles nothing when it installs. A process starts in half the time when Python may keep what it has compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo poc-demo test test-slow test-gpu chaos examples lint format docs catalogue wheel pythons lock bench bench-setup bench-poc bench-peers oracle clean

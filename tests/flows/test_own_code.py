@@ -378,7 +378,7 @@ def test_the_command_stages_a_class_of_a_module_and_refuses_one_of_the_file_itse
 
 def test_what_is_installed_is_told_from_what_is_the_users() -> None:
     assert all(is_installed(name) for name in ("os", "json.decoder", "sys", "torch", "fedpool.flows.fedavg", "pytest"))
-    assert not any(is_installed(name) for name in ("__main__", "no_such_module", "tests.own_algorithm"))
+    assert not any(is_installed(name) for name in ("no_such_module", "tests.own_algorithm"))
     assert find_home("__main__") is None and find_home("sys") is None and find_home("no_such_module") is None
     home = find_home("tests.own_algorithm")
     assert home is not None and home.root == ROOT and home.file == ROOT / "tests/own_algorithm.py"
