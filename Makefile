@@ -45,14 +45,16 @@ examples: $(READY)  ## every example, from its README's command; then all their 
 	$(RUN)/python examples/algorithms/job.py scaffold ditto
 	for job in fedpool-runs/*/; do $(RUN)/fedpool job verify $$(basename $$job) --store fedpool-runs || exit 1; done
 
-lint: $(READY)  ## ruff, and mypy on the package, its tests and tools
+lint: $(READY)  ## ruff, mdformat, and mypy on the package, its tests and tools
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/mdformat --check $$(git ls-files '*.md')
 	$(RUN)/mypy
 
-format: $(READY)  ## let ruff rewrite
+format: $(READY)  ## let ruff and mdformat rewrite
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+	$(RUN)/mdformat $$(git ls-files '*.md')
 
 docs: $(READY)  ## run the commands and the code of README and docs/
 	$(RUN)/python .ci/run_docs.py

@@ -206,7 +206,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 def table(outcomes: Mapping[Trial, str]) -> str:
     """The matrix: a row per stage, a column per component."""
     lines = ["| killed or cut | " + " | ".join(COMPONENTS) + " |"]
-    lines.append("|---|" + "---|" * len(COMPONENTS))
+    lines.append("| -- |" + " -- |" * len(COMPONENTS))
     for stage in STAGES:
         cells = []
         for component in COMPONENTS:

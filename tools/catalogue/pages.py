@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import get_type_hints
 
+import mdformat
+
 from fedpool.flows.averaging import AveragingRecipe
 from fedpool.flows.evaluation import EvaluationRecipe
 from fedpool.flows.fedavg import FedAvgRecipe
@@ -35,6 +37,7 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
 }
 """Page -> patterns of its rows in docs/fidelity.md."""
 
+_LAYOUT = {"wrap": 100, "number": True, "compact_tables": True}  # as .mdformat.toml has it
 _CODE = re.compile(r"```.*?```", re.DOTALL)
 _OWN_AGGREGATOR = Path(__file__).with_name("own_aggregator.md")
 _FIGURE = re.compile(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \|.* \w+ \|$", re.MULTILINE)
@@ -185,4 +188,5 @@ def _page(title: str, *parts: str) -> str:
     comment = (
         "<!-- Written by `make catalogue` from the docstrings in flows/ and tasks/: change them, not this page. -->"
     )
-    return "\n\n".join((f"# {title}", comment, *(part.strip() for part in parts if part.strip()))) + "\n"
+    text = "\n\n".join((f"# {title}", comment, *(part.strip() for part in parts if part.strip())))
+    return mdformat.text(text, options=_LAYOUT, extensions=("gfm", "tables"))
