@@ -1,6 +1,8 @@
-"""The proof of concept on real parts: hello-pt on PostgreSQL, an S3 server and a worker process per site, then in simulation.
+"""The proof of concept on real parts: hello-pt on PostgreSQL, an S3 server and a worker process per
+site, then in simulation.
 
-Both runs must end with the same bytes in every round. Needs PostgreSQL's programs; everything it starts, it ends.
+Both runs must end with the same bytes in every round. Needs PostgreSQL's programs; everything it
+starts, it ends.
 """
 
 import runpy

@@ -1,8 +1,9 @@
-"""Runs what README.md and the pages of docs/ tell a reader to run: every `sh` block's commands, every `python` block.
+"""Runs what README.md and the pages of docs/ tell a reader to run: every `sh` block's commands,
+every `python` block.
 
-A `python` block that begins with a comment such as `# client.py` is a file: it is written to a folder of its own page, where
-the page's later blocks find it; `# job.py` is run. A page's commands share their variables, as in one shell. A command is
-skipped only when it is in RAN_ELSEWHERE.
+A `python` block that begins with a comment such as `# client.py` is a file: it is written to a
+folder of its own page, where the page's later blocks find it; `# job.py` is run. A page's commands
+share their variables, as in one shell. A command is skipped only when it is in RAN_ELSEWHERE.
 """
 
 import os
@@ -67,7 +68,9 @@ def run_page(page: Path) -> int:
 
 
 def _run(command: str, environment: dict[str, str]) -> dict[str, str]:
-    """Run a command of a page as its reader would, after those before it; returns the variables that it leaves."""
+    """Run a command of a page as its reader would, after those before it; returns the variables
+    that it leaves.
+    """
     with tempfile.NamedTemporaryFile() as left:
         subprocess.run(
             ["bash", "-c", f"{command}\nstatus=$?\nenv -0 > {left.name}\nexit $status"],

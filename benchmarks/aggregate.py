@@ -1,16 +1,19 @@
-"""How fast every aggregator is, beside what the machine can do: read the same files and add them up with torch.
+"""How fast every aggregator is, beside what the machine can do: read the same files and add them up
+with torch.
 
-Eight updates of 300 MB in local files, aggregated through the store as a round does it: read block by block, combined in
-float64, the next model written and hashed. Rates are bytes of updates in a second; `of limit` is the rate over that of the limit,
-which reads each file and adds it to a sum in float32, and writes nothing. Memory is the peak beyond what the process has after
-its imports, in models. Every measurement is a process of its own, which does it twice and counts the second: memory that a
-virtual machine touches for the first time costs several times what it costs later, and who writes a model touches most. Repeats
-go through all of them in turn. Linux only.
+Eight updates of 300 MB in local files, aggregated through the store as a round does it: read block
+by block, combined in float64, the next model written and hashed. Rates are bytes of updates in a
+second; `of limit` is the rate over that of the limit, which reads each file and adds it to a sum in
+float32, and writes nothing. Memory is the peak beyond what the process has after its imports, in
+models. Every measurement is a process of its own, which does it twice and counts the second: memory
+that a virtual machine touches for the first time costs several times what it costs later, and who
+writes a model touches most. Repeats go through all of them in turn. Linux only.
 
     python benchmarks/aggregate.py
     python benchmarks/aggregate.py --megabytes 30 --repeat 1
 
-Exits with 1 when the mean reaches less than .7 of the limit or any aggregator takes two models of memory (--judge).
+Exits with 1 when the mean reaches less than .7 of the limit or any aggregator takes two models of
+memory (--judge).
 """
 
 import argparse

@@ -1,14 +1,16 @@
 """What late updates are worth: accuracy in the same virtual time, by what becomes of them.
 
-The oracle's digits (see benchmarks/oracle.py): 10 sites, a Dirichlet(.1) label split, 5 local epochs; site k of 1 to 10 needs k
-units of virtual time for them. In 500 units a rule has 50 rounds, of 10 units, if it waits for all, and 100, of 5, if a round
-closes with 5 updates, which are those of the same 5 sites: the others have no part in the model, unless late updates count.
-A figure is the mean test accuracy of the last 5 models, and of the seeds.
+The oracle's digits (see benchmarks/oracle.py): 10 sites, a Dirichlet(.1) label split, 5 local
+epochs; site k of 1 to 10 needs k units of virtual time for them. In 500 units a rule has 50 rounds,
+of 10 units, if it waits for all, and 100, of 5, if a round closes with 5 updates, which are those
+of the same 5 sites: the others have no part in the model, unless late updates count. A figure is
+the mean test accuracy of the last 5 models, and of the seeds.
 
     python benchmarks/late_updates.py
     python benchmarks/late_updates.py --rules fold --seeds 1
 
-Exits with 1 when a figure is more than .02 from the one that is known: folded .8785, dropped .7494, all .8713.
+Exits with 1 when a figure is more than .02 from the one that is known: folded .8785, dropped .7494,
+all .8713.
 """
 
 import argparse
@@ -52,7 +54,9 @@ RULES: Mapping[str, Rule] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one job came to: accuracy, virtual time of its last training round, late updates that counted, the final weights."""
+    """What one job came to: accuracy, virtual time of its last training round, late updates that
+    counted, the final weights.
+    """
 
     accuracy: float
     virtual_time: float

@@ -21,7 +21,9 @@ ENGINES_FOLDER = Path(__file__).resolve().parent / "engines"
 MARKER = "BENCH_MARKER"
 STAMPS = "BENCH_STAMPS"
 ENDING_S = 10.0
-"""How long an engine's daemons may outlive it before they are stopped, so that they do not burden the next run."""
+"""How long an engine's daemons may outlive it before they are stopped, so that they do not
+burden the next run.
+"""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads:
 
 
 def _environment(folder: Path, marker: str) -> dict[str, str]:
-    """The environment of an engine: the user's, less their settings for these frameworks; nothing phones home."""
+    """The environment of an engine: the user's, less their settings for these frameworks;
+    nothing phones home.
+    """
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith(("FEDPOOL_", "PREFECT_", "RAY_", "FLWR_", "NVFLARE_"))
     }
@@ -162,7 +166,9 @@ def _environment(folder: Path, marker: str) -> dict[str, str]:
 
 
 def _end(memory: PeakMemory, *, patience_s: float) -> None:
-    """Wait for the engine's processes, then stop those that are left: only what this run started is among them."""
+    """Wait for the engine's processes, then stop those that are left: only what this run started
+    is among them.
+    """
     deadline = time.monotonic() + patience_s
     while (left := memory.members()) and time.monotonic() < deadline:
         time.sleep(0.1)

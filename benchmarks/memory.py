@@ -1,7 +1,8 @@
-"""Peak memory of everything that one command starts, as summed PSS, and its processor time. Linux only.
+"""Peak memory of everything that one command starts, as summed PSS, and its processor time. Linux
+only.
 
-PSS (proportional set size) counts a page that n processes share as 1/n in each, so the sum counts every page once:
-resident sizes would charge a forked process for memory that it does not use.
+PSS (proportional set size) counts a page that n processes share as 1/n in each, so the sum counts
+every page once: resident sizes would charge a forked process for memory that it does not use.
 """
 
 import os
@@ -14,14 +15,17 @@ PROC = Path("/proc")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 INTERVAL_S = 0.05
 MAX_LOAD = 0.05
-"""Share of one core that sampling may take: reading one torch process costs 3-4 ms, and would slow what it measures."""
+"""Share of one core that sampling may take: reading one torch process costs 3-4 ms, and would
+slow what it measures.
+"""
 
 
 class PeakMemory:
     """Samples a process tree from a thread, as a context manager.
 
-    The tree is the root, its descendants, and whatever carries `marker` in its environment: daemons leave their parent.
-    A process once seen stays in the tree, because some overwrite their environment to change their title.
+    The tree is the root, its descendants, and whatever carries `marker` in its environment: daemons
+    leave their parent. A process once seen stays in the tree, because some overwrite their
+    environment to change their title.
 
     Attributes:
         peak_bytes: the largest sum seen.
@@ -50,7 +54,9 @@ class PeakMemory:
 
     @property
     def cpu_s(self) -> float:
-        """Processor time of the tree, as last sampled; a process that lived between two samples is missing."""
+        """Processor time of the tree, as last sampled; a process that lived between two samples
+        is missing.
+        """
         return sum(self._cpu_s.values())
 
     def members(self) -> set[int]:

@@ -1,4 +1,6 @@
-"""What `nvflare_scripts.py` knows of single scripts of NVFlare's: their arguments, their data, and why some cannot run here."""
+"""What `nvflare_scripts.py` knows of single scripts of NVFlare's: their arguments, their data,
+and why some cannot run here.
+"""
 
 import json
 import re
@@ -31,7 +33,8 @@ class Case:
         arguments: of the script; `{data}` is the folder that `prepare` fills.
         prepare: makes the data that a script expects.
         beside: folders of the checkout that its modules lie in, beside its own.
-        model: an expression in one of its modules, "net:Net()"; without it the model is what it has when it runs alone.
+        model: an expression in one of its modules, "net:Net()"; without it the model is what it has
+            when it runs alone.
         images: how many the made-up data set has; 0 takes a few.
         shape: of the one array that scripts exchange which use nothing but NumPy.
         gpu: whether it needs one.

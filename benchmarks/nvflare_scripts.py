@@ -1,4 +1,5 @@
-"""Run the client scripts of NVFlare's examples after `fedpool migrate`, untouched otherwise, and print what became of each.
+"""Run the client scripts of NVFlare's examples after `fedpool migrate`, untouched otherwise, and
+print what became of each.
 
 ::
 
@@ -6,10 +7,12 @@
     pip install datasets opacus pandas tensorboard torch_geometric trl
     python benchmarks/nvflare_scripts.py NVFlare
 
-Copies are migrated in a scratch folder, and each is run in `SimEnv`, two sites and two rounds. Its initial model is what the
-script itself has when it runs alone, or one small array where NumPy is all that it uses. Images are made up: `synthetic/` holds
-a stand-in for torchvision. Where a script takes its data or its model by arguments, it is given tiny ones (`nvflare_cases.py`). A
-script that cannot run here is listed with the reason. Keep the checkout out of /tmp/nvflare, where some of the scripts write.
+Copies are migrated in a scratch folder, and each is run in `SimEnv`, two sites and two rounds. Its
+initial model is what the script itself has when it runs alone, or one small array where NumPy is
+all that it uses. Images are made up: `synthetic/` holds a stand-in for torchvision. Where a script
+takes its data or its model by arguments, it is given tiny ones (`nvflare_cases.py`). A script that
+cannot run here is listed with the reason. Keep the checkout out of /tmp/nvflare, where some of the
+scripts write.
 """
 
 import argparse
@@ -51,7 +54,8 @@ class Settings:
     """How to run one script.
 
     Attributes:
-        model: "numpy", one array of a known name; "alone", what the script sends when it runs alone; or an expression of `Case`.
+        model: "numpy", one array of a known name; "alone", what the script sends when it runs
+            alone; or an expression of `Case`.
         algorithm: "scaffold", "fedprox" or none.
         python_path: where its modules lie, beside its own folder.
     """
@@ -69,7 +73,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Found:
-    """A script and what became of it: `ran`, `left` (something to do by hand), `failed`, or `not run`."""
+    """A script and what became of it: `ran`, `left` (something to do by hand), `failed`, or `not
+    run`.
+    """
 
     path: str
     kind: str
@@ -105,7 +111,9 @@ def main() -> None:
 
 
 def _scripts(checkout: Path, patterns: Sequence[str]) -> Iterator[str]:
-    """Client scripts: they import NVFlare's client and take part in rounds; those of the first pattern first."""
+    """Client scripts: they import NVFlare's client and take part in rounds; those of the first
+    pattern first.
+    """
     paths = list(_client_scripts(checkout))
     for pattern, *earlier in (patterns[number::-1] for number in range(len(patterns))):
         for path in paths:
@@ -172,12 +180,16 @@ def _check(checkout: Path, path: str, scratch: Path) -> Found:
 
 
 def _by_one_array(text: str) -> bool:
-    """Whether a script looks its parameters up by the name of the one array that NVFlare's NumPy recipes exchange."""
+    """Whether a script looks its parameters up by the name of the one array that NVFlare's NumPy
+    recipes exchange.
+    """
     return "NUMPY_KEY" in text or '"numpy_key"' in text
 
 
 def _in_a_process(target: Callable[["Settings"], None], settings: "Settings") -> str:
-    """Call a function in a process that has imported what takes long; what it ended with, empty when all went well."""
+    """Call a function in a process that has imported what takes long; what it ended with, empty
+    when all went well.
+    """
     log = settings.data / f"{target.__name__}.log"
     process = _CONTEXT.Process(target=_logged, args=(log, target, settings))
     process.start()
@@ -203,7 +215,9 @@ def _logged(log: Path, target: Callable[["Settings"], None], settings: "Settings
 
 
 def _alone(settings: "Settings") -> None:
-    """Run a script alone until it loads the received model, or sends, and keep its model as it is then."""
+    """Run a script alone until it loads the received model, or sends, and keep its model as it
+    is then.
+    """
     import torch
 
     from fedpool.arrays import save_arrays

@@ -1,23 +1,25 @@
 """Every algorithm against a framework-free implementation: the same cases, the same weights.
 
-The oracle's figures come from plain numpy on the scikit-learn digits: softmax regression from zeros, 10 sites,
-a Dirichlet(alpha) label split, 50 rounds, SGD with batch 16 and lr .1, weights = rows. A figure is the test accuracy
-of the global model, the mean of the last 5 rounds and of the seeds. Server optimizers: beta1 .9, beta2 .99, tau 1e-3.
-SCAFFOLD is option II. Cyclic trains one epoch a site, and a round of its figure is a turn of every site. A hostile site sends
-its update times -10. Robust rules: trim .2 a side, Krum f = 2, multi-Krum m = 6.
+The oracle's figures come from plain numpy on the scikit-learn digits: softmax regression from
+zeros, 10 sites, a Dirichlet(alpha) label split, 50 rounds, SGD with batch 16 and lr .1, weights =
+rows. A figure is the test accuracy of the global model, the mean of the last 5 rounds and of the
+seeds. Server optimizers: beta1 .9, beta2 .99, tau 1e-3. SCAFFOLD is option II. Cyclic trains one
+epoch a site, and a round of its figure is a turn of every site. A hostile site sends its update
+times -10. Robust rules: trim .2 a side, Krum f = 2, multi-Krum m = 6.
 
-Sites draw what the oracle draws, so seed 0 must come to the oracle's final model, and all seeds to its accuracies.
-With hostile sites all updates count alike. Where the oracle does not do as the paper, a row says so by a field: FedAdagrad's
-beta1 is .9, SCAFFOLD weighs the model and not the variates, Bulyan's median is a midpoint, the geometric median has no weights.
+Sites draw what the oracle draws, so seed 0 must come to the oracle's final model, and all seeds to
+its accuracies. With hostile sites all updates count alike. Where the oracle does not do as the
+paper, a row says so by a field: FedAdagrad's beta1 is .9, SCAFFOLD weighs the model and not the
+variates, Bulyan's median is a midpoint, the geometric median has no weights.
 
 Run it from the root of the repository; the whole table is 90 jobs of some 10 s each on two cores:
 
     python benchmarks/oracle.py
     python benchmarks/oracle.py --rows fedavg-1,krum --seeds 1
 
-Exits with 1 when a row is out of tolerance: 1e-9 for the weights of seed 0's final model, what was rounded off for accuracies. A
-number of rounds other than 50 has no figure to be held against: such a run prints its accuracies, judges nothing and exits
-with 0.
+Exits with 1 when a row is out of tolerance: 1e-9 for the weights of seed 0's final model, what was
+rounded off for accuracies. A number of rounds other than 50 has no figure to be held against: such
+a run prints its accuracies, judges nothing and exits with 0.
 """
 
 import argparse
@@ -52,7 +54,9 @@ NUM_SITES = 10
 NUM_ROUNDS = 50  # of the oracle's figures
 NUM_SEEDS = 5  # of the oracle's mean accuracies
 TOLERANCES = (0.00005 + 1e-12, 5e-7, 1e-9)
-"""Of the mean accuracy, given to four digits; of seed 0's accuracy, given to six; and of its final model."""
+"""Of the mean accuracy, given to four digits; of seed 0's accuracy, given to six; and of its
+final model.
+"""
 WITH_TORCH = (ScaffoldRecipe, FedProxRecipe)
 NUM_SCORED = 5  # the last models, whose mean accuracy is the figure
 CLIENT = Path(__file__).resolve().parent / "oracle_client" / "client.py"
@@ -60,7 +64,9 @@ CLIENT = Path(__file__).resolve().parent / "oracle_client" / "client.py"
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of the oracle's final model: the sum of its absolute values, and two of its (65, 10) weights."""
+    """What is known of the oracle's final model: the sum of its absolute values, and two of its
+    (65, 10) weights.
+    """
 
     total: float
     weight_20_3: float
@@ -81,7 +87,8 @@ class Model:
 class Case:
     """One row of the table: a recipe, a label split, the local work, and what the oracle came to.
 
-    `mean` is its accuracy over five seeds, to four digits; `first` and `model` are the accuracy and the final model of seed 0.
+    `mean` is its accuracy over five seeds, to four digits; `first` and `model` are the accuracy and
+    the final model of seed 0.
     """
 
     name: str
@@ -218,7 +225,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A case and what fedpool came to, seed by seed; `judged` is false where the oracle has no figure for so many rounds."""
+    """A case and what fedpool came to, seed by seed; `judged` is false where the oracle has no
+    figure for so many rounds.
+    """
 
     case: Case
     outcomes: Sequence[Outcome]
@@ -231,7 +240,9 @@ class Row:
 
     @property
     def differences(self) -> tuple[float, float, float]:
-        """Ours from the oracle's: the mean accuracy, where all of its seeds were run; accuracy and final model of seed 0."""
+        """Ours from the oracle's: the mean accuracy, where all of its seeds were run; accuracy
+        and final model of seed 0.
+        """
         first = self.outcomes[0]
         of_mean = self.ours - self.case.mean if len(self.outcomes) == NUM_SEEDS else 0.0
         return of_mean, first.accuracy - self.case.first, first.model.difference(self.case.model)
@@ -252,16 +263,19 @@ class Row:
 
 
 def header(rows: Sequence[Row]) -> list[str]:
-    """Names of the columns: accuracies of seed 0, how far its final model is, and the means of all seeds where all were run."""
+    """Names of the columns: accuracies of seed 0, how far its final model is, and the means of
+    all seeds where all were run.
+    """
     means = ["oracle, 5 seeds", "ours, 5 seeds"] if len(rows[0].outcomes) == NUM_SEEDS else []
     return ["case", "oracle", "ours", "final model differs by", *means, "ok"]
 
 
 def run_job(case: Case, *, seed: int, num_rounds: int, num_threads: int) -> Outcome:
-    """Run one job in simulation and return the mean test accuracy of its last `NUM_SCORED` global models, and the last model.
+    """Run one job in simulation and return the mean test accuracy of its last `NUM_SCORED` global
+    models, and the last model.
 
-    A site scores the model it receives, so entry r of the metrics belongs to global model r; the evaluation round
-    at the end scores the last one.
+    A site scores the model it receives, so entry r of the metrics belongs to global model r; the
+    evaluation round at the end scores the last one.
     """
     arguments = f"--alpha {case.alpha} --seed {seed} --sites {NUM_SITES} --epochs {case.epochs}"
     arguments += f" --hostile {case.num_hostile}" + " --alike" * (case.num_hostile > 0)

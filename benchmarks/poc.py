@@ -1,7 +1,9 @@
-"""Run one job as a proof of concept, every site a process of its own, and print what a round costs beside its training.
+"""Run one job as a proof of concept, every site a process of its own, and print what a round costs
+beside its training.
 
-Training is a sleep of 3 s, so that sites do not compete for the processors. A round's time is the time between the moments at
-which the first site receives two successive rounds; its overhead is that time less 3 s.
+Training is a sleep of 3 s, so that sites do not compete for the processors. A round's time is the
+time between the moments at which the first site receives two successive rounds; its overhead is
+that time less 3 s.
 """
 
 import argparse
@@ -25,7 +27,9 @@ ENGINES = {
 
 
 def main() -> None:
-    """Run every engine with every number of sites, print the table, and exit with 1 if one failed."""
+    """Run every engine with every number of sites, print the table, and exit with 1 if one
+    failed.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through the clean-up: engines have daemons
     arguments = _arguments()
     pythons = _pythons(arguments.engines, arguments.peer_venvs)

@@ -1,10 +1,12 @@
-"""What `make demo` costs on a fresh machine: time, processor time and disk until the first round is committed.
+"""What `make demo` costs on a fresh machine: time, processor time and disk until the first round is
+committed.
 
     python benchmarks/setup.py [REVISION ...]
 
-Clones each revision of this checkout (HEAD by default) into an empty folder, with empty caches of pip and uv, and runs its
-`make demo`, one after the other. The processor time is that of make and of all processes below it, those that have ended
-included. What a package registry near you keeps is not part of it: compare revisions of one run.
+Clones each revision of this checkout (HEAD by default) into an empty folder, with empty caches of
+pip and uv, and runs its `make demo`, one after the other. The processor time is that of make and of
+all processes below it, those that have ended included. What a package registry near you keeps is
+not part of it: compare revisions of one run.
 """
 
 import argparse

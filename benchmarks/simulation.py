@@ -1,7 +1,8 @@
 """Run one job with a bare loop, fedpool and other frameworks, and print what each costs.
 
-Every engine is a process of its own, measured from outside: total time from its start to its exit, the time between
-the moments at which the first site receives two successive rounds, and the peak summed PSS of all its processes.
+Every engine is a process of its own, measured from outside: total time from its start to its exit,
+the time between the moments at which the first site receives two successive rounds, and the peak
+summed PSS of all its processes.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Run a job with one slow site by several rules, and print how long 10 rounds take by each.
 
-Training is a sleep, so that sites do not compete for the processors: .3 s, and ten times as much at the slow site.
+Training is a sleep, so that sites do not compete for the processors: .3 s, and ten times as much at
+the slow site.
 """
 
 import argparse
@@ -67,7 +68,9 @@ def main() -> None:
 
 
 def run(rule: str, num_rounds: int) -> tuple[float, int]:
-    """Seconds from the first round's beginning to the last one's end, and how many rounds went on without the slow site."""
+    """Seconds from the first round's beginning to the last one's end, and how many rounds went
+    on without the slow site.
+    """
     slow_s = {"no slow site": TRAINING_S, "hung site, grace of 50 %": 1e6}.get(rule, SLOW * TRAINING_S)
     with tempfile.TemporaryDirectory(prefix="fedpool-stragglers-") as folder:
         script = Path(folder) / "client.py"

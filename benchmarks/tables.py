@@ -10,7 +10,9 @@ SCORE_TOLERANCE = 0.01
 
 
 def report(case: Case, results: dict[str, list[Sample]]) -> Iterable[str]:
-    """The lines of a case's table: medians over the runs, and how many times fedpool's figure each is."""
+    """The lines of a case's table: medians over the runs, and how many times fedpool's figure
+    each is.
+    """
     yield f"\n{case.title}: {case.num_sites} sites, {case.num_rounds} round{'s' * (case.num_rounds > 1)}\n"
     unit = "ms a site" if case.num_rounds == 1 else "round s"
     reference = _figures(case, results.get("fedpool", []))
@@ -44,7 +46,9 @@ def report_growth(
 
 
 def report_overheads(results: dict[Case, dict[str, list[Sample]]], *, training_s: float) -> Iterable[str]:
-    """What a round costs beside its training. The first round, which starts the sites' scripts, is left out of the median."""
+    """What a round costs beside its training. The first round, which starts the sites' scripts,
+    is left out of the median.
+    """
     header = ("engine", "sites", "overhead s", "worst", "first round", "start s", "total s", "processes", "PSS GB")
     rows: list[tuple[str, ...]] = [(*header, "score", "other cores")]
     wrong = False

@@ -1,9 +1,11 @@
-"""What the scalars of a round cost the round: jobs that log nothing and jobs that log and are tracked, in turn.
+"""What the scalars of a round cost the round: jobs that log nothing and jobs that log and are
+tracked, in turn.
 
     python benchmarks/tracking.py [--scalars 1000] [--rounds 30] [--repeat 3] [--track tensorboard]
 
-Two simulated sites at a time log half of the scalars of a round each, and train nothing: a round is what fedpool costs. Printed
-are the medians of all rounds but the first three of a job, in milliseconds, and their difference.
+Two simulated sites at a time log half of the scalars of a round each, and train nothing: a round is
+what fedpool costs. Printed are the medians of all rounds but the first three of a job, in
+milliseconds, and their difference.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The Prefect server that is configured: whether it answers, and a client of it.
 
-Prefect asks a server that is not there again and again, and then raises an error of its own; so it is asked once, before anything
-depends on it.
+Prefect asks a server that is not there again and again, and then raises an error of its own; so it
+is asked once, before anything depends on it.
 """
 
 import asyncio
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 5.0
 _ANSWER_S = 20.0
-"""A server that has many sites may take seconds; one that is not there does not even take the connection."""
+"""A server that has many sites may take seconds; one that is not there does not even take the
+connection.
+"""
 
 
 def check_server(remedy: str | None = None) -> str:
@@ -33,7 +35,8 @@ def check_server(remedy: str | None = None) -> str:
         remedy: what to do when it does not; default: to start it, or to correct the setting.
 
     Raises:
-        ServerError: it does not answer, or does not let us in; the message says where it was looked for, and what to do.
+        ServerError: it does not answer, or does not let us in; the message says where it was looked
+            for, and what to do.
         ConfigError: none is configured, or what is configured is not a URL.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, get_current_settings
@@ -79,7 +82,9 @@ def check_server(remedy: str | None = None) -> str:
 
 @asynccontextmanager
 async def open_client(remedy: str | None = None) -> AsyncIterator["PrefectClient"]:
-    """A client of the Prefect server that is configured, after a look whether it is there; see `check_server`."""
+    """A client of the Prefect server that is configured, after a look whether it is there; see
+    `check_server`.
+    """
     from prefect.client.orchestration import get_client
 
     await asyncio.to_thread(check_server, remedy)

@@ -1,4 +1,6 @@
-"""How the environments that make their sites themselves, `SimEnv` and `PocEnv`, are told which: a number, or names."""
+"""How the environments that make their sites themselves, `SimEnv` and `PocEnv`, are told which:
+a number, or names.
+"""
 
 from typing import Self
 

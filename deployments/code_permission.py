@@ -1,4 +1,6 @@
-"""How the commands that run the code of a job ask first: by an option, by the environment, or in the terminal."""
+"""How the commands that run the code of a job ask first: by an option, by the environment, or in
+the terminal.
+"""
 
 import sys
 

@@ -1,11 +1,13 @@
 """`fedpool site run`: one run of `site_round`, in a process or a container of its own.
 
-It is the command of process, docker and kubernetes pools (see `templates`). Of the run it takes the parameters of `site_round`;
-entrypoint and pull steps of the run's deployment are never looked at, and the run of any other flow is refused. What must not
-come from outside, the site's name among it, comes from the site's settings.
+It is the command of process, docker and kubernetes pools (see `templates`). Of the run it takes the
+parameters of `site_round`; entrypoint and pull steps of the run's deployment are never looked at,
+and the run of any other flow is refused. What must not come from outside, the site's name among it,
+comes from the site's settings.
 
-A refused run is marked as crashed before this process ends: the exit code alone would have Prefect's process worker load the flow
-that the deployment names, to look for hooks, and so run what was refused.
+A refused run is marked as crashed before this process ends: the exit code alone would have
+Prefect's process worker load the flow that the deployment names, to look for hooks, and so run what
+was refused.
 """
 
 import asyncio
@@ -47,13 +49,16 @@ def assigned_run(environment: Mapping[str, str] = os.environ) -> UUID:
 
 
 def run_assigned(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
-    """Do the site's part of a round, and report it. SIGTERM, SIGINT and a cancelled run end the script. Main thread only.
+    """Do the site's part of a round, and report it. SIGTERM, SIGINT and a cancelled run end the
+    script. Main thread only.
 
     Args:
         run_id: the run.
-        load: reads the site's settings. What is wrong with them is printed here; the server is told only that something is.
+        load: reads the site's settings. What is wrong with them is printed here; the server is told
+            only that something is.
 
-    Returns: whether the run was taken on; how it ended is for the server. False: it was refused, or the settings do not fit.
+    Returns: whether the run was taken on; how it ended is for the server. False: it was refused, or
+    the settings do not fit.
 
     Raises:
         SystemExit: the run is over already (0), or could not be reported (1).

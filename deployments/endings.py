@@ -1,7 +1,7 @@
 """How client scripts failed after their last round, in what they do once the job is over.
 
-In a simulation the job waits for that, and its result says so. Sites elsewhere learn of the job's end from the result: what they
-say comes later, and lies beside what they sent in their last round.
+In a simulation the job waits for that, and its result says so. Sites elsewhere learn of the job's
+end from the result: what they say comes later, and lies beside what they sent in their last round.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,6 @@
-"""What has become of jobs that left no result in the store: they run, or they were lost, and nobody was left to say so."""
+"""What has become of jobs that left no result in the store: they run, or they were lost, and
+nobody was left to say so.
+"""
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -34,9 +36,11 @@ Server = Callable[[], AbstractContextManager[None]]
 
 
 def fates(store: Store, jobs: Sequence[tuple[str, bool]], server: Server | None = None) -> dict[str, JobStatus]:
-    """job -> RUNNING, FAILED or CANCELLED, of jobs that have no result; one of which nobody knows is not in it.
+    """job -> RUNNING, FAILED or CANCELLED, of jobs that have no result; one of which nobody knows
+    is not in it.
 
-    A simulation holds its folder for as long as it runs; of the others the Prefect server knows, if it answers.
+    A simulation holds its folder for as long as it runs; of the others the Prefect server knows, if
+    it answers.
 
     Args:
         jobs: id, and whether it is simulated.

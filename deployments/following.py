@@ -1,7 +1,9 @@
-"""Following a job that runs elsewhere to its end. The store is the truth about it; Prefect tells whether anybody works on it.
+"""Following a job that runs elsewhere to its end. The store is the truth about it; Prefect tells
+whether anybody works on it.
 
-Nobody waits for ever for a run that Prefect does not know any more, or shows as running or being cancelled when nobody runs it:
-where the store is local, whoever runs a job holds its folder; elsewhere a coordinator notices in seconds that its run is gone.
+Nobody waits for ever for a run that Prefect does not know any more, or shows as running or being
+cancelled when nobody runs it: where the store is local, whoever runs a job holds its folder;
+elsewhere a coordinator notices in seconds that its run is gone.
 """
 
 import asyncio
@@ -26,7 +28,9 @@ _API_PATIENCE_S = 600.0
 _RESULT_PATIENCE_S = 20.0
 """How long Prefect may take to hear of a job's end that the store tells of."""
 _ABANDONED_S = 6.0
-"""How long nobody may have held a job's folder before it counts as abandoned: its coordinator may be letting go of it."""
+"""How long nobody may have held a job's folder before it counts as abandoned: its coordinator
+may be letting go of it.
+"""
 _UNSEEN_S = 60.0
 """The same where nobody can tell whether it is held."""
 
@@ -45,8 +49,9 @@ async def follow(client: PrefectClient, run_id: UUID, store: Store, job_id: str)
 async def cancel_run(client: PrefectClient, run_id: UUID) -> None:
     """Have a job's run cancelled; harmless when it is over, or gone.
 
-    A run that is still pending is cancelled at once: one that is only being cancelled when its process comes up stays so for ever
-    (so Prefect 3.8.8). A coordinator that is up by then sees it as well as the other.
+    A run that is still pending is cancelled at once: one that is only being cancelled when its
+    process comes up stays so for ever (so Prefect 3.8.8). A coordinator that is up by then sees it
+    as well as the other.
     """
     try:
         run = await client.read_flow_run(run_id)
@@ -69,7 +74,8 @@ class _Follower:
         asked = answered = time.monotonic()
         over_since: float | None = None
         while True:
-            # The store tells when the job is over; the server is asked now and then whether the run was lost.
+            # The store tells when the job is over; the server is asked now and then whether the run
+            # was lost.
             now = time.monotonic()
             if over_since is None and await self._is_over():
                 over_since = now

@@ -1,4 +1,6 @@
-"""The command `fedpool job`: what ran and what runs; how a job is verified, replayed, pruned, resumed and cancelled."""
+"""The command `fedpool job`: what ran and what runs; how a job is verified, replayed, pruned,
+resumed and cancelled.
+"""
 
 import json
 import runpy
@@ -86,7 +88,9 @@ def verify(
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Check every hash of a job, and recompute every aggregate from the stored updates; ends with 1 at the first difference."""
+    """Check every hash of a job, and recompute every aggregate from the stored updates; ends
+    with 1 at the first difference.
+    """
     from fedpool.flows.verify import verify_job
 
     place = _store(store, home, quiet=as_json)
@@ -125,7 +129,9 @@ def cancel(
     wait: Annotated[bool, Parameter(help="wait until it has ended", negative="")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Ask a job to stop: its sites stop training, and it says that it was cancelled; ends with 1 if it has not in time."""
+    """Ask a job to stop: its sites stop training, and it says that it was cancelled; ends with 1
+    if it has not in time.
+    """
     with _server(home):
         run_id = run_blocking(with_client(lambda client: jobs.cancel(client, job_id)))
         print(f"{job_id}: asked to stop", flush=True)
@@ -158,7 +164,9 @@ def replay(
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Aggregate a round's updates once more: by another strategy, or without some sites. The job stays as it is."""
+    """Aggregate a round's updates once more: by another strategy, or without some sites. The job
+    stays as it is.
+    """
     from fedpool.flows.replay import replay_round
 
     place = _store(store, home, quiet=as_json)
@@ -220,7 +228,9 @@ def resume(
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Go on with a job that was lost, has failed or was cancelled, from its last committed round; ends with 1 when it fails."""
+    """Go on with a job that was lost, has failed or was cancelled, from its last committed
+    round; ends with 1 when it fails.
+    """
     from fedpool.deployments.prod import ProdEnv
     from fedpool.deployments.resumed import environment_of
     from fedpool.flows.stored import recipe_of
@@ -245,7 +255,9 @@ def stage_(
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write a recipe to the store as the template of a deployment, and print its id; for prefect.yaml."""
+    """Write a recipe to the store as the template of a deployment, and print its id; for
+    prefect.yaml.
+    """
     from fedpool.flows.own_code import check_travels
     from fedpool.flows.staging import stage
 
@@ -266,7 +278,9 @@ def stage_(
 
 
 def _store(url: str | None, home: Path, *, quiet: bool = False) -> Store:
-    """The store that is meant, and the line that says which; on standard error where a program reads the output."""
+    """The store that is meant, and the line that says which; on standard error where a program
+    reads the output.
+    """
     meant = meant_store(url, home)
     print(meant, file=sys.stderr if quiet else sys.stdout, flush=True)
     return meant.store

@@ -20,13 +20,16 @@ from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.tables import report_rows, untold
 
 _OTHER_COLUMNS = 48
-"""What the columns beside a job's id need to be readable; a terminal that is narrower breaks the lines itself."""
+"""What the columns beside a job's id need to be readable; a terminal that is narrower breaks the
+lines itself.
+"""
 
 
 def print_jobs(found: Sequence[JobSummary]) -> None:
     """A line for each job; there is at least one."""
     table = Table()
-    # An id is for the next command: it stays whole, however narrow the terminal is, and the others break their lines.
+    # An id is for the next command: it stays whole, however narrow the terminal is, and the others
+    # break their lines.
     longest = max(len(entry.job_id) for entry in found)
     table.add_column("job", no_wrap=True, min_width=longest)
     for header in ("recipe", "status", "rounds", "sites", "metrics"):

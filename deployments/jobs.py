@@ -1,4 +1,6 @@
-"""The jobs of a store, as the terminal shows them; and the runs of a job, as the Prefect server has them."""
+"""The jobs of a store, as the terminal shows them; and the runs of a job, as the Prefect server
+has them.
+"""
 
 import asyncio
 from dataclasses import dataclass, replace
@@ -32,7 +34,8 @@ class JobSummary:
     Attributes:
         job_id: its folder.
         recipe: class of its recipe.
-        status: as its result says; without one RUNNING, or FAILED when it was lost; None when nobody can tell.
+        status: as its result says; without one RUNNING, or FAILED when it was lost; None when
+            nobody can tell.
         ended: whether it has a result.
         num_committed: rounds that are committed.
         num_rounds: training rounds that the recipe asks for.
@@ -218,7 +221,8 @@ async def check_has_ended(client: "PrefectClient", job_id: str) -> None:
 
 
 async def cancel(client: "PrefectClient", job_id: str) -> "UUID":
-    """Ask for a job to be cancelled: its sites stop, and it says so. Returns the id of its flow run.
+    """Ask for a job to be cancelled: its sites stop, and it says so. Returns the id of its flow
+    run.
 
     Raises:
         ConfigError: the server knows no such job, or it has ended.
@@ -233,7 +237,9 @@ async def cancel(client: "PrefectClient", job_id: str) -> "UUID":
 
 
 async def wait_until_over(client: "PrefectClient", run_id: "UUID", timeout_s: float) -> str | None:
-    """Wait for a flow run to end; returns the name of the state it ended in, None when it has not ended in that time."""
+    """Wait for a flow run to end; returns the name of the state it ended in, None when it has
+    not ended in that time.
+    """
     for pause_s in pauses(timeout_s, _POLL_S):
         state = (await client.read_flow_run(run_id)).state
         if state is not None and state.is_final():

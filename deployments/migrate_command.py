@@ -19,7 +19,9 @@ def migrate(
     diff: Annotated[bool, Parameter(help="print what would change, and change nothing", negative="")] = False,
     write: Annotated[bool, Parameter(help="with --diff: change the files, too", negative="")] = False,
 ) -> None:
-    """Rewrite the imports of scripts written for NVFlare, and say line by line what is left to do by hand."""
+    """Rewrite the imports of scripts written for NVFlare, and say line by line what is left to
+    do by hand.
+    """
     if not paths:
         raise MigrationError("name the scripts to migrate, or a folder of them: fedpool migrate client.py")
     failed = False

@@ -17,7 +17,8 @@ _MEANINGS: dict[Overlap, str] = {
 
 
 def chosen(overlap: str | None, *, scheduled: bool) -> Overlap | None:
-    """What was asked for, or what it is by default: a schedule skips, runs that people start do not hinder each other.
+    """What was asked for, or what it is by default: a schedule skips, runs that people start do not
+    hinder each other.
 
     Raises:
         ConfigError: there is no such choice.
@@ -35,7 +36,9 @@ def described(overlap: Overlap | None) -> str:
 
 
 def limit(overlap: Overlap | None) -> "tuple[int | None, ConcurrencyOptions | None]":
-    """The deployment's concurrency limit, and what Prefect does with the runs beyond it; for "cancel" see `flows.overlap`."""
+    """The deployment's concurrency limit, and what Prefect does with the runs beyond it; for
+    "cancel" see `flows.overlap`.
+    """
     from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 
     strategies = {"skip": ConcurrencyLimitStrategy.CANCEL_NEW, "queue": ConcurrencyLimitStrategy.ENQUEUE}

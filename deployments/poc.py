@@ -1,7 +1,9 @@
-"""`PocEnv`: a proof of concept on this machine. A Prefect server, a coordinator's worker and a worker process per site.
+"""`PocEnv`: a proof of concept on this machine. A Prefect server, a coordinator's worker and a
+worker process per site.
 
-Everything that production has, on one machine: `up` starts what does not run yet (so it also heals), `down` ends all of it, the
-results stay. The processes outlive the command that started them; who they are is kept in the folder `home`.
+Everything that production has, on one machine: `up` starts what does not run yet (so it also
+heals), `down` ends all of it, the results stay. The processes outlive the command that started
+them; who they are is kept in the folder `home`.
 """
 
 import logging
@@ -119,7 +121,8 @@ class PocEnv(RemoteEnv, NamedClients):
         return {"PREFECT_API_URL": state.api_url, "FEDPOOL_STORE": state.store, **state.environment}
 
     def up(self) -> None:
-        """Start what does not run: server, store, coordinator, sites; returns when all of it answers. Harmless when repeated.
+        """Start what does not run: server, store, coordinator, sites; returns when all of it
+        answers. Harmless when repeated.
 
         Raises:
             ServerError: something did not start; the message ends with what it printed.
@@ -139,7 +142,9 @@ class PocEnv(RemoteEnv, NamedClients):
             PocState.path(self.home).unlink(missing_ok=True)
 
     def status(self) -> list[Service]:
-        """Every process: whether it runs, and whether it is healthy; empty when nothing was brought up."""
+        """Every process: whether it runs, and whether it is healthy; empty when nothing was
+        brought up.
+        """
         try:
             state = PocState.read(self.home)
         except ConfigError:

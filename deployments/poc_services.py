@@ -163,7 +163,8 @@ class Services:
             "PREFECT_HOME": str(self._home / "prefect"),
             "PREFECT_API_URL": state.api_url,
             "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "4",
-            # How a server with one connection to its database says that it was busy for too long; asking again is harmless.
+            # How a server with one connection to its database says that it was busy for too long;
+            # asking again is harmless.
             "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
             "DO_NOT_TRACK": "1",
             **state.environment,
@@ -206,7 +207,9 @@ class Services:
 
 
 def _any_online(workers: Iterable[Mapping[str, Any]], *, since: float) -> bool:
-    """Whether a worker is online; a heartbeat from before that time was another's, which has ended."""
+    """Whether a worker is online; a heartbeat from before that time was another's, which has
+    ended.
+    """
     return any(
         worker["status"] == "ONLINE" and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() > since
         for worker in workers

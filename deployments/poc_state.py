@@ -22,7 +22,8 @@ class PocState(BaseModel):
         store: URL of the store.
         s3: whether the store is an S3 server of the proof of concept's own.
         storage_options: how the store is opened from here.
-        environment: variables by which workers and other programs reach the store; with `s3` both hold its keys.
+        environment: variables by which workers and other programs reach the store; with `s3` both
+            hold its keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +59,8 @@ class PocState(BaseModel):
 
     @classmethod
     def reconcile(cls, home: Path, *, database: str | None, store: str | None, s3: bool) -> Self:
-        """What is up, or what to bring up now; settings that are None or False agree with everything.
+        """What is up, or what to bring up now; settings that are None or False agree with
+        everything.
 
         Raises:
             ConfigError: what is up has other settings.
@@ -95,7 +97,9 @@ class PocState(BaseModel):
 
 
 def _s3_access(port: int) -> dict[str, Any]:
-    """How an S3 server of our own is reached: by options from here, by variables from the workers."""
+    """How an S3 server of our own is reached: by options from here, by variables from the
+    workers.
+    """
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     endpoint = f"http://127.0.0.1:{port}"
     return {

@@ -1,6 +1,8 @@
-"""The `Desk` of a site that has a key to the Prefect server: its rounds are flow runs in its work pool.
+"""The `Desk` of a site that has a key to the Prefect server: its rounds are flow runs in its work
+pool.
 
-A run that the site takes is marked with the process that takes it, so that the site's next process knows what was left behind.
+A run that the site takes is marked with the process that takes it, so that the site's next process
+knows what was left behind.
 """
 
 import json
@@ -38,11 +40,12 @@ _PAGE = 200
 class Mark:
     """Who has taken a run: a site, and the process that it was then.
 
-    It is kept as the run's `infrastructure_pid`, which is what Prefect has for "what runs this": a column of the run that the
-    server leaves alone whatever state the run comes to, and that comes with every run that is read. What a state holds, such as
-    its message, would not do: it is gone once someone cancels the run. Tags are the user's, and can only be replaced as a whole;
-    labels are merged, but take as many requests, and mean nothing to Prefect. No filter of the server's finds a mark; those for
-    the site's work pool and for runs that have begun leave few to look at.
+    It is kept as the run's `infrastructure_pid`, which is what Prefect has for "what runs this": a
+    column of the run that the server leaves alone whatever state the run comes to, and that comes
+    with every run that is read. What a state holds, such as its message, would not do: it is gone
+    once someone cancels the run. Tags are the user's, and can only be replaced as a whole; labels
+    are merged, but take as many requests, and mean nothing to Prefect. No filter of the server's
+    finds a mark; those for the site's work pool and for runs that have begun leave few to look at.
     """
 
     site: str
@@ -96,7 +99,9 @@ class PrefectDesk(PrefectRuns):
         self._registered = False
 
     async def attend(self) -> Presence:
-        """See `Desk.attend`: the claim, the worker's heartbeat, and at first the site's deployment."""
+        """See `Desk.attend`: the claim, the worker's heartbeat, and at first the site's
+        deployment.
+        """
         with self.answers():
             if await self._claim.hold(self._client):
                 self._registered = False  # nor does a server that knew nothing of the claim know the site
@@ -109,7 +114,9 @@ class PrefectDesk(PrefectRuns):
         return Presence(new=True, clock_ahead_s=ahead.total_seconds())
 
     async def next(self) -> Sequence[Piece]:
-        """See `Desk.next`. Runs are due as soon as they are there, whatever time anybody takes it to be."""
+        """See `Desk.next`. Runs are due as soon as they are there, whatever time anybody takes
+        it to be.
+        """
         with self.answers():
             try:
                 found = await self._client.get_scheduled_flow_runs_for_work_pool(
@@ -120,7 +127,9 @@ class PrefectDesk(PrefectRuns):
             return [await self.piece_of(entry.flow_run) for entry in found]
 
     async def report(self, piece: Piece, report: Report) -> bool:
-        """See `Reports.report`; a piece that is taken is marked first, so that none is ever in hand without."""
+        """See `Reports.report`; a piece that is taken is marked first, so that none is ever in
+        hand without.
+        """
         if report.phase.ended:
             return await super().report(piece, report)
         if report.phase is Phase.TAKEN:
@@ -162,7 +171,9 @@ class PrefectDesk(PrefectRuns):
         return mark is not None and mark.site == self._counter.site
 
     async def _is_mine(self, piece: Piece) -> bool:
-        """Whether this very process has taken a piece already, and only the server's answer was lost."""
+        """Whether this very process has taken a piece already, and only the server's answer was
+        lost.
+        """
         with self.answers():
             try:
                 run = await self._client.read_flow_run(piece.id)
@@ -197,7 +208,9 @@ class PrefectDesk(PrefectRuns):
 
 @asynccontextmanager
 async def open_desk(counter: Counter) -> AsyncIterator[PrefectDesk]:
-    """A desk on the Prefect server that is configured; whether it answers is seen when it is asked."""
+    """A desk on the Prefect server that is configured; whether it answers is seen when it is
+    asked.
+    """
     client = get_client()
     if not isinstance(client, PrefectClient):
         raise ServerError("no Prefect server is known")

@@ -1,7 +1,8 @@
-"""Pieces of work as flow runs of a Prefect server: `Reports` as whoever does one needs them. See `fedpool.sites.desk`.
+"""Pieces of work as flow runs of a Prefect server: `Reports` as whoever does one needs them. See
+`fedpool.sites.desk`.
 
-Prefect's own engine would do the same at a higher price: for every run a client, a web socket, a thread and an event loop, and
-it asks the server for what a site has no use for.
+Prefect's own engine would do the same at a higher price: for every run a client, a web socket, a
+thread and an event loop, and it asks the server for what a site has no use for.
 """
 
 import contextvars
@@ -49,7 +50,9 @@ class PrefectRuns:
         return Piece(run.id, run.name, self._flows[run.flow_id], run.parameters)
 
     async def report(self, piece: Piece, report: Report) -> bool:
-        """See `Reports.report`. A run that someone has deleted stands: the work may still be of use to its job."""
+        """See `Reports.report`. A run that someone has deleted stands: the work may still be of
+        use to its job.
+        """
         state = state_of(report)
         with self.answers():
             try:
@@ -76,7 +79,9 @@ class PrefectRuns:
 
     @contextmanager
     def answers(self) -> Iterator[None]:
-        """Where the server is asked: what goes wrong there is an `Unreachable` or another `ServerError`."""
+        """Where the server is asked: what goes wrong there is an `Unreachable` or another
+        `ServerError`.
+        """
         try:
             yield
         except httpx.HTTPStatusError as error:

@@ -1,4 +1,6 @@
-"""Processes that outlive the command which started them: started once, found again, told from strangers of the same pid."""
+"""Processes that outlive the command which started them: started once, found again, told from
+strangers of the same pid.
+"""
 
 import json
 import os
@@ -31,7 +33,8 @@ class Started:
 
 
 class Processes:
-    """The processes of one folder: `NAME.json` says which one it is, `NAME.log` holds what it prints.
+    """The processes of one folder: `NAME.json` says which one it is, `NAME.log` holds what it
+    prints.
 
     Args:
         folder: theirs.
@@ -61,8 +64,8 @@ class Processes:
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         """Start a process in a session of its own."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        # A shell has what it runs in the background ignore SIGINT, and that is inherited. Prefect's worker then ignores SIGTERM,
-        # too, which it takes for a SIGINT.
+        # A shell has what it runs in the background ignore SIGINT, and that is inherited. Prefect's
+        # worker then ignores SIGTERM, too, which it takes for a SIGINT.
         deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with self.log(name).open("ab") as output:
             process = subprocess.Popen(
@@ -83,7 +86,9 @@ class Processes:
         return process
 
     def stop(self, names: Sequence[str]) -> None:
-        """End processes and all they started: asked first, killed after a grace. Harmless for what does not run."""
+        """End processes and all they started: asked first, killed after a grace. Harmless for
+        what does not run.
+        """
         found = [process for name in names if (process := self.find(name)) is not None]
         families = [process for parent in found for process in _family(parent)]
         for process in found:

@@ -1,4 +1,6 @@
-"""`ProdEnv`: production. A Prefect server, a store and sites that others run; this process submits and follows."""
+"""`ProdEnv`: production. A Prefect server, a store and sites that others run; this process
+submits and follows.
+"""
 
 from typing import Any
 
@@ -14,9 +16,9 @@ from fedpool.store import Store
 class ProdEnv(RemoteEnv):
     """An existing Prefect server, any fsspec store, and sites with their work pools.
 
-    Credentials are never part of a recipe, a job or a log: those of the server come from the usual Prefect settings
-    (`PREFECT_API_AUTH_STRING`, `PREFECT_CLIENT_CUSTOM_HEADERS`, ...), those of the store from the environment of each process
-    that uses it.
+    Credentials are never part of a recipe, a job or a log: those of the server come from the usual
+    Prefect settings (`PREFECT_API_AUTH_STRING`, `PREFECT_CLIENT_CUSTOM_HEADERS`, ...), those of the
+    store from the environment of each process that uses it.
 
     Raises:
         RecipeError (also a pydantic.ValidationError): fields that do not fit.

@@ -1,4 +1,6 @@
-"""What a terminal shows of a job: a line that moves while it runs, a table of its rounds at the end."""
+"""What a terminal shows of a job: a line that moves while it runs, a table of its rounds at the
+end.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -39,7 +41,9 @@ def show(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
 
 
 def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
-    """Show the job's progress until it ends: round, sites done, key metric, elapsed time; a line per round off a terminal."""
+    """Show the job's progress until it ends: round, sites done, key metric, elapsed time; a line
+    per round off a terminal.
+    """
     asked = min(recipe.clients_per_round or num_sites, num_sites)
     columns = (
         SpinnerColumn(),
@@ -89,7 +93,9 @@ def done_line(name: str, num_rounds: int, metric: str) -> str:
 
 
 def summarize(run: Run, recipe: Recipe, console: Console) -> None:
-    """Print how the job ended: the table of its rounds and where its models are, or what went wrong."""
+    """Print how the job ended: the table of its rounds and where its models are, or what went
+    wrong.
+    """
     status = run.get_status()
     if status is not JobStatus.COMPLETED:
         try:

@@ -1,4 +1,5 @@
-"""The command `fedpool recipe`: which recipes there are, and what each does. It needs no server, and does not load Prefect.
+"""The command `fedpool recipe`: which recipes there are, and what each does. It needs no server,
+and does not load Prefect.
 
 It prints the pages of docs/recipes, which come with the package; `make catalogue` writes them.
 """
@@ -48,7 +49,9 @@ def show(
         str, Parameter(help="name of the recipe, such as FedOptRecipe or fedopt; or fields, or aggregators")
     ],
 ) -> None:
-    """What a recipe does, what the client script has to do for it, and its fields: its page of docs/recipes."""
+    """What a recipe does, what the client script has to do for it, and its fields: its page of
+    docs/recipes.
+    """
     Console().print(Markdown(_for_terminal(find_page(name)), hyperlinks=False))
 
 
@@ -74,7 +77,9 @@ def _pages() -> Mapping[str, Traversable]:
 
 
 def _for_terminal(page: str) -> str:
-    """A page without what only a browser has a use for, and with the fields as a list: a terminal is too narrow for the table."""
+    """A page without what only a browser has a use for, and with the fields as a list: a
+    terminal is too narrow for the table.
+    """
     text = _COMMENT.sub("", page).replace("\n# client.py\n", "\n")
     text = _FIELD.sub(r"- \1, \2, default \3: \4", _FIELD_HEADER.sub("", text)).replace(
         ", default required:", ", required:"

@@ -1,4 +1,5 @@
-"""Running a recipe at sites behind work pools: stage the job, have the coordinator's pool run it, follow it from here.
+"""Running a recipe at sites behind work pools: stage the job, have the coordinator's pool run it,
+follow it from here.
 
 Everything that can be known to be missing is said before anything is submitted.
 """
@@ -46,11 +47,15 @@ if TYPE_CHECKING:
 
 COORDINATOR_POOL = "fedpool-coordinator"
 _AD_HOC = "execute"
-"""Prefix of the deployments that `execute` uses, one for each form; a recipe's own deployment is left alone."""
+"""Prefix of the deployments that `execute` uses, one for each form; a recipe's own deployment is
+left alone.
+"""
 
 
 class RemoteEnv(Tracked):
-    """What the proof of concept and production have in common: a Prefect server, a store, a coordinator's pool, sites' pools."""
+    """What the proof of concept and production have in common: a Prefect server, a store, a
+    coordinator's pool, sites' pools.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,8 +78,8 @@ class RemoteEnv(Tracked):
         """Prefect settings by which this process reaches the server."""
 
     def recorded(self) -> EnvironmentRecord:
-        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began. No secrets, and no
-        addresses but those of trackers.
+        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began. No
+        secrets, and no addresses but those of trackers.
         """
         settings = self.model_dump(mode="json", include={"coordinator_pool", "look_ahead"})
         return EnvironmentRecord(type=type(self).__name__, settings=settings | self.tracking())
@@ -93,13 +98,16 @@ class RemoteEnv(Tracked):
         Args:
             recipe: what to run.
             begin: how the job begins.
-            wait: block until the job has ended, showing its progress. False returns once it is submitted.
+            wait: block until the job has ended, showing its progress. False returns once it is
+                submitted.
 
-        Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
+        Returns: a handle on the job. A job that fails is reported there (`get_status`,
+        `get_result`), not raised here.
 
         Raises:
             RecipeError: recipe and environment do not fit.
-            ConfigError, ServerError, StoreError: something that the job needs is missing; nothing was submitted.
+            ConfigError, ServerError, StoreError: something that the job needs is missing; nothing
+                was submitted.
             KeyboardInterrupt: Ctrl-C; the job is cancelled first.
         """
         bypass_proxies()
@@ -139,7 +147,8 @@ class RemoteEnv(Tracked):
                     deployment,
                     name=job_id,
                     parameters=self._parameters(recipe, store, names) | {"job_id": job_id},
-                    # Due now by the server's clock: by one that is ahead it would be due later, and wait without a word.
+                    # Due now by the server's clock: by one that is ahead it would be due later, and
+                    # wait without a word.
                     state=Scheduled(scheduled_time=datetime.now(UTC) - await clock_ahead(client)),
                 )
                 return run.id
@@ -159,15 +168,17 @@ class RemoteEnv(Tracked):
         warm_start: bool = False,
         overlap: Overlap | None = None,
     ) -> str:
-        """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new job of.
+        """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new
+        job of.
 
         Args:
-            schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule ("FREQ=..."), an interval, or a
-                list of those.
+            schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule
+                ("FREQ=..."), an interval, or a list of those.
             warm_start: each job starts from the final model of the last one that completed.
-            overlap: what becomes of a run that is due while another one is under way, by schedule or by hand: it is skipped
-                ("skip"), waits ("queue"), or cancels the other ("cancel"). Default: "skip" with a schedule; without one,
-                runs do not hinder each other.
+            overlap: what becomes of a run that is due while another one is under way, by schedule
+                or by hand: it is skipped ("skip"), waits ("queue"), or cancels the other
+                ("cancel"). Default: "skip" with a schedule; without one, runs do not hinder each
+                other.
 
         Returns: the deployment's name, for `prefect deployment run`.
 
@@ -277,8 +288,8 @@ async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool:
 
     Raises:
         ServerError: the server does not answer.
-        ConfigError: a pool, an online worker, or a site is missing, a pool is paused, or a site's protocol is too old; all of
-            it in one message.
+        ConfigError: a pool, an online worker, or a site is missing, a pool is paused, or a site's
+            protocol is too old; all of it in one message.
     """
     from prefect.exceptions import PrefectHTTPStatusError
 
@@ -334,7 +345,9 @@ async def _deploy(
 
 
 def _ad_hoc_name(kind: type[Recipe], entrypoint: str, schema: Mapping[str, Any]) -> str:
-    """The name of the deployment by which `execute` runs a class of recipes. Classes of one name may have different forms."""
+    """The name of the deployment by which `execute` runs a class of recipes. Classes of one name
+    may have different forms.
+    """
     name = f"{_AD_HOC}-{kind.__name__}"
     if flow_name(kind) is not None:
         return name

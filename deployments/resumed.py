@@ -13,7 +13,8 @@ from fedpool.tasks.job_record import JobRecord
 def environment_of(job: JobRecord, store: Store, home: Path) -> SimEnv | PocEnv | ProdEnv:
     """The environment of a job, with the settings that it began with, where this machine has it.
 
-    A proof of concept that is down, or of another machine, is taken for production: its store and its sites are what matters.
+    A proof of concept that is down, or of another machine, is taken for production: its store and
+    its sites are what matters.
 
     Args:
         store: that the job lies in.

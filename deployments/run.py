@@ -1,4 +1,6 @@
-"""`Run`: a handle on one job, and `Result`: what came of it. Both read the store, which is the truth about a job."""
+"""`Run`: a handle on one job, and `Result`: what came of it. Both read the store, which is the
+truth about a job.
+"""
 
 import contextvars
 import tempfile
@@ -37,16 +39,21 @@ class Result:
     Attributes:
         job_id: of the job.
         path: of the final model, safetensors; fetched to this machine where the store is remote.
-        best_path: of the best model by the recipe's key metric; the final one when nothing was scored.
-        metrics: one dict per global model, from the initial one (index 0) to the last that was scored; empty when none was.
+        best_path: of the best model by the recipe's key metric; the final one when nothing was
+            scored.
+        metrics: one dict per global model, from the initial one (index 0) to the last that was
+            scored; empty when none was.
         records: of all rounds, evaluations and submissions included.
         num_rounds: training rounds that were committed.
-        best_round: the round that the best model is the start of: 0 is the initial model, `num_rounds` the final one.
+        best_round: the round that the best model is the start of: 0 is the initial model,
+            `num_rounds` the final one.
         stopped_by: what stopped the job early, or None.
-        evaluation_error: why the final model has no score although sites were asked for one; else None.
-        endings: site -> how its script failed after its last round, by which the job has not failed. Sites elsewhere say so some
-            seconds after the job's end.
-        cross_site: data site -> owner of a model -> metrics and their weight; None without `cross_site_eval`.
+        evaluation_error: why the final model has no score although sites were asked for one; else
+            None.
+        endings: site -> how its script failed after its last round, by which the job has not
+            failed. Sites elsewhere say so some seconds after the job's end.
+        cross_site: data site -> owner of a model -> metrics and their weight; None without
+            `cross_site_eval`.
     """
 
     job_id: str
@@ -73,12 +80,16 @@ class Result:
 
     @cached_property
     def denominators(self) -> dict[str, float]:
-        """metric -> what its mean over the sites, of the final model, is over: their weights, added up."""
+        """metric -> what its mean over the sites, of the final model, is over: their weights,
+        added up.
+        """
         return dict(self._final.denominators) if self._final else {}
 
     @cached_property
     def site_metrics(self) -> dict[str, dict[str, float | None]]:
-        """site -> its metrics of the final model, and under `NUM_STEPS_CURRENT_ROUND` the weight that they count with."""
+        """site -> its metrics of the final model, and under `NUM_STEPS_CURRENT_ROUND` the weight
+        that they count with.
+        """
         return {entry.site: site_scores(entry) for entry in self._final.accepted} if self._final else {}
 
     @property
@@ -94,7 +105,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is, as the store tells: rounds committed, sites that have answered in the one under way."""
+    """How far a job is, as the store tells: rounds committed, sites that have answered in the
+    one under way.
+    """
 
     num_committed: int
     num_answered: int
@@ -130,7 +143,8 @@ class Run:
         self._committed: list[RoundRecord] = []
         self._reading = threading.Lock()  # two threads that both find a record must not both keep it
         self._done = threading.Event()
-        # In the caller's context: settings, tags and a surrounding flow of Prefect's are the job's too.
+        # In the caller's context: settings, tags and a surrounding flow of Prefect's are the job's
+        # too.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run, work), name=f"fedpool-{job_id}")
         self._thread.start()
@@ -157,8 +171,8 @@ class Run:
 
         Raises:
             TimeoutError: the job still runs.
-            JobFailed: it failed, and the message names site, round and cause; or it was lost, and the message says after how many
-                rounds, why, and how to go on.
+            JobFailed: it failed, and the message names site, round and cause; or it was lost, and
+                the message says after how many rounds, why, and how to go on.
             JobCancelled: it was cancelled.
             ServerError, StoreError: it could not even begin.
         """
@@ -189,7 +203,9 @@ class Run:
         )
 
     def abort(self) -> None:
-        """Cancel the job: scripts are killed at once, and the job says that it was cancelled. Harmless when it is over."""
+        """Cancel the job: scripts are killed at once, and the job says that it was cancelled.
+        Harmless when it is over.
+        """
         if not self._done.is_set():
             self._cancel()
 
@@ -239,7 +255,9 @@ class Run:
         return target
 
     def _last_word(self) -> JobResult | None:
-        """The result of an ended job; None when it left none, or when the store refuses us and we know the end."""
+        """The result of an ended job; None when it left none, or when the store refuses us and
+        we know the end.
+        """
         try:
             return self._read_result()
         except StoreError:

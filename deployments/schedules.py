@@ -13,7 +13,8 @@ def parse_schedule(entry: str | timedelta) -> "Schedule":
     """A schedule of whatever was given.
 
     Raises:
-        ConfigError: a text that is neither a cron line nor a recurrence rule, or an interval that is not positive.
+        ConfigError: a text that is neither a cron line nor a recurrence rule, or an interval that
+            is not positive.
     """
     from prefect.schedules import Cron, Interval, RRule
 

@@ -1,7 +1,9 @@
-"""A private Prefect server for the length of a run: its own process, in-memory database, a free port on the loopback.
+"""A private Prefect server for the length of a run: its own process, in-memory database, a free
+port on the loopback.
 
-In memory because a SQLite file answers 503 to subflows that are created just after tasks finished. Background services that
-a simulation has no use for are off, which leaves the processors to the training.
+In memory because a SQLite file answers 503 to subflows that are created just after tasks finished.
+Background services that a simulation has no use for are off, which leaves the processors to the
+training.
 """
 
 import os
@@ -38,7 +40,9 @@ _BATCHES = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "64",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
 }
-"""What the UI shows of tasks may be a second old; recorded one by one, their changes are much of what a round costs."""
+"""What the UI shows of tasks may be a second old; recorded one by one, their changes are much of
+what a round costs.
+"""
 
 
 class PrivateServer:
@@ -75,7 +79,9 @@ class PrivateServer:
         wait_until_up(self.api_url, self._process, self._output)
 
     def close(self) -> None:
-        """End the server and remove its folder. Idempotent. Killed, because it has nothing to save: its database is memory."""
+        """End the server and remove its folder. Idempotent. Killed, because it has nothing to
+        save: its database is memory.
+        """
         self._process.kill()
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -111,7 +117,9 @@ def wait_until_up(api_url: str, process: "subprocess.Popen[bytes]", output: Path
 
 
 def server_environment(home: Path, database: str = IN_MEMORY) -> dict[str, str]:
-    """The environment of a server's process: this one's without its Prefect settings, and what every server of ours needs."""
+    """The environment of a server's process: this one's without its Prefect settings, and what
+    every server of ours needs.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     return environment | {
         "PREFECT_HOME": str(home),
@@ -120,10 +128,12 @@ def server_environment(home: Path, database: str = IN_MEMORY) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_API_URL": "/api",
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
-        # With it, a server imports every Prefect collection that is installed, only to see that there is nothing to register.
+        # With it, a server imports every Prefect collection that is installed, only to see that
+        # there is nothing to register.
         "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
         "PREFECT_LOGGING_LEVEL": "WARNING",
-        # A library that Prefect schedules with would have the types of every call checked, and is compiled anew for that.
+        # A library that Prefect schedules with would have the types of every call checked, and is
+        # compiled anew for that.
         "PY_KEY_VALUE_DISABLE_BEARTYPE": "true",
         "DO_NOT_TRACK": "1",
     }

@@ -1,11 +1,13 @@
 """The process of a private Prefect server: serves on the loopback until its standard input ends.
 
-Run as `python -m fedpool.deployments.server_process PORT CACHE`. Its parent holds the other end of the standard input, so
-that the server ends with it, however the parent ends; with a fourth argument, `stay`, it outlives its parent.
+Run as `python -m fedpool.deployments.server_process PORT CACHE`. Its parent holds the other end of
+the standard input, so that the server ends with it, however the parent ends; with a fourth
+argument, `stay`, it outlives its parent.
 
-Prefect builds its tables by running every migration it ever had, which takes most of the time that a server needs to start.
-The empty tables are the same each time, so they are kept in CACHE (a SQLite file, one per version of Prefect) and copied into
-the memory of the next server. Even to find nothing left to do takes Prefect a quarter of a second, so it is not asked.
+Prefect builds its tables by running every migration it ever had, which takes most of the time that
+a server needs to start. The empty tables are the same each time, so they are kept in CACHE (a
+SQLite file, one per version of Prefect) and copied into the memory of the next server. Even to find
+nothing left to do takes Prefect a quarter of a second, so it is not asked.
 """
 
 import asyncio
@@ -39,7 +41,9 @@ def _end_with_parent() -> None:
 
 @asynccontextmanager
 async def _memory(database: Any) -> AsyncIterator[Any]:
-    """The SQLite connection that all of the server shares. Prefect's pool has just this one: hold it briefly."""
+    """The SQLite connection that all of the server shares. Prefect's pool has just this one:
+    hold it briefly.
+    """
     engine = await database.engine()
     async with engine.connect() as connection:
         yield (await connection.get_raw_connection()).driver_connection

@@ -1,6 +1,8 @@
-"""`SimEnv`: a recipe simulated on this machine. The calling process is the coordinator, sites are sessions in local slots.
+"""`SimEnv`: a recipe simulated on this machine. The calling process is the coordinator, sites are
+sessions in local slots.
 
-Nothing here imports Prefect before the job's thread does, so that a private server is starting meanwhile.
+Nothing here imports Prefect before the job's thread does, so that a private server is starting
+meanwhile.
 """
 
 import asyncio
@@ -43,8 +45,9 @@ _DRAIN_TIMEOUT_S = 30.0
 class SimEnv(Tracked, VirtualTime):
     """Simulation on this machine.
 
-    With no Prefect API configured, a private server with an in-memory database is started for the run and stopped with it.
-    Every script runs in the folder that `execute` is called from, as `python client.py` would.
+    With no Prefect API configured, a private server with an in-memory database is started for the
+    run and stopped with it. Every script runs in the folder that `execute` is called from, as
+    `python client.py` would.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -111,12 +114,16 @@ class SimEnv(Tracked, VirtualTime):
         return {site: command for site, command in commands.items() if command != "python"}
 
     def recorded(self, virtual: Mapping[str, Any] | None = None) -> EnvironmentRecord:
-        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began; with what `virtual` gives."""
+        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began;
+        with what `virtual` gives.
+        """
         own = self.model_dump(mode="json", include={"num_threads", "gpus", "keep_alive", "command", "logs"})
         return EnvironmentRecord(type="SimEnv", settings=own | self.tracking() | dict(virtual or {}))
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
-        """The sites that a recipe would run at: as many as it needs when the environment does not say."""
+        """The sites that a recipe would run at: as many as it needs when the environment does
+        not say.
+        """
         return self.names_or(recipe.sample_size or recipe.min_clients)
 
     def execute(self, recipe: Recipe, begin: Begin = ANEW, *, wait: bool = True) -> Run:
@@ -125,15 +132,18 @@ class SimEnv(Tracked, VirtualTime):
         Args:
             recipe: what to run.
             begin: how the job begins.
-            wait: block until the job has ended, showing its progress. False returns at once; the job runs on its own thread.
+            wait: block until the job has ended, showing its progress. False returns at once; the
+                job runs on its own thread.
 
-        Returns: a handle on the job. A job that fails is reported there (`get_status`, `get_result`), not raised here.
+        Returns: a handle on the job. A job that fails is reported there (`get_status`,
+        `get_result`), not raised here.
 
         Raises:
             RecipeError: recipe and environment do not fit.
             ConfigError: this machine allows too few open files for so many live scripts.
             ServerError, StoreError: the job could not begin.
-            KeyboardInterrupt: Ctrl-C; the sessions are ended first and the job says that it was cancelled.
+            KeyboardInterrupt: Ctrl-C; the sessions are ended first and the job says that it was
+                cancelled.
         """
         bypass_proxies()
         store = Store(self.workspace.absolute())
@@ -213,7 +223,8 @@ def _work(
     track: Sequence[str],
 ) -> None:
     """A job from its beginning to its end, on its own thread with its own event loop."""
-    # At the interpreter's end, looking for garbage among all that torch and Prefect consist of takes longer than some rounds.
+    # At the interpreter's end, looking for garbage among all that torch and Prefect consist of
+    # takes longer than some rounds.
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
     with ExitStack() as stack:

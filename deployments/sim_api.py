@@ -14,16 +14,18 @@ from fedpool.tasks.prefect_internals import import_for_first_run, surrounding_ap
 
 
 def find_api(stack: ExitStack, console: Console, sites: LocalSites) -> dict[Any, object]:
-    """Settings by which Prefect finds the API that is configured, else a private server that lives as long as the stack does.
+    """Settings by which Prefect finds the API that is configured, else a private server that lives
+    as long as the stack does.
 
     Has the sites import what they need meanwhile.
     """
-    # A server takes seconds to start, importing Prefect one or two more: do both at once. Only Prefect can tell whether
-    # a profile names an API; then the server goes again.
+    # A server takes seconds to start, importing Prefect one or two more: do both at once. Only
+    # Prefect can tell whether a profile names an API; then the server goes again.
     server = None
     if "prefect" not in sys.modules and "PREFECT_API_URL" not in os.environ:
         server = stack.enter_context(private_server())
-    # The server has the most to import, and all wait for it: on two processors a third process would only delay it.
+    # The server has the most to import, and all wait for it: on two processors a third process
+    # would only delay it.
     sites_wait = server is not None and (os.cpu_count() or 1) < 3
     if not sites_wait:
         sites.preload()

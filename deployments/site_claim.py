@@ -1,7 +1,8 @@
 """Which process serves a site: a claim on the Prefect server, by which a second one is refused.
 
-It is a Prefect variable, because creating one is atomic, and deleting one by its id touches no later one of its name. A claim
-whose process is gone counts for nothing: on the same machine the process itself is looked for, elsewhere its worker's heartbeats.
+It is a Prefect variable, because creating one is atomic, and deleting one by its id touches no
+later one of its name. A claim whose process is gone counts for nothing: on the same machine the
+process itself is looked for, elsewhere its worker's heartbeats.
 """
 
 import hashlib
@@ -29,7 +30,9 @@ from fedpool.tasks.prefect_internals import delete_variable, delete_worker
 _LOOK_S = 30.0
 """How often a process looks whether its claim still stands."""
 _HEARTBEATS = 2
-"""A worker that sends none in the time of so many is dead; should it wake up after all, it finds that it was replaced."""
+"""A worker that sends none in the time of so many is dead; should it wake up after all, it finds
+that it was replaced.
+"""
 _HEARTBEAT_POLL_S = 1.0
 
 
@@ -38,7 +41,8 @@ class Holder:
     """A process that serves a site.
 
     Attributes:
-        machine: tells apart machines, their boots, and the containers on them that do not see each other's processes.
+        machine: tells apart machines, their boots, and the containers on them that do not see each
+            other's processes.
         born: when it began, by the machine's own count; tells it from a later process of its pid.
         token: tells it from everyone else.
     """
@@ -94,7 +98,9 @@ class SiteClaim:
         return True
 
     async def release(self, client: PrefectClient) -> None:
-        """Give the site up: without a claim its worker is no more, so that its record goes, too. Harmless when repeated."""
+        """Give the site up: without a claim its worker is no more, so that its record goes, too.
+        Harmless when repeated.
+        """
         if self._id is None:
             return
         await delete_worker(client, self.holder.pool, self.holder.worker)
@@ -147,7 +153,9 @@ class SiteClaim:
 
 
 def variable_name(site: str) -> str:
-    """Name of the variable that holds the claim to a site. Variables have lowercase names, without dots."""
+    """Name of the variable that holds the claim to a site. Variables have lowercase names,
+    without dots.
+    """
     slug = re.sub(r"[^a-z0-9_-]", "-", site.lower())
     return f"fedpool-site-{slug}" + ("" if slug == site else f"-{hashlib.sha256(site.encode()).hexdigest()[:8]}")
 
@@ -178,7 +186,9 @@ def _machine() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When a process began; None when it is not there. On Linux in ticks since the boot, which no change of the clock moves."""
+    """When a process began; None when it is not there. On Linux in ticks since the boot, which
+    no change of the clock moves.
+    """
     try:
         if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return None

@@ -1,8 +1,10 @@
-"""The `fedpool-site` worker: what Prefect's command, and ours, start to serve a site inside their own process.
+"""The `fedpool-site` worker: what Prefect's command, and ours, start to serve a site inside their
+own process.
 
-What it is handed comes from outside the site: of a run it takes the four parameters of `site_round`, and checks them.
-Entrypoint, pull steps, command, environment and job variables of the run's deployment are never looked at. A run of any
-other flow is refused. Of Prefect's worker it has the name and the settings: what it does is `SiteService`, at a `PrefectDesk`.
+What it is handed comes from outside the site: of a run it takes the four parameters of
+`site_round`, and checks them. Entrypoint, pull steps, command, environment and job variables of the
+run's deployment are never looked at. A run of any other flow is refused. Of Prefect's worker it has
+the name and the settings: what it does is `SiteService`, at a `PrefectDesk`.
 """
 
 import asyncio
@@ -55,7 +57,9 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
 
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]:
-        """The work pool's template: there is nothing to set, and nothing that the server has to check with every run."""
+        """The work pool's template: there is nothing to set, and nothing that the server has to
+        check with every run.
+        """
         return {}
 
     def __init__(
@@ -133,10 +137,11 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
 
 @contextmanager
 def _ended_by_signals() -> Iterator[threading.Event]:
-    """Have signals cancel the current task, and set the event; only where signals come, in the main thread.
+    """Have signals cancel the current task, and set the event; only where signals come, in the main
+    thread.
 
-    Prefect makes them a KeyboardInterrupt wherever the main thread happens to be, and some of what it calls there takes that for
-    an error of its own and goes on.
+    Prefect makes them a KeyboardInterrupt wherever the main thread happens to be, and some of what
+    it calls there takes that for an error of its own and goes on.
     """
     signalled = threading.Event()
     if threading.current_thread() is not threading.main_thread():

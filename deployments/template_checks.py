@@ -1,4 +1,6 @@
-"""What a template of a work pool is asked for, and whether it fits together; see `fedpool.deployments.templates`."""
+"""What a template of a work pool is asked for, and whether it fits together; see
+`fedpool.deployments.templates`.
+"""
 
 import re
 import shlex

@@ -1,13 +1,16 @@
-"""Base job templates of the work pools that run a site's rounds cold: process, docker and kubernetes.
+"""Base job templates of the work pools that run a site's rounds cold: process, docker and
+kubernetes.
 
-Whoever can create runs must not get code or mounts into the site's process or container. So the command is `fedpool site run`
-with the site's settings as its options, and no variable is left for a deployment or a run to fill in: the server refuses job
-variables, and the worker has no place for them. `env` is missing on purpose: where a template has one, Prefect merges the
-deployment's `env` into it without being asked to. Our variables stand in the command, for kubernetes in the manifest.
+Whoever can create runs must not get code or mounts into the site's process or container. So the
+command is `fedpool site run` with the site's settings as its options, and no variable is left for a
+deployment or a run to fill in: the server refuses job variables, and the worker has no place for
+them. `env` is missing on purpose: where a template has one, Prefect merges the deployment's `env`
+into it without being asked to. Our variables stand in the command, for kubernetes in the manifest.
 
-What a template cannot do: keep out someone who may change the work pool itself; and, in a process pool, keep Prefect's worker
-from loading the deployment's flow, pull steps and all, for its hooks when a run is cancelled or killed (so Prefect 3.8.8).
-Use a process pool only where whoever can create deployments may run code at the site; the `fedpool-site` worker never loads any.
+What a template cannot do: keep out someone who may change the work pool itself; and, in a process
+pool, keep Prefect's worker from loading the deployment's flow, pull steps and all, for its hooks
+when a run is cancelled or killed (so Prefect 3.8.8). Use a process pool only where whoever can
+create deployments may run code at the site; the `fedpool-site` worker never loads any.
 """
 
 import shlex
@@ -40,21 +43,29 @@ def base_job_template(
     namespace: str | None = None,
     program: str = "fedpool",
 ) -> dict[str, Any]:
-    """The template of a site's work pool, for `prefect work-pool create --type KIND --base-job-template FILE POOL`.
+    """The template of a site's work pool, for `prefect work-pool create --type KIND
+    --base-job-template FILE POOL`.
 
     Args:
         kind: type of the work pool.
         name: of the site; a run for another one is refused.
-        image: with fedpool and what scripts import; one whose entrypoint, if any, runs its arguments.
-        data: the site's data: an absolute path, for kubernetes the name of a claim. Mounted read-only at `/data`.
-        keep: where what scripts keep stays from round to round: an absolute path, for kubernetes the name of a claim.
-        config: the site's TOML file, an absolute path; for kubernetes the name of a secret that has the key `site.toml`.
-        env: variables of the command. They can be read on the server: secrets belong into `config` or `env_secret`.
-        env_secret: name of a kubernetes secret whose keys are variables, e.g. the store's credentials.
+        image: with fedpool and what scripts import; one whose entrypoint, if any, runs its
+            arguments.
+        data: the site's data: an absolute path, for kubernetes the name of a claim. Mounted
+            read-only at `/data`.
+        keep: where what scripts keep stays from round to round: an absolute path, for kubernetes
+            the name of a claim.
+        config: the site's TOML file, an absolute path; for kubernetes the name of a secret that has
+            the key `site.toml`.
+        env: variables of the command. They can be read on the server: secrets belong into `config`
+            or `env_secret`.
+        env_secret: name of a kubernetes secret whose keys are variables, e.g. the store's
+            credentials.
         memory: limit; docker: bytes with the unit b, k, m or g; kubernetes: a quantity such as 4Gi.
         cpus: limit, in processors.
         namespace: of kubernetes; default: `default`.
-        program: what runs fedpool where the round runs; for a process pool e.g. the path of the environment's `bin/fedpool`.
+        program: what runs fedpool where the round runs; for a process pool e.g. the path of the
+            environment's `bin/fedpool`.
 
     Raises:
         ConfigError: a value does not fit, or this type of pool has no such thing.
@@ -111,7 +122,9 @@ def _process(pool: SitePool) -> dict[str, Any]:
 
 
 def _docker(pool: SitePool) -> dict[str, Any]:
-    """The job configuration of a docker pool; an engine that lacks the image gets it from its registry."""
+    """The job configuration of a docker pool; an engine that lacks the image gets it from its
+    registry.
+    """
     # init ends what a script leaves behind, and hands SIGTERM on.
     container: dict[str, Any] = {"init": True, "security_opt": ["no-new-privileges"]}
     if pool.cpus is not None:
@@ -135,7 +148,9 @@ def _docker(pool: SitePool) -> dict[str, Any]:
 
 
 def _kubernetes(pool: SitePool) -> dict[str, Any]:
-    """The job configuration of a kubernetes pool. A pod that is evicted is not replaced: the round goes on without the site."""
+    """The job configuration of a kubernetes pool. A pod that is evicted is not replaced: the
+    round goes on without the site.
+    """
     mounts, volumes = _volumes(pool)
     resources = {} if pool.memory is None else {"memory": pool.memory}
     if pool.cpus is not None:
@@ -174,7 +189,9 @@ def _kubernetes(pool: SitePool) -> dict[str, Any]:
 
 
 def _volumes(pool: SitePool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What a container mounts, and what of: the site's data, what its scripts keep, its settings."""
+    """What a container mounts, and what of: the site's data, what its scripts keep, its
+    settings.
+    """
     mounts: list[dict[str, Any]] = []
     volumes: list[dict[str, Any]] = []
     if pool.data is not None:

@@ -1,4 +1,6 @@
-"""What commands and environments print to: as wide as the terminal is; where there is none, nothing is cut."""
+"""What commands and environments print to: as wide as the terminal is; where there is none,
+nothing is cut.
+"""
 
 from rich.console import Console
 

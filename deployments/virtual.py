@@ -1,4 +1,6 @@
-"""The part of a simulation's settings that is about virtual time; see `fedpool.tasks.virtual_time`."""
+"""The part of a simulation's settings that is about virtual time; see
+`fedpool.tasks.virtual_time`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,10 +33,12 @@ class VirtualTime(NamedClients):
         return value
 
     def virtual(self, recipe: Recipe, names: Sequence[str]) -> dict[str, Any]:
-        """What `job.json` says of the sites' speeds, as part of the settings; nothing where time is the machine's.
+        """What `job.json` says of the sites' speeds, as part of the settings; nothing where time is
+        the machine's.
 
         Raises:
-            RecipeError: `speeds` are not those of the sites, or the recipe goes by the machine's time.
+            RecipeError: `speeds` are not those of the sites, or the recipe goes by the machine's
+                time.
         """
         if self.speeds is None:
             return {}

@@ -1,4 +1,6 @@
-"""Which store a command means: one rule for all of them, and the first line of what they print says which."""
+"""Which store a command means: one rule for all of them, and the first line of what they print
+says which.
+"""
 
 import os
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ class MeantStore:
 
 
 def meant_store(url: str | None, home: Path) -> MeantStore:
-    """The store that is meant: the one that is given, else that of `FEDPOOL_STORE`, else that of the proof of concept that is
-    up, else the folder `fedpool-runs` here.
+    """The store that is meant: the one that is given, else that of `FEDPOOL_STORE`, else that of
+    the proof of concept that is up, else the folder `fedpool-runs` here.
 
     Args:
         url: what `--store` says.

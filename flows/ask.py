@@ -1,4 +1,6 @@
-"""Asking: a round's sites are reached before its turn, asked at its turn, and asked again when too few have answered."""
+"""Asking: a round's sites are reached before its turn, asked at its turn, and asked again when
+too few have answered.
+"""
 
 import asyncio
 import time
@@ -48,7 +50,9 @@ class Asking:
 
 
 async def ask(job: Job, number: int) -> tuple[Asking | None, list[Outcome]]:
-    """Reach the round's sites, as far as they are known, and ask them at its turn; no `Asking` when that never comes."""
+    """Reach the round's sites, as far as they are known, and ask them at its turn; no `Asking`
+    when that never comes.
+    """
     recipe, names = job.recipe, job.sites.names
     everyone = asks_everyone(recipe, job.records, number)
     ahead, _ = choose(recipe, job.strategy, job.ledger, names, number, everyone=everyone)
@@ -114,7 +118,9 @@ def _turn(job: Job, asking: Asking, sites: Collection[str], probes: Collection[s
 
 
 async def ask_until_enough(job: Job, asking: Asking, outcomes: list[Outcome]) -> tuple[Asking, list[Outcome]]:
-    """Ask the missing sites again while the round has too few updates, as often as the recipe allows."""
+    """Ask the missing sites again while the round has too few updates, as often as the recipe
+    allows.
+    """
     retries = job.recipe.round_retries
     while len(accepted(outcomes)) < asking.step.min_answers and retries and not job.sites.cancelled:
         retries -= 1
@@ -126,7 +132,9 @@ async def ask_until_enough(job: Job, asking: Asking, outcomes: list[Outcome]) ->
 
 
 async def _ask_again(job: Job, asking: Asking, before: Collection[Outcome]) -> list[Outcome]:
-    """Ask the sites once more whose updates the round still lacks; updates that were accepted stay."""
+    """Ask the sites once more whose updates the round still lacks; updates that were accepted
+    stay.
+    """
     there = {outcome.site for outcome in accepted(before)}
     attempts = {outcome.site: outcome.attempt for outcome in before}  # the last of a site wins
     missing = in_order(set(asking.chosen) - asking.probes - there)
@@ -141,7 +149,8 @@ async def _ask_again(job: Job, asking: Asking, before: Collection[Outcome]) -> l
 
 
 def _have_model(job: Job, number: int, step: Step) -> None:
-    """See to it that the round's global model is there: for a submission, it is still that of the round before.
+    """See to it that the round's global model is there: for a submission, it is still that of the
+    round before.
 
     Raises:
         IntegrityError: it is not what was committed.

@@ -76,7 +76,9 @@ class AveragingRecipe(LateUpdates):
 
 
 def _in_one(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a job, with those that an earlier version had for its aggregator in one, as they are written today."""
+    """The fields of a job, with those that an earlier version had for its aggregator in one, as
+    they are written today.
+    """
     rest = {name: value for name, value in fields.items() if name not in _FLAT}
     name = fields.get("aggregator")
     if (

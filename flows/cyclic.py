@@ -3,8 +3,8 @@
 A round is one site's turn: the next global model is what it sends.
 
 Paper:
-    Chang et al. 2018, "Distributed deep learning networks among institutions for medical imaging", JAMIA 25(8)
-    (https://doi.org/10.1093/jamia/ocy017)
+    Chang et al. 2018, "Distributed deep learning networks among institutions for medical imaging",
+    JAMIA 25(8) (https://doi.org/10.1093/jamia/ocy017)
 """
 
 import random
@@ -28,11 +28,14 @@ class Cyclic(Strategy):
     order: str | tuple[str, ...]
 
     def choose(self, *, seed: int, round: int, sites: Sequence[str], count: int | None) -> tuple[str, ...]:
-        """See `Strategy.choose`: one site, by the order. A site that is not there (any more) is passed over."""
+        """See `Strategy.choose`: one site, by the order. A site that is not there (any more) is
+        passed over.
+        """
         turns = [site for site in self.order if site in sites] if isinstance(self.order, tuple) else list(sites)
         cycle, position = divmod(round, len(turns) or 1)
         if self.order == "random":
-            # A string seeds the generator through sha512, so the draw is the same on every machine and for every hash seed.
+            # A string seeds the generator through sha512, so the draw is the same on every machine
+            # and for every hash seed.
             turns = random.Random(f"cyclic/{seed}/{cycle}").sample(sorted(sites), len(sites))
         return (turns[position],) if turns else ()
 
@@ -44,7 +47,8 @@ class Cyclic(Strategy):
 
 
 class CyclicRecipe(NoLateUpdates):
-    """Weight transfer from site to site: no averaging, one model at a time, for few sites with little data each.
+    """Weight transfer from site to site: no averaging, one model at a time, for few sites with
+    little data each.
 
     A round is one site's turn: `num_rounds` of 30 takes the model through 10 sites three times.
 

@@ -1,11 +1,13 @@
 """A recipe as a deployment: the flow that `prefect deployment run`, a schedule or the UI starts.
 
-`deployed(FedAvgRecipe)` makes a flow named `federated-job` whose parameters are the recipe's fields, with their bounds and
-descriptions, and a few of its own. Each run is a new job, made from a job that was staged as its template and never runs itself;
-or, when `job_id` names a job, that very job, from where it is. The store and the sites' work pools are all it needs.
+`deployed(FedAvgRecipe)` makes a flow named `federated-job` whose parameters are the recipe's
+fields, with their bounds and descriptions, and a few of its own. Each run is a new job, made from a
+job that was staged as its template and never runs itself; or, when `job_id` names a job, that very
+job, from where it is. The store and the sites' work pools are all it needs.
 
-A class that is not fedpool's own has no flow in a module: its deployments load `own(NAMES)`, which knows the names of the class's
-own fields, because Prefect checks parameters by their names. The class itself is that of the template, or of the job.
+A class that is not fedpool's own has no flow in a module: its deployments load `own(NAMES)`, which
+knows the names of the class's own fields, because Prefect checks parameters by their names. The
+class itself is that of the template, or of the job.
 """
 
 import asyncio
@@ -56,7 +58,9 @@ _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{8}-\d{6}-[0-9a-f]{6}")
 """What `new_job_id` makes."""
 
 _LEFT_OUT = "<as in the template>"
-"""Of a parameter that a run of `own_flow` was not given, as the form of `prefect deploy` shows it."""
+"""Of a parameter that a run of `own_flow` was not given, as the form of `prefect deploy` shows
+it.
+"""
 
 _STAGED = frozenset({"name", "model", "train_script", "initial_ckpt", "include"})
 """Fields that are in the template and not in the form: files and objects of whoever deployed."""
@@ -71,7 +75,9 @@ def form_fields(kind: type[Recipe]) -> list[str]:
 
 
 def entrypoint_of(kind: type[Recipe]) -> str:
-    """The path by which the coordinator finds the flow of a recipe's deployments; see `fedpool.flows.entrypoints`."""
+    """The path by which the coordinator finds the flow of a recipe's deployments; see
+    `fedpool.flows.entrypoints`.
+    """
     own = ",".join(sorted(set(form_fields(kind)) - set(_SHARED)))
     return f"fedpool.flows.entrypoints.{flow_name(kind) or f'own({own})'}"
 
@@ -95,7 +101,8 @@ def _flow(kind: type[Recipe] | None, head: str, own: Sequence[_Parameter]) -> "F
     async def federated_job(**given: Any) -> State[Any]:
         return await _run(kind, **{name: value for name, value in given.items() if value != _LEFT_OUT})
 
-    # Prefect reads the form's types and bounds off the signature, and its descriptions off the docstring.
+    # Prefect reads the form's types and bounds off the signature, and its descriptions off the
+    # docstring.
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         (inspect.Parameter(name, keyword_only, annotation=annotation, default=default), description)
@@ -208,7 +215,9 @@ async def _run(
 
 
 def _needs(store: Store, staged: str, fields: Mapping[str, Any]) -> tuple[int, float]:
-    """How many sites every round needs, and the seconds to wait for them: the run's values, else those of what was staged."""
+    """How many sites every round needs, and the seconds to wait for them: the run's values, else
+    those of what was staged.
+    """
     path = JobPaths(staged).job
     if "min_clients" in fields and "site_patience_s" in fields:
         known = fields
@@ -229,7 +238,8 @@ def _is_run_again() -> bool:
 
 
 async def _wait_for_sites(sites: list[str], needed: int, patience_s: float) -> None:
-    """Wait until as many sites as every round needs can take part; the rounds themselves wait for the others.
+    """Wait until as many sites as every round needs can take part; the rounds themselves wait for
+    the others.
 
     Raises:
         ConfigError: they cannot, after that long; the message says why, and what to do.
@@ -253,7 +263,9 @@ async def _wait_for_sites(sites: list[str], needed: int, patience_s: float) -> N
 
 
 def _begun_before(store: Store) -> str | None:
-    """The job of this flow run, when it is run again: Prefect retries a run that failed or crashed, where it is asked to."""
+    """The job of this flow run, when it is run again: Prefect retries a run that failed or
+    crashed, where it is asked to.
+    """
     context = FlowRunContext.get()
     name = context.flow_run.name if context and context.flow_run else ""
     return name if _JOB_ID.fullmatch(name) and store.exists(JobPaths(name).job) else None

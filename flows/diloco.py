@@ -5,8 +5,8 @@ The outer gradient is the mean of the sites' differences, and the outer optimize
     m <- outer_momentum m + delta; w <- w + outer_lr (delta + outer_momentum m)
 
 Paper:
-    Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models", algorithm 1
-    (https://arxiv.org/abs/2311.08105)
+    Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models",
+    algorithm 1 (https://arxiv.org/abs/2311.08105)
 """
 
 from pydantic import Field
@@ -17,13 +17,15 @@ from fedpool.tasks.optimizers import Momentum, Schedule
 
 
 class DiLoCoRecipe(AveragingRecipe):
-    """Distributed low-communication training: AdamW for hundreds of steps at the sites, outer Nesterov momentum at the server.
+    """Distributed low-communication training: AdamW for hundreds of steps at the sites, outer
+    Nesterov momentum at the server.
 
-    For language models over slow links: a round costs one model's transfer, however many steps it takes.
+    For language models over slow links: a round costs one model's transfer, however many steps it
+    takes.
 
     Client script: examples/algorithms/plain.py
-        That of federated averaging. The inner optimizer is the script's own, in the paper AdamW for 500 steps. Make it
-        once, before the loop, and its state goes on from round to round.
+        That of federated averaging. The inner optimizer is the script's own, in the paper AdamW for
+        500 steps. Make it once, before the loop, and its state goes on from round to round.
     """
 
     outer_lr: float = Field(default=0.7, description="learning rate of the outer optimizer", gt=0, allow_inf_nan=False)

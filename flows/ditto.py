@@ -1,12 +1,13 @@
-"""Ditto: a global model by federated averaging, and beside it at each site a personal one that never leaves.
+"""Ditto: a global model by federated averaging, and beside it at each site a personal one that
+never leaves.
 
 Beside its part in the global model, a site minimises this for its personal v:
 
     F_k(v) + lambda/2 ||v - w_global||^2
 
-The paper starts every v from the initial model, also at a site that is first drawn in a later round.
-`personal_start="received"` starts it there from the model which that site receives first, in which the other sites have had
-their part.
+The paper starts every v from the initial model, also at a site that is first drawn in a later
+round. `personal_start="received"` starts it there from the model which that site receives first, in
+which the other sites have had their part.
 
 Paper:
     Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization", algorithm 1
@@ -22,7 +23,8 @@ from fedpool.flows.fedavg import FedAvgRecipe
 
 
 class DittoRecipe(FedAvgRecipe):
-    """Personalisation: each site gets a model of its own, near the global one by as much as `ditto_lambda` says.
+    """Personalisation: each site gets a model of its own, near the global one by as much as
+    `ditto_lambda` says.
 
     Client script: examples/algorithms/ditto.py
         It trains two models, and keeps the personal one at the site from round to round.

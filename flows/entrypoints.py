@@ -1,5 +1,6 @@
-"""The flows that deployments load, made when they are loaded: `fedpool.flows.entrypoints.fedavg` for a recipe of fedpool's own,
-`fedpool.flows.entrypoints.own(server_lr)` for any other, with the names of the fields that it adds to those of all recipes.
+"""The flows that deployments load, made when they are loaded: `fedpool.flows.entrypoints.fedavg`
+for a recipe of fedpool's own, `fedpool.flows.entrypoints.own(server_lr)` for any other, with the
+names of the fields that it adds to those of all recipes.
 """
 
 import re

@@ -1,4 +1,6 @@
-"""What recipes have in common that train nothing: what a job asks of a training is settled, and no field."""
+"""What recipes have in common that train nothing: what a job asks of a training is settled, and
+no field.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,10 +1,11 @@
 """Federated averaging: sites train from the global model, and the next one is the mean of theirs.
 
-The n_k are the sites' local steps (`NUM_STEPS_CURRENT_ROUND`), times their `aggregation_weights`, and n is their sum.
+The n_k are the sites' local steps (`NUM_STEPS_CURRENT_ROUND`), times their `aggregation_weights`,
+and n is their sum.
 
 Paper:
-    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
-    (https://arxiv.org/abs/1602.05629)
+    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
+    Data", algorithm 1 (https://arxiv.org/abs/1602.05629)
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from fedpool.tasks.strategy import State, Update
 class FedAvg(Averaging):
     """w <- sum_k (n_k / n) w_k
 
-    With another aggregator than the mean, w is what that makes of the w_k. The state is the global model alone.
+    With another aggregator than the mean, w is what that makes of the w_k. The state is the global
+    model alone.
     """
 
     rule: Aggregator = field(default_factory=Mean)
@@ -33,8 +35,8 @@ class FedAvg(Averaging):
 class FedAvgRecipe(AveragingRecipe):
     """Federated averaging, the baseline: start here.
 
-    Sites train alone between rounds, so it needs little transfer. Where their data differ much, long local training pulls the
-    model apart: see FedProx, SCAFFOLD and FedOpt then.
+    Sites train alone between rounds, so it needs little transfer. Where their data differ much,
+    long local training pulls the model apart: see FedProx, SCAFFOLD and FedOpt then.
 
     Client script: examples/algorithms/plain.py
         Your training loop between `receive()` and `send()`.
@@ -43,10 +45,12 @@ class FedAvgRecipe(AveragingRecipe):
             model.load_state_dict(received.params)
             flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics))
 
-        With `meta={"NUM_STEPS_CURRENT_ROUND": steps}` the site's model counts by its steps; without, all count alike.
+        With `meta={"NUM_STEPS_CURRENT_ROUND": steps}` the site's model counts by its steps;
+        without, all count alike.
 
     Raises:
-        RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its value and the remedy.
+        RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its
+            value and the remedy.
     """
 
     def strategy(self, num_sites: int) -> FedAvg:

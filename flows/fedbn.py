@@ -1,10 +1,11 @@
 """FedBN: federated averaging whose batch normalisation stays at the site.
 
-The server is that of federated averaging; a site finds its own batch normalisation in the model that it receives.
+The server is that of federated averaging; a site finds its own batch normalisation in the model
+that it receives.
 
 Paper:
-    Li et al. 2021, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", algorithm 1
-    (https://arxiv.org/abs/2102.07623)
+    Li et al. 2021, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization",
+    algorithm 1 (https://arxiv.org/abs/2102.07623)
 """
 
 import re
@@ -20,7 +21,8 @@ _STATISTIC = "running_mean"
 
 
 class FedBNRecipe(FedAvgRecipe):
-    """Federated averaging for sites whose inputs look different (scanners, cameras): each keeps its own batch normalisation.
+    """Federated averaging for sites whose inputs look different (scanners, cameras): each keeps its
+    own batch normalisation.
 
     Adds to `exclude_vars` every layer that has running statistics, with its scale and shift.
 

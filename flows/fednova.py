@@ -1,8 +1,9 @@
-"""FedNova: averages what the sites' steps come to each, so that a site that took more of them does not pull the model to itself.
+"""FedNova: averages what the sites' steps come to each, so that a site that took more of them does
+not pull the model to itself.
 
 Paper:
-    Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization", equation 6
-    (https://arxiv.org/abs/2007.07481)
+    Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+    Optimization", equation 6 (https://arxiv.org/abs/2007.07481)
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,10 @@ from fedpool.tasks.strategy import State, Strategy, Update
 class FedNova(Strategy):
     """w <- w + tau_eff sum_k p_k (w_k - w) / tau_k, where tau_eff = sum_k p_k tau_k
 
-    p_k are the weights and tau_k = `meta["LOCAL_STEPS"]` the steps of the sites: of plain SGD their number, of any other local
-    optimizer the L1 norm of how much each gradient counts in its update. With equal steps it is federated averaging. Where
-    groups of parameters differ in that, tau_k is their mean. A site that took no step has weight 0.
+    p_k are the weights and tau_k = `meta["LOCAL_STEPS"]` the steps of the sites: of plain SGD their
+    number, of any other local optimizer the L1 norm of how much each gradient counts in its update.
+    With equal steps it is federated averaging. Where groups of parameters differ in that, tau_k is
+    their mean. A site that took no step has weight 0.
     """
 
     positive_meta = (LOCAL_STEPS,)
@@ -53,11 +55,13 @@ def _scalar(value: float) -> torch.Tensor:
 
 
 class FedNovaRecipe(NoLateUpdates):
-    """Federated averaging for sites that take unequal numbers of local steps (different data, epochs or speed).
+    """Federated averaging for sites that take unequal numbers of local steps (different data,
+    epochs or speed).
 
     Client script: examples/algorithms/fednova.py
-        It says how far it went. Let its weight be its rows, which do not depend on that. A patched Lightning or Hugging Face
-        trainer does both by itself. The optimizer is SGD, with momentum or a schedule as you like.
+        It says how far it went. Let its weight be its rows, which do not depend on that. A patched
+        Lightning or Hugging Face trainer does both by itself. The optimizer is SGD, with momentum
+        or a schedule as you like.
 
             steps = flare.LocalSteps(optimizer)
             meta = {"NUM_STEPS_CURRENT_ROUND": len(digits.labels), "LOCAL_STEPS": steps.count}

@@ -1,18 +1,22 @@
-"""Adaptive federated optimization: the server takes a step of an optimizer towards the aggregate, not all the way to it.
+"""Adaptive federated optimization: the server takes a step of an optimizer towards the aggregate,
+not all the way to it.
 
-With delta, the aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correction, the optimizers are:
+With delta, the aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correction,
+the optimizers are:
 
-    adam      m <- beta1 m + (1 - beta1) delta; v <- beta2 v + (1 - beta2) delta^2; w <- w + lr m / (sqrt(v) + tau)
+    adam      m <- beta1 m + (1 - beta1) delta; v <- beta2 v + (1 - beta2) delta^2
+              w <- w + lr m / (sqrt(v) + tau)
     yogi      the same with v <- v - (1 - beta2) delta^2 sign(v - delta^2)
     adagrad   the same with v <- v + delta^2
     momentum  m <- beta1 m + delta; w <- w + lr m
     nesterov  m <- beta1 m + delta; w <- w + lr (delta + beta1 m)
 
-Defaults are those of the papers: FedAdagrad has no momentum (beta1 is 0), and the rate of FedAvgM, `momentum`, is 1 (Hsu et al.
-2019, https://arxiv.org/abs/1909.06335).
+Defaults are those of the papers: FedAdagrad has no momentum (beta1 is 0), and the rate of FedAvgM,
+`momentum`, is 1 (Hsu et al. 2019, https://arxiv.org/abs/1909.06335).
 
 Paper:
-    Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (https://arxiv.org/abs/2003.00295)
+    Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2
+    (https://arxiv.org/abs/2003.00295)
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,9 +60,11 @@ class FedOpt(Averaging):
 
 
 class FedOptRecipe(AveragingRecipe):
-    """Federated averaging with an optimizer at the server: FedAdam, FedYogi, FedAdagrad, FedAvgM, or a class of `torch.optim`.
+    """Federated averaging with an optimizer at the server: FedAdam, FedYogi, FedAdagrad, FedAvgM,
+    or a class of `torch.optim`.
 
-    Converges in fewer rounds than plain averaging where sites differ or gradients are sparse; its learning rate wants tuning.
+    Converges in fewer rounds than plain averaging where sites differ or gradients are sparse; its
+    learning rate wants tuning.
 
     Client script: examples/algorithms/plain.py
         That of federated averaging: the server alone differs.

@@ -5,7 +5,8 @@ A site minimises its loss with a term beside it; the server is that of federated
     F_k(w) + mu/2 ||w - w_global||^2
 
 Paper:
-    Li et al. 2020, "Federated Optimization in Heterogeneous Networks", algorithm 2 (https://arxiv.org/abs/1812.06127)
+    Li et al. 2020, "Federated Optimization in Heterogeneous Networks", algorithm 2
+    (https://arxiv.org/abs/1812.06127)
 """
 
 from collections.abc import Mapping
@@ -18,10 +19,12 @@ from fedpool.model import FEDPROX_MU
 
 
 class FedProxRecipe(FedAvgRecipe):
-    """Federated averaging for sites that differ much, or do unequal amounts of work: each is pulled back to the global model.
+    """Federated averaging for sites that differ much, or do unequal amounts of work: each is pulled
+    back to the global model.
 
     Client script: examples/algorithms/fedprox.py
-        The term is one line of the loss. A patched Lightning or Hugging Face trainer adds its gradient by itself.
+        The term is one line of the loss. A patched Lightning or Hugging Face trainer adds its
+        gradient by itself.
 
             mu = flare.get_config()["fedprox_mu"]
             loss = loss + flare.prox_loss(model, received.params, mu)

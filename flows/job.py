@@ -1,8 +1,8 @@
 """`federated_job`: one execution of a recipe, one flow run.
 
-Writes the bundle, the initial model and `job.json`, runs the rounds that `fedpool.flows.plan` says, and writes `result.json`,
-which says that the job ended and how. Requires sites that nobody else uses; ends their scripts in every case.
-Persists no Prefect result: whatever lasts is in the store.
+Writes the bundle, the initial model and `job.json`, runs the rounds that `fedpool.flows.plan` says,
+and writes `result.json`, which says that the job ended and how. Requires sites that nobody else
+uses; ends their scripts in every case. Persists no Prefect result: whatever lasts is in the store.
 """
 
 import asyncio
@@ -92,7 +92,9 @@ async def federated_job(
 
 
 async def run_job(job: Job) -> State[Any]:
-    """Run a staged job to its end, inside its flow run; see `federated_job`. Ends the sites in every case."""
+    """Run a staged job to its end, inside its flow run; see `federated_job`. Ends the sites in
+    every case.
+    """
     recipe, storage, sites = job.recipe, job.store, job.sites
     for note in recipe.bundle.notes:
         get_run_logger().info("%s", note)
@@ -109,7 +111,8 @@ async def run_job(job: Job) -> State[Any]:
         except Exception as failure:  # noqa: BLE001  # the store says how the job ended, whatever ended it
             error = "cancelled" if sites.cancelled else _failure(failure, job)
         except asyncio.CancelledError:
-            # Someone cancels the run, or ends this process, and waits for nothing: the sites learn of it from the result.
+            # Someone cancels the run, or ends this process, and waits for nothing: the sites learn
+            # of it from the result.
             sites.cancel()
             result = _result(job, "CANCELLED", None, "cancelled")
             storage.write_json(job.paths.result, result.as_json())
@@ -144,7 +147,9 @@ async def run_job(job: Job) -> State[Any]:
 
 
 def _ask_for_scalars(job: Job) -> None:
-    """Have sites elsewhere send all that their scripts log. Who watches a job fails it in no case."""
+    """Have sites elsewhere send all that their scripts log. Who watches a job fails it in no
+    case.
+    """
     try:
         if not job.store.exists(job.paths.tracked):
             job.store.write_json(job.paths.tracked, {})
@@ -198,7 +203,8 @@ async def _run_rounds(job: Job) -> str | None:
 
 
 def _check_metrics(job: Job, records: Sequence[RoundRecord]) -> bool:
-    """Whether the metrics that the recipe goes by are missing from some rounds, which the log then says.
+    """Whether the metrics that the recipe goes by are missing from some rounds, which the log then
+    says.
 
     Raises:
         RecipeError: what the user asked for depends on them.
@@ -232,7 +238,9 @@ async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:
 def _result(
     job: Job, status: JobOutcome, stopped_by: str | None, error: str | None, cross_site: Digest | None = None
 ) -> JobResult:
-    """What `result.json` holds: how the job ended, its final and its best model with their scores."""
+    """What `result.json` holds: how the job ended, its final and its best model with their
+    scores.
+    """
     recipe = job.recipe
     final = num_trained(job.records)
 

@@ -1,4 +1,6 @@
-"""Late updates of a job that is under way: those that have come are judged for the round that commits next."""
+"""Late updates of a job that is under way: those that have come are judged for the round that
+commits next.
+"""
 
 import asyncio
 from collections.abc import Collection
@@ -19,7 +21,8 @@ from fedpool.tasks.staleness import Awaited, awaited
 
 
 async def late_arrivals(job: Job, number: int, probes: Collection[str]) -> list[Arrival]:
-    """The late updates that count in a training round, or that it rejects: whatever the store holds when the round has closed.
+    """The late updates that count in a training round, or that it rejects: whatever the store holds
+    when the round has closed.
 
     Args:
         number: of the round.
@@ -39,7 +42,9 @@ async def late_arrivals(job: Job, number: int, probes: Collection[str]) -> list[
 
 
 def name_dropped(job: Job) -> None:
-    """Say at the job's end which late updates have come after its last training round was committed."""
+    """Say at the job's end which late updates have come after its last training round was
+    committed.
+    """
     if not folds(job.recipe):
         return
     try:
@@ -81,7 +86,9 @@ def _judged(job: Job, number: int, owed: Awaited, probes: Collection[str]) -> Ar
 
 
 def _attempts(job: Job, owed: Awaited) -> Collection[int]:
-    """The attempts that may have brought a late update; in virtual time a site that was late may have been asked once more."""
+    """The attempts that may have brought a late update; in virtual time a site that was late may
+    have been asked once more.
+    """
     if job.clock is None:
         return owed.attempts
     there = asked_before(job.store.tree(job.paths.round(owed.round)), lives_on=False).get(owed.site)

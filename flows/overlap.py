@@ -1,7 +1,8 @@
 """What becomes of a deployment's runs that would overlap: what a run itself has to do about it.
 
-Whether a run waits for the one before, or is skipped, is decided by Prefect before the run begins, by the deployment's
-concurrency limit. That a run ends the one before is not among what Prefect can do.
+Whether a run waits for the one before, or is skipped, is decided by Prefect before the run begins,
+by the deployment's concurrency limit. That a run ends the one before is not among what Prefect can
+do.
 """
 
 import asyncio
@@ -61,7 +62,9 @@ async def cancel_earlier() -> None:
 
 
 async def _under_way_before(client: PrefectClient, run: FlowRun) -> list[FlowRun]:
-    """Runs of the same deployment that are under way and were due before a run: of two that start at once, one ends the other."""
+    """Runs of the same deployment that are under way and were due before a run: of two that
+    start at once, one ends the other.
+    """
     states = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
     found = await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[run.deployment_id])),
@@ -77,10 +80,12 @@ def _due(run: FlowRun) -> tuple[float, str]:
 
 
 async def outlasting_its_slot(work: Awaitable[T]) -> T:
-    """Do some work to its end, though Prefect may cancel the run that does it for want of its deployment's slot.
+    """Do some work to its end, though Prefect may cancel the run that does it for want of its
+    deployment's slot.
 
-    A run holds its slot by a lease, which Prefect renews. When that fails, because the server was restarted or did not answer
-    for some seconds, Prefect cancels the run. A job is worth more than that two of them might overlap then.
+    A run holds its slot by a lease, which Prefect renews. When that fails, because the server was
+    restarted or did not answer for some seconds, Prefect cancels the run. A job is worth more than
+    that two of them might overlap then.
     """
     # Against Prefect's scope; a task that is cancelled, or a signal, still ends the work.
     with anyio.CancelScope(shield=True):

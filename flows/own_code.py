@@ -11,7 +11,8 @@ from fedpool.user_code import Code, build_code, find_home, is_installed
 
 
 def code_of(recipe: Recipe) -> Code | None:
-    """The code that a job of the recipe takes along; None when there is none to take, or when it cannot be taken.
+    """The code that a job of the recipe takes along; None when there is none to take, or when it
+    cannot be taken.
 
     Raises:
         RecipeError: see `build_code`.
@@ -31,7 +32,9 @@ def filter_code_of(recipe: Recipe) -> Code | None:
 
 
 def why_it_stays(recipe: Recipe) -> str | None:
-    """Why a recipe runs in the process alone that holds it, and what to do about it; None when it runs anywhere."""
+    """Why a recipe runs in the process alone that holds it, and what to do about it; None when
+    it runs anywhere.
+    """
     return next((why for path in _own(recipe) if (why := _why_it_stays(path, recipe))), None)
 
 

@@ -1,12 +1,14 @@
-"""What a job does next: pure functions of its recipe and of the rounds that it has committed, nothing else.
+"""What a job does next: pure functions of its recipe and of the rounds that it has committed,
+nothing else.
 
-So a job that is resumed goes on as it would have gone on, and whoever verifies a job knows what had to follow. In order:
+So a job that is resumed goes on as it would have gone on, and whoever verifies a job knows what had
+to follow. In order:
 
 1. training, `num_rounds` rounds or until it is stopped early;
-2. one round in which sites score the last model, when any site reports metrics or the recipe asks for scores, and unless the
-   recipe says otherwise (`final_evaluation`);
-3. with `cross_site_eval`, one round in which sites submit their best local models, and one for each of the models that are not
-   scored yet, in which all sites score it.
+2. one round in which sites score the last model, when any site reports metrics or the recipe asks
+   for scores, and unless the recipe says otherwise (`final_evaluation`);
+3. with `cross_site_eval`, one round in which sites submit their best local models, and one for each
+   of the models that are not scored yet, in which all sites score it.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,10 +28,13 @@ class Step:
     Attributes:
         task: what sites are asked.
         owner: whose model they are given: `SERVER`, `SERVER_BEST`, or the site that submitted it.
-        origin: the round that a server's model is the start of, or in which a site submitted its own.
+        origin: the round that a server's model is the start of, or in which a site submitted its
+            own.
         model: digest of the model; None for the newest global model.
-        everyone: whether all sites are asked and waited for, whatever the recipe says of sampling and quorum.
-        min_answers: accepted updates without which the job fails; with 0, sites that are missing leave a hole.
+        everyone: whether all sites are asked and waited for, whatever the recipe says of sampling
+            and quorum.
+        min_answers: accepted updates without which the job fails; with 0, sites that are missing
+            leave a hole.
     """
 
     task: Task
@@ -41,7 +46,9 @@ class Step:
 
 
 def next_step(recipe: Recipe, records: Sequence[RoundRecord]) -> tuple[Step | None, str | None]:
-    """What the next round does, None at the job's end; and what stopped the training early, if anything did."""
+    """What the next round does, None at the job's end; and what stopped the training early, if
+    anything did.
+    """
     training, scoring = _split(records)
     stopped_by = None
     if len(training) < recipe.num_rounds:
@@ -67,7 +74,9 @@ def next_step(recipe: Recipe, records: Sequence[RoundRecord]) -> tuple[Step | No
 
 
 def num_expected(recipe: Recipe, records: Sequence[RoundRecord], num_sites: int) -> int:
-    """How many rounds the job will have in the end, as far as is known: nothing stops it, and every site has a model."""
+    """How many rounds the job will have in the end, as far as is known: nothing stops it, and
+    every site has a model.
+    """
     training, scoring = _split(records)
     count = _num_training(recipe, records) + _scores_the_last(recipe, training)
     if recipe.cross_site_eval:
@@ -81,9 +90,11 @@ def asks_everyone(recipe: Recipe, records: Sequence[RoundRecord], number: int) -
 
 
 def best_model(recipe: Recipe, records: Sequence[RoundRecord]) -> int:
-    """The round that the best global model is the start of, by its own score; the final one when none is scored.
+    """The round that the best global model is the start of, by its own score; the final one when
+    none is scored.
 
-    A model that is not scored, such as the final one where nobody evaluates it, is not the best one as long as another is.
+    A model that is not scored, such as the final one where nobody evaluates it, is not the best one
+    as long as another is.
     """
     trained = len(_split(records)[0])
     best = best_round(
@@ -93,7 +104,9 @@ def best_model(recipe: Recipe, records: Sequence[RoundRecord]) -> int:
 
 
 def unscored_best(recipe: Recipe, records: Sequence[RoundRecord], sites: Collection[str]) -> SubmittedModel | None:
-    """The best global model as an entry of `models`, when it is not the final one and some site has not scored it."""
+    """The best global model as an entry of `models`, when it is not the final one and some site
+    has not scored it.
+    """
     best = best_model(recipe, records)
     record = records[best]
     if record.task != "train" or {entry.site for entry in record.accepted} >= set(sites):
@@ -114,7 +127,9 @@ def _num_training(recipe: Recipe, records: Sequence[RoundRecord]) -> int:
 
 
 def _scores_the_last(recipe: Recipe, training: Sequence[RoundRecord]) -> bool:
-    """Sites score the model that they receive: the last one needs a round of its own, when scores are to be had."""
+    """Sites score the model that they receive: the last one needs a round of its own, when
+    scores are to be had.
+    """
     if recipe.num_rounds == 0 or recipe.cross_site_eval:
         return True
     return recipe.final_evaluation and any(record.metrics for record in training)

@@ -1,7 +1,9 @@
-"""The recipes that there are: a name for each that comes with fedpool, and those that installed packages register.
+"""The recipes that there are: a name for each that comes with fedpool, and those that installed
+packages register.
 
-An algorithm of fedpool's own is named here and in its own file, and nowhere else: the facade, the deployments and the catalogue
-go by this. Nothing is imported before it is used, because the facade looks here when a client script imports `fedpool.client`.
+An algorithm of fedpool's own is named here and in its own file, and nowhere else: the facade, the
+deployments and the catalogue go by this. Nothing is imported before it is used, because the facade
+looks here when a client script imports `fedpool.client`.
 """
 
 from collections.abc import Mapping
@@ -52,10 +54,14 @@ BUILT_IN: Mapping[str, str] = {
         "cross_site": "CrossSiteEvalRecipe",
     }.items()
 }
-"""Name -> `module:Class`, in the order in which they are shown. The name is that of the file and of the deployments' flow."""
+"""Name -> `module:Class`, in the order in which they are shown. The name is that of the file and
+of the deployments' flow.
+"""
 
 GROUP = "fedpool.recipes"
-"""The entry point group by which an installed package registers a recipe: `name = "package.module:Class"`."""
+"""The entry point group by which an installed package registers a recipe: `name =
+"package.module:Class"`.
+"""
 
 _OF_CLASS = {full.rpartition(":")[2]: full for full in BUILT_IN.values()}
 
@@ -71,7 +77,9 @@ def type_of(kind: "type[Recipe]") -> str:
 
 
 def full_type(recorded: str) -> str:
-    """The `module:Class` that a job means; jobs of an earlier version have the class alone, which is one of fedpool's."""
+    """The `module:Class` that a job means; jobs of an earlier version have the class alone,
+    which is one of fedpool's.
+    """
     return recorded if ":" in recorded else _OF_CLASS.get(recorded, recorded)
 
 
@@ -93,7 +101,9 @@ def is_registered(full: str) -> bool:
 
 
 def find_installed(full: str) -> "type[Recipe] | None":
-    """The class that is `module:Class`, of fedpool's own or registered; None when it is neither: then nothing is imported."""
+    """The class that is `module:Class`, of fedpool's own or registered; None when it is neither:
+    then nothing is imported.
+    """
     return _load(full) if full in BUILT_IN.values() or is_registered(full) else None
 
 

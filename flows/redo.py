@@ -16,7 +16,9 @@ from fedpool.tasks.virtual_round import VirtualClock
 
 
 async def go_on_in_virtual_time(job: Job, clock: VirtualClock) -> None:
-    """Have every site go on with what it is at work on; what is in the store already is not done again."""
+    """Have every site go on with what it is at work on; what is in the store already is not done
+    again.
+    """
     for site, part in clock.schedule.at_work.items():
         found = await asyncio.to_thread(job.store.tree, job.paths.round(part.round))
         before = asked_before(found, lives_on=False).get(site, Asked(0, answered=False))

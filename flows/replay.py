@@ -1,4 +1,6 @@
-"""Replay of a round: what its updates come to under another strategy, or without some of the sites. The job stays as it is."""
+"""Replay of a round: what its updates come to under another strategy, or without some of the
+sites. The job stays as it is.
+"""
 
 import math
 from collections.abc import Callable, Collection
@@ -38,7 +40,8 @@ class Replayed:
         round: that was replayed.
         sites: whose updates went into it.
         sha256: of the model that came of it.
-        moved: L2 distance from the round's global model to the one that was committed, over all parameters.
+        moved: L2 distance from the round's global model to the one that was committed, over all
+            parameters.
         distance: L2 distance from the committed model to the one of the replay.
     """
 
@@ -64,7 +67,8 @@ def replay_round(
     Args:
         target: file that the model is written to; it must not exist.
         round: None for the job's last training round.
-        strategy: an aggregator, as a recipe has it: a name, `Krum(num_byzantine=2)`; None for the recipe's own strategy.
+        strategy: an aggregator, as a recipe has it: a name, `Krum(num_byzantine=2)`; None for the
+            recipe's own strategy.
         leave_out: sites to do without.
         allow: is asked before code is run that came with the job; see `recipe_of`.
 
@@ -142,7 +146,8 @@ def _judged_again(
     wanted_of: Callable[[int], Expected],
     leave_out: Collection[str],
 ) -> list[Accepted]:
-    """The updates that count in a round, late ones among them, through the gate once more, without those of some sites.
+    """The updates that count in a round, late ones among them, through the gate once more, without
+    those of some sites.
 
     Args:
         wanted_of: what the updates of an earlier round have to fit.

@@ -1,10 +1,12 @@
 """`federated_round`: one global step, one flow run, named "<job name> round 3".
 
-Its run is created (`fedpool.flows.round_run`) while an earlier round still trains, because a short round takes no longer than
-that does, and waits for its turn. Then it asks the chosen sites, passes every update through the gate as it arrives, and, once
-all have answered, failed or run into `round_timeout`, or the quorum's rule says so, aggregates, writes the next global model and
-then `round.json`, which commits the round. With fewer than `min_clients` accepted updates it asks the missing sites again,
-`round_retries` times, and then fails, with every missing site's cause in its message. Caches and persists nothing.
+Its run is created (`fedpool.flows.round_run`) while an earlier round still trains, because a short
+round takes no longer than that does, and waits for its turn. Then it asks the chosen sites, passes
+every update through the gate as it arrives, and, once all have answered, failed or run into
+`round_timeout`, or the quorum's rule says so, aggregates, writes the next global model and then
+`round.json`, which commits the round. With fewer than `min_clients` accepted updates it asks the
+missing sites again, `round_retries` times, and then fails, with every missing site's cause in its
+message. Caches and persists nothing.
 """
 
 import asyncio
@@ -41,7 +43,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a round has made of its updates, and of late ones: the next model, or the models that sites have submitted."""
+    """What a round has made of its updates, and of late ones: the next model, or the models that
+    sites have submitted.
+    """
 
     outcomes: Sequence[Outcome]
     arrivals: Sequence[Arrival] = ()
@@ -75,7 +79,9 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
 
 
 async def _make(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made:
-    """Make of the updates what the round is for; one that was changed since the gate let it pass is rejected."""
+    """Make of the updates what the round is for; one that was changed since the gate let it pass
+    is rejected.
+    """
     if asking.step.task == "train":
         return await _aggregate(job, asking, outcomes)
     if asking.step.task == "submit_model":
@@ -119,7 +125,9 @@ async def _submit(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made
 def _publish(
     job: Job, asking: Asking, best: SubmittedModel | None, submitted: Collection[Accepted]
 ) -> tuple[list[SubmittedModel], list[UpdateChanged]]:
-    """Write the models that are to be scored as those of the rounds to come; see `publish_submitted`."""
+    """Write the models that are to be scored as those of the rounds to come; see
+    `publish_submitted`.
+    """
     number, models = asking.number, [] if best is None else [best]
     if best is not None:
         source, target = job.paths.global_model(best.round), job.paths.global_model(number + 1)
@@ -164,7 +172,9 @@ def _recorded(job: Job, asking: Asking, made: Made, trained: float) -> RoundReco
 
 
 def _check(job: Job, asking: Asking, record: RoundRecord) -> None:
-    """Say who is missing from a round and why; raise `RoundError` when its step needs more updates than there are."""
+    """Say who is missing from a round and why; raise `RoundError` when its step needs more
+    updates than there are.
+    """
     missing = causes(record)
     if len(record.accepted) < asking.step.min_answers:
         raise RoundError(

@@ -1,7 +1,8 @@
 """The flow run of a round, inside the process and the flow run of its job.
 
-Prefect's own engine would do the same at twice the price: for every run of a subflow it looks for one to go on with, names it and
-reads it back, each by a request of its own. A short round takes as long as its requests take the server.
+Prefect's own engine would do the same at twice the price: for every run of a subflow it looks for
+one to go on with, names it and reads it back, each by a request of its own. A short round takes as
+long as its requests take the server.
 """
 
 import asyncio
@@ -34,11 +35,14 @@ def _round_in_job() -> None:
 
 
 async def run_round(job: Job, number: int) -> None:
-    """Create the flow run of a round, named "<job name> round 3", do the round in it, and report how it ended.
+    """Create the flow run of a round, named "<job name> round 3", do the round in it, and report
+    how it ended.
 
-    The run is pending until the round's turn comes: so it shows in the UI when the round began, and not when it was made ready.
+    The run is pending until the round's turn comes: so it shows in the UI when the round began, and
+    not when it was made ready.
 
-    Raises: what the round raises; its run is reported first: as failed, cancelled with its job, or crashed if the process is
+    Raises: what the round raises; its run is reported first: as failed, cancelled with its job, or
+    crashed if the process is
         being ended.
     """
     parent = FlowRunContext.get()
@@ -85,7 +89,9 @@ def _noted(event: asyncio.Event) -> Iterator[None]:
 async def _start_at_turn(
     client: PrefectClient, run: FlowRun, job: Job, number: int, logger: "LoggerAdapter[Logger]"
 ) -> None:
-    """Report that a round's run has started once its turn has come, while the round does its work."""
+    """Report that a round's run has started once its turn has come, while the round does its
+    work.
+    """
     if await asyncio.shield(job.rounds[number].step) is None:
         return
     if (before := job.rounds.get(number - 1)) is not None:

@@ -1,14 +1,14 @@
 """SCAFFOLD: control variates correct the drift of each site's gradient.
 
-The server's variate c travels with the global model; a site keeps its own c_i, adds c - c_i to each gradient g of its S local
-steps, and sends what its c_i changed by.
+The server's variate c travels with the global model; a site keeps its own c_i, adds c - c_i to each
+gradient g of its S local steps, and sends what its c_i changed by.
 
     y <- y - lr_k (g(y) + c - c_i), from y = x
     c_i <- c_i - c + (x - y) / (S lr_k)
 
 Paper:
-    Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1, option II
-    (https://arxiv.org/abs/1910.06378)
+    Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
+    algorithm 1, option II (https://arxiv.org/abs/1910.06378)
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,12 @@ Weighted = bool | Literal["model"]
 class Scaffold(Strategy):
     """x <- x + lr sum_k (w_k / w) (y_k - x); c <- sum_k (w_k / W) c_k
 
-    The first sum is over the sites whose updates count in the round, of which w is the weight; the second over all of the job's,
-    of which W is: c stays the mean of the sites' variates, whoever takes part. The paper has equal weights, as with
-    `weighted=False`. A site's weight in W is that of its first update that counted; a site that nobody has heard of yet weighs
-    as much as the others on average. What `clip_updates` scales down of y_k - x it scales down of the change of c_k.
+    The first sum is over the sites whose updates count in the round, of which w is the weight; the
+    second over all of the job's, of which W is: c stays the mean of the sites' variates, whoever
+    takes part. The paper has equal weights, as with `weighted=False`. A site's weight in W is that
+    of its first update that counted; a site that nobody has heard of yet weighs as much as the
+    others on average. What `clip_updates` scales down of y_k - x it scales down of the change of
+    c_k.
     """
 
     num_sites: int
@@ -78,16 +80,18 @@ def _change(name: str, update: Update) -> torch.Tensor:
 
 
 class ScaffoldRecipe(NoLateUpdates):
-    """Federated learning for sites that differ much and train long between rounds, at twice the transfer of averaging.
+    """Federated learning for sites that differ much and train long between rounds, at twice the
+    transfer of averaging.
 
     Every site should take part often: a control variate that is many rounds old corrects little.
 
     Client script: examples/algorithms/scaffold.py
-        A helper corrects the steps of the optimizer, SGD, and keeps the site's variate; a patched Lightning or Hugging Face
-        trainer has it built in.
+        A helper corrects the steps of the optimizer, SGD, and keeps the site's variate; a patched
+        Lightning or Hugging Face trainer has it built in.
 
-            control = flare.Scaffold(model, optimizer)  # corrects the optimizer's steps from here on
-            flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, extras=control.extras()))
+            control = flare.Scaffold(model, optimizer)  # corrects the optimizer's steps
+            params, extras = model.state_dict(), control.extras()
+            flare.send(flare.FLModel(params=params, metrics=metrics, extras=extras))
     """
 
     server_lr: float = Field(default=1.0, description="learning rate of the server", gt=0, allow_inf_nan=False)

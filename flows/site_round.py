@@ -1,9 +1,10 @@
 """`site_round`: one assignment at one site, one flow run; the site's half of a round.
 
-Waits for the assignment to be written to the store, has the site's script do it, and commits the update there. As a flow, in a
-process, docker or kubernetes pool, it starts a script for this round alone, with the site's settings from the environment.
-A `fedpool-site` worker does the same with the job's warm session, without the flow (sites/piece.py), and reports the run's states
-itself. Persists no result: what it leaves is in the store.
+Waits for the assignment to be written to the store, has the site's script do it, and commits the
+update there. As a flow, in a process, docker or kubernetes pool, it starts a script for this round
+alone, with the site's settings from the environment. A `fedpool-site` worker does the same with the
+job's warm session, without the flow (sites/piece.py), and reports the run's states itself. Persists
+no result: what it leaves is in the store.
 """
 
 import asyncio
@@ -40,7 +41,8 @@ async def site_round(
     Returns: Completed; Cancelled when the job, or the round, was over before it began here.
 
     Raises:
-        SiteError: the script or the store failed; the run fails with the site, the round and the cause in its message.
+        SiteError: the script or the store failed; the run fails with the site, the round and the
+            cause in its message.
     """
     logger = get_run_logger()
     resident, stop = Resident(SiteConfig.load(None, name=site)), threading.Event()

@@ -1,4 +1,5 @@
-"""A job's beginnings, in the store: a new one is staged; a lost one is found again; a fork starts from a model of another.
+"""A job's beginnings, in the store: a new one is staged; a lost one is found again; a fork starts
+from a model of another.
 
 Costs no Prefect, because an environment looks here before anything runs.
 """
@@ -66,7 +67,9 @@ def start_of(recipe: Recipe, store: Store, begin: Begin) -> Start:
 
 
 def num_trained(store: Store, job_id: str) -> int:
-    """How many training rounds a job has committed: its newest global model is the one of that round."""
+    """How many training rounds a job has committed: its newest global model is the one of that
+    round.
+    """
     return sum(1 for _ in takewhile(lambda record: record.task == "train", stored_records(store, job_id)))
 
 
@@ -87,7 +90,8 @@ def has_completed(store: Store, job_id: str) -> bool:
 def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[str]) -> None:
     """Check that a job has this recipe and these sites.
 
-    The values of the recipe's model do not matter, because the job has its own; where the script lies does not matter either.
+    The values of the recipe's model do not matter, because the job has its own; where the script
+    lies does not matter either.
 
     Raises:
         FileNotFoundError: there is no such job.
@@ -142,7 +146,8 @@ def stage(
     parent: Parent | None = None,
     environment: EnvironmentRecord | None = None,
 ) -> Digest:
-    """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial model's digest.
+    """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial
+    model's digest.
 
     Args:
         simulated: its sites are of this machine, and no one else's.

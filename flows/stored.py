@@ -1,4 +1,6 @@
-"""The recipe of a job that lies in the store, made of what lies there: its class as well, where that came with the job."""
+"""The recipe of a job that lies in the store, made of what lies there: its class as well, where
+that came with the job.
+"""
 
 import sys
 from typing import Any
@@ -27,7 +29,8 @@ def recipe_of(
 
     Raises:
         FileNotFoundError: there is no such job.
-        IntegrityError: what lies there is not what its `job.json` says, or of a class that is not known here.
+        IntegrityError: what lies there is not what its `job.json` says, or of a class that is not
+            known here.
         RecipeError: it is of another class than `kind`.
         ConfigError: its code may not be run, or cannot be imported in this process.
     """
@@ -52,7 +55,9 @@ def recipe_of(
 
 
 def _own_class(full: str, code: Code | None, where: str, *, trains: bool) -> type[Recipe] | None:
-    """The class of a recipe out of the job's own code, which is loaded; None when it is of another module."""
+    """The class of a recipe out of the job's own code, which is loaded; None when it is of
+    another module.
+    """
     module, _, name = full.partition(":")
     if code is None or module not in code.modules:
         return None

@@ -30,10 +30,12 @@ def take_up(
     observers: Sequence[Observer] = (),
     fresh: bool = False,
 ) -> Job:
-    """A job that was staged, or begun and lost, as far as it has come: from its last commit on it is run like any other.
+    """A job that was staged, or begun and lost, as far as it has come: from its last commit on it
+    is run like any other.
 
-    What is committed is checked against the records' chain of hashes. A global model or a state that no record names yet is
-    nobody's word, and goes; so does the result of a job that has failed or was cancelled.
+    What is committed is checked against the records' chain of hashes. A global model or a state
+    that no record names yet is nobody's word, and goes; so does the result of a job that has failed
+    or was cancelled.
 
     Args:
         observers: who watches it from now on.
@@ -60,7 +62,9 @@ def take_up(
 
 
 def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
-    """All that a job has committed; raises `IntegrityError` at the first record that does not follow from those before it."""
+    """All that a job has committed; raises `IntegrityError` at the first record that does not
+    follow from those before it.
+    """
     paths = JobPaths(ledger.job.job_id)
     while store.exists(path := paths.record(ledger.number)):
         data = store.read_bytes(path)

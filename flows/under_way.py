@@ -1,4 +1,6 @@
-"""A job that is under way: what its rounds share, and how its loop and the runs of its rounds talk."""
+"""A job that is under way: what its rounds share, and how its loop and the runs of its rounds
+talk.
+"""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -23,14 +25,18 @@ from fedpool.tasks.virtual_time import Schedule, units_of
 from fedpool.tensors import TensorReader
 
 LOOK_AHEAD = 2
-"""Rounds that are begun ahead of the one that trains: beginning one takes Prefect longer than a short round does."""
+"""Rounds that are begun ahead of the one that trains: beginning one takes Prefect longer than a
+short round does.
+"""
 
 
 class RoundSignals:
-    """How a job's loop and the run of a round talk: `step` tells the round what to do, `committed` tells the loop.
+    """How a job's loop and the run of a round talk: `step` tells the round what to do, `committed`
+    tells the loop.
 
-    `created`, that its run is there or could not be created, tells the next round, which the server would serve no sooner;
-    `ended`, that its run has ended, too, so that in the UI one round ends before the next one starts.
+    `created`, that its run is there or could not be created, tells the next round, which the server
+    would serve no sooner; `ended`, that its run has ended, too, so that in the UI one round ends
+    before the next one starts.
     """
 
     __slots__ = ("committed", "created", "ended", "step")
@@ -46,7 +52,8 @@ class RoundSignals:
 class Job:
     """A job that is under way: what its rounds share, and what they have committed so far."""
 
-    # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is nothing for it to walk.
+    # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is
+    # nothing for it to walk.
     __slots__ = (
         "clock",
         "counted",
@@ -84,7 +91,9 @@ class Job:
         self.ledger = ledger
         """What is committed; each commit puts another in its place."""
         self.resumed_at = ledger.number
-        """The round in which an earlier coordinator left the job, if there was one: parts of it may be done."""
+        """The round in which an earlier coordinator left the job, if there was one: parts of it
+        may be done.
+        """
         self.counted = Counted(recipe.aggregation_weights)
         units = units_of(ledger.job.environment)
         self.clock = None if units is None else VirtualClock(Schedule.after(units, ledger.records))

@@ -1,8 +1,10 @@
-"""Verification of a job's record: from its first byte to its last, as somebody does it who trusts nobody.
+"""Verification of a job's record: from its first byte to its last, as somebody does it who trusts
+nobody.
 
-Everything is read anew: the bundle, the models, the chain of the rounds' records, and every update, which passes the gate again.
-Every aggregate is recomputed from the stored updates, and must come out the same to the byte; a model that was scored across
-sites must be the one that its owner submitted. Every round must be the one that had to follow on those before it.
+Everything is read anew: the bundle, the models, the chain of the rounds' records, and every update,
+which passes the gate again. Every aggregate is recomputed from the stored updates, and must come
+out the same to the byte; a model that was scored across sites must be the one that its owner
+submitted. Every round must be the one that had to follow on those before it.
 """
 
 import hashlib
@@ -45,7 +47,8 @@ class Verified:
     Attributes:
         num_rounds: committed rounds, the evaluation of the last model included.
         num_updates: updates that the rounds' records name, accepted or rejected.
-        num_pruned: those of them that were not kept: their hashes are there, and what was made of them is taken on trust.
+        num_pruned: those of them that were not kept: their hashes are there, and what was made of
+            them is taken on trust.
         status: how the job ended; None when it has no result yet.
     """
 
@@ -63,7 +66,8 @@ def verify_job(store: Store, job_id: str, *, allow: Permission = by_environment)
 
     Raises:
         ConfigError: that code may not be run, or cannot be imported in this process.
-        IntegrityError: something is not what it says; the message names the first such object, and how it differs.
+        IntegrityError: something is not what it says; the message names the first such object, and
+            how it differs.
         FileNotFoundError: there is no such job.
     """
     return _Audit(store, job_id, allow).run()
@@ -168,7 +172,9 @@ class _Audit:
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: RoundRecord, folder: Path
     ) -> Aggregated:
-        """Digests of what the round came to, recomputed; compared with what is stored, tensor by tensor."""
+        """Digests of what the round came to, recomputed; compared with what is stored, tensor by
+        tensor.
+        """
         if record.next_global is None:
             raise self._differs(self._paths.record(number), "says that it trained, and names no model that came of it")
         said = Aggregated(record.next_global, record.state)
@@ -265,7 +271,9 @@ class _Audit:
         return result.status
 
     def _verify_cross_site(self) -> Digest | None:
-        """Digest of the scores across sites, as they follow from the rounds; None for a recipe that asks for none."""
+        """Digest of the scores across sites, as they follow from the rounds; None for a recipe
+        that asks for none.
+        """
         if not self._recipe.cross_site_eval:
             return None
         path = self._paths.cross_site

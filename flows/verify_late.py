@@ -1,4 +1,6 @@
-"""Late updates of a job that is verified: each is judged anew, against the round that asked for it."""
+"""Late updates of a job that is verified: each is judged anew, against the round that asked for
+it.
+"""
 
 from fedpool.flows.expected import expected
 from fedpool.flows.late_updates import folds

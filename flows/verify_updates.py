@@ -34,7 +34,8 @@ class UpdateAudit:
         self.num_updates = self.num_pruned = 0
 
     def passed(self, number: int, entry: AcceptedEntry | ProbedEntry, wanted: Expected) -> Accepted | Probed:
-        """An update that was accepted, or would have been but for the quarantine of its site, judged anew.
+        """An update that was accepted, or would have been but for the quarantine of its site,
+        judged anew.
 
         Raises:
             IntegrityError: it is to be rejected.
@@ -88,7 +89,9 @@ class UpdateAudit:
         return allowed and not self._store.exists(self._paths.update(number, site, attempt))
 
     def _verify_assignment(self, number: int, site: str, attempt: int, sha256: str) -> None:
-        """Check what the site was asked, where it is in the store, against what it says that it was asked."""
+        """Check what the site was asked, where it is in the store, against what it says that it
+        was asked.
+        """
         path = self._paths.assignment(number, site, attempt)
         if self._store.exists(path) and hashlib.sha256(self._store.read_bytes(path)).hexdigest() != sha256:
             raise differs(self._store, path, "does not match what the site says it was asked")

@@ -1,4 +1,6 @@
-"""The model that a deployment's job starts from where each goes on from the one before (`warm_start`)."""
+"""The model that a deployment's job starts from where each goes on from the one before
+(`warm_start`).
+"""
 
 from prefect.logging import get_run_logger
 
@@ -13,7 +15,9 @@ from fedpool.tasks.record import RoundRecord
 
 
 def last_model(recipe: Recipe, store: Store) -> InitialModel | None:
-    """The final model of the last job of that name that trained and completed, when it fits the recipe's."""
+    """The final model of the last job of that name that trained and completed, when it fits the
+    recipe's.
+    """
     for job_id in sorted((name for name in store.names("") if name.startswith(f"{recipe.name}-")), reverse=True):
         paths = JobPaths(job_id)
         if not store.exists(paths.result):

@@ -1,4 +1,6 @@
-"""What only a site knows: its name, its data, its devices. A TOML file, the environment (`FEDPOOL_SITE_...`), or both."""
+"""What only a site knows: its name, its data, its devices. A TOML file, the environment
+(`FEDPOOL_SITE_...`), or both.
+"""
 
 import os
 import re
@@ -24,7 +26,9 @@ from fedpool.sites.devices import missing_device
 from fedpool.sites.process import find_program
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
-"""Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type fedpool-site`."""
+"""Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type
+fedpool-site`.
+"""
 
 
 _PREFIX = "FEDPOOL_SITE_"
@@ -141,12 +145,13 @@ class SiteConfig(BaseSettings):
         """Read the settings of a site.
 
         Args:
-            file: TOML, with the fields as keys; None: the one that `FEDPOOL_SITE_CONFIG_FILE` names, if it does.
+            file: TOML, with the fields as keys; None: the one that `FEDPOOL_SITE_CONFIG_FILE`
+                names, if it does.
             given: fields that beat environment and file; None counts as not given.
 
         Raises:
-            ConfigError: the file cannot be read, or a field does not fit; with its name, its value and the remedy. A variable of
-                the environment has no field.
+            ConfigError: the file cannot be read, or a field does not fit; with its name, its value
+                and the remedy. A variable of the environment has no field.
         """
         check_variables(os.environ)
         if file is None and (named := os.environ.get(CONFIG_VARIABLE)):

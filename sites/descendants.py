@@ -1,8 +1,9 @@
 """All that a process has started, also what has left its session: adopted, found and killed.
 
-A child that starts a session of its own (`start_new_session=True`, a daemon) is out of reach of a signal to the process group.
-On Linux a process can declare itself the *subreaper* of its descendants: what loses its parent becomes its own child, and so
-can be found by looking at its children until there are none. Elsewhere (macOS) only those are found whose parents still live.
+A child that starts a session of its own (`start_new_session=True`, a daemon) is out of reach of a
+signal to the process group. On Linux a process can declare itself the *subreaper* of its
+descendants: what loses its parent becomes its own child, and so can be found by looking at its
+children until there are none. Elsewhere (macOS) only those are found whose parents still live.
 """
 
 import ctypes
@@ -18,7 +19,8 @@ _OWN_THREADS = Path("/proc/self/task")
 
 
 def adopt_orphans() -> bool:
-    """Have whatever this process's descendants leave behind become its own children; False where the system cannot.
+    """Have whatever this process's descendants leave behind become its own children; False where
+    the system cannot.
 
     Adopted children are to be waited for, as all children are. Not inherited by a fork.
     """
@@ -26,7 +28,9 @@ def adopt_orphans() -> bool:
 
 
 def own_children() -> list[int]:
-    """Pids of this process's children, the adopted among them; where it cannot adopt, of all descendants that can be found."""
+    """Pids of this process's children, the adopted among them; where it cannot adopt, of all
+    descendants that can be found.
+    """
     if not _can_adopt():
         return living_descendants(os.getpid())
     pids: list[int] = []
@@ -37,7 +41,9 @@ def own_children() -> list[int]:
 
 
 def living_descendants(pid: int) -> list[int]:
-    """Pids of what a process has started, and what that has started, as far as their parents still live."""
+    """Pids of what a process has started, and what that has started, as far as their parents
+    still live.
+    """
     import psutil
 
     try:
@@ -62,7 +68,9 @@ def kill_group(pid: int, number: int = signal.SIGKILL) -> bool:
 
 
 def end_children() -> list[tuple[int, int]]:
-    """Kill all children and what they leave behind, until nothing is left; returns pid and wait status of each."""
+    """Kill all children and what they leave behind, until nothing is left; returns pid and wait
+    status of each.
+    """
     ended = []
     while True:
         for pid in own_children():

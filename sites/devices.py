@@ -1,7 +1,8 @@
-"""Which CUDA devices this machine has, asked without initialising CUDA in this process: what is forked from it could not use it.
+"""Which CUDA devices this machine has, asked without initialising CUDA in this process: what is
+forked from it could not use it.
 
-NVIDIA's management library answers in milliseconds. Where there is none (no driver, or devices of another make) a fresh
-interpreter asks torch.
+NVIDIA's management library answers in milliseconds. Where there is none (no driver, or devices of
+another make) a fresh interpreter asks torch.
 """
 
 import ctypes
@@ -14,7 +15,8 @@ _TIMEOUT_S = 120.0
 
 
 def missing_device(gpus: str) -> str | None:
-    """What is wrong with a list of devices such as "0,1", in words; None when all of them are there.
+    """What is wrong with a list of devices such as "0,1", in words; None when all of them are
+    there.
 
     What is not a number, such as the id of a part of a device, is left to CUDA.
     """

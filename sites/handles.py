@@ -7,7 +7,9 @@ import resource
 from fedpool.errors import ConfigError
 
 _PER_SCRIPT, _MOST_PER_SCRIPT = 3, 4
-"""What a live script takes of its host: its output, its status and the link; as it starts, the socket that waits for it."""
+"""What a live script takes of its host: its output, its status and the link; as it starts, the
+socket that waits for it.
+"""
 _BESIDES, _MOST_BESIDES = 64, 256
 """What the host itself uses: libraries, the store's files, connections to the Prefect server."""
 

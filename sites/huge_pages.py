@@ -1,7 +1,9 @@
-"""Huge pages for a process that forks many children: a fork copies the table of pages, and its end takes that apart again.
+"""Huge pages for a process that forks many children: a fork copies the table of pages, and its end
+takes that apart again.
 
-With pages of 4 KiB both are proportional to the memory that the parent has written to: 18 ms for the 270 MB that torch and
-scikit-learn come to, against 4 ms with pages of 2 MiB. Linux 6.1 can turn the one into the other in place.
+With pages of 4 KiB both are proportional to the memory that the parent has written to: 18 ms for
+the 270 MB that torch and scikit-learn come to, against 4 ms with pages of 2 MiB. Linux 6.1 can turn
+the one into the other in place.
 """
 
 import ctypes
@@ -13,7 +15,8 @@ _MAPS = Path("/proc/self/maps")
 
 
 def collapse() -> int:
-    """Ask the kernel to back this process's own memory with huge pages, as far as it has them; an older kernel has none.
+    """Ask the kernel to back this process's own memory with huge pages, as far as it has them; an
+    older kernel has none.
 
     Does not change what the memory holds, nor who may write to it. Costs some .3 ms a MB, once.
 

@@ -1,4 +1,6 @@
-"""What starts client scripts, as their host sees it: `Launcher`, and the zygote that forks them in a simulation."""
+"""What starts client scripts, as their host sees it: `Launcher`, and the zygote that forks them
+in a simulation.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ from fedpool.sites.descendants import kill_group
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A running client script: its pid, what it prints, and the pipe that tells its exit code (a decimal number) at its end."""
+    """A running client script: its pid, what it prints, and the pipe that tells its exit code (a
+    decimal number) at its end.
+    """
 
     pid: int
     output: int
@@ -78,7 +82,8 @@ class Zygote:
         self._preloading: threading.Thread | None = None
 
     def preload(self, modules: Sequence[str]) -> None:
-        """Begin to import modules in the zygote; returns at once, and the next `start` waits for it.
+        """Begin to import modules in the zygote; returns at once, and the next `start` waits for
+        it.
 
         What cannot be imported is left to the script, which will say so itself.
         """

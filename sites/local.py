@@ -1,7 +1,8 @@
 """Simulated sites: sessions in local slots. `num_slots` bounds how many scripts train at once.
 
-With `keep_alive` a site's script lives from its first round to the job's end, whatever the number of slots; without it each
-round starts a fresh script per site, so that thousands of sites need no more memory than the slots do.
+With `keep_alive` a site's script lives from its first round to the job's end, whatever the number
+of slots; without it each round starts a fresh script per site, so that thousands of sites need no
+more memory than the slots do.
 """
 
 import asyncio
@@ -46,12 +47,15 @@ class LocalSites:
         threads: torch threads of each script.
         keep_alive: whether scripts live over all rounds.
         gpus: device numbers dealt to the slots in turn, as `CUDA_VISIBLE_DEVICES`.
-        workspace: where the sites' folders lie, on the file system of the store so that updates move and are not copied.
+        workspace: where the sites' folders lie, on the file system of the store so that updates
+            move and are not copied.
         workdir: the current folder of every script.
         imports: what to import once for all scripts; see `preload`.
-        show: called with a site and a line that its script printed, from any thread; None: only files and Prefect have it.
+        show: called with a site and a line that its script printed, from any thread; None: only
+            files and Prefect have it.
         origin: folder of the script that the bundle was made of, where it is still there.
-        commands: what runs the scripts of the sites that are not forked, e.g. site -> "torchrun --nproc-per-node 2".
+        commands: what runs the scripts of the sites that are not forked, e.g. site -> "torchrun
+            --nproc-per-node 2".
     """
 
     traits: ClassVar[Traits] = SIMULATED
@@ -112,7 +116,8 @@ class LocalSites:
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(num_slots):
             self._slots.put(slot)
-        # A thread for every site that is asked: those that nobody waits for any more do not hold up the others.
+        # A thread for every site that is asked: those that nobody waits for any more do not hold up
+        # the others.
         self._executor = ThreadPoolExecutor(len(self.names), thread_name_prefix="fedpool-site")
         self._under_way: dict[str, Future[Delivery]] = {}
         self._sockets = make_socket_folder()
@@ -132,7 +137,9 @@ class LocalSites:
         self._store: Store | None = None
 
     def preload(self) -> None:
-        """Begin to import, in another process, what the scripts need; returns at once. To be called once."""
+        """Begin to import, in another process, what the scripts need; returns at once. To be
+        called once.
+        """
         if self._zygote is not None:
             self._zygote.preload(self._imports)
 
@@ -175,7 +182,8 @@ class LocalSites:
         site = assignment.site
         if (earlier := self._under_way.get(site)) is not None:  # it was late, and nobody waits for it
             await asyncio.gather(asyncio.shield(asyncio.wrap_future(earlier)), return_exceptions=True)
-        # The loggers behind `log` find their Prefect run and settings in it, also when the script prints after the last round.
+        # The loggers behind `log` find their Prefect run and settings in it, also when the script
+        # prints after the last round.
         context, of_log = contextvars.copy_context(), contextvars.copy_context()
         part = _Part(self._slots)
         work = self._under_way[site] = self._executor.submit(
@@ -195,14 +203,17 @@ class LocalSites:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """End all scripts, in parallel, then the process that forked them; remove the sites' folders. Idempotent."""
+        """End all scripts, in parallel, then the process that forked them; remove the sites'
+        folders. Idempotent.
+        """
         grace_s = 0.0 if self.cancelled else 10.0
         for site, work in self._under_way.items():
             if not work.done() and (session := self._sessions.get(site)) is not None:
                 session.kill()
         wait(self._under_way.values())
         ends = [
-            # What scripts still print is logged from these threads, and the loggers find their Prefect settings in the context.
+            # What scripts still print is logged from these threads, and the loggers find their
+            # Prefect settings in the context.
             self._executor.submit(contextvars.copy_context().run, self._end, site, session, grace_s)
             for site, session in self._sessions.items()
         ]
@@ -266,7 +277,9 @@ class LocalSites:
         return self._logs.setdefault(site, SiteLog(path))
 
     def _logging(self, assignment: SiteAssignment, log: LogLine) -> LogLine:
-        """Pass on lines to the site's log file, to the terminal if it is to show them, and to `log`."""
+        """Pass on lines to the site's log file, to the terminal if it is to show them, and to
+        `log`.
+        """
         file = self._log_of(assignment.site)
 
         def write(line: str) -> None:
@@ -324,7 +337,9 @@ class _Part:
         return None
 
     def give_up(self) -> None:
-        """Let others have the slot: the part is done, or nobody waits for it any more. Idempotent."""
+        """Let others have the slot: the part is done, or nobody waits for it any more.
+        Idempotent.
+        """
         with self._lock:
             self._given_up = True
             slot, self._slot = self._slot, None

@@ -1,4 +1,6 @@
-"""What a site looks for in the store, and how: its assignment, and whether its job, or a round of it, is over."""
+"""What a site looks for in the store, and how: its assignment, and whether its job, or a round
+of it, is over.
+"""
 
 import threading
 import time
@@ -57,7 +59,8 @@ class Looks:
             return False
 
     def wait_for(self, round: int, attempt: int, stop: Either) -> SiteAssignment | None:
-        """The assignment, as soon as the coordinator has written it; None when the round or the job is over first.
+        """The assignment, as soon as the coordinator has written it; None when the round or the job
+        is over first.
 
         Args:
             stop: looked at now and then.
@@ -113,7 +116,9 @@ class NowAndThen:
 
 
 class Watch:
-    """Calls `act` once when `condition` comes to hold, looking now and then, for the length of a `with` block."""
+    """Calls `act` once when `condition` comes to hold, looking now and then, for the length of a
+    `with` block.
+    """
 
     def __init__(self, condition: Callable[[], bool], act: Callable[[], None]) -> None:
         self.fired = False

@@ -1,7 +1,9 @@
-"""What leaves a site of an update: the host's own steps, which no script can get round, then the recipe's filters.
+"""What leaves a site of an update: the host's own steps, which no script can get round, then the
+recipe's filters.
 
-The host drops what the recipe excludes and subtracts the global model where the recipe asks for differences. A script's own
-process drops excluded parameters, too, because it keeps them; that saves writing them here, and nothing relies on it.
+The host drops what the recipe excludes and subtracts the global model where the recipe asks for
+differences. A script's own process drops excluded parameters, too, because it keeps them; that
+saves writing them here, and nothing relies on it.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,8 @@ class Outgoing:
     def deliver(
         self, written: Path, model: Path, said: ParamsKind, store: Store, path: str
     ) -> tuple[Inspection, ParamsKind]:
-        """Put what a script has written into the store, as it is to leave; it is hashed here, and not in the script.
+        """Put what a script has written into the store, as it is to leave; it is hashed here, and
+        not in the script.
 
         Args:
             written: the script's file, which is gone after that.
@@ -86,10 +89,11 @@ class Outgoing:
 
 
 def difference(update: Tensors, base: Tensors) -> Tensors:
-    """An update as its difference to the global model; integers as int64, because unsigned ones would wrap around.
+    """An update as its difference to the global model; integers as int64, because unsigned ones
+    would wrap around.
 
-    A boolean has no difference and stays as it is; so does what lies beside parameters, and what does not fit the model, which
-    is for the gate to judge.
+    A boolean has no difference and stays as it is; so does what lies beside parameters, and what
+    does not fit the model, which is for the gate to judge.
     """
     changed = {
         name: TensorSpec("I64", entry.shape) if entry.kind == "int" else entry
@@ -107,7 +111,9 @@ def difference(update: Tensors, base: Tensors) -> Tensors:
 
 
 def _subtracted(value: BlockBytes, spec: TensorSpec, base: BlockBytes, base_spec: TensorSpec) -> BlockBytes:
-    """value - base of a block: of floating point numbers in the value's dtype, of integers in int64."""
+    """value - base of a block: of floating point numbers in the value's dtype, of integers in
+    int64.
+    """
     if spec.kind == "float":
         mine = torch_block(value, spec.dtype)
         return as_bytes(mine - torch_block(base, base_spec.dtype).to(mine.dtype))

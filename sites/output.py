@@ -1,4 +1,6 @@
-"""What a client script prints: cut into lines, passed on, its tail kept for the message of an error."""
+"""What a client script prints: cut into lines, passed on, its tail kept for the message of an
+error.
+"""
 
 import os
 from collections import deque
@@ -11,7 +13,9 @@ from fedpool.sites.missing import missing
 from fedpool.storable import storable
 
 MAX_LINES_PER_ROUND = 1000
-"""Lines of a script's output that are passed on in one round; the end is always kept for an error's message."""
+"""Lines of a script's output that are passed on in one round; the end is always kept for an
+error's message.
+"""
 
 _TAIL_LINES = 200
 MAX_LINE_BYTES = 4096
@@ -23,10 +27,12 @@ _REFUSED = f"{StoreRefused.__module__}.{StoreRefused.__qualname__}: "
 
 
 class Output:
-    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept for error messages.
+    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept
+    for error messages.
 
     Args:
-        folder: that the bundle was unpacked to: a scratch folder, in which nobody would look for a line of a traceback.
+        folder: that the bundle was unpacked to: a scratch folder, in which nobody would look for a
+            line of a traceback.
         origin: folder to show in its place; empty: paths inside the bundle.
     """
 
@@ -86,7 +92,9 @@ class Output:
             self._dropped = 0
 
     def traceback(self) -> str:
-        """The last traceback that was printed, else the last lines, as the end of an error's message."""
+        """The last traceback that was printed, else the last lines, as the end of an error's
+        message.
+        """
         if self._partial:
             self._pass(self._partial)
             self._partial = b""

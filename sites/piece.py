@@ -1,4 +1,6 @@
-"""A piece of work at a site: what is asked for is checked, done by whoever lives here, and reported to the desk."""
+"""A piece of work at a site: what is asked for is checked, done by whoever lives here, and
+reported to the desk.
+"""
 
 import asyncio
 import threading
@@ -45,20 +47,23 @@ def check_piece(piece: Piece) -> None:
 
 
 async def do_piece(desk: Reports, piece: Piece, resident: Resident, *, stop: threading.Event) -> None:
-    """Do a piece that `check_piece` has passed, and report how far it comes; returns when it has ended.
+    """Do a piece that `check_piece` has passed, and report how far it comes; returns when it has
+    ended.
 
     Args:
         resident: the site that lives here.
         stop: set it to have the piece end at once, as cancelled.
     """
-    # A server that is busy may take seconds to hear that the work has begun: the round does not wait for that.
+    # A server that is busy may take seconds to hear that the work has begun: the round does not
+    # wait for that.
     beginning = asyncio.create_task(_begin(desk, piece, resident, stop))
 
     def work() -> Report:
         return do_round(resident, _asked(piece.parameters), stop=stop, log=lambda line: desk.log(piece, line))
 
     try:
-        # With a limit of its own: the sites' runs wait for their rounds, and would use up the threads of all others.
+        # With a limit of its own: the sites' runs wait for their rounds, and would use up the
+        # threads of all others.
         ended = await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
     except (FedpoolError, OSError) as error:
         ended = Report(Phase.FAILED, storable(str(error)))
@@ -80,7 +85,8 @@ def do_round(resident: Resident, asked: RoundAsked, *, stop: threading.Event, lo
         stop: set it to have it end at once.
         log: called with each line that the script prints.
 
-    Returns: completed; cancelled when the job, or the round, was over before it began here, or it was stopped; crashed when the
+    Returns: completed; cancelled when the job, or the round, was over before it began here, or it
+    was stopped; crashed when the
         site was.
 
     Raises:
@@ -112,7 +118,9 @@ def _asked(parameters: Mapping[str, Any]) -> RoundAsked:
 
 
 async def _begin(desk: Reports, piece: Piece, resident: Resident, stop: threading.Event) -> bool:
-    """Report that a piece has begun; False, and the work stopped, when somebody else has ended it."""
+    """Report that a piece has begun; False, and the work stopped, when somebody else has ended
+    it.
+    """
     if await _report(desk, piece, Report(Phase.STARTED), resident):
         return True
     stop.set()
@@ -120,7 +128,9 @@ async def _begin(desk: Reports, piece: Piece, resident: Resident, stop: threadin
 
 
 async def _report(desk: Reports, piece: Piece, report: Report, resident: Resident) -> bool:
-    """Report as soon as the desk can be reached; True when it cannot and the site is closing, so that nobody waits for that."""
+    """Report as soon as the desk can be reached; True when it cannot and the site is closing, so
+    that nobody waits for that.
+    """
     while True:
         try:
             return await desk.report(piece, report)

@@ -1,8 +1,10 @@
-"""Client scripts as processes of their own: how a site of a proof of concept or of production runs them.
+"""Client scripts as processes of their own: how a site of a proof of concept or of production runs
+them.
 
-Between the host and the script stands a guard: it waits on a pipe whose other end the host holds, so that the script and all it
-started die with the host, however the host dies. It adopts what leaves the script's session, so nothing gets away.
-`python -m fedpool.sites.process COMMAND...` is the guard.
+Between the host and the script stands a guard: it waits on a pipe whose other end the host holds,
+so that the script and all it started die with the host, however the host dies. It adopts what
+leaves the script's session, so nothing gets away. `python -m fedpool.sites.process COMMAND...` is
+the guard.
 """
 
 import json
@@ -114,10 +116,13 @@ def _let_go(process: "subprocess.Popen[bytes]") -> None:
 
 
 def guard(command: Sequence[str]) -> None:
-    """Run a command and end as it ends, and all it started with it; kill all of it when standard input ends."""
+    """Run a command and end as it ends, and all it started with it; kill all of it when standard
+    input ends.
+    """
     adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # A script may signal its whole group. Handlers, unlike SIG_IGN, are not inherited by what is run.
+        # A script may signal its whole group. Handlers, unlike SIG_IGN, are not inherited by what
+        # is run.
         signal.signal(number, lambda *_: None)
     let_go = threading.Event()
 

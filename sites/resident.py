@@ -1,7 +1,9 @@
-"""A site of a proof of concept or of production: the jobs that it takes part in, and their warm sessions.
+"""A site of a proof of concept or of production: the jobs that it takes part in, and their warm
+sessions.
 
-A job's session is started by its first assignment and kept until the job ends (its `result.json` is there), is cancelled, or has
-asked for nothing for the idle time. The work of one job is done one assignment at a time, in the order of its rounds.
+A job's session is started by its first assignment and kept until the job ends (its `result.json` is
+there), is cancelled, or has asked for nothing for the idle time. The work of one job is done one
+assignment at a time, in the order of its rounds.
 """
 
 import shutil
@@ -35,7 +37,8 @@ _CLOSE_GRACE_S = 15.0
 
 
 class Resident:
-    """What lives at a site between rounds. Thread-safe; used as a context manager, whose end kills the scripts.
+    """What lives at a site between rounds. Thread-safe; used as a context manager, whose end kills
+    the scripts.
 
     Args:
         config: of the site.
@@ -65,17 +68,20 @@ class Resident:
     def perform(
         self, job_id: str, round: int, attempt: int = 0, *, store: str, stop: threading.Event, log: LogLine
     ) -> bool:
-        """Wait for the assignment of a round, do it, and commit what came of it to the store. Blocks; belongs on a thread.
+        """Wait for the assignment of a round, do it, and commit what came of it to the store.
+        Blocks; belongs on a thread.
 
         Args:
             store: fsspec URL that the coordinator works with; the site's own setting beats it.
             stop: set it to have the wait or the script end at once.
             log: called with each line that the script prints.
 
-        Returns: whether the round came; False when the job ended before it did, or went on without this site.
+        Returns: whether the round came; False when the job ended before it did, or went on without
+        this site.
 
         Raises:
-            SiteError: the script failed, missed its time, or was stopped; or job and store do not fit this site.
+            SiteError: the script failed, missed its time, or was stopped; or job and store do not
+                fit this site.
         """
         with self._lock:
             if self.closed:
@@ -110,7 +116,9 @@ class Resident:
         return Store(self.config.store or store, **self.config.storage_options)
 
     def _keep_house(self) -> None:
-        """End the scripts of jobs that have ended, or that have asked for nothing in the idle time."""
+        """End the scripts of jobs that have ended, or that have asked for nothing in the idle
+        time.
+        """
         while not self._closed.wait(min(_IDLE_POLL_S, self.config.idle_timeout_s)):
             with self._lock:
                 quiet = [job for job in self._jobs.values() if job.num_calls == 0]
@@ -138,7 +146,9 @@ class _JobHere:
         self._sockets = make_socket_folder()
         self._working = threading.Lock()
         self.num_calls = 0
-        """Calls of `perform` that are under way; belongs to the resident, and to its lock, as does the next."""
+        """Calls of `perform` that are under way; belongs to the resident, and to its lock, as
+        does the next.
+        """
         self.last_call = time.monotonic()
         self._client: ClientJob | None = None
         self._filters: tuple[Filter, ...] = ()
@@ -190,7 +200,9 @@ class _JobHere:
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _tell_ending(self, how: str) -> None:
-        """Say how the script failed after its last round: in its log, and to those who look at the job."""
+        """Say how the script failed after its last round: in its log, and to those who look at
+        the job.
+        """
         assert self._last is not None, "a script is started by an assignment"
         assignment, log = self._last
         log(f"after its last round, {how}")

@@ -1,6 +1,7 @@
 """The scalars that a client script logs in a round: all of them, each with its step and its time.
 
-A script, and a site, may log what it likes: names are made storable, and what exceeds a bound is dropped and counted.
+A script, and a site, may log what it likes: names are made storable, and what exceeds a bound is
+dropped and counted.
 """
 
 import hashlib
@@ -21,7 +22,9 @@ from fedpool.store import Store
 MAX_SCALARS = 100_000
 """Of a site in a round."""
 MAX_SHOWN = 50
-"""Of a site in a round, in its log: each line costs the log's file and the Prefect server as much as a short step takes."""
+"""Of a site in a round, in its log: each line costs the log's file and the Prefect server as
+much as a short step takes.
+"""
 MAX_KEYS = 1_000
 MAX_KEY = 250
 """Characters of a name, as many as MLflow takes."""
@@ -74,7 +77,8 @@ class ScalarLog:
         """Note a scalar; returns its line for the log, unless there have been many.
 
         Args:
-            where: what the script said besides. `global_step` or `step` is its step, `walltime` its time.
+            where: what the script said besides. `global_step` or `step` is its step, `walltime` its
+                time.
             when: its time otherwise; None for now.
         """
         self._num += 1
@@ -106,7 +110,9 @@ class ScalarLog:
 
 
 def encode(scalars: Sequence[Scalar]) -> bytes:
-    """Scalars as JSON, column by column; infinity and NaN are strings, which JSON has no numbers for."""
+    """Scalars as JSON, column by column; infinity and NaN are strings, which JSON has no numbers
+    for.
+    """
     keys = list(dict.fromkeys(scalar.key for scalar in scalars))
     index = {key: position for position, key in enumerate(keys)}
     said = {
@@ -121,7 +127,8 @@ def encode(scalars: Sequence[Scalar]) -> bytes:
 
 
 def decode(data: bytes) -> list[Scalar]:
-    """Scalars out of what `encode` has made, at a site that is not trusted; no more than `MAX_SCALARS`.
+    """Scalars out of what `encode` has made, at a site that is not trusted; no more than
+    `MAX_SCALARS`.
 
     Raises:
         IntegrityError: it is something else.
@@ -143,7 +150,9 @@ def decode(data: bytes) -> list[Scalar]:
 def send_scalars(
     scalars: Sequence[Scalar], store: Store, job_id: str, assignment: SiteAssignment, log: LogLine
 ) -> Stored | None:
-    """Put what a script has logged into the store, where the job asks for it; nothing fails for its sake."""
+    """Put what a script has logged into the store, where the job asks for it; nothing fails for
+    its sake.
+    """
     paths = JobPaths(job_id)
     try:
         if not scalars or not store.exists(paths.tracked):
@@ -204,7 +213,9 @@ def _finite(value: Any) -> float:
 
 
 def _step(text: str | None) -> int | None:
-    """A script's step: an integer, or what is close to one, such as "3.0"; None for anything else."""
+    """A script's step: an integer, or what is close to one, such as "3.0"; None for anything
+    else.
+    """
     if text is None:
         return None
     try:

@@ -1,4 +1,6 @@
-"""Scratch folders, which go with the process that made them; those of processes that were killed go when the next one comes."""
+"""Scratch folders, which go with the process that made them; those of processes that were killed
+go when the next one comes.
+"""
 
 import logging
 import os
@@ -14,7 +16,8 @@ _LOG = logging.getLogger("fedpool.scratch")
 
 
 class Scratch:
-    """A new folder that nobody else uses, held by a lock that the system lets go of when this process ends.
+    """A new folder that nobody else uses, held by a lock that the system lets go of when this
+    process ends.
 
     Args:
         parent: where; its abandoned folders of the same prefix are removed.

@@ -1,7 +1,9 @@
-"""Running a client script: what happens between a fresh process and the script's first line, the same wherever it runs.
+"""Running a client script: what happens between a fresh process and the script's first line, the
+same wherever it runs.
 
-Used by the zygote in a forked child, and by a site's own process as `python -m fedpool.sites.script REQUEST`, where REQUEST is
-a JSON object with the arguments of `run_script`; `torchrun ... -m fedpool.sites.script REQUEST` works the same.
+Used by the zygote in a forked child, and by a site's own process as `python -m fedpool.sites.script
+REQUEST`, where REQUEST is a JSON object with the arguments of `run_script`; `torchrun ... -m
+fedpool.sites.script REQUEST` works the same.
 """
 
 import importlib
@@ -45,9 +47,11 @@ def preload(imports: Sequence[str]) -> dict[str, str]:
 
 
 def _rehearse() -> None:
-    """Have torch do what it puts off until a script first makes an optimizer and seeds it: 800 imports, 2 s, among them.
+    """Have torch do what it puts off until a script first makes an optimizer and seeds it: 800
+    imports, 2 s, among them.
 
-    No more than that: what starts threads or looks for devices would break the scripts that are forked from here.
+    No more than that: what starts threads or looks for devices would break the scripts that are
+    forked from here.
     """
     import torch
 
@@ -57,7 +61,9 @@ def _rehearse() -> None:
 
 
 class _SeedOnImport(MetaPathFinder):
-    """Seeds numpy and torch when the script itself is the first to import them, as it would find them had they been there."""
+    """Seeds numpy and torch when the script itself is the first to import them, as it would find
+    them had they been there.
+    """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

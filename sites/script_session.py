@@ -1,8 +1,8 @@
 """The session that a client script is: a live process, and the conversation with it.
 
-`perform` runs one assignment: it starts the script when none is alive, hands over the assignment, passes on what
-the script prints and logs, and returns what it sent. All of it is one blocking wait on four sources (a new connection,
-a message, output, the script's end), so it belongs on a thread.
+`perform` runs one assignment: it starts the script when none is alive, hands over the assignment,
+passes on what the script prints and logs, and returns what it sent. All of it is one blocking wait
+on four sources (a new connection, a message, output, the script's end), so it belongs on a thread.
 """
 
 import errno
@@ -76,13 +76,16 @@ class ScriptSession:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._clear()
                 raise SiteError(self._work.site, assignment.round, f"was killed: {explain(error)}") from error
-            # The link broke under a put: the script is ending, and its exit code says more than the broken pipe.
+            # The link broke under a put: the script is ending, and its exit code says more than the
+            # broken pipe.
             cause = f"{self._wait_for_end() or error}{self._output.traceback()}"
             self._clear()
             raise SiteError(self._work.site, assignment.round, cause) from None
 
     def _converse(self, assignment: Assignment, deadline: float | None, log: LogLine) -> Reply:
-        """Hand the assignment over when the script asks for it, and take what it sends, up to its update."""
+        """Hand the assignment over when the script asks for it, and take what it sends, up to
+        its update.
+        """
         logged = ScalarLog()
         while True:
             if self._asked and not self._handed and self._link:
@@ -92,7 +95,8 @@ class ScriptSession:
             if message is None:
                 continue
             if message["kind"] in ("log", "logs"):
-                # Those that came together are one entry of the log, because each costs what a short step does.
+                # Those that came together are one entry of the log, because each costs what a short
+                # step does.
                 if lines := [storable(line, MAX_LINE_BYTES) for line in logged.take(message)]:
                     log("\n".join(lines))
             elif message["kind"] == "update" and self._handed and message["round"] == assignment.round:
@@ -183,7 +187,8 @@ class ScriptSession:
             try:
                 return self._message()
             except (EOFError, OSError):
-                # The script closed the link by ending, or by shutdown(): either way it can send nothing more.
+                # The script closed the link by ending, or by shutdown(): either way it can send
+                # nothing more.
                 raise _Ended(self._wait_for_end() or "closed its session without sending an update") from None
         if self._script.status in ready:
             raise _Ended(self._wait_for_end() or "ended")
@@ -220,7 +225,9 @@ class ScriptSession:
         return None
 
     def _wait_for_end(self, deadline: float | None = None) -> str:
-        """Drain the output until the script has ended; returns how it ended. Kills one that lingers."""
+        """Drain the output until the script has ended; returns how it ended. Kills one that
+        lingers.
+        """
         assert self._script is not None
         deadline = time.monotonic() + END_GRACE_S if deadline is None else deadline
         while self._exit_code is None:

@@ -1,6 +1,8 @@
-"""The service that a site's worker runs, whoever hands it work: it is there, takes its rounds, does them, and stops in order.
+"""The service that a site's worker runs, whoever hands it work: it is there, takes its rounds, does
+them, and stops in order.
 
-It is written against `Desk` alone. A desk that cannot be reached is waited for: scripts go on meanwhile.
+It is written against `Desk` alone. A desk that cannot be reached is waited for: scripts go on
+meanwhile.
 """
 
 import asyncio
@@ -31,7 +33,9 @@ _FAREWELL_S = 5.0
 _SKEW_S = 5.0
 """From how many seconds on a clock that is off is worth a warning."""
 _LOOK_PAUSE_S = 8.0
-"""How long a site that has further rounds in hand leaves the desk alone before it looks for more."""
+"""How long a site that has further rounds in hand leaves the desk alone before it looks for
+more.
+"""
 _JITTER = 0.3
 """Of its intervals: sites that were started at once shall not ask at once for ever."""
 
@@ -50,7 +54,8 @@ class Pace:
 
 
 class SiteService:
-    """A site at work, with each job's session warm between its rounds. As a context manager it opens and closes the site.
+    """A site at work, with each job's session warm between its rounds. As a context manager it
+    opens and closes the site.
 
     Args:
         config: of the site.
@@ -68,7 +73,9 @@ class SiteService:
         self._logger = logger
         self._resident: Resident | None = None
         self._hands: dict[UUID, threading.Event] = {}
-        """What it has in hand, from before it is taken until after its end is reported, and what stops it."""
+        """What it has in hand, from before it is taken until after its end is reported, and what
+        stops it.
+        """
         self._tasks: set[asyncio.Task[None]] = set()
         self._known = False
         self._new = False
@@ -164,7 +171,9 @@ class SiteService:
         self._known = True
 
     def _compare_clocks(self, ahead_s: float) -> None:
-        """Say how far this machine's clock is off: nothing here goes by it, but others do, such as an object store."""
+        """Say how far this machine's clock is off: nothing here goes by it, but others do, such
+        as an object store.
+        """
         if abs(ahead_s) >= _SKEW_S:
             self._logger.warning(
                 "this machine's clock is %.0f s %s %s's. Rounds do not depend on it; object stores refuse requests that are "
@@ -175,7 +184,9 @@ class SiteService:
             )
 
     async def _hand_back_orphans(self) -> None:
-        """Report what this site was doing when its worker was killed as crashed: nobody else knows that it is lost."""
+        """Report what this site was doing when its worker was killed as crashed: nobody else
+        knows that it is lost.
+        """
         lost = await self._desk.left_behind(list(self._hands))
         cancelled = await self._desk.cancelled([piece.id for piece in lost]) if lost else frozenset()
         for piece in lost:
@@ -188,8 +199,8 @@ class SiteService:
     async def _look(self) -> None:
         """Take what is offered.
 
-        With pieces in hand that wait for their rounds there is no hurry to find the ones after them, and a desk that has many
-        sites would do little else than answer them all.
+        With pieces in hand that wait for their rounds there is no hurry to find the ones after
+        them, and a desk that has many sites would do little else than answer them all.
         """
         now = self._looked_at_all = time.monotonic()
         if not self._known or (len(self._hands) > 1 and now - self._looked < _LOOK_PAUSE_S):
@@ -218,7 +229,9 @@ class SiteService:
             del self._hands[piece.id]
 
     async def _claim(self, piece: Piece) -> bool:
-        """Take a piece; False when it is not to be had, because it was cancelled, or somebody else was faster."""
+        """Take a piece; False when it is not to be had, because it was cancelled, or somebody
+        else was faster.
+        """
         try:
             if await self._desk.report(piece, Report(Phase.TAKEN)):
                 return True
@@ -236,7 +249,9 @@ class SiteService:
             self._logger.warning("%s could not be told so of run %s: %s", self._desk.name, piece.name, error)
 
     async def _stop_cancelled(self) -> None:
-        """Stop what someone cancels in the UI; when a job ends, the site learns it from the store."""
+        """Stop what someone cancels in the UI; when a job ends, the site learns it from the
+        store.
+        """
         if not self._hands:
             return
         try:
@@ -249,7 +264,9 @@ class SiteService:
                 stop.set()
 
     async def _close(self) -> None:
-        """End every script first: the pieces that wait for them end as crashed, and are handed back. Then the site leaves."""
+        """End every script first: the pieces that wait for them end as crashed, and are handed
+        back. Then the site leaves.
+        """
         with anyio.CancelScope(shield=True):
             if self._resident is not None:
                 await anyio.to_thread.run_sync(self._resident.close)

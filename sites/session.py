@@ -1,7 +1,8 @@
-"""A session: whoever does the assignments of one job at one site, one after the other, and may stay warm in between.
+"""A session: whoever does the assignments of one job at one site, one after the other, and may stay
+warm in between.
 
-A client script is one (`ScriptSession`). Anything that takes an assignment and leaves an update at its path can be another, such
-as a coordinator that answers for sites of its own.
+A client script is one (`ScriptSession`). Anything that takes an assignment and leaves an update at
+its path can be another, such as a coordinator that answers for sites of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +30,15 @@ class Work:
     site_index: int = 0
     num_sites: int = 1
     origin: str = ""
-    """Folder that tracebacks show the script in, where it was bundled from; empty: none, as on another machine."""
+    """Folder that tracebacks show the script in, where it was bundled from; empty: none, as on
+    another machine.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a script sent for an assignment: the fields of its `update` message, the last value of each logged scalar, and all of
-    them for trackers.
+    """What a script sent for an assignment: the fields of its `update` message, the last value
+    of each logged scalar, and all of them for trackers.
     """
 
     update: Mapping[str, Any]
@@ -55,19 +58,23 @@ class Session(Protocol):
             log: called with each line that is printed meanwhile.
 
         Raises:
-            SiteError: it failed, was killed or did not answer in time; the session can be used again, and begins afresh.
+            SiteError: it failed, was killed or did not answer in time; the session can be used
+                again, and begins afresh.
         """
         ...
 
     def end(self, grace_s: float = END_GRACE_S) -> str | None:
         """The job is over: finish within that time, and leave nothing behind.
 
-        Returns: how it failed at its end; None when it ended well, or was killed, or there is nothing to end.
+        Returns: how it failed at its end; None when it ended well, or was killed, or there is
+        nothing to end.
         """
         ...
 
     def kill(self) -> None:
-        """End it and all that it started, for good; a `perform` that is under way raises. From any thread."""
+        """End it and all that it started, for good; a `perform` that is under way raises. From
+        any thread.
+        """
         ...
 
     @property

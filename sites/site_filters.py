@@ -1,4 +1,6 @@
-"""The filters of a job at a site: their code is fetched from the store by its hash, and runs here if the site allows it."""
+"""The filters of a job at a site: their code is fetched from the store by its hash, and runs
+here if the site allows it.
+"""
 
 import threading
 
@@ -24,7 +26,8 @@ def load_filters(job: ClientJob, store: Store, allow: Permission) -> tuple[Filte
 
     Raises:
         ConfigError: the code may not be run here, or cannot be imported.
-        IntegrityError: it is not what its hash says, or does not have the filters that the job names.
+        IntegrityError: it is not what its hash says, or does not have the filters that the job
+            names.
     """
     if not job.filters:
         return ()
@@ -35,7 +38,8 @@ def load_filters(job: ClientJob, store: Store, allow: Permission) -> tuple[Filte
                 wanted = ", ".join(str(filter.get("type")) for filter in job.filters)
                 where = store.full(JobPaths(job.job_id).code(code.sha256))
                 allow(Request(job.job_id, wanted, code.modules, tuple(code.files), code.sha256, where))
-                # A site outlives its jobs: the code of an earlier one may have modules of the same names.
+                # A site outlives its jobs: the code of an earlier one may have modules of the same
+                # names.
                 make_room(code)
                 load_code(code)
         try:

@@ -1,4 +1,6 @@
-"""The log file of a simulated site, in the job's folder: what its script printed, and why its rounds failed."""
+"""The log file of a simulated site, in the job's folder: what its script printed, and why its
+rounds failed.
+"""
 
 import threading
 from datetime import datetime
@@ -11,8 +13,9 @@ MAX_BYTES = 8 << 20
 class SiteLog:
     """One site's log file, to which lines are added; thread-safe.
 
-    It is opened anew for each line, because a thousand sites would need a thousand open files. One that cannot be written is not
-    the job's matter: it is told once, in place of the first line that is lost.
+    It is opened anew for each line, because a thousand sites would need a thousand open files. One
+    that cannot be written is not the job's matter: it is told once, in place of the first line that
+    is lost.
 
     Args:
         path: of the file.
@@ -24,7 +27,9 @@ class SiteLog:
         self._failed = False
 
     def write(self, round: int, line: str) -> str | None:
-        """Add a line, with the time and the round; returns what is to be told when that failed for the first time."""
+        """Add a line, with the time and the round; returns what is to be told when that failed
+        for the first time.
+        """
         text = f"{datetime.now():%Y-%m-%d %H:%M:%S} round {round}: {line}\n".encode("utf-8", "replace")
         with self._lock:
             if self._failed:

@@ -1,4 +1,6 @@
-"""One assignment at one site: global model in, script, update and manifest out. The site's half of a round."""
+"""One assignment at one site: global model in, script, update and manifest out. The site's half
+of a round.
+"""
 
 import hashlib
 import math
@@ -43,7 +45,8 @@ class SiteFolder:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What a site has put into the store: the manifest, its hash, and what was seen of the update's bytes on their way there.
+    """What a site has put into the store: the manifest, its hash, and what was seen of the update's
+    bytes on their way there.
 
     `inspection` is None where nobody who is trusted has seen them, or there are none.
     """
@@ -52,11 +55,14 @@ class Delivery:
     manifest_sha256: str
     inspection: Inspection | None = None
     scalars: Sequence[Scalar] = ()
-    """All that its script has logged, where the site is of this process; of others the manifest names it."""
+    """All that its script has logged, where the site is of this process; of others the manifest
+    names it.
+    """
 
 
 def read_delivery(store: Store, job_id: str, round: int, site: str, attempt: int) -> Delivery:
-    """What a site has put into the store, as its manifest says; it is not to be trusted before the gate has judged it.
+    """What a site has put into the store, as its manifest says; it is not to be trusted before the
+    gate has judged it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -75,7 +81,9 @@ def read_delivery(store: Store, job_id: str, round: int, site: str, attempt: int
 
 
 def site_seed(job_seed: int, site: str, round: int) -> int:
-    """A seed for everything random in a script: a function of (job seed, site, round), in [0, 2**63)."""
+    """A seed for everything random in a script: a function of (job seed, site, round), in [0,
+    2**63).
+    """
     digest = hashlib.sha256(f"{job_seed}/{site}/{round}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -96,8 +104,10 @@ def run_site_round(
     """Do an assignment and commit what came of it to the store.
 
     Args:
-        trusted: the global model's bytes were written by this very process, so they are not hashed again.
-        apart: the coordinator is another process, so what the script logs travels through the store.
+        trusted: the global model's bytes were written by this very process, so they are not hashed
+            again.
+        apart: the coordinator is another process, so what the script logs travels through the
+            store.
         filters: of the job, see `load_filters`.
 
     Returns: the manifest as written to the store, and what was seen of the update on its way there.
@@ -120,7 +130,9 @@ def run_site_round(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A site's part of a round: what it fetches before its script works, and what it delivers after."""
+    """A site's part of a round: what it fetches before its script works, and what it delivers
+    after.
+    """
 
     job: ClientJob
     assignment: SiteAssignment
@@ -196,7 +208,9 @@ class _Part:
 
 
 def _perform(session: Session, work: Assignment, *, restarts: int, deadline: float | None, log: LogLine) -> Reply:
-    """Have the script do an assignment; one that fails is started again, unless it was killed on purpose."""
+    """Have the script do an assignment; one that fails is started again, unless it was killed on
+    purpose.
+    """
     failure: SiteError | None = None
     while True:
         try:

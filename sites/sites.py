@@ -1,4 +1,6 @@
-"""`Sites`: how a job reaches its sites. Simulated ones are `LocalSites`, others `fedpool.tasks.dispatch.PoolSites`."""
+"""`Sites`: how a job reaches its sites. Simulated ones are `LocalSites`, others
+`fedpool.tasks.dispatch.PoolSites`.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ class Traits:
 
     Attributes:
         simulated: they are processes of the coordinator's machine, and end with it.
-        have_runs: a site's part of a round is a Prefect run of its own, and needs no task of the round's.
+        have_runs: a site's part of a round is a Prefect run of its own, and needs no task of the
+            round's.
         outlive: a site that was asked stays at work when the coordinator is lost.
         come_back: a site that was lost may be waited for; else it is gone.
     """
@@ -49,7 +52,8 @@ class Sites(Protocol):
         ...
 
     async def announce(self, site: str, round: int, attempt: int) -> bool:
-        """Tell a site that its part in a round will come, so that it is ready; not every round that is announced comes.
+        """Tell a site that its part in a round will come, so that it is ready; not every round that
+        is announced comes.
 
         Returns: False when that attempt is over: an earlier coordinator's, which ended with it.
         """
@@ -62,7 +66,8 @@ class Sites(Protocol):
     async def perform(
         self, assignment: SiteAssignment, *, deadline: float | None, patience_s: float, log: LogLine
     ) -> Delivery:
-        """Have a site do an assignment. Given up when cancelled: then the site goes on by itself, and nobody waits for it.
+        """Have a site do an assignment. Given up when cancelled: then the site goes on by itself,
+        and nobody waits for it.
 
         Args:
             patience_s: how long a site that cannot be reached is waited for.
@@ -75,7 +80,9 @@ class Sites(Protocol):
 
     @property
     def endings(self) -> Mapping[str, str]:
-        """site -> how its script failed after its last round, once `end` was called, as far as is known by then."""
+        """site -> how its script failed after its last round, once `end` was called, as far as
+        is known by then.
+        """
         ...
 
     def cancel(self) -> None:

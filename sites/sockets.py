@@ -1,4 +1,6 @@
-"""Where sessions' sockets lie: the path of a Unix socket is limited to about 100 bytes, and `TMPDIR` may be longer."""
+"""Where sessions' sockets lie: the path of a Unix socket is limited to about 100 bytes, and
+`TMPDIR` may be longer.
+"""
 
 import os
 import tempfile
@@ -13,7 +15,8 @@ _LONGEST_NAME = "fedpool-12345678/100000/s"
 
 
 def make_socket_folder() -> Path:
-    """A new folder, short enough for sockets `N/s` in it: in the folder for temporary files, else in one that is always short.
+    """A new folder, short enough for sockets `N/s` in it: in the folder for temporary files, else
+    in one that is always short.
 
     Raises:
         ConfigError: no folder can be made in any of them.

@@ -1,7 +1,7 @@
 """Who may train at a site: so many jobs at once, the others in the order in which they asked.
 
-A turn is one round of one job. So jobs that share their sites go on side by side: if a site took a whole job first, two jobs
-could wait for each other at two sites, for ever.
+A turn is one round of one job. So jobs that share their sites go on side by side: if a site took a
+whole job first, two jobs could wait for each other at two sites, for ever.
 """
 
 import threading

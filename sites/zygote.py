@@ -1,17 +1,19 @@
-"""The zygote: a process that has imported what client scripts need, and forks a script in milliseconds.
+"""The zygote: a process that has imported what client scripts need, and forks a script in
+milliseconds.
 
-`multiprocessing`'s own fork server runs the caller's `__main__` again in every child, which would run a user's `job.py`
-again; this one runs nothing but the script it is asked to. It is single-threaded, so that forking is safe, and it is the
-parent of every script it forks: when its control socket closes (the host ended, or was killed), it kills them all and ends.
-What a script has started is killed when the script ends, also what has left its session. While a script lives, it adopts its
-own orphans; when it ends, the zygote does. So a child of the zygote that is no script, and was not started by an import, was left
-behind by a script that has ended.
+`multiprocessing`'s own fork server runs the caller's `__main__` again in every child, which would
+run a user's `job.py` again; this one runs nothing but the script it is asked to. It is
+single-threaded, so that forking is safe, and it is the parent of every script it forks: when its
+control socket closes (the host ended, or was killed), it kills them all and ends. What a script has
+started is killed when the script ends, also what has left its session. While a script lives, it
+adopts its own orphans; when it ends, the zygote does. So a child of the zygote that is no script,
+and was not started by an import, was left behind by a script that has ended.
 
-Run as `python -m fedpool.sites.zygote FD`, where FD is a socket inherited from the host. Each request is one JSON line:
-`{"preload": [...]}` answers `{"failed": {name: why}}`; `{"fork": {...}}` comes with two file descriptors (the script's
-output, the status pipe) and answers `{"pid": n}`, or `{"errno": n}` when it could not; `{"kill": pid}` answers
-`{"killed": bool}`. The status pipe gets the script's exit code as a decimal number (negative: a signal) when it ends, and is
-closed then.
+Run as `python -m fedpool.sites.zygote FD`, where FD is a socket inherited from the host. Each
+request is one JSON line: `{"preload": [...]}` answers `{"failed": {name: why}}`; `{"fork": {...}}`
+comes with two file descriptors (the script's output, the status pipe) and answers `{"pid": n}`, or
+`{"errno": n}` when it could not; `{"kill": pid}` answers `{"killed": bool}`. The status pipe gets
+the script's exit code as a decimal number (negative: a signal) when it ends, and is closed then.
 """
 
 import atexit
@@ -40,14 +42,18 @@ MAX_REQUEST_BYTES = 1 << 20
 _CUDA_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 _MANY_FORKS = 32
-"""From here on each fork is made cheaper, once and for all, which costs as much as that many forks and more."""
+"""From here on each fork is made cheaper, once and for all, which costs as much as that many
+forks and more.
+"""
 
 _AT_EXIT: tuple[Callable[[], object], ...] = (
     logging.shutdown,
     multiprocessing.util._exit_function,  # type: ignore[attr-defined]
     weakref.finalize._exitfunc,  # type: ignore[attr-defined]
 )
-"""What the standard library does at the end of every interpreter, the last first; a script may have given it something to do."""
+"""What the standard library does at the end of every interpreter, the last first; a script may
+have given it something to do.
+"""
 
 
 def serve(control: socket.socket) -> None:
@@ -127,7 +133,9 @@ def _answer(
 
 @contextlib.contextmanager
 def _asking_nvml() -> Iterator[None]:
-    """Libraries ask for GPUs as they are imported. By default torch then initialises CUDA, which a fork cannot use any more."""
+    """Libraries ask for GPUs as they are imported. By default torch then initialises CUDA, which
+    a fork cannot use any more.
+    """
     if _CUDA_CHECK in os.environ:
         yield
         return
@@ -139,9 +147,12 @@ def _asking_nvml() -> Iterator[None]:
 
 
 def _settle() -> None:
-    """Make what was imported cheap to share with thousands of children, which copy each page of memory that they write to."""
-    # At its end a script runs what it has registered itself, and not what the imported libraries have: that is about this
-    # process, whose temporary folders all scripts share, and torch takes its operators apart there, which writes to 30 MB.
+    """Make what was imported cheap to share with thousands of children, which copy each page of
+    memory that they write to.
+    """
+    # At its end a script runs what it has registered itself, and not what the imported libraries
+    # have: that is about this process, whose temporary folders all scripts share, and torch takes
+    # its operators apart there, which writes to 30 MB.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
     atexit._clear()
@@ -189,7 +200,9 @@ def _kill_script(pid: int) -> bool:
 def _run_script(
     output: int, *, script: str, arguments: list[str], environment: dict[str, str], folder: str, threads: int, seed: int
 ) -> NoReturn:
-    """Become the script: own process group, own output, `sys.argv` and `sys.path` as `python script.py` would set them."""
+    """Become the script: own process group, own output, `sys.argv` and `sys.path` as `python
+    script.py` would set them.
+    """
     os.setsid()
     adopt_orphans()
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
@@ -211,7 +224,8 @@ def _run_script(
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        # Not sys.exit: tearing down the preloaded modules would touch, and so copy, pages shared with every other script.
+        # Not sys.exit: tearing down the preloaded modules would touch, and so copy, pages shared
+        # with every other script.
         os._exit(code)
 
 

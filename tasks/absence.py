@@ -1,6 +1,8 @@
-"""Which sites a round goes ahead without: a function of the rounds' records, and of which sites cannot be reached just now.
+"""Which sites a round goes ahead without: a function of the rounds' records, and of which sites
+cannot be reached just now.
 
-The first round that a site is missing from waits for it. The rounds after that would wait as long again, and for nothing.
+The first round that a site is missing from waits for it. The rounds after that would wait as long
+again, and for nothing.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +15,8 @@ from fedpool.tasks.record import RoundRecord
 
 
 def silent(records: Sequence[RoundRecord]) -> frozenset[str]:
-    """Sites that did not answer when they were last to take part, because they could not be reached or were late.
+    """Sites that did not answer when they were last to take part, because they could not be reached
+    or were late.
 
     Args:
         records: of the rounds so far.
@@ -36,7 +39,8 @@ def left_out(
     probes: Collection[str],
     needed: int,
 ) -> dict[str, str]:
-    """site -> why a round does not ask it. Empty when too few sites would be left: then the round waits for all of them.
+    """site -> why a round does not ask it. Empty when too few sites would be left: then the round
+    waits for all of them.
 
     Args:
         records: of the rounds so far.
@@ -54,7 +58,9 @@ def left_out(
 async def unasked(
     records: Sequence[RoundRecord], sites: Sites, chosen: Collection[str], *, probes: Collection[str], needed: int
 ) -> dict[str, str]:
-    """site -> why a round does not ask it, from the records and a look at the sites that were missing; see `left_out`."""
+    """site -> why a round does not ask it, from the records and a look at the sites that were
+    missing; see `left_out`.
+    """
     missing = silent(records) & set(chosen)
     if not missing:
         return {}
@@ -66,7 +72,9 @@ async def unasked(
 
 
 def how_to_resume(record: RoundRecord) -> str:
-    """What to do about the sites that could not be reached in a round, as a line of its own; empty when there are none."""
+    """What to do about the sites that could not be reached in a round, as a line of its own;
+    empty when there are none.
+    """
     away = {entry.site for entry in record.failed if entry.away}
     away |= {entry.site for entry in record.not_asked}
     names = ", ".join(in_order(away - {entry.site for entry in record.accepted}))

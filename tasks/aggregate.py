@@ -1,7 +1,8 @@
-"""Aggregation as a stream: block by block, the strategy turns the sites' updates into the next global model in the store.
+"""Aggregation as a stream: block by block, the strategy turns the sites' updates into the next
+global model in the store.
 
-At no time is there more in memory than one block of the global model, of one update (of each, for a strategy that compares them)
-and of what the strategy computes.
+At no time is there more in memory than one block of the global model, of one update (of each, for a
+strategy that compares them) and of what the strategy computes.
 """
 
 import os
@@ -41,7 +42,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """What a round came to: digests of the next global model, and of the strategy's slots where it has any."""
+    """What a round came to: digests of the next global model, and of the strategy's slots where
+    it has any.
+    """
 
     model: Digest
     state: Digest | None = None
@@ -55,8 +58,10 @@ class Before:
         model: the global model.
         state: the strategy's slots; None in the first round, or when it has none.
         round: training rounds that came before.
-        holes: names of the tensors in which the global model need not be finite; see `fedpool.tasks.holes`.
-        weights: site -> weight of its first update that had any, in the rounds before; 0 where none had.
+        holes: names of the tensors in which the global model need not be finite; see
+            `fedpool.tasks.holes`.
+        weights: site -> weight of its first update that had any, in the rounds before; 0 where none
+            had.
         shares: see `State`; `aggregate` sees to it.
     """
 
@@ -84,7 +89,8 @@ def aggregate(
     Args:
         strategy: how.
         before: what the round starts from.
-        updates: accepted ones; read in the order of their sites, whatever order they come in. Of a site, a late one comes first.
+        updates: accepted ones; read in the order of their sites, whatever order they come in. Of a
+            site, a late one comes first.
         factors: site -> factor on its weight; 1 for a site that is not named.
         target: path of the next global model in the store.
         state_target: path of the slots, which are written when the strategy has any.
@@ -121,7 +127,9 @@ def _blocks(before: Before, block_elements: int) -> Iterator[Block]:
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute on one processor each: torch would have each of them use all, and wait for each other."""
+    """Threads that compute on one processor each: torch would have each of them use all, and
+    wait for each other.
+    """
     for_others = torch.get_num_threads()
     begun = threading.Barrier(_NUM_THREADS + 1)
 
@@ -141,7 +149,8 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 def _in_order(executor: ThreadPoolExecutor, compute: Callable[[Block], _T], blocks: Iterator[Block]) -> Iterator[_T]:
     """What is computed of every block, in their order; each thread computes a run of blocks.
 
-    A run is long enough that handing it over costs little; one block at a time would cost more than it saves.
+    A run is long enough that handing it over costs little; one block at a time would cost more than
+    it saves.
     """
 
     def compute_run(run: Sequence[Block]) -> list[_T]:
@@ -234,7 +243,9 @@ def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, a
 
 
 def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -> torch.Tensor:
-    """The next block with the holes that it keeps: those that any of the updates leaves as they are."""
+    """The next block with the holes that it keeps: those that any of the updates leaves as they
+    are.
+    """
     if block.holes is None:
         return made
     kept = torch.zeros_like(block.holes)
@@ -244,7 +255,9 @@ def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -
 
 
 class _LazySlice(Mapping[str, torch.Tensor]):
-    """A slice of one block that is read when it is looked at, so that a mean holds one site's block at a time."""
+    """A slice of one block that is read when it is looked at, so that a mean holds one site's
+    block at a time.
+    """
 
     def __init__(self, block: Block) -> None:
         self._block = block

@@ -1,7 +1,8 @@
-"""What an aggregator is, and the mean, which the rules that look at whole updates come to in a round.
+"""What an aggregator is, and the mean, which the rules that look at whole updates come to in a
+round.
 
-An aggregator is frozen. It is given block after block and holds a block of each update at most; one that looks at whole updates
-asks for a survey first.
+An aggregator is frozen. It is given block after block and holds a block of each update at most; one
+that looks at whole updates asks for a survey first.
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,8 @@
-"""How the updates of a round become one: the weighted mean, or a rule that a few wrong updates cannot pull far.
+"""How the updates of a round become one: the weighted mean, or a rule that a few wrong updates
+cannot pull far.
 
-Each is a frozen model of what it needs to know, which is also its part of a deployment's form and of `job.json`. What is
-computed is in `tasks.mean` and `tasks.robust`.
+Each is a frozen model of what it needs to know, which is also its part of a deployment's form and
+of `job.json`. What is computed is in `tasks.mean` and `tasks.robust`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,8 @@ class Rule(Checked, Aggregator):
     """An aggregator of fedpool's own: its name, and what it needs to know.
 
     Raises:
-        FieldsError (a RecipeError and a pydantic.ValidationError): a parameter is missing, unknown, or out of its bounds.
+        FieldsError (a RecipeError and a pydantic.ValidationError): a parameter is missing, unknown,
+            or out of its bounds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +52,8 @@ class _SurveyingRule(Rule):
 
 
 def _prefilled(value: float) -> dict[str, Any]:
-    # Prefect's form tells the aggregators apart by the fields that have a value, so each begins with one.
+    # Prefect's form tells the aggregators apart by the fields that have a value, so each begins
+    # with one.
     return {"default": value}
 
 
@@ -61,8 +64,8 @@ class Mean(Rule):
         n >= 1
 
     Paper:
-        McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
-        (https://arxiv.org/abs/1602.05629)
+        McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
+        Data", algorithm 1 (https://arxiv.org/abs/1602.05629)
     """
 
     kind: Literal["mean"] = Field(default="mean", repr=False)
@@ -80,8 +83,8 @@ class Median(Rule):
         n >= 1
 
     Paper:
-        Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option I
-        (https://arxiv.org/abs/1803.01498)
+        Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+        algorithm 1, option I (https://arxiv.org/abs/1803.01498)
     """
 
     kind: Literal["median"] = Field(default="median", repr=False)
@@ -91,7 +94,8 @@ class Median(Rule):
 
 
 class TrimmedMean(Rule):
-    """The coordinate-wise mean without the floor(trim_ratio n) lowest and the floor(trim_ratio n) highest values.
+    """The coordinate-wise mean without the floor(trim_ratio n) lowest and the floor(trim_ratio n)
+    highest values.
 
     All updates count alike.
 
@@ -99,8 +103,8 @@ class TrimmedMean(Rule):
         n >= 1 / trim_ratio (fewer would trim nothing)
 
     Paper:
-        Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option II
-        (https://arxiv.org/abs/1803.01498)
+        Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+        algorithm 1, option II (https://arxiv.org/abs/1803.01498)
     """
 
     kind: Literal["trimmed_mean"] = Field(default="trimmed_mean", repr=False)
@@ -126,8 +130,8 @@ class Krum(_SurveyingRule):
         n >= 2 f + 3
 
     Paper:
-        Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", section 4
-        (https://arxiv.org/abs/1703.02757)
+        Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient
+        Descent", section 4 (https://arxiv.org/abs/1703.02757)
     """
 
     kind: Literal["krum"] = Field(default="krum", repr=False)
@@ -143,16 +147,18 @@ class Krum(_SurveyingRule):
 
 
 class MultiKrum(_SurveyingRule):
-    """The mean of the m updates with the least sum of squared distances to their n - f - 2 nearest others.
+    """The mean of the m updates with the least sum of squared distances to their n - f - 2 nearest
+    others.
 
-    m is `num_selected`, or n - f - 2 without that. All updates count alike; of equals the first site wins.
+    m is `num_selected`, or n - f - 2 without that. All updates count alike; of equals the first
+    site wins.
 
     Needs:
         n >= max(2 f + 3, m + f + 2)
 
     Paper:
-        Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", section 4
-        (https://arxiv.org/abs/1703.02757)
+        Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient
+        Descent", section 4 (https://arxiv.org/abs/1703.02757)
     """
 
     kind: Literal["multi_krum"] = Field(default="multi_krum", repr=False)
@@ -173,18 +179,20 @@ class MultiKrum(_SurveyingRule):
 
 
 class Bulyan(_SurveyingRule):
-    """Krum's choice, n - 2 f times over, and of those in each coordinate the mean of the n - 4 f nearest to the median.
+    """Krum's choice, n - 2 f times over, and of those in each coordinate the mean of the n - 4 f
+    nearest to the median.
 
-    Of an even number of values the median is one of them, the lower of the middle two, because the paper's is an element; with
-    `even_median="midpoint"` it is their mean. When Krum picks from f + 2 updates or fewer, it goes by the nearest other one,
-    where the paper's sum would be empty. Of equals the first site wins.
+    Of an even number of values the median is one of them, the lower of the middle two, because the
+    paper's is an element; with `even_median="midpoint"` it is their mean. When Krum picks from f +
+    2 updates or fewer, it goes by the nearest other one, where the paper's sum would be empty. Of
+    equals the first site wins.
 
     Needs:
         n >= 4 f + 3
 
     Paper:
-        El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section 4
-        (https://arxiv.org/abs/1802.07927)
+        El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium",
+        section 4 (https://arxiv.org/abs/1802.07927)
     """
 
     kind: Literal["bulyan"] = Field(default="bulyan", repr=False)
@@ -208,16 +216,19 @@ class Bulyan(_SurveyingRule):
 
 
 class GeometricMedian(_SurveyingRule):
-    """The point with the least sum of distances to the updates, by the smoothed Weiszfeld algorithm.
+    """The point with the least sum of distances to the updates, by the smoothed Weiszfeld
+    algorithm.
 
-    The distances count by the weights of the updates, as in the paper, where nobody lies about weights; with
-    `weighted=False` all count alike. The paper stops after a few steps, this after convergence.
+    The distances count by the weights of the updates, as in the paper, where nobody lies about
+    weights; with `weighted=False` all count alike. The paper stops after a few steps, this after
+    convergence.
 
     Needs:
         n >= 1
 
     Paper:
-        Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2 (https://arxiv.org/abs/1912.13445)
+        Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2
+        (https://arxiv.org/abs/1912.13445)
     """
 
     kind: Literal["geometric_median"] = Field(default="geometric_median", repr=False)
@@ -240,7 +251,8 @@ class NormClippedMean(_SurveyingRule):
         n >= 1
 
     Paper:
-        Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 3 (https://arxiv.org/abs/1911.07963)
+        Sun et al. 2019, "Can You Really Backdoor Federated Learning?", section 3
+        (https://arxiv.org/abs/1911.07963)
     """
 
     kind: Literal["norm_clipped_mean"] = Field(default="norm_clipped_mean", repr=False)

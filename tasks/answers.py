@@ -18,7 +18,9 @@ _OF_A_SITE = re.compile(
 
 
 class Turn:
-    """What is known of a round once its turn has come: what to ask of the sites, and what to expect of their updates."""
+    """What is known of a round once its turn has come: what to ask of the sites, and what to
+    expect of their updates.
+    """
 
     __slots__ = ("base", "deadline", "expected", "probes", "quorum", "sites", "state", "task", "used")
 
@@ -50,7 +52,9 @@ class Turn:
 
 
 class Answers:
-    """What has come of asking the sites of a round so far; `closed` is set once the round waits for no more."""
+    """What has come of asking the sites of a round so far; `closed` is set once the round waits
+    for no more.
+    """
 
     __slots__ = ("_accepted_s", "_began", "_closing", "_probes", "_quorum", "closed", "outcomes")
 
@@ -107,7 +111,8 @@ def asked_before(found: Iterable[str], *, lives_on: bool) -> dict[str, Asked]:
 
     Args:
         found: paths of what lies in the round's folder, relative to it.
-        lives_on: whether sites that were asked may still be at work, though the coordinator was lost.
+        lives_on: whether sites that were asked may still be at work, though the coordinator was
+            lost.
     """
     attempts: dict[str, int] = {}
     answered: set[tuple[str, int]] = set()
@@ -126,8 +131,9 @@ def asked_before(found: Iterable[str], *, lives_on: bool) -> dict[str, Asked]:
 
 
 class Again:
-    """When a site that was lost is asked again: at once, so often as `retries` says; then, within `patience_s` of its first loss,
-    after pauses that grow, because a worker that is being restarted may lose its work more than once.
+    """When a site that was lost is asked again: at once, so often as `retries` says; then,
+    within `patience_s` of its first loss, after pauses that grow, because a worker that is being
+    restarted may lose its work more than once.
     """
 
     def __init__(self, retries: int, patience_s: float) -> None:

@@ -1,6 +1,8 @@
-"""How a job's numbers come about, where more than one way is right but only one gives the record's bits.
+"""How a job's numbers come about, where more than one way is right but only one gives the record's
+bits.
 
-`job.json` says which by the number `arithmetic`; one without it was begun before there was a choice, and goes on as it began.
+`job.json` says which by the number `arithmetic`; one without it was begun before there was a
+choice, and goes on as it began.
 """
 
 from collections.abc import Callable, Collection
@@ -18,11 +20,16 @@ class Arithmetic:
 
     Attributes:
         number: as `job.json` has it.
-        natural_order: sites count in natural order, `site-2` before `site-10`; before, by the characters of their names.
-        exact_products: inner products of updates are symmetric, and the same on every processor; before, they were BLAS's.
-        scaled_extras: what limits an update's difference limits what a strategy makes of its extras, too.
-        idle_sites: an update that says of itself that no step was taken has weight 0; before, it was rejected.
-        eval_examples: an update's metrics count with the examples that its `meta` says they are of; before, that had no meaning.
+        natural_order: sites count in natural order, `site-2` before `site-10`; before, by the
+            characters of their names.
+        exact_products: inner products of updates are symmetric, and the same on every processor;
+            before, they were BLAS's.
+        scaled_extras: what limits an update's difference limits what a strategy makes of its
+            extras, too.
+        idle_sites: an update that says of itself that no step was taken has weight 0; before, it
+            was rejected.
+        eval_examples: an update's metrics count with the examples that its `meta` says they are of;
+            before, that had no meaning.
     """
 
     number: int

@@ -35,7 +35,9 @@ class Block:
 
     @cached_property
     def origin(self) -> torch.Tensor | None:
-        """What integers are differences to: the block made even, so that halves are rounded to the same side as without."""
+        """What integers are differences to: the block made even, so that halves are rounded to
+        the same side as without.
+        """
         return self.value.to(torch.int64) & ~1 if self.spec.kind == "int" else None
 
     @cached_property
@@ -51,12 +53,16 @@ class Block:
 
 
 def widen(value: torch.Tensor, origin: torch.Tensor | None) -> torch.Tensor:
-    """float64 of a block; integers as differences to `origin`, because float64 holds no integer above 2**53 for sure."""
+    """float64 of a block; integers as differences to `origin`, because float64 holds no integer
+    above 2**53 for sure.
+    """
     return (value if origin is None else value.to(torch.int64) - origin).to(torch.float64)
 
 
 def narrow(value: torch.Tensor, block: Block) -> torch.Tensor:
-    """Back from float64: integers are rounded, a boolean is the majority's (a tie leaves it as it was)."""
+    """Back from float64: integers are rounded, a boolean is the majority's (a tie leaves it as
+    it was).
+    """
     dtype = torch_dtype(block.spec.dtype)
     if block.spec.kind == "bool":
         return torch.where(value == 0.5, block.value, value > 0.5)

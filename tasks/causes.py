@@ -1,4 +1,6 @@
-"""Who is missing from a round and why, for people: equal causes are told once, with all the sites and rounds that had them."""
+"""Who is missing from a round and why, for people: equal causes are told once, with all the
+sites and rounds that had them.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +11,12 @@ from fedpool.tasks.record import RoundRecord, num_trained
 
 @dataclass(frozen=True, slots=True)
 class _Cause:
-    """What became of a site, and why. Two are equal if they differ only in the site and the round that their texts name.
+    """What became of a site, and why. Two are equal if they differ only in the site and the round
+    that their texts name.
 
     Args:
-        kind: `failed`, `rejected`, `probed`, `late`, `folded` (late, and counted in a later round) or `not_asked`.
+        kind: `failed`, `rejected`, `probed`, `late`, `folded` (late, and counted in a later round)
+            or `not_asked`.
         why: as people read it.
         alike: the same, without the names of its own site and round.
     """
@@ -46,7 +50,9 @@ def causes(record: RoundRecord) -> str:
 
 
 def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
-    """Why sites are missing from some rounds: a paragraph for each cause, with the sites that had it and their rounds."""
+    """Why sites are missing from some rounds: a paragraph for each cause, with the sites that
+    had it and their rounds.
+    """
     rounds: dict[_Cause, dict[str, list[int]]] = {}
     folded = {(entry.round, entry.site): record.round for record in records for entry in record.late_accepted}
     for record in records:
@@ -71,7 +77,9 @@ def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
 
 
 def evaluation_error(records: Sequence[RoundRecord]) -> str | None:
-    """Why the final model has no score although sites were asked for one; None when it has, or nobody was asked."""
+    """Why the final model has no score although sites were asked for one; None when it has, or
+    nobody was asked.
+    """
     number = num_trained(records)
     if number == len(records) or records[number].metrics:
         return None
@@ -80,7 +88,8 @@ def evaluation_error(records: Sequence[RoundRecord]) -> str | None:
 
 
 def uncounted(record: RoundRecord, factors: Mapping[str, float]) -> str | None:
-    """Why a round that trained left the model as it was, although updates were accepted; None where it did not.
+    """Why a round that trained left the model as it was, although updates were accepted; None where
+    it did not.
 
     Args:
         factors: the recipe's `aggregation_weights`.

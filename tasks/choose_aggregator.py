@@ -1,4 +1,6 @@
-"""The aggregator of a recipe: made of what a user writes, and written as `job.json` and a deployment's parameters have it."""
+"""The aggregator of a recipe: made of what a user writes, and written as `job.json` and a
+deployment's parameters have it.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -23,14 +25,17 @@ from fedpool.tasks.aggregators import (
 from fedpool.tasks.own_function import OwnFunction, imported, path_of
 
 Given = Aggregator | str | Callable[..., Any] | Mapping[str, Any]
-"""What a user may write: `Krum(num_byzantine=2)`, "median", a function or its path, {"kind": "krum", "num_byzantine": 2}."""
+"""What a user may write: `Krum(num_byzantine=2)`, "median", a function or its path, {"kind":
+"krum", "num_byzantine": 2}.
+"""
 
 
 def chosen(given: Given) -> Aggregator:
     """The aggregator that a user means.
 
     Raises:
-        RecipeError: there is none of that name, or a parameter is missing, unknown, or out of its bounds.
+        RecipeError: there is none of that name, or a parameter is missing, unknown, or out of its
+            bounds.
     """
     if isinstance(given, Rule | OwnFunction):
         return given
@@ -53,7 +58,9 @@ def chosen(given: Given) -> Aggregator:
 
 
 def written(aggregator: Aggregator | str) -> str | dict[str, Any]:
-    """An aggregator as `job.json` and a deployment's parameters have it: its name alone where that says all, or a path."""
+    """An aggregator as `job.json` and a deployment's parameters have it: its name alone where
+    that says all, or a path.
+    """
     if isinstance(aggregator, str):  # the field's default, which a schema shows
         return aggregator
     if isinstance(aggregator, OwnFunction):
@@ -95,7 +102,8 @@ def _known() -> str:
     return ", ".join(AGGREGATORS)
 
 
-# Prefect's form knows `anyOf` alone, and takes the first that fits: a name, and then what has the fewest fields.
+# Prefect's form knows `anyOf` alone, and takes the first that fits: a name, and then what has the
+# fewest fields.
 _Form = (
     Annotated[
         str, Field(title="name or function", description=f"{', '.join(plain_names())}, or package.module:function")

@@ -1,4 +1,6 @@
-"""What the gate checks of an update by its manifest alone: whom it is from, what it answers, what it weighs."""
+"""What the gate checks of an update by its manifest alone: whom it is from, what it answers,
+what it weighs.
+"""
 
 import math
 
@@ -56,7 +58,9 @@ def _check_examples(manifest: UpdateManifest) -> None:
 
 
 def _is_idle(manifest: UpdateManifest, expected: Expected) -> bool:
-    """Whether the site says that it has done nothing, where the recipe needs to know what it has done."""
+    """Whether the site says that it has done nothing, where the recipe needs to know what it has
+    done.
+    """
     values = {name: manifest.meta.get(name) for name in expected.positive_meta}
     for name, value in values.items():
         if not is_count(value) or (value == 0 and not expected.idle):

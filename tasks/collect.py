@@ -1,8 +1,9 @@
-"""Ask sites for updates: one Prefect task per site, or one per slot when there are many sites; none where a site's part is a
-Prefect run of its own, which says more, and costs the server enough.
+"""Ask sites for updates: one Prefect task per site, or one per slot when there are many sites; none
+where a site's part is a Prefect run of its own, which says more, and costs the server enough.
 
-What a site's script prints goes to the log of the site's task or run. Every update passes the gate as soon as it arrives, while
-other sites still train. A round that closes leaves the sites that have not answered to themselves.
+What a site's script prints goes to the log of the site's task or run. Every update passes the gate
+as soon as it arrives, while other sites still train. A round that closes leaves the sites that have
+not answered to themselves.
 """
 
 import asyncio
@@ -31,23 +32,28 @@ from fedpool.tasks.observer import Observer, tell_logged
 from fedpool.tasks.virtual_round import VirtualClock
 
 MAX_SITE_TASKS = 64
-"""Above this many sites in a round, a task serves all sites of a slot: a Prefect task per site does not scale to thousands."""
+"""Above this many sites in a round, a task serves all sites of a slot: a Prefect task per site
+does not scale to thousands.
+"""
 
 T = TypeVar("T")
 
 
 class Round:
-    """What the tasks of one round share. They begin before its turn: reaching a site takes longer than a short round does.
+    """What the tasks of one round share. They begin before its turn: reaching a site takes longer
+    than a short round does.
 
     Args:
         retries: how often a site that is lost is asked again at once.
         patience_s: how long a site that is lost or cannot be reached is waited for.
-        asked: what came before: an earlier coordinator's attempts, or this one's before the round is tried again.
+        asked: what came before: an earlier coordinator's attempts, or this one's before the round
+            is tried again.
         observer: who is told what sites have logged.
         clock: of a simulation in virtual time.
     """
 
-    # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is nothing for it to walk.
+    # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is
+    # nothing for it to walk.
     __slots__ = ("answers", "asked", "clock", "number", "observer", "patience_s", "retries", "sites", "store", "turn")
 
     def __init__(
@@ -91,10 +97,12 @@ class Round:
 async def collect(round: Round, chosen: Sequence[str]) -> list[Outcome]:
     """Have every chosen site do its part once it is the round's turn.
 
-    Returns: what came of it, once all have answered, failed or timed out, or the round has closed; empty when the turn never
+    Returns: what came of it, once all have answered, failed or timed out, or the round has closed;
+    empty when the turn never
         came.
     """
-    # In virtual time nobody waits in a slot's queue for another one's end: the slots are the sites' own matter.
+    # In virtual time nobody waits in a slot's queue for another one's end: the slots are the sites'
+    # own matter.
     if round.sites.traits.have_runs or (round.clock is not None and len(chosen) > MAX_SITE_TASKS):
         calls: list[Coroutine[Any, Any, Any]] = [_follow_run(round, site) for site in chosen]
     elif len(chosen) <= MAX_SITE_TASKS:
@@ -124,7 +132,9 @@ class _Shared:
 
 
 async def _part(round: Round, site: str) -> bool:
-    """One site's part of the round; False when the round's turn never came. Raises `SiteError` when the site fails."""
+    """One site's part of the round; False when the round's turn never came. Raises `SiteError`
+    when the site fails.
+    """
     before = round.asked.get(site, Asked(0, answered=False))
     attempt = before.attempt
     if not before.answered:
@@ -145,7 +155,9 @@ async def _part(round: Round, site: str) -> bool:
 
 
 async def _follow_run(round: Round, site: str) -> None:
-    """One site's part of the round, where it is a run of its own; a site that fails is in the log of the round."""
+    """One site's part of the round, where it is a run of its own; a site that fails is in the
+    log of the round.
+    """
     try:
         await _part(round, site)
     except SiteError as error:
@@ -163,7 +175,9 @@ async def _ask_site(round: Round, site: str) -> State[Any] | None:
 
 @task(persist_result=False)
 async def _ask_slot(round: Round, shared: _Shared) -> None:
-    """The parts of as many sites as this slot gets to; a site that fails is in the log and in the round's record."""
+    """The parts of as many sites as this slot gets to; a site that fails is in the log and in
+    the round's record.
+    """
     turn = await asyncio.shield(round.turn)
     while turn is not None and (site := shared.take()) is not None:
         if site not in turn.sites:
@@ -176,7 +190,9 @@ async def _ask_slot(round: Round, shared: _Shared) -> None:
 
 
 async def ask_site(round: Round, turn: Turn, site: str, attempt: int, answers: Answers) -> None:
-    """Note what comes of asking a site; one that is lost is asked again. Raises `SiteError` when it fails for good."""
+    """Note what comes of asking a site; one that is lost is asked again. Raises `SiteError` when
+    it fails for good.
+    """
     logger = get_run_logger()
     again = Again(round.retries, round.patience_s if round.sites.traits.come_back else 0.0)
     while True:

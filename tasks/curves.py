@@ -1,7 +1,9 @@
-"""A metric over the rounds of a job as a small picture: pure functions from the rounds' records to SVG text.
+"""A metric over the rounds of a job as a small picture: pure functions from the rounds' records to
+SVG text.
 
-Same records, same text. A value is drawn at the round whose record holds it; the metrics of a round are the score of the model
-that it started from. Names of metrics come from the sites: they are escaped in the picture, and made into keys with care.
+Same records, same text. A value is drawn at the round whose record holds it; the metrics of a round
+are the score of the model that it started from. Names of metrics come from the sites: they are
+escaped in the picture, and made into keys with care.
 """
 
 import base64
@@ -50,7 +52,8 @@ class Curve:
 
 
 def curves(records: Sequence[RoundRecord], *, first: str) -> list[Curve]:
-    """A picture per metric or logged scalar of a job, at most `MAX_CURVES`; none of one that never had a finite value.
+    """A picture per metric or logged scalar of a job, at most `MAX_CURVES`; none of one that never
+    had a finite value.
 
     Args:
         first: metric that comes first, whatever its name; the others follow in the order of theirs.
@@ -66,11 +69,13 @@ def curves(records: Sequence[RoundRecord], *, first: str) -> list[Curve]:
 
 
 def draw(name: str, points: Sequence[Point]) -> str:
-    """The SVG of a metric: a line through its values with both axes labelled; a dot where there is one value only.
+    """The SVG of a metric: a line through its values with both axes labelled; a dot where there is
+    one value only.
 
     Args:
         name: of the metric, any text.
-        points: one or more (round, value) by ascending round; values are at most 1e100 in magnitude.
+        points: one or more (round, value) by ascending round; values are at most 1e100 in
+            magnitude.
     """
     axes = _Axes.of(points)
     shown = "".join(c if c.isprintable() else "?" for c in name)
@@ -97,7 +102,9 @@ def draw(name: str, points: Sequence[Point]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """Rounds from `start` to `end` across, values from `bottom` to `top` upwards, in steps of round figures."""
+    """Rounds from `start` to `end` across, values from `bottom` to `top` upwards, in steps of
+    round figures.
+    """
 
     start: int
     end: int
@@ -162,7 +169,9 @@ def _digits(size: float, step: float) -> int:
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """At most `_MAX_POINTS` of them; of those that share a place the lowest and the highest stay, so that no peak is lost."""
+    """At most `_MAX_POINTS` of them; of those that share a place the lowest and the highest
+    stay, so that no peak is lost.
+    """
     if len(points) <= _MAX_POINTS:
         return points
     size = math.ceil(len(points) / (_MAX_POINTS // 2))
@@ -172,7 +181,9 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _key(name: str, taken: dict[str, Curve]) -> str:
-    """A metric's key: `curve-` and its name with dashes for what a key may not hold; numbered where two would have the same."""
+    """A metric's key: `curve-` and its name with dashes for what a key may not hold; numbered
+    where two would have the same.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_SLUG] or "metric"
     key, number = f"curve-{slug}", 1
     while key in taken:

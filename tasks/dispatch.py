@@ -1,9 +1,10 @@
 """Sites behind work pools: how a coordinator reaches sites that are elsewhere.
 
-A round is announced to a site as a run of its deployment `site-round/SITE`, ahead of the round's turn, because a worker that
-polls takes seconds to pick it up. The run waits at the site until its assignment lies in the store. A site has answered when the
-manifest of its update lies there too: one listing tells of all sites of a round. Prefect knows seconds later that a run has
-ended, and is asked, in one query for all runs, only after those that ended without.
+A round is announced to a site as a run of its deployment `site-round/SITE`, ahead of the round's
+turn, because a worker that polls takes seconds to pick it up. The run waits at the site until its
+assignment lies in the store. A site has answered when the manifest of its update lies there too:
+one listing tells of all sites of a round. Prefect knows seconds later that a run has ended, and is
+asked, in one query for all runs, only after those that ended without.
 """
 
 import asyncio
@@ -39,7 +40,9 @@ _REMOTE_POLL_S = 0.25
 """How often to look for manifests."""
 _API_POLL_S = 2.0
 _WORKERS_POLL_S = 5.0
-"""How often to look whether the sites' workers are online, at the least: a query for each, so no more than one a second."""
+"""How often to look whether the sites' workers are online, at the least: a query for each, so no
+more than one a second.
+"""
 _API_PATIENCE_S = 600.0
 """How long the Prefect API may be unreachable before the sites count as lost."""
 _PAGE = 200
@@ -130,7 +133,8 @@ class PoolSites:
         place = await self._place(site)
         run: FlowRun = await client.create_flow_run_from_deployment(
             place.deployment,
-            # Else a run is due by this machine's clock, and workers take it when it is due by the server's or their own.
+            # Else a run is due by this machine's clock, and workers take it when it is due by the
+            # server's or their own.
             state=Scheduled(scheduled_time=datetime.now(UTC) - await self._clock_ahead(client)),
             parameters={
                 "job_id": self._job.job_id,
@@ -193,7 +197,9 @@ class PoolSites:
                 raise
 
     async def end(self) -> None:
-        """See `Sites.end`: runs that have not answered are cancelled; the sites learn the rest from the store."""
+        """See `Sites.end`: runs that have not answered are cancelled; the sites learn the rest
+        from the store.
+        """
         if self._client is None:
             return
         with contextlib.suppress(httpx.HTTPError, PrefectException):  # without the server there is nothing to cancel
@@ -209,7 +215,9 @@ class PoolSites:
 
     @property
     def endings(self) -> Mapping[str, str]:
-        """See `Sites.endings`: none is known yet, because sites learn of the end from the result."""
+        """See `Sites.endings`: none is known yet, because sites learn of the end from the
+        result.
+        """
         return {}
 
     def cancel(self) -> None:
@@ -235,7 +243,9 @@ class PoolSites:
         return self._ahead
 
     async def _tracking(self, client: PrefectClient, site: str) -> UUID | None:
-        """The task run by which the UI links the site's run to the round's, as Prefect does for subflows."""
+        """The task run by which the UI links the site's run to the round's, as Prefect does for
+        subflows.
+        """
         context = FlowRunContext.get()
         if context is None or context.flow_run is None:
             return None
@@ -266,7 +276,9 @@ class PoolSites:
             del self._waiting[key]
 
     async def _watch_sites(self) -> None:
-        """Pass on what the store and Prefect tell of the sites that someone waits for, until the job ends."""
+        """Pass on what the store and Prefect tell of the sites that someone waits for, until the
+        job ends.
+        """
         try:
             async with asyncio.TaskGroup() as watches:  # apart from each other: a busy server takes seconds to answer
                 watches.create_task(self._watch_store())
@@ -292,7 +304,8 @@ class PoolSites:
                 await self._look_at_runs()
                 now = time.monotonic()
                 if (away_s := now - answered) > _WORKERS_POLL_S:
-                    # The workers could not reach it either, and they try again at intervals that grow.
+                    # The workers could not reach it either, and they try again at intervals that
+                    # grow.
                     for waiting in self._waiting.values():
                         waiting.away_since = None
                     looked_at_workers = now + away_s
@@ -332,7 +345,8 @@ class PoolSites:
                     waiting.ended.set_exception(ServerError(gone(await self._connect(), self._job_run)))
             return
         for run_id in waited.keys() - {run.id for run in found}:
-            # Deleted by itself, or with its deployment before a worker had taken it: nobody would ever answer.
+            # Deleted by itself, or with its deployment before a worker had taken it: nobody would
+            # ever answer.
             lost: State[Any] = Crashed(name="Deleted", message="someone has deleted its run from the Prefect server")
             waited[run_id].resolve(lost)
         for run in found:
@@ -355,7 +369,9 @@ class PoolSites:
         return found
 
     async def _look_at_workers(self) -> None:
-        """Give up on sites that stay unreachable: their workers were killed, or stopped, or get no work."""
+        """Give up on sites that stay unreachable: their workers were killed, or stopped, or get
+        no work.
+        """
         waited = {key: waiting for key, waiting in self._waiting.items() if key[0] in self._places}
         places = dict(self._places)
         pools = await read_pools(await self._connect(), {places[site].pool for site, _, _ in waited})

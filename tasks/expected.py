@@ -1,4 +1,6 @@
-"""What an update has to fit, and the refusal of one that does not: what the parts of the gate share."""
+"""What an update has to fit, and the refusal of one that does not: what the parts of the gate
+share.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ MAX_REASON = 1000
 class Expected:
     """What an update has to fit.
 
-    `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must have: of that, 0
-    says that the site had nothing to train with and its update has weight 0, unless `idle` is false. `eval_examples`: whether
-    `meta` may say how many examples the metrics are of, and then has to say it right. `filters` are those that an update has
-    passed, `seed` is the job's.
-    `base` is the global model, which the norm of a difference needs; see `Recipe` for `max_norm` and `clip`. `holes` names the
-    tensors that may hold infinity where `base` does; None: as of an earlier version, whose sentences its records hold, none may.
+    `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must
+    have: of that, 0 says that the site had nothing to train with and its update has weight 0,
+    unless `idle` is false. `eval_examples`: whether `meta` may say how many examples the metrics
+    are of, and then has to say it right. `filters` are those that an update has passed, `seed` is
+    the job's. `base` is the global model, which the norm of a difference needs; see `Recipe` for
+    `max_norm` and `clip`. `holes` names the tensors that may hold infinity where `base` does; None:
+    as of an earlier version, whose sentences its records hold, none may.
     """
 
     job_id: str
@@ -40,7 +43,9 @@ class Expected:
 
     @property
     def growth(self) -> float:
-        """How many times larger than an update of the model a file may be, because of the filters."""
+        """How many times larger than an update of the model a file may be, because of the
+        filters.
+        """
         return math.prod(max(1.0, filter.growth) for filter in self.filters)
 
 

@@ -1,4 +1,6 @@
-"""What a person should know of a job that its table does not show: pure functions of the rounds' records."""
+"""What a person should know of a job that its table does not show: pure functions of the rounds'
+records.
+"""
 
 from collections.abc import Mapping, Sequence
 

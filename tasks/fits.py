@@ -1,4 +1,6 @@
-"""What the gate checks of an update's tensors: their size, names, shapes, values, and how far they lie from the global model."""
+"""What the gate checks of an update's tensors: their size, names, shapes, values, and how far
+they lie from the global model.
+"""
 
 from fedpool.arrays import difference_norm, dtype_limits
 from fedpool.errors import IntegrityError
@@ -48,7 +50,9 @@ def check_finite(seen: Inspection, tensors: Tensors, params_type: str, expected:
 
 
 def check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
-    """Values that the model's dtype cannot hold would overflow in the mean, and so fail the round for everybody."""
+    """Values that the model's dtype cannot hold would overflow in the mean, and so fail the
+    round for everybody.
+    """
     for name, (low, high) in sorted(seen.extremes.items()):
         lowest, highest = dtype_limits(expected[name].dtype)
         # A difference is added to a value that is there: half of the range leaves room for it.
@@ -63,7 +67,9 @@ def check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
 def norm_and_scale(
     tensors: Tensors, params_type: str, expected: Expected, block_elements: int
 ) -> tuple[float | None, float]:
-    """L2 norm of the update's difference to the global model, and what it is scaled by to be within the limit."""
+    """L2 norm of the update's difference to the global model, and what it is scaled by to be
+    within the limit.
+    """
     limit = expected.max_norm
     if limit is None:
         return None, 1.0
@@ -79,7 +85,9 @@ def norm_and_scale(
 
 
 def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Expected) -> TensorReader:
-    """The tensors of an update, as its file describes them; refuses one that is missing, too large or not sound."""
+    """The tensors of an update, as its file describes them; refuses one that is missing, too
+    large or not sound.
+    """
     try:
         size = store.size(path)
         if size != manifest.size:
@@ -95,7 +103,9 @@ def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Exp
 
 
 def max_update_bytes(expected: Expected) -> int:
-    """The largest file that an update of a model can be: every parameter in the widest dtype, and a generous header."""
+    """The largest file that an update of a model can be: every parameter in the widest dtype,
+    and a generous header.
+    """
     values = max(ITEM_SIZES.values()) * sum(entry.num_elements for entry in expected.spec.values())
     return round(expected.growth * (_max_header_bytes(expected.spec) + values))
 

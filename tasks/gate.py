@@ -19,11 +19,12 @@ from fedpool.tensors import TensorReader, Tensors
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An update that may touch the sum; `tensors` is None when the site sent metrics only: in an evaluation, or because
-    it has no model of its own to submit.
+    """An update that may touch the sum; `tensors` is None when the site sent metrics only: in an
+    evaluation, or because it has no model of its own to submit.
 
-    `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale` what the difference is
-    multiplied by to be within the limit. `origin` is where an update comes from that counts in a later round than its own.
+    `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale`
+    what the difference is multiplied by to be within the limit. `origin` is where an update comes
+    from that counts in a later round than its own.
     """
 
     manifest: UpdateManifest
@@ -57,7 +58,8 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An update that may not, with a code for programs and a sentence for people. It stays in the store.
+    """An update that may not, with a code for programs and a sentence for people. It stays in the
+    store.
 
     `site` and `attempt` are those that were asked, whatever its manifest says.
     """
@@ -72,7 +74,9 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A site that was asked and sent nothing, with the cause; `away` when it could not be reached."""
+    """A site that was asked and sent nothing, with the cause; `away` when it could not be
+    reached.
+    """
 
     site: str
     attempt: int
@@ -82,7 +86,9 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """A site that was asked and had not answered when the round closed. What it sends after that stays in the store."""
+    """A site that was asked and had not answered when the round closed. What it sends after that
+    stays in the store.
+    """
 
     site: str
     attempt: int
@@ -90,7 +96,9 @@ class Late:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """An update of a site in quarantine that would have been accepted: the site is let in again from the next round on."""
+    """An update of a site in quarantine that would have been accepted: the site is let in again
+    from the next round on.
+    """
 
     update: Accepted
 
@@ -111,14 +119,17 @@ Outcome = Accepted | Rejected | Failed | Late | Probed
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A late update that has come, as the gate judged it for the round that it would count in; `round` is its own."""
+    """A late update that has come, as the gate judged it for the round that it would count in;
+    `round` is its own.
+    """
 
     round: int
     outcome: Accepted | Rejected | Probed
 
 
 def counting_in(number: int, outcome: Accepted | Rejected, wanted: Expected) -> Accepted | Rejected:
-    """What the gate said of an update of an earlier round, with its origin, for the round that it counts in.
+    """What the gate said of an update of an earlier round, with its origin, for the round that it
+    counts in.
 
     Args:
         wanted: what it was judged by.
@@ -130,7 +141,8 @@ def counting_in(number: int, outcome: Accepted | Rejected, wanted: Expected) -> 
 
 
 def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: Expected) -> Accepted | Rejected:
-    """Check everything about an update: whom it is from, what it answers, its bytes, names, shapes, values, weight and norm.
+    """Check everything about an update: whom it is from, what it answers, its bytes, names, shapes,
+    values, weight and norm.
 
     Args:
         site: who was asked; the manifest must say the same.
@@ -159,7 +171,9 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
 
 
 def _travelled(store: Store, path: str, delivery: Delivery, expected: Expected) -> tuple[TensorReader, Inspection]:
-    """An update as it lies in the store, which is what its manifest says, and what was seen of it."""
+    """An update as it lies in the store, which is what its manifest says, and what was seen of
+    it.
+    """
     manifest = delivery.manifest
     tensors = open_update(store, path, manifest, expected)
     if not expected.filters:
@@ -173,7 +187,9 @@ def _travelled(store: Store, path: str, delivery: Delivery, expected: Expected) 
 def _unfiltered(
     travelled: TensorReader, seen: Inspection, site: str, expected: Expected, block_elements: int
 ) -> tuple[Tensors, Inspection]:
-    """An update as it was before the filters, which has to have the model's names and shapes, and what is to be seen of it."""
+    """An update as it was before the filters, which has to have the model's names and shapes,
+    and what is to be seen of it.
+    """
     if not expected.filters:
         return travelled, seen
     assert expected.base is not None, "who has filters has the model"
@@ -186,7 +202,8 @@ def _unfiltered(
 def judge_manifest(
     site: str, attempt: int, delivery: Delivery, expected: Expected, norm: float | None, scale: float
 ) -> Accepted | Rejected:
-    """Check an update that was accepted and is not kept any more, as far as its manifest tells: whom it is from, and its weight.
+    """Check an update that was accepted and is not kept any more, as far as its manifest tells:
+    whom it is from, and its weight.
 
     Args:
         norm: of its difference, by the word of the round's record; likewise `scale`.

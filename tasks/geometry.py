@@ -1,7 +1,9 @@
-"""How the updates of a round lie to each other: the inner products of their differences to the global model.
+"""How the updates of a round lie to each other: the inner products of their differences to the
+global model.
 
-Distances between updates, and between an update and any weighted mean of them, follow from the inner products alone. So rules
-that look at whole updates (Krum, Bulyan, the geometric median) need one pass over them, block by block, and a small matrix.
+Distances between updates, and between an update and any weighted mean of them, follow from the
+inner products alone. So rules that look at whole updates (Krum, Bulyan, the geometric median) need
+one pass over them, block by block, and a small matrix.
 """
 
 from collections.abc import Sequence
@@ -21,8 +23,8 @@ class Geometry:
     Attributes:
         sites: who sent them, in the order of the matrix; of a late one, its key (see `Update`).
         weights: of the updates, in the same order, above 0.
-        products: (n, n), float64; [i, j] is the inner product of the differences of updates i and j to the global model, over
-            all floating point parameters that they share.
+        products: (n, n), float64; [i, j] is the inner product of the differences of updates i and j
+            to the global model, over all floating point parameters that they share.
     """
 
     sites: tuple[str, ...]
@@ -44,10 +46,12 @@ class Geometry:
 
 
 def block_products(differences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """(n, n) inner products of a block of n updates' differences to the global model, each a flat float64 tensor.
+    """(n, n) inner products of a block of n updates' differences to the global model, each a flat
+    float64 tensor.
 
-    Symmetric to the bit, so that updates which lie alike are tied, and the same on every processor: products and sums of
-    pairs, in an order that is written here. That of a product of matrices is the library's.
+    Symmetric to the bit, so that updates which lie alike are tied, and the same on every processor:
+    products and sums of pairs, in an order that is written here. That of a product of matrices is
+    the library's.
 
     Returns: those of each chunk of it, to be added in their order.
     """
@@ -64,7 +68,8 @@ def _products(chunk: torch.Tensor) -> torch.Tensor:
     n, num_elements = chunk.shape
     wide = torch.zeros(n, 1 << max(0, num_elements - 1).bit_length(), dtype=chunk.dtype)
     wide[:, :num_elements] = chunk
-    # Each pair once. Halves are added to each other down to a width that is handled for all pairs at once.
+    # Each pair once. Halves are added to each other down to a width that is handled for all pairs
+    # at once.
     parts = torch.cat([_halved(wide[row:] * wide[row], _TOGETHER) for row in range(n)])
     found = torch.empty(n, n, dtype=chunk.dtype)
     row, column = torch.triu_indices(n, n).unbind()
@@ -73,7 +78,9 @@ def _products(chunk: torch.Tensor) -> torch.Tensor:
 
 
 def _halved(values: torch.Tensor, width: int) -> torch.Tensor:
-    """(rows, at most `width`) sums of (rows, a power of two) values: the right half is added to the left one, again and again."""
+    """(rows, at most `width`) sums of (rows, a power of two) values: the right half is added to
+    the left one, again and again.
+    """
     while values.shape[1] > width:
         half = values.shape[1] // 2
         values = values[:, :half] + values[:, half:]

@@ -1,7 +1,8 @@
-"""A cross-site matrix as a small picture: a pure function from the matrix to SVG text. Same matrix, same text.
+"""A cross-site matrix as a small picture: a pure function from the matrix to SVG text. Same matrix,
+same text.
 
-A row per data site, a column per model; the darker a cell, the better its score is among those shown, and a hole is empty.
-Names come from outside: they are escaped in the picture.
+A row per data site, a column per model; the darker a cell, the better its score is among those
+shown, and a hole is empty. Names come from outside: they are escaped in the picture.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ def heat_map(matrix: Matrix, metric: str, mode: Literal["max", "min"]) -> Curve 
 
 
 def _cell(left: int, top: int, value: float | None, quality: float | None) -> list[str]:
-    """One score; `quality` says how dark it is, from 0, the worst of those shown, to 1. Without a score an empty frame."""
+    """One score; `quality` says how dark it is, from 0, the worst of those shown, to 1. Without
+    a score an empty frame.
+    """
     frame = f'x="{left}" y="{top}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}"'
     if value is None or quality is None:
         return [f'<rect {frame} fill="#ffffff" stroke="#e2e8f0"/>']

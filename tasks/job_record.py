@@ -25,7 +25,9 @@ class Parent(Written):
 
 
 class EnvironmentRecord(Written):
-    """Where a job was begun: class of the environment, and its settings that are nobody's secret."""
+    """Where a job was begun: class of the environment, and its settings that are nobody's
+    secret.
+    """
 
     type: str
     settings: dict[str, Any]
@@ -40,13 +42,15 @@ class JobRecord(Written):
         template: whether it never runs itself: a deployment makes its jobs from it.
         environment: where it was begun; None for a job of an earlier version.
         recipe: class of the recipe under `type`, and its fields.
-        given: names of the fields that the user chose; None when nobody knows, as of a job of an earlier version.
+        given: names of the fields that the user chose; None when nobody knows, as of a job of an
+            earlier version.
         client: what its sites were told.
         arithmetic_number: of its arithmetic.
         sites: in their order.
         code: what it needs beside fedpool and what is installed, if anything.
         model: the initial one.
-        hole_names: of the tensors that need not be finite, see `fedpool.tasks.holes`; None for a job of an earlier version.
+        hole_names: of the tensors that need not be finite, see `fedpool.tasks.holes`; None for a
+            job of an earlier version.
         versions: of Python and the packages that wrote it.
     """
 
@@ -100,12 +104,16 @@ class JobRecord(Written):
 
     @property
     def holes(self) -> frozenset[str] | None:
-        """Names of the tensors that need not be finite; None for a job of an earlier version, whose updates all must be."""
+        """Names of the tensors that need not be finite; None for a job of an earlier version,
+        whose updates all must be.
+        """
         return None if self.hole_names is None else frozenset(self.hole_names)
 
 
 class ScoredModel(Written):
-    """A global model: the round that it is the start of, where it lies, and its score, if it has one."""
+    """A global model: the round that it is the start of, where it lies, and its score, if it has
+    one.
+    """
 
     round: int
     path: str

@@ -1,4 +1,6 @@
-"""Whether sites report the metrics that a recipe goes by: a misspelt name stops nothing, and makes the last model the best."""
+"""Whether sites report the metrics that a recipe goes by: a misspelt name stops nothing, and
+makes the last model the best.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from fedpool.tasks.record import RoundRecord
 class MetricRules:
     """What a recipe asks of metrics.
 
-    `given` names the fields that the user chose; None when nobody knows, as of a job of an earlier version.
+    `given` names the fields that the user chose; None when nobody knows, as of a job of an earlier
+    version.
     """
 
     key_metric: str
@@ -37,14 +40,17 @@ class MetricRules:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A metric that is gone by, and that no site reports; `is_fatal` when the user has asked for what depends on it."""
+    """A metric that is gone by, and that no site reports; `is_fatal` when the user has asked for
+    what depends on it.
+    """
 
     text: str
     is_fatal: bool
 
 
 def metric_gap(rules: MetricRules, records: Sequence[RoundRecord]) -> Gap | None:
-    """What is missing from the first training round in which any site reported a metric; None when nothing is.
+    """What is missing from the first training round in which any site reported a metric; None when
+    nothing is.
 
     A recipe that says nothing about metrics may also have none at all.
 

@@ -1,4 +1,6 @@
-"""The ledger of a job: what is committed, as a frozen value. Whoever commits, takes up or verifies a round advances it."""
+"""The ledger of a job: what is committed, as a frozen value. Whoever commits, takes up or
+verifies a round advances it.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Self

@@ -1,4 +1,6 @@
-"""The cross-site matrix: what every site's data says of every model, as a pure function of the rounds' records."""
+"""The cross-site matrix: what every site's data says of every model, as a pure function of the
+rounds' records.
+"""
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -10,15 +12,18 @@ from fedpool.tasks.metrics import mean_metrics
 from fedpool.tasks.record import AcceptedEntry, RoundRecord
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float | None]]]
-"""data site -> owner of the model -> metrics, and under `NUM_STEPS_CURRENT_ROUND` the weight that they count with."""
+"""data site -> owner of the model -> metrics, and under `NUM_STEPS_CURRENT_ROUND` the weight
+that they count with.
+"""
 
 
 def cross_site_matrix(records: Sequence[RoundRecord], best: int) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The matrix of a job's rounds; a site that has not scored a model leaves a hole: it has no entry there.
+    """The matrix of a job's rounds; a site that has not scored a model leaves a hole: it has no
+    entry there.
 
     Args:
-        best: the round that the best global model is the start of. When that is a training round, its scores are those that
-            sites sent in it, unless it was scored anew.
+        best: the round that the best global model is the start of. When that is a training round,
+            its scores are those that sites sent in it, unless it was scored anew.
     """
     scored = [record for record in records if record.task == "evaluate"]
     found: dict[str, dict[str, dict[str, float | None]]] = {site: {} for record in scored for site in record.sites}
@@ -34,7 +39,9 @@ def cross_site_matrix(records: Sequence[RoundRecord], best: int) -> dict[str, di
 
 
 def site_scores(entry: AcceptedEntry) -> dict[str, float | None]:
-    """What a site reported of a model, and the weight that it counts with, out of an accepted update's entry in a record."""
+    """What a site reported of a model, and the weight that it counts with, out of an accepted
+    update's entry in a record.
+    """
     return {**entry.metrics, NUM_STEPS: entry.metrics_weight}
 
 
@@ -61,7 +68,9 @@ def pooled(matrix: Matrix, metric: str) -> dict[str, float]:
 
 
 def matrix_rows(matrix: Matrix, metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per data site, then the pooled scores: a column per model, empty where there is no score."""
+    """Header and one row per data site, then the pooled scores: a column per model, empty where
+    there is no score.
+    """
     columns = owners(matrix)
     rows = [
         [site, *(_shown(row.get(owner, {}).get(metric)) for owner in columns)]

@@ -1,7 +1,7 @@
 """The weighted mean of tensors, one at a time.
 
-McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1
-(https://arxiv.org/abs/1602.05629): w <- sum_k (n_k / n) w_k.
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+algorithm 1 (https://arxiv.org/abs/1602.05629): w <- sum_k (n_k / n) w_k.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,13 @@ import torch
 def weighted_mean(values: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
     """sum(weight * tensor) / sum(weight), in float64, read once and in order.
 
-    A running mean (West 1979): m <- m + (x - m) * w / W. Unlike a sum that is divided at its end it gives, to the bit, a
-    site's own values when it is alone and the common value when all sites agree, and its size never exceeds theirs.
+    A running mean (West 1979): m <- m + (x - m) * w / W. Unlike a sum that is divided at its end it
+    gives, to the bit, a site's own values when it is alone and the common value when all sites
+    agree, and its size never exceeds theirs.
 
     Args:
-        values: (weight from 0, float64 tensor) pairs, all of one shape, at least one weight above 0.
+        values: (weight from 0, float64 tensor) pairs, all of one shape, at least one weight above
+            0.
 
     Raises:
         ValueError: no weight is above 0.

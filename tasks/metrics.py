@@ -1,4 +1,6 @@
-"""Metrics of a global model out of what sites report, and what follows from them: the best model, early stopping."""
+"""Metrics of a global model out of what sites report, and what follows from them: the best
+model, early stopping.
+"""
 
 import math
 import sys
@@ -12,7 +14,8 @@ def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
     """Weighted mean of each metric over the sites that report it.
 
     Args:
-        reports: (weight from 0, metrics) pairs; a metric that is None was not a finite number and is left out.
+        reports: (weight from 0, metrics) pairs; a metric that is None was not a finite number and
+            is left out.
 
     Where all sites that report a metric have weight 0, their plain mean is taken.
     """
@@ -25,7 +28,9 @@ def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
 
 
 def denominators(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
-    """What each mean of `mean_metrics` is over: the weights of the sites that report it, added up."""
+    """What each mean of `mean_metrics` is over: the weights of the sites that report it, added
+    up.
+    """
     weights: dict[str, list[float]] = {}
     for weight, metrics in reports:
         for name, value in metrics.items():
@@ -36,7 +41,9 @@ def denominators(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:
-    """A running mean, as `fedpool.tasks.mean.weighted_mean`: sites that agree give their common value, to the bit."""
+    """A running mean, as `fedpool.tasks.mean.weighted_mean`: sites that agree give their common
+    value, to the bit.
+    """
     heaviest = max(weight for weight, _ in pairs)
     mean = total = 0.0
     for weight, value in pairs:
@@ -44,7 +51,8 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float:
         total += share
         part = share / total if total else 0.0
         change = value - mean
-        # Of values at both ends of the range the difference is none: JSON, and so the round's record, has no infinity.
+        # Of values at both ends of the range the difference is none: JSON, and so the round's
+        # record, has no infinity.
         mean = mean + change * part if math.isfinite(change) else mean * (1 - part) + value * part
     return mean
 

@@ -1,6 +1,8 @@
-"""Writes runs to MLflow: an experiment for the recipe's name, in it a run for the job and below that one for each site.
+"""Writes runs to MLflow: an experiment for the recipe's name, in it a run for the job and below
+that one for each site.
 
-Runs are found again by their tags, so that a job that is resumed goes on in the same ones. Runs in a process of its own.
+Runs are found again by their tags, so that a job that is resumed goes on in the same ones. Runs in
+a process of its own.
 """
 
 import os
@@ -8,7 +10,8 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-# Before MLflow is imported: it would call home, and try a server that is gone for minutes, where we try again ourselves.
+# Before MLflow is imported: it would call home, and try a server that is gone for minutes, where we
+# try again ourselves.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -111,6 +114,8 @@ def _asking(ask: Callable[..., object], *arguments: object) -> None:
 
 
 def _key(text: str) -> str:
-    """A name that MLflow takes: it looks like a path in the normal form, of letters, digits and a few other characters."""
+    """A name that MLflow takes: it looks like a path in the normal form, of letters, digits and
+    a few other characters.
+    """
     key = posixpath.normpath(_UNFIT.sub("_", text)).lstrip("./ ")[:_MAX_KEY].rstrip("/")
     return key or "_"

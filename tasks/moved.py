@@ -1,4 +1,6 @@
-"""What a late update comes to in the round that it counts in: the global model, moved as its site has moved its own base."""
+"""What a late update comes to in the round that it counts in: the global model, moved as its
+site has moved its own base.
+"""
 
 import torch
 
@@ -10,10 +12,10 @@ from fedpool.tensors import Tensors, is_trained
 def moved(block: Block, value: torch.Tensor, base: Tensors, *, is_difference: bool, scale: float) -> torch.Tensor:
     """The block of a late update as a strategy sees it, float64.
 
-    Of a parameter that is trained, the round's global model plus the difference to the update's own base, times `scale`. What
-    nobody trains is the site's own value: a sum of differences makes a variance negative, and a boolean has none.
-    A hole (see `fedpool.tasks.holes`) that the site left as it was says nothing of what others have filled it with: there the
-    difference is 0.
+    Of a parameter that is trained, the round's global model plus the difference to the update's own
+    base, times `scale`. What nobody trains is the site's own value: a sum of differences makes a
+    variance negative, and a boolean has none. A hole (see `fedpool.tasks.holes`) that the site left
+    as it was says nothing of what others have filled it with: there the difference is 0.
 
     Args:
         value: as the site sent it, (elements,).

@@ -1,7 +1,9 @@
-"""`Observer`: what a job tells those who watch it. The Prefect UI is one (`fedpool.tasks.report`); trackers are others.
+"""`Observer`: what a job tells those who watch it. The Prefect UI is one (`fedpool.tasks.report`);
+trackers are others.
 
-An observer is told from the job's event loop, and returns at once: what takes time it does in the background, in the order in
-which it was told. It never fails a job: what it cannot do is a warning in the job's log.
+An observer is told from the job's event loop, and returns at once: what takes time it does in the
+background, in the order in which it was told. It never fails a job: what it cannot do is a warning
+in the job's log.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,9 @@ from fedpool.tasks.matrix import Matrix
 from fedpool.tasks.record import RoundRecord
 
 ReadScalars = Callable[[], Sequence[Scalar]]
-"""Gives what a script has logged. It may have to be read from the store: call it in the background. Raises `FedpoolError`."""
+"""Gives what a script has logged. It may have to be read from the store: call it in the
+background. Raises `FedpoolError`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,9 @@ class Observer(Protocol):
         return
 
     def logged(self, site: str, round: int, read: ReadScalars) -> None:
-        """A site has answered, and its script had logged scalars on the way; whatever becomes of its update."""
+        """A site has answered, and its script had logged scalars on the way; whatever becomes of
+        its update.
+        """
         return
 
     def committed(self, record: RoundRecord) -> None:

@@ -1,8 +1,9 @@
 """Server optimizers: how the global model moves, given where the round's updates point.
 
-Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2 (https://arxiv.org/abs/2003.00295). The pseudo-gradient is
--delta, where delta is the aggregate minus the global model. An optimizer is frozen and works element by element: what it
-remembers of each element are its slots (see `fedpool.tasks.strategy`).
+Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2
+(https://arxiv.org/abs/2003.00295). The pseudo-gradient is -delta, where delta is the aggregate
+minus the global model. An optimizer is frozen and works element by element: what it remembers of
+each element are its slots (see `fedpool.tasks.strategy`).
 """
 
 import warnings
@@ -22,7 +23,9 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Schedule:
-    """The server's learning rate: a constant, or by a scheduler of `torch.optim.lr_scheduler` that is stepped once a round."""
+    """The server's learning rate: a constant, or by a scheduler of `torch.optim.lr_scheduler`
+    that is stepped once a round.
+    """
 
     lr: float
     scheduler: str | None = None
@@ -81,7 +84,9 @@ class ServerOptimizer(ABC):
 
 @dataclass(frozen=True)
 class Adaptive(ServerOptimizer):
-    """FedAdam, FedYogi and FedAdagrad, as the paper has them: no bias correction, v starts from tau squared."""
+    """FedAdam, FedYogi and FedAdagrad, as the paper has them: no bias correction, v starts from
+    tau squared.
+    """
 
     kind: Literal["adam", "yogi", "adagrad"]
     schedule: Schedule
@@ -112,10 +117,11 @@ class Adaptive(ServerOptimizer):
 
 @dataclass(frozen=True)
 class Momentum(ServerOptimizer):
-    """FedAvgM: m <- beta m + delta; x <- x + lr m. With Nesterov's look-ahead x <- x + lr (delta + beta m).
+    """FedAvgM: m <- beta m + delta; x <- x + lr m. With Nesterov's look-ahead x <- x + lr (delta +
+    beta m).
 
-    Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
-    (https://arxiv.org/abs/1909.06335).
+    Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification" (https://arxiv.org/abs/1909.06335).
     """
 
     schedule: Schedule
@@ -137,7 +143,9 @@ class Momentum(ServerOptimizer):
 
 @dataclass(frozen=True)
 class TorchOptimizer(ServerOptimizer):
-    """A class of `torch.optim` that works element by element and remembers nothing else but the number of its steps."""
+    """A class of `torch.optim` that works element by element and remembers nothing else but the
+    number of its steps.
+    """
 
     name: str
     schedule: Schedule

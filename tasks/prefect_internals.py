@@ -1,8 +1,10 @@
-"""What we use of Prefect that it does not document: names, signatures and behaviour that its next version may change.
+"""What we use of Prefect that it does not document: names, signatures and behaviour that its next
+version may change.
 
-All of it is here and nowhere else, so that an upgrade of Prefect fails in one place: tests/tasks/test_prefect_internals.py
-holds what each function relies on against real objects, and tests/test_layers.py that no other module names any. Nothing here
-imports Prefect before it is called. What Prefect documents is imported where it is used.
+All of it is here and nowhere else, so that an upgrade of Prefect fails in one place:
+tests/tasks/test_prefect_internals.py holds what each function relies on against real objects, and
+tests/test_layers.py that no other module names any. Nothing here imports Prefect before it is
+called. What Prefect documents is imported where it is used.
 """
 
 import logging
@@ -44,8 +46,9 @@ _ASKED_FIRST = ("/flows", "/flow_runs", "/task_runs", "/logs", "/artifacts", "/e
 async def propose(client: "PrefectClient", state: "State[Any]", run_id: UUID) -> "State[Any] | None":
     """Propose a state of a flow run, as Prefect's engine does.
 
-    Returns: the state that the run is in now, which is another one where the server has rejected this one; None when it does not
-        allow it at all: no crash after the run's end, nothing pending when somebody has taken the run. Another end replaces it.
+    Returns: the state that the run is in now, which is another one where the server has rejected
+        this one. None when the server does not allow it at all: no crash after the run's end,
+        nothing pending when somebody has taken the run. Another end replaces it.
 
     Raises:
         ObjectNotFound: there is no such run.
@@ -64,7 +67,9 @@ async def propose(client: "PrefectClient", state: "State[Any]", run_id: UUID) ->
 
 
 def run_logger(run_id: UUID, name: str, flow: str) -> "logging.LoggerAdapter[logging.Logger]":
-    """A logger whose lines go to the log of a flow run, from any thread that has Prefect's settings in its context."""
+    """A logger whose lines go to the log of a flow run, from any thread that has Prefect's
+    settings in its context.
+    """
     from prefect.logging.loggers import flow_run_logger
 
     return flow_run_logger(flow_run_id=run_id, flow_run_name=name, flow_name=flow)
@@ -82,7 +87,8 @@ def client_of(context: "FlowRunContext") -> "PrefectClient":
 def subflow_context(parent: "FlowRunContext", flow: "Flow[..., Any]", run: "FlowRun") -> AbstractContextManager[object]:
     """What Prefect's engine sets up for a subflow: tasks and logs inside belong to its run.
 
-    The engine also looks for a run to go on with, names it and reads it back, each by a request: that is left out.
+    The engine also looks for a run to go on with, names it and reads it back, each by a request:
+    that is left out.
     """
     own = {"flow": flow, "flow_run": run, "parameters": run.parameters}
     fresh: dict[str, object] = {"task_run_dynamic_keys": {}, "observed_flow_pauses": {}, "run_results": {}}
@@ -97,14 +103,18 @@ def current_tags() -> set[str]:
 
 
 def termination() -> type[BaseException]:
-    """What a signal that ends the process is raised as, inside a flow that Prefect's engine runs."""
+    """What a signal that ends the process is raised as, inside a flow that Prefect's engine
+    runs.
+    """
     from prefect.exceptions import TerminationSignal
 
     return TerminationSignal
 
 
 def engine_signals(run_id: UUID) -> AbstractContextManager[None]:
-    """Ends the process as Prefect's workers expect of one that does a run: 0 when the run is over already, 1 by an error."""
+    """Ends the process as Prefect's workers expect of one that does a run: 0 when the run is
+    over already, 1 by an error.
+    """
     from prefect.engine import handle_engine_signals
 
     return handle_engine_signals(run_id)
@@ -126,7 +136,9 @@ async def delete_worker(client: "PrefectClient", pool: str, name: str) -> None:
 
 
 async def delete_variable(client: "PrefectClient", variable: UUID) -> None:
-    """Remove a variable by its id, which touches no later one of its name. Harmless when there is none."""
+    """Remove a variable by its id, which touches no later one of its name. Harmless when there
+    is none.
+    """
     await _delete(client, "/variables/{id}", {"id": str(variable)})
 
 
@@ -144,13 +156,17 @@ async def _delete(client: "PrefectClient", path: str, path_params: dict[str, str
 
 
 def import_for_first_run() -> None:
-    """Import what Prefect imports when the first flow runs: while a server is still starting that costs no time."""
+    """Import what Prefect imports when the first flow runs: while a server is still starting
+    that costs no time.
+    """
     for name in _FIRST_RUN_IMPORTS:
         import_module(name)
 
 
 def surrounding_api() -> str | None:
-    """The API that a flow or a task around us runs on, though none is configured: Prefect has started a server for it."""
+    """The API that a flow or a task around us runs on, though none is configured: Prefect has
+    started a server for it.
+    """
     from prefect.context import FlowRunContext, TaskRunContext
 
     around = FlowRunContext.get() or TaskRunContext.get()
@@ -165,7 +181,9 @@ def profile_name() -> str:
 
 
 def drain(timeout_s: float) -> None:
-    """Send the logs and events that this process still holds; what is not sent in that time is lost."""
+    """Send the logs and events that this process still holds; what is not sent in that time is
+    lost.
+    """
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -195,23 +213,29 @@ def quiet_console() -> Iterator[None]:
 
 
 def server_database() -> Any:
-    """The database of the server that this process is: `engine()`, an SQLAlchemy engine, and `create_db()`, which migrates."""
+    """The database of the server that this process is: `engine()`, an SQLAlchemy engine, and
+    `create_db()`, which migrates.
+    """
     from prefect.server.database import provide_database_interface
 
     return provide_database_interface()
 
 
 def server_app() -> Callable[..., Any]:
-    """Prefect's server as an ASGI app, made ready for the first runs as early as can be. Once per process."""
+    """Prefect's server as an ASGI app, made ready for the first runs as early as can be. Once
+    per process.
+    """
     from prefect.server.api import server
     from prefect.settings import Settings
 
     def rank(router: Any) -> int:
         return _ASKED_FIRST.index(router.prefix) if router.prefix in _ASKED_FIRST else len(_ASKED_FIRST)
 
-    # FastAPI prepares all routes up to the one that a request is for, each when the first request passes by.
+    # FastAPI prepares all routes up to the one that a request is for, each when the first request
+    # passes by.
     server.API_ROUTERS = tuple(sorted(server.API_ROUTERS, key=rank))  # type: ignore[assignment]
-    # By this key Prefect tells the apps of one process apart, and to make it takes as long as some requests: here there is one.
+    # By this key Prefect tells the apps of one process apart, and to make it takes as long as some
+    # requests: here there is one.
     Settings.hash_key = _hash_key  # type: ignore[assignment,method-assign]
     return server.create_app()
 

@@ -1,7 +1,9 @@
-"""Makes models that sites have submitted, and earlier global ones, the global model of a round to come, to be scored there.
+"""Makes models that sites have submitted, and earlier global ones, the global model of a round to
+come, to be scored there.
 
-What is written is the submitted model tensor by tensor, in the dtypes that it came in. Parameters that stay at the sites
-(`exclude_vars`) are no part of it: they are the job's own, as in every global model.
+What is written is the submitted model tensor by tensor, in the dtypes that it came in. Parameters
+that stay at the sites (`exclude_vars`) are no part of it: they are the job's own, as in every
+global model.
 """
 
 from collections.abc import Sequence
@@ -46,9 +48,11 @@ def publish_submitted(
     first: int,
     arithmetic: Arithmetic = CURRENT,
 ) -> tuple[list[SubmittedModel], list[UpdateChanged]]:
-    """Write each submitted model as the global model of a round, from round `first` on, in the order of the sites.
+    """Write each submitted model as the global model of a round, from round `first` on, in the
+    order of the sites.
 
-    Returns: an entry of the record's `models` for each; and what was to be written, but is not what the gate has seen.
+    Returns: an entry of the record's `models` for each; and what was to be written, but is not what
+    the gate has seen.
     """
     models: list[SubmittedModel] = []
     changed: list[UpdateChanged] = []

@@ -1,4 +1,6 @@
-"""Which sites are in quarantine: a function of the rounds' records, so that a job that is resumed comes to the same."""
+"""Which sites are in quarantine: a function of the rounds' records, so that a job that is
+resumed comes to the same.
+"""
 
 from collections.abc import Sequence
 
@@ -8,8 +10,8 @@ from fedpool.tasks.record import RoundRecord
 def quarantined(records: Sequence[RoundRecord], max_rejections: int | None) -> frozenset[str]:
     """Sites whose last `max_rejections` updates were all rejected.
 
-    Such a site is still asked, as a probe: an update that passes the gate is not used, and lets the site in again. A round in
-    which a site failed, was late or was not asked counts neither way.
+    Such a site is still asked, as a probe: an update that passes the gate is not used, and lets the
+    site in again. A round in which a site failed, was late or was not asked counts neither way.
 
     Args:
         records: of the rounds so far.

@@ -1,6 +1,8 @@
-"""Whether sites behind work pools can be reached: what Prefect knows of their deployments, their pools and their workers.
+"""Whether sites behind work pools can be reached: what Prefect knows of their deployments, their
+pools and their workers.
 
-Workers are online or offline by the server's word, which judges heartbeats by its own clock: no other clock matters here.
+Workers are online or offline by the server's word, which judges heartbeats by its own clock: no
+other clock matters here.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +25,9 @@ from prefect.client.schemas.objects import WorkerStatus, WorkPool
 from fedpool.manifest import PROTOCOL
 
 SITE_POOL = "fedpool-site"
-"""Type of the pools whose workers do the sites' rounds themselves, so that a round is lost with its worker."""
+"""Type of the pools whose workers do the sites' rounds themselves, so that a round is lost with
+its worker.
+"""
 
 NO_WORKER = "no worker online"
 PAUSED = "its work pool is paused"
@@ -33,7 +37,9 @@ _PAGE = 200
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How a site is reached: its deployment, the work pool that runs it, whether that is one of site workers."""
+    """How a site is reached: its deployment, the work pool that runs it, whether that is one of
+    site workers.
+    """
 
     deployment: UUID
     pool: str
@@ -46,7 +52,8 @@ class Pool:
 
     Attributes:
         offline: whether it has no worker online.
-        resume: the command that has it hand out runs again, where an operator has paused it, or its queue; else None.
+        resume: the command that has it hand out runs again, where an operator has paused it, or its
+            queue; else None.
     """
 
     offline: bool
@@ -57,8 +64,9 @@ class Pool:
 
         Args:
             resident: whether the run is lost with its worker.
-            begun: whether a worker has taken the run. A pool that is paused hands out no more runs, and leaves those alone that
-                have begun; other pools' runs live on without the worker that started them.
+            begun: whether a worker has taken the run. A pool that is paused hands out no more runs,
+                and leaves those alone that have begun; other pools' runs live on without the worker
+                that started them.
         """
         if self.offline and (resident or not begun):
             return NO_WORKER
@@ -116,7 +124,9 @@ def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
 
 
 async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str, list[str]]:
-    """site -> why it cannot take part now, with the remedies; only sites that cannot, in the order given."""
+    """site -> why it cannot take part now, with the remedies; only sites that cannot, in the
+    order given.
+    """
     deployments = {}
     for start in range(0, len(sites), _PAGE):
         for deployment in await client.read_deployments(
@@ -159,6 +169,8 @@ def unreachable(places: Mapping[str, Place], pools: Mapping[str, Pool]) -> dict[
 
 
 async def clock_ahead(client: PrefectClient) -> timedelta:
-    """How far this machine's clock is ahead of the server's, to the second; negative when it is behind."""
+    """How far this machine's clock is ahead of the server's, to the second; negative when it is
+    behind.
+    """
     answered = (await client.hello()).headers.get("Date")
     return datetime.now(UTC) - parsedate_to_datetime(answered) if answered else timedelta(0)

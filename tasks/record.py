@@ -1,6 +1,8 @@
-"""`round.json`, the commit of a round: what was asked, what came, what it was made into. Typed, frozen, and written in one form.
+"""`round.json`, the commit of a round: what was asked, what came, what it was made into. Typed,
+frozen, and written in one form.
 
-A field that is None in a job of an earlier version, or that a round has no use for, is left out of the JSON.
+A field that is None in a job of an earlier version, or that a round has no use for, is left out of
+the JSON.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,8 +44,9 @@ class UpdateEntry(Entry):
 class AcceptedEntry(UpdateEntry):
     """An update that was accepted.
 
-    `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale` what the difference was
-    multiplied by. `num_eval_examples` is what the site says its metrics are of. A metric that was not finite is None.
+    `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale`
+    what the difference was multiplied by. `num_eval_examples` is what the site says its metrics are
+    of. A metric that was not finite is None.
     """
 
     manifest_sha256: str
@@ -59,7 +62,9 @@ class AcceptedEntry(UpdateEntry):
 
     @property
     def metrics_weight(self) -> float:
-        """What its metrics count with: the examples that they are of, where the site says so, else its weight."""
+        """What its metrics count with: the examples that they are of, where the site says so,
+        else its weight.
+        """
         return self.weight if self.num_eval_examples is None else self.num_eval_examples
 
 
@@ -126,7 +131,9 @@ class Timings(Written):
 
 
 class WhoseModel(Written):
-    """Whose model a round's global one is, and the round that it is the start of, or in which its owner submitted it."""
+    """Whose model a round's global one is, and the round that it is the start of, or in which
+    its owner submitted it.
+    """
 
     owner: str
     round: int
@@ -150,17 +157,22 @@ class RoundRecord(Written):
     """The record of a round.
 
     Attributes:
-        sites: that took part, in their order; the entries of each kind are in the same order, one for each time asked.
-        late_accepted, late_rejected, late_probed: updates of earlier rounds, which had closed without them, as this one judged
-            them, by site and round; see `fedpool.tasks.staleness`.
-        metrics: score of the round's global model, over the sites; late updates, which scored another one, have no part in it.
+        sites: that took part, in their order; the entries of each kind are in the same order, one
+            for each time asked.
+        late_accepted, late_rejected, late_probed: updates of earlier rounds, which had closed
+            without them, as this one judged them, by site and round; see `fedpool.tasks.staleness`.
+        metrics: score of the round's global model, over the sites; late updates, which scored
+            another one, have no part in it.
         denominators: metric -> what its mean is over.
         logged: scalars that scripts have logged, over the sites.
         base: the round's global model, `global` in JSON.
         next_global: the next one; None when the round made none.
-        state: what the strategy carries into the next round; None when it carries nothing, and after an evaluation.
-        models: where sites submitted models: whose are scored in the rounds that follow, in their order.
-        virtual_time: in which it closed, of a simulation in virtual time; see `fedpool.tasks.virtual_time`.
+        state: what the strategy carries into the next round; None when it carries nothing, and
+            after an evaluation.
+        models: where sites submitted models: whose are scored in the rounds that follow, in their
+            order.
+        virtual_time: in which it closed, of a simulation in virtual time; see
+            `fedpool.tasks.virtual_time`.
         filters: that its updates have passed, where there are any.
         previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
     """
@@ -225,7 +237,9 @@ def known_weights(records: Sequence[RoundRecord]) -> dict[str, float]:
 
 
 def of_global_models(records: Sequence[RoundRecord]) -> list[RoundRecord]:
-    """The rounds that score the global model which they are the start of: no submissions, and no models of other rounds."""
+    """The rounds that score the global model which they are the start of: no submissions, and no
+    models of other rounds.
+    """
     return [record for record in records if record.task != "submit_model" and record.model.round == record.round]
 
 

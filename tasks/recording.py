@@ -1,4 +1,6 @@
-"""What a round's record is made of: the outcomes of asking its sites, late updates, and what was made of both."""
+"""What a round's record is made of: the outcomes of asking its sites, late updates, and what was
+made of both.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -57,8 +59,10 @@ def round_record(
         not_asked: site -> why the round went ahead without asking it.
         known_weights: site -> weight of its last training update, for scores that come without one.
         owner: whose model the round's global one is.
-        origin: the round that it is the start of; of a site's, the one that it was submitted in; None for this very round.
-        base, following, state, models, previous_sha256, timings, virtual_time, filters: see `RoundRecord`.
+        origin: the round that it is the start of; of a site's, the one that it was submitted in;
+            None for this very round.
+        base, following, state, models, previous_sha256, timings, virtual_time, filters: see
+            `RoundRecord`.
         arithmetic: of the job.
     """
     ordered = arithmetic.by_site(sorted(outcomes, key=lambda outcome: outcome.attempt), lambda outcome: outcome.site)

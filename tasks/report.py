@@ -1,8 +1,8 @@
-"""Writes what a person sees of a job in the Prefect UI: a progress bar, a table per round; at the end a report, a picture per
-metric, and links to the final and the best model.
+"""Writes what a person sees of a job in the Prefect UI: a progress bar, a table per round; at the
+end a report, a picture per metric, and links to the final and the best model.
 
-Artifacts are written in the background, in order, so that no round waits for them; a report that cannot be written is a
-warning in the job's log and never fails the job.
+Artifacts are written in the background, in order, so that no round waits for them; a report that
+cannot be written is a warning in the job's log and never fails the job.
 """
 
 import asyncio
@@ -62,7 +62,9 @@ class Reporter(Observer):
         )
 
     def ended(self, ending: Ending) -> None:
-        """See `Observer.ended`: the report, the metrics' curves, the scores across sites, and links to the models."""
+        """See `Observer.ended`: the report, the metrics' curves, the scores across sites, and
+        links to the models.
+        """
         name, result, records = ending.name, ending.result, ending.records
         pictures = curves(of_global_models(records), first=result.key_metric)
         if ending.matrix is not None:
@@ -88,7 +90,9 @@ class Reporter(Observer):
         )
 
     def _across_sites(self, name: str, matrix: Matrix, *, first: str, mode: Literal["max", "min"]) -> None:
-        """A table and a picture of the metric that matters most: `first`, or the first there is by name."""
+        """A table and a picture of the metric that matters most: `first`, or the first there is
+        by name.
+        """
         for metric in matrix_metrics(matrix, first=first)[:1]:
             header, rows = matrix_rows(matrix, metric)
             about = f"{metric} of every model (columns) at every site (rows) of {name}"
@@ -119,7 +123,9 @@ class Reporter(Observer):
 
 
 def link_to(store: Store, path: str) -> str:
-    """The URL of what a store calls `path` in full: `file://` for a local one, else with the store's own protocol."""
+    """The URL of what a store calls `path` in full: `file://` for a local one, else with the
+    store's own protocol.
+    """
     return quote(store.fs.unstrip_protocol(path), safe="/:")
 
 

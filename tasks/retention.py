@@ -1,7 +1,8 @@
-"""How long updates are kept: they are most of what a job stores, and are needed to verify and to replay it.
+"""How long updates are kept: they are most of what a job stores, and are needed to verify and to
+replay it.
 
-Manifests stay, and with them all hashes; so do rejected updates, for their owners to see. A late update goes with the round in
-which it counted, and stays until then.
+Manifests stay, and with them all hashes; so do rejected updates, for their owners to see. A late
+update goes with the round in which it counted, and stays until then.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ KeepUpdates = Literal["all", "last", "none"]
 def outdated(records: Sequence[RoundRecord], keep: KeepUpdates) -> Sequence[RoundRecord]:
     """The rounds whose updates are not kept, oldest first: evaluations have none.
 
-    Models that sites have submitted go with all but "all": each lies in the store once more, as the model of a round.
+    Models that sites have submitted go with all but "all": each lies in the store once more, as the
+    model of a round.
     """
     training = [record for record in records if record.task == "train"]
     submitted = [record for record in records if record.task == "submit_model" and keep != "all"]
@@ -25,7 +27,9 @@ def outdated(records: Sequence[RoundRecord], keep: KeepUpdates) -> Sequence[Roun
 
 
 def drop_updates(store: Store, job_id: str, record: RoundRecord) -> int:
-    """Remove the accepted updates of a round that is committed, and the state that it started from; returns the bytes freed."""
+    """Remove the accepted updates of a round that is committed, and the state that it started
+    from; returns the bytes freed.
+    """
     paths, number = JobPaths(job_id), record.round
     sent = [entry for entry in (*record.accepted, *record.probed) if entry.sha256 is not None]
     gone = [paths.update(number, entry.site, entry.attempt) for entry in sent]

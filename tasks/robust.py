@@ -1,6 +1,7 @@
 """The mathematics of robust aggregation: pure functions on tensors, each after its paper.
 
-Legend: n updates, f of which may be arbitrary ("Byzantine"); `values` is (n, elements), `squared_distances` is (n, n).
+Legend: n updates, f of which may be arbitrary ("Byzantine"); `values` is (n, elements),
+`squared_distances` is (n, n).
 """
 
 import math
@@ -16,8 +17,8 @@ _SMALLEST = 1e-300
 def median(values: torch.Tensor) -> torch.Tensor:
     """Coordinate-wise median; of an even number, the mean of the middle two.
 
-    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", algorithm 1, option I
-    (https://arxiv.org/abs/1803.01498).
+    Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+    algorithm 1, option I (https://arxiv.org/abs/1803.01498).
     """
     ordered = values.sort(dim=0).values
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
@@ -41,8 +42,8 @@ def trimmed_mean(values: torch.Tensor, num_dropped: int) -> torch.Tensor:
 def krum_scores(squared_distances: torch.Tensor, num_byzantine: int) -> torch.Tensor:
     """(n,) sum of each update's squared distances to its n - f - 2 nearest others, to one at least.
 
-    Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", section 4
-    (https://arxiv.org/abs/1703.02757).
+    Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
+    section 4 (https://arxiv.org/abs/1703.02757).
     """
     n = len(squared_distances)
     num_near = max(1, n - num_byzantine - 2)
@@ -52,7 +53,9 @@ def krum_scores(squared_distances: torch.Tensor, num_byzantine: int) -> torch.Te
 
 
 def multi_krum(squared_distances: torch.Tensor, num_byzantine: int, num_selected: int) -> list[int]:
-    """Indices of the `num_selected` updates with the lowest scores, ascending; the first of equals wins. One is Krum itself."""
+    """Indices of the `num_selected` updates with the lowest scores, ascending; the first of
+    equals wins. One is Krum itself.
+    """
     order = krum_scores(squared_distances, num_byzantine).argsort(stable=True)
     return sorted(order[:num_selected].tolist())
 
@@ -60,8 +63,8 @@ def multi_krum(squared_distances: torch.Tensor, num_byzantine: int, num_selected
 def bulyan_selection(squared_distances: torch.Tensor, num_byzantine: int) -> list[int]:
     """Indices of the n - 2f updates that Krum picks one after the other, ascending.
 
-    El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section 4
-    (https://arxiv.org/abs/1802.07927).
+    El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section
+    4 (https://arxiv.org/abs/1802.07927).
     """
     left = list(range(len(squared_distances)))
     selected = []
@@ -72,10 +75,12 @@ def bulyan_selection(squared_distances: torch.Tensor, num_byzantine: int) -> lis
 
 
 def mean_around_median(values: torch.Tensor, num_near: int, *, midpoint: bool) -> torch.Tensor:
-    """Coordinate-wise mean of the `num_near` values nearest to the median: Bulyan's second step. Of equals the first win.
+    """Coordinate-wise mean of the `num_near` values nearest to the median: Bulyan's second step. Of
+    equals the first win.
 
     Args:
-        midpoint: whether the median of an even number is the mean of the middle two, or the lower of them.
+        midpoint: whether the median of an even number is the mean of the middle two, or the lower
+            of them.
     """
     middle = median(values) if midpoint else values.sort(dim=0).values[(len(values) - 1) // 2]
     near = (values - middle).abs().argsort(dim=0, stable=True)[:num_near]
@@ -85,9 +90,9 @@ def mean_around_median(values: torch.Tensor, num_near: int, *, midpoint: bool) -
 def geometric_median_weights(products: torch.Tensor, weights: torch.Tensor | None = None) -> list[float]:
     """(n,) weights, summing to 1, of the mean of the updates that is their geometric median.
 
-    The smoothed Weiszfeld algorithm of Pillutla et al. 2019, "Robust Aggregation for Federated Learning", algorithm 2
-    (https://arxiv.org/abs/1912.13445), on the inner products of the updates alone. Rounded to ten digits, because the last bits
-    of the products depend on the processor.
+    The smoothed Weiszfeld algorithm of Pillutla et al. 2019, "Robust Aggregation for Federated
+    Learning", algorithm 2 (https://arxiv.org/abs/1912.13445), on the inner products of the updates
+    alone. Rounded to ten digits, because the last bits of the products depend on the processor.
 
     Args:
         products: (n, n) inner products of the updates' differences to any one point.
@@ -115,7 +120,9 @@ def geometric_median_weights(products: torch.Tensor, weights: torch.Tensor | Non
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean over the first dimension, as a running one: equal values give that value, and no sum can overflow."""
+    """Mean over the first dimension, as a running one: equal values give that value, and no sum
+    can overflow.
+    """
     mean = values[0].clone()
     for count, value in enumerate(values[1:], start=2):
         mean.lerp_(value, 1 / count)

@@ -1,7 +1,7 @@
 """A strategy's slots as an object in the store: what `state.safetensors` holds.
 
-Legend: slot `momentum` of parameter `fc.weight` is the tensor `momentum::fc.weight`, of the parameter's shape, in float32, or in
-float64 where the parameter is.
+Legend: slot `momentum` of parameter `fc.weight` is the tensor `momentum::fc.weight`, of the
+parameter's shape, in float32, or in float64 where the parameter is.
 """
 
 import os
@@ -31,7 +31,9 @@ def beside_spec(groups: Iterable[str], spec: Spec) -> dict[str, TensorSpec]:
 
 
 class SlotFile:
-    """The slots of the next round while they are computed, in whatever order, on this machine's disk."""
+    """The slots of the next round while they are computed, in whatever order, on this machine's
+    disk.
+    """
 
     def __init__(self, spec: Spec, descriptor: int) -> None:
         self.spec = spec

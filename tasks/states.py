@@ -1,4 +1,6 @@
-"""Reporting the state of a run to Prefect, so that no state is lost because the server cannot store what it says."""
+"""Reporting the state of a run to Prefect, so that no state is lost because the server cannot
+store what it says.
+"""
 
 from typing import Any
 from uuid import UUID
@@ -27,9 +29,11 @@ def state_of(report: Report) -> State[Any]:
 
 
 async def report_state(client: PrefectClient, state: State[Any], run_id: UUID) -> State[Any] | None:
-    """Propose a state of a flow run; one that the server refuses is proposed once more, without its message.
+    """Propose a state of a flow run; one that the server refuses is proposed once more, without its
+    message.
 
-    Returns: the state that the run is in then; None when the server does not allow this one, because the run has ended, or is
+    Returns: the state that the run is in then; None when the server does not allow this one,
+    because the run has ended, or is
         somebody else's.
 
     Raises: as `propose`; an `httpx.HTTPStatusError` is that of the first refusal.

@@ -1,10 +1,11 @@
 """What a strategy is: two pure functions on frozen state, after fedjax's `FederatedAlgorithm`.
 
-Legend: a *slice* is part of a model, a mapping of parameter names to flat float64 tensors (one block of a parameter each;
-integers as differences to a common origin, booleans as 0 and 1). A *slot* is what a strategy carries from round to round beside
-each trained parameter, element for element: a momentum, a control variate. A *group of extras* is what sites send beside
-each of them.
-A strategy is given slice after slice of the model, never the whole, so memory does not grow with model or number of sites.
+Legend: a *slice* is part of a model, a mapping of parameter names to flat float64 tensors (one
+block of a parameter each; integers as differences to a common origin, booleans as 0 and 1). A
+*slot* is what a strategy carries from round to round beside each trained parameter, element for
+element: a momentum, a control variate. A *group of extras* is what sites send beside each of them.
+A strategy is given slice after slice of the model, never the whole, so memory does not grow with
+model or number of sites.
 """
 
 from abc import ABC, abstractmethod
@@ -23,10 +24,12 @@ Slice = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What sites weigh in a job, as opposed to a round: by the first update that counted of each. Relative to the heaviest.
+    """What sites weigh in a job, as opposed to a round: by the first update that counted of each.
+    Relative to the heaviest.
 
     Attributes:
-        before: site -> weight, of those that the rounds before have heard of; 0 where nothing of a site's has counted.
+        before: site -> weight, of those that the rounds before have heard of; 0 where nothing of a
+            site's has counted.
         now: the same with this round's updates.
     """
 
@@ -35,7 +38,9 @@ class Shares:
 
     @staticmethod
     def total(weights: Mapping[str, float], num_sites: int) -> float:
-        """What all sites of a job weigh together; those that nobody has heard of as much as the others on average."""
+        """What all sites of a job weigh together; those that nobody has heard of as much as the
+        others on average.
+        """
         return sum(weights.values()) * (num_sites / len(weights)) if weights else 0.0
 
 
@@ -47,8 +52,8 @@ class State:
         params: the global model, as a slice.
         slots: slot -> its values, as a slice that lacks what is in `averaged`.
         round: training rounds that came before.
-        averaged: parameters that are averaged and nothing else, because nobody trains them: counters, masks, and the running
-            statistics of a normalisation.
+        averaged: parameters that are averaged and nothing else, because nobody trains them:
+            counters, masks, and the running statistics of a normalisation.
         shares: of the sites in the job.
     """
 
@@ -74,14 +79,18 @@ class Update:
 
     Attributes:
         site: who sent it.
-        weight: from 0, finite, relative to the other updates'; of a late one, times its discount, see `fedpool.tasks.staleness`.
-        params: the site's parameters (a DIFF has been added to the global model); read when asked for. Of a late update, the
-            global model plus the difference to its own base; of what is averaged alone (`State.averaged`), the site's values.
-        extras: group -> what the site sent beside its parameters, as a slice like those of the state's slots.
+        weight: from 0, finite, relative to the other updates'; of a late one, times its discount,
+            see `fedpool.tasks.staleness`.
+        params: the site's parameters (a DIFF has been added to the global model); read when asked
+            for. Of a late update, the global model plus the difference to its own base; of what is
+            averaged alone (`State.averaged`), the site's values.
+        extras: group -> what the site sent beside its parameters, as a slice like those of the
+            state's slots.
         meta: what the script said of the update.
-        scale: what its difference to the global model was multiplied by, to be within a limit; `params` is so already, and
-            `extras` are not.
-        staleness: commits between the model that the site trained from and the round that it counts in; 0 for a fresh update.
+        scale: what its difference to the global model was multiplied by, to be within a limit;
+            `params` is so already, and `extras` are not.
+        staleness: commits between the model that the site trained from and the round that it counts
+            in; 0 for a fresh update.
     """
 
     site: str
@@ -94,15 +103,18 @@ class Update:
 
     @property
     def key(self) -> str:
-        """What tells it apart from the round's other updates: a site may have a fresh one, and a late one."""
+        """What tells it apart from the round's other updates: a site may have a fresh one, and a
+        late one.
+        """
         return update_key(self.site, self.staleness)
 
 
 class Strategy(ABC):
     """How updates become the next global model. Frozen.
 
-    Laws, which the tests hold every strategy to that averages: weights are relative; one site with any weight gives that
-    site's model; splitting a site in two changes nothing; same inputs, same bits.
+    Laws, which the tests hold every strategy to that averages: weights are relative; one site with
+    any weight gives that site's model; splitting a site in two changes nothing; same inputs, same
+    bits.
     """
 
     extras: ClassVar[tuple[str, ...]] = ()
@@ -116,12 +128,16 @@ class Strategy(ABC):
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """Names of the slots, each with the value that all its elements have before the first round."""
+        """Names of the slots, each with the value that all its elements have before the first
+        round.
+        """
         return {}
 
     @property
     def surveys(self) -> bool:
-        """Whether it wants to see how all updates lie to each other before it is given the first slice."""
+        """Whether it wants to see how all updates lie to each other before it is given the first
+        slice.
+        """
         return False
 
     def init(self, params: Slice, averaged: frozenset[str] = frozenset()) -> State:
@@ -146,7 +162,8 @@ class Strategy(ABC):
         return choose_sites(seed, round, sites, count)
 
     def survey(self, geometry: Geometry) -> "Strategy":
-        """The strategy for one round, by how its updates lie to each other; asked where `surveys` says so.
+        """The strategy for one round, by how its updates lie to each other; asked where `surveys`
+        says so.
 
         Raises:
             RoundError: the round has too few updates.
@@ -167,6 +184,8 @@ class Strategy(ABC):
 
 
 def relative(weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights relative to the heaviest, so that neither their products nor their sum can overflow."""
+    """Weights relative to the heaviest, so that neither their products nor their sum can
+    overflow.
+    """
     heaviest = max(weights.values(), default=0.0)
     return {site: weight / heaviest if heaviest else 0.0 for site, weight in weights.items()}

@@ -1,4 +1,6 @@
-"""Rounds as tables and a job as a report: pure functions of the rounds' records, for the UI and the terminal alike."""
+"""Rounds as tables and a job as a report: pure functions of the rounds' records, for the UI and
+the terminal alike.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +22,9 @@ def values(record: RoundRecord) -> dict[str, float]:
 
 
 def round_table(record: RoundRecord) -> list[dict[str, Any]]:
-    """One row per site: site, state, examples (its weight), metrics and logged scalars, seconds, bytes."""
+    """One row per site: site, state, examples (its weight), metrics and logged scalars, seconds,
+    bytes.
+    """
     names = metric_names([record])
     rows: list[dict[str, Any]] = []
     for entry in record.accepted:
@@ -55,7 +59,9 @@ def late_rows(record: RoundRecord) -> list[dict[str, Any]]:
 
 
 def task_and_owner(record: RoundRecord) -> str:
-    """What a round was for: its task, and whose model was scored where it is not the one that the round is the start of."""
+    """What a round was for: its task, and whose model was scored where it is not the one that
+    the round is the start of.
+    """
     owner = record.model.owner
     return record.task if owner == SERVER else f"{record.task} {owner}"
 

@@ -1,7 +1,9 @@
-"""Writes runs as TensorBoard's event files, a folder for each, with tensorboardX. Runs in a process of its own.
+"""Writes runs as TensorBoard's event files, a folder for each, with tensorboardX. Runs in a process
+of its own.
 
-A batch is appended to the run's file, which is open only meanwhile: a thousand sites need no thousand open files. Nothing is
-forced to disk. After a failure, as on a full disk, the file may end in half an event; the next batch begins another file.
+A batch is appended to the run's file, which is open only meanwhile: a thousand sites need no
+thousand open files. Nothing is forced to disk. After a failure, as on a full disk, the file may end
+in half an event; the next batch begins another file.
 """
 
 import os
@@ -61,7 +63,9 @@ class TensorBoardWriter(Writer):
         self._files[run] = path
 
     def _new_file(self, run: str) -> Path:
-        """A name that no other process has, so that a job that is resumed adds a file to its runs."""
+        """A name that no other process has, so that a job that is resumed adds a file to its
+        runs.
+        """
         self._num_files += 1
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{self._num_files}"
         return self._folder / run / name

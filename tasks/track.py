@@ -1,6 +1,8 @@
-"""Which trackers of experiments a job has: what an environment's `track` says, checked before anything runs.
+"""Which trackers of experiments a job has: what an environment's `track` says, checked before
+anything runs.
 
-Loads none of their libraries: they are imported in a process of their own (`fedpool.tasks.tracker_process`).
+Loads none of their libraries: they are imported in a process of their own
+(`fedpool.tasks.tracker_process`).
 """
 
 import os
@@ -28,7 +30,8 @@ class Tracker:
     """A tracker of experiments.
 
     Attributes:
-        target: TensorBoard: the folder to write below, empty for the job's own. MLflow: URI of its store or server.
+        target: TensorBoard: the folder to write below, empty for the job's own. MLflow: URI of its
+            store or server.
     """
 
     kind: Kind
@@ -55,8 +58,8 @@ class Tracker:
 
 
 def parse_tracker(text: str, *, here: bool) -> Tracker:
-    """A tracker, as an environment's `track` names it: `tensorboard`, `tensorboard:FOLDER`, `mlflow:URI`, or `mlflow` for the URI
-    of `MLFLOW_TRACKING_URI`.
+    """A tracker, as an environment's `track` names it: `tensorboard`, `tensorboard:FOLDER`,
+    `mlflow:URI`, or `mlflow` for the URI of `MLFLOW_TRACKING_URI`.
 
     Args:
         here: whether the coordinator runs on this machine, so that a relative path means one.

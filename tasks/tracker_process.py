@@ -1,8 +1,10 @@
-"""The process in which a tracker's library runs, at the lowest priority: reads messages from its input, a JSON object a line.
+"""The process in which a tracker's library runs, at the lowest priority: reads messages from its
+input, a JSON object a line.
 
-`begin` tells of the job, `scalars` has rows of name, value, step and time for a run, `end` says how the job ended. The end of the
-input ends the process, also when the coordinator was killed. What fails is tried again, with pauses that grow, because servers
-come back; after the end of the input only for a short time more. What it has to say goes to its output, after `WARNING`.
+`begin` tells of the job, `scalars` has rows of name, value, step and time for a run, `end` says how
+the job ended. The end of the input ends the process, also when the coordinator was killed. What
+fails is tried again, with pauses that grow, because servers come back; after the end of the input
+only for a short time more. What it has to say goes to its output, after `WARNING`.
 """
 
 import importlib
@@ -36,7 +38,9 @@ class Refused(Exception):
 
 
 class Writer(Protocol):
-    """A tracker. A method that raises is called again with the same arguments, unless it raises `Refused`."""
+    """A tracker. A method that raises is called again with the same arguments, unless it raises
+    `Refused`.
+    """
 
     def begin(self, target: str, job_id: str, name: str, params: Mapping[str, str]) -> None:
         """Begin the runs of a job, or go on with them."""
@@ -131,7 +135,8 @@ def main() -> int:
     """Serve the tracker that is named on the command line."""
     os.nice(10)
     inbox = Inbox(sys.stdin.buffer)
-    # A tracker's library would import it, which takes seconds and much memory, for tensors that nobody gives it.
+    # A tracker's library would import it, which takes seconds and much memory, for tensors that
+    # nobody gives it.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         writer: Writer = importlib.import_module(f"fedpool.tasks.{sys.argv[1]}_writer").make_writer()

@@ -1,8 +1,10 @@
-"""`Tracking`: an observer that passes on what it is told to a tracker of experiments, in the background and in order.
+"""`Tracking`: an observer that passes on what it is told to a tracker of experiments, in the
+background and in order.
 
-The tracker's library runs in a process of its own (`fedpool.tasks.tracker_process`), because importing one takes seconds, and
-writing would take the interpreter from the rounds. A thread feeds that process through a pipe: what it was given is written even
-if this process is killed. Whatever fails is one warning in the job's log.
+The tracker's library runs in a process of its own (`fedpool.tasks.tracker_process`), because
+importing one takes seconds, and writing would take the interpreter from the rounds. A thread feeds
+that process through a pipe: what it was given is written even if this process is killed. Whatever
+fails is one warning in the job's log.
 """
 
 import asyncio
@@ -29,7 +31,9 @@ from fedpool.tasks.tracker_process import GAVE_UP, GRACE_S, SERVER_RUN, WARNING,
 
 _MODULE = "fedpool.tasks.tracker_process"
 _DRAIN_S = 300.0
-"""How long the end of a job waits for a tracker that is at work; one that fails gives up much sooner."""
+"""How long the end of a job waits for a tracker that is at work; one that fails gives up much
+sooner.
+"""
 _MAX_WAITING = 20_000
 """Messages that wait for a tracker's process which does not read them."""
 
@@ -110,7 +114,9 @@ class Tracking(Observer):
             self._warn(f"{_MAX_WAITING} messages wait for it: what comes now is lost")
 
     def _feed(self) -> None:
-        """Pass messages on until there are no more; then the process sees the end of its input, and ends."""
+        """Pass messages on until there are no more; then the process sees the end of its input,
+        and ends.
+        """
         try:
             self._process = process = subprocess.Popen(
                 # -P: no file of the folder that this runs in may stand for a library.
@@ -209,7 +215,9 @@ def _end(ending: Ending) -> _Message:
 
 
 def _scores(record: RoundRecord, key_metric: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """What a round adds to runs: the server's has the means over the sites, a site's its own scores of the global model."""
+    """What a round adds to runs: the server's has the means over the sites, a site's its own
+    scores of the global model.
+    """
     is_of_global = bool(of_global_models([record]))
     means = {**record.logged, **record.metrics} if is_of_global else dict(record.logged)
     if is_of_global and key_metric in record.metrics:

@@ -1,4 +1,6 @@
-"""Which updates count, and what has counted of a site's so far: pure functions of the rounds' records."""
+"""Which updates count, and what has counted of a site's so far: pure functions of the rounds'
+records.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -10,7 +12,8 @@ NONE_USED = Used(round=-1)
 
 
 def counting(weights: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
-    """site -> weight with which its update counts in a round, relative to the heaviest; 0 where it does not count.
+    """site -> weight with which its update counts in a round, relative to the heaviest; 0 where it
+    does not count.
 
     Args:
         weights: of the accepted updates.
@@ -22,15 +25,18 @@ def counting(weights: Mapping[str, float], factors: Mapping[str, float]) -> dict
 
 
 class Counted:
-    """What has counted of the sites' updates in a job's rounds so far; each record is looked at once, however many there are.
+    """What has counted of the sites' updates in a job's rounds so far; each record is looked at
+    once, however many there are.
 
     Args:
         factors: see `counting`.
 
     Attributes:
-        first_weights: site -> weight of its first accepted training update that had any; 0 of a site whose updates have had
-            none so far. Rounds in which no update counted made nothing, and do not matter.
-        last_used: site -> its last update that counted: it was accepted, in time, and its weight was not 0.
+        first_weights: site -> weight of its first accepted training update that had any; 0 of a
+            site whose updates have had none so far. Rounds in which no update counted made nothing,
+            and do not matter.
+        last_used: site -> its last update that counted: it was accepted, in time, and its weight
+            was not 0.
     """
 
     __slots__ = ("_factors", "_num_seen", "first_weights", "last_used")
@@ -57,7 +63,8 @@ class Counted:
         return {site: self.last_used.get(site, NONE_USED) for site in sites}
 
     def _add(self, record: RoundRecord) -> None:
-        # Of a site that has both, the fresh one, as in `aggregate`. Where sites see `last_used`, no late update counts.
+        # Of a site that has both, the fresh one, as in `aggregate`. Where sites see `last_used`, no
+        # late update counts.
         accepted = {entry.site: entry for entry in (*record.late_accepted, *record.accepted)}
         weights = {site: entry.weight for site, entry in accepted.items()}
         counted = counting(weights, self._factors)

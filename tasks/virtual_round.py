@@ -1,7 +1,9 @@
-"""Rounds in virtual time: sites do their work as fast as this machine lets them; what counts is when they would be done.
+"""Rounds in virtual time: sites do their work as fast as this machine lets them; what counts is
+when they would be done.
 
-So the order in which updates come, who is late, and when a round closes follow from `SimEnv(speeds=...)` alone: the same bits on
-any machine, and nothing sleeps. The clock moves from the end of one site's part to the next, and waits there for its real work.
+So the order in which updates come, who is late, and when a round closes follow from
+`SimEnv(speeds=...)` alone: the same bits on any machine, and nothing sleeps. The clock moves from
+the end of one site's part to the next, and waits there for its real work.
 """
 
 import asyncio
@@ -39,7 +41,9 @@ class VirtualClock:
         self._ended: dict[str, asyncio.Future[list[Outcome]]] = {}
         """site -> what has come of what it is at work on."""
         self._turns: dict[str, asyncio.Future[bool]] = {}
-        """site -> whether it begins the round that is under way; decided when it is done with what came before."""
+        """site -> whether it begins the round that is under way; decided when it is done with
+        what came before.
+        """
         self._attempts: dict[str, int] = {}
         """site -> the attempt in which it is first asked in the round that is under way."""
         self._works: set[asyncio.Task[None]] = set()
@@ -129,7 +133,9 @@ def _late(done: Mapping[str, Part], number: int) -> set[str]:
 
 
 def _closing(quorum: Quorum, accepted: list[float], opened: float, moment: float) -> float | None:
-    """When the round closes by what has come until a moment; None while it waits for whatever comes."""
+    """When the round closes by what has come until a moment; None while it waits for whatever
+    comes.
+    """
     after = quorum.closes_after(accepted)
     if after is None:
         return None
@@ -139,7 +145,8 @@ def _closing(quorum: Quorum, accepted: list[float], opened: float, moment: float
 def _note(
     fresh: Mapping[str, list[Outcome]], answers: Answers, take: int | None, accepted: list[float], at: float
 ) -> list[float]:
-    """Note what has come at one moment, in the order of the sites; what is beyond what the round takes is late.
+    """Note what has come at one moment, in the order of the sites; what is beyond what the round
+    takes is late.
 
     Returns: the times of the updates that were accepted.
     """

@@ -1,8 +1,10 @@
-"""Virtual time of a simulation: who is at work on what, and until when, as a pure function of the sites' speeds and the records.
+"""Virtual time of a simulation: who is at work on what, and until when, as a pure function of the
+sites' speeds and the records.
 
-A site needs so many units of virtual time for an assignment, whatever this machine needs for it, and however often its script
-is started. It does one after the other: when it is done with one, it begins the round that is under way then, from that round's
-model, unless it has answered that round already; then it waits for the next. What ends as a round closes is in time.
+A site needs so many units of virtual time for an assignment, whatever this machine needs for it,
+and however often its script is started. It does one after the other: when it is done with one, it
+begins the round that is under way then, from that round's model, unless it has answered that round
+already; then it waits for the next. What ends as a round closes is in time.
 """
 
 import math
@@ -82,7 +84,8 @@ class Schedule:
 
 
 def contradiction(schedule: Schedule | None, record: RoundRecord) -> str | None:
-    """What a record says against the speeds of the sites, as the rest of a sentence; None where it says nothing.
+    """What a record says against the speeds of the sites, as the rest of a sentence; None where it
+    says nothing.
 
     Args:
         schedule: when the round before had closed; None where time is the machine's.
@@ -103,7 +106,9 @@ def contradiction(schedule: Schedule | None, record: RoundRecord) -> str | None:
 
 
 def units_of(environment: EnvironmentRecord | None) -> Mapping[str, float] | None:
-    """site -> virtual time that an assignment takes it, by what `job.json` says; None where time is the machine's."""
+    """site -> virtual time that an assignment takes it, by what `job.json` says; None where time
+    is the machine's.
+    """
     said: Any = None if environment is None else environment.settings.get(SPEEDS)
     return None if said is None else {site: float(units) for site, units in said.items()}
 

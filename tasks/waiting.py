@@ -11,7 +11,9 @@ from fedpool.sites.output import LogLine
 from fedpool.tasks.reach import NO_WORKER
 
 AWAY = "Away"
-"""Name of the state of a run whose site could not be reached for too long; no run on the server is ever in it."""
+"""Name of the state of a run whose site could not be reached for too long; no run on the server
+is ever in it.
+"""
 
 
 class Waiting:
@@ -40,7 +42,9 @@ class Waiting:
             self.ended.set_result(state)
 
     def note(self, hindrance: str | None, pool: str) -> None:
-        """Note whether the site can be reached; once it could not for too long, the wait is over."""
+        """Note whether the site can be reached; once it could not for too long, the wait is
+        over.
+        """
         if hindrance is None:
             if self.away_since is not None:
                 self.log("it can be reached again")

@@ -1,4 +1,6 @@
-"""Which updates of a round count, in what order and with what weight; and the error that one of them was changed meanwhile."""
+"""Which updates of a round count, in what order and with what weight; and the error that one of
+them was changed meanwhile.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +12,9 @@ from fedpool.tasks.used import counting
 
 
 class UpdateChanged(IntegrityError):
-    """An update is not what the gate has seen: its site has changed it since, or the store is damaged."""
+    """An update is not what the gate has seen: its site has changed it since, or the store is
+    damaged.
+    """
 
     def __init__(self, update: Accepted, what: str) -> None:
         super().__init__(what)
@@ -24,7 +28,8 @@ def in_their_order(updates: Sequence[Accepted], arithmetic: Arithmetic) -> list[
 
 
 def with_weights(updates: Sequence[Accepted], factors: Mapping[str, float]) -> list[tuple[Accepted, float]]:
-    """The updates that count, each with its weight, relative to the heaviest; a late one's is discounted.
+    """The updates that count, each with its weight, relative to the heaviest; a late one's is
+    discounted.
 
     Args:
         factors: site -> factor on its weight; 1 for a site that is not named.

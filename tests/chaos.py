@@ -1,8 +1,10 @@
-"""`make chaos`: all that a job consists of, killed or cut at every stage of a round; writes the matrix of docs/reliability.md.
+"""`make chaos`: all that a job consists of, killed or cut at every stage of a round; writes the
+matrix of docs/reliability.md.
 
-A proof of concept on PostgreSQL, whose store holds an operation by a plan (`fedpool.testing`), so that a round stands still at
-the stage that is asked for. Then the component is hit; what an operator does is done (`fedpool poc up`, and `resume` for a job
-that did not complete), and the job must end with the bytes of an undisturbed one, or say why it did not.
+A proof of concept on PostgreSQL, whose store holds an operation by a plan (`fedpool.testing`), so
+that a round stands still at the stage that is asked for. Then the component is hit; what an
+operator does is done (`fedpool poc up`, and `resume` for a job that did not complete), and the job
+must end with the bytes of an undisturbed one, or say why it did not.
 """
 
 import argparse
@@ -221,7 +223,9 @@ def table(outcomes: Mapping[Trial, str]) -> str:
 
 
 def main() -> None:
-    """Run the matrix, write it down, and exit with 1 when a job hung, ended with other bytes or lost something."""
+    """Run the matrix, write it down, and exit with 1 when a job hung, ended with other bytes or
+    lost something.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--components", nargs="+", choices=COMPONENTS, default=COMPONENTS)
@@ -262,7 +266,9 @@ def main() -> None:
 
 
 def _side_by_side(trials: Sequence[Trial], at_once: int) -> Iterator[tuple[str, str, int, str]]:
-    """(component, stage, seed, outcome) of every trial, from so many benches at once: most of a trial is waiting."""
+    """(component, stage, seed, outcome) of every trial, from so many benches at once: most of a
+    trial is waiting.
+    """
     benches = {}
     for share in (trials[number::at_once] for number in range(at_once)):
         if share:

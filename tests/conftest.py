@@ -31,9 +31,11 @@ ADD_ONE = """
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make Ctrl-C work, and give each of several test processes a temporary folder of its own, for `leaves_nothing`."""
-    # A shell makes what it runs in the background deaf to SIGINT, and that is inherited: by a stock Prefect worker, too,
-    # which then takes no SIGTERM either.
+    """Make Ctrl-C work, and give each of several test processes a temporary folder of its own,
+    for `leaves_nothing`.
+    """
+    # A shell makes what it runs in the background deaf to SIGINT, and that is inherited: by a stock
+    # Prefect worker, too, which then takes no SIGTERM either.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp()
@@ -69,7 +71,9 @@ def write_script(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def run_job(prefect_api: str, tmp_path: Path, write_script: Callable[..., Path]) -> Callable[..., Run]:
-    """Runs a job to its end: `run_job(script text, env={...}, **recipe fields)`; two sites and two rounds unless told."""
+    """Runs a job to its end: `run_job(script text, env={...}, **recipe fields)`; two sites and
+    two rounds unless told.
+    """
 
     def run(
         script: str = ADD_ONE,
@@ -109,7 +113,9 @@ def leaves_nothing(prefect_api: str, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[services.PostgresServer]:
-    """A real PostgreSQL: `postgres.url` for what may be shared, `postgres.new_database()` for an empty database."""
+    """A real PostgreSQL: `postgres.url` for what may be shared, `postgres.new_database()` for an
+    empty database.
+    """
     if services.find_postgres() is None:
         pytest.skip(services.POSTGRES_MISSING)
     with contextlib.closing(services.PostgresServer()) as server:
@@ -118,7 +124,9 @@ def postgres() -> Iterator[services.PostgresServer]:
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[services.S3Server]:
-    """A real S3 server, this module's own; `s3_server.url` works in this process and its children without options."""
+    """A real S3 server, this module's own; `s3_server.url` works in this process and its
+    children without options.
+    """
     if services.find_rclone() is None:
         pytest.skip(services.RCLONE_MISSING)
     file_systems = fsspec.get_filesystem_class("s3")

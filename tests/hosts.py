@@ -11,7 +11,9 @@ from fedpool.client.hosts import Assignment, Waiting, Welcome
 
 
 class MemoryHost:
-    """A host in memory: hands out assignments in turn, and keeps what it is sent. None in the plan is a time-out."""
+    """A host in memory: hands out assignments in turn, and keeps what it is sent. None in the
+    plan is a time-out.
+    """
 
     def __init__(self, folder: Path, plan: Sequence[Assignment | None]) -> None:
         self.welcome = Welcome("job-1", "site-1", {"lr": 0.1})
@@ -52,7 +54,9 @@ class MemoryHost:
 
 
 class OneSite(MemoryHost):
-    """The job of a single site: what it sends is the next global model. Rounds are seeded by their number."""
+    """The job of a single site: what it sends is the next global model. Rounds are seeded by
+    their number.
+    """
 
     def __init__(
         self, folder: Path, model: Mapping[str, Any], tasks: Sequence[str], config: Mapping[str, Any] | None = None

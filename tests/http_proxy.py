@@ -1,4 +1,5 @@
-"""A real HTTP proxy for tests, the program proxy.py: it reaches every host name on this machine, and notes whom it was asked for.
+"""A real HTTP proxy for tests, the program proxy.py: it reaches every host name on this machine,
+and notes whom it was asked for.
 
 Run as a module, it is that program.
 """

@@ -1,4 +1,6 @@
-"""What the tests of a user's own algorithms and filters share: those of CONTRIBUTING.md, in a folder beside a job.py."""
+"""What the tests of a user's own algorithms and filters share: those of CONTRIBUTING.md, in a
+folder beside a job.py.
+"""
 
 import os
 import re
@@ -18,7 +20,9 @@ def write_algorithm(folder: Path) -> Path:
 
 
 def write_filter(folder: Path) -> Path:
-    """Write the files of CONTRIBUTING.md's filter: scaling.py and job.py; client.py is the algorithm's."""
+    """Write the files of CONTRIBUTING.md's filter: scaling.py and job.py; client.py is the
+    algorithm's.
+    """
     client = {"client.py": _files("Add an algorithm")["client.py"]}
     return _write(folder, client | _files("Add a filter"), {"client.py", "scaling.py", "job.py"})
 
@@ -53,7 +57,9 @@ def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.Complete
 
 @contextmanager
 def importable(folder: Path) -> Iterator[Path]:
-    """A folder of the user's on sys.path, as it is for a job.py in it; afterwards nothing of it is left in this process."""
+    """A folder of the user's on sys.path, as it is for a job.py in it; afterwards nothing of it
+    is left in this process.
+    """
     sys.path.insert(0, str(folder))
     try:
         yield folder
@@ -64,7 +70,9 @@ def importable(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def job_code_forgotten() -> Iterator[None]:
-    """Leaves nothing in this process of the code of jobs that it loads meanwhile: other tests have modules of the same names."""
+    """Leaves nothing in this process of the code of jobs that it loads meanwhile: other tests
+    have modules of the same names.
+    """
     modules, path = set(sys.modules), list(sys.path)
     try:
         yield
@@ -76,7 +84,9 @@ def job_code_forgotten() -> Iterator[None]:
 
 
 def forget(folder: Path) -> None:
-    """Have this process forget the modules of a folder, so that others of their names can be imported."""
+    """Have this process forget the modules of a folder, so that others of their names can be
+    imported.
+    """
     for name, module in list(sys.modules.items()):
         known = getattr(module, "__dict__", {})
         places = [known.get("__file__") or "", *known.get("__path__", ())]

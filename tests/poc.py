@@ -1,4 +1,6 @@
-"""What the tests of sites behind work pools share: jobs that wait for a file, the stock Prefect command, processes by home."""
+"""What the tests of sites behind work pools share: jobs that wait for a file, the stock Prefect
+command, processes by home.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,8 @@ import psutil
 from fedpool import FedAvgRecipe, JobStatus, PocEnv, Run
 from fedpool.environment import Environment
 
-# Adds 1 to what it receives. In the rounds `hold` it says that it trains, and goes on when there is a file `go`, or `go-ROUND`.
+# Adds 1 to what it receives. In the rounds `hold` it says that it trains, and goes on when there is
+# a file `go`, or `go-ROUND`.
 GATED = """
     import pathlib, threading
     import fedpool.client as flare
@@ -153,7 +156,9 @@ def brought_up(env: PocEnv) -> Iterator[PocEnv]:
 
 
 def wait_until(condition: Callable[[], object], *, timeout_s: float = 120, over: Callable[[], object] = bool) -> float:
-    """Block until a condition holds; returns the seconds that it took, and fails when it takes too long or is in vain."""
+    """Block until a condition holds; returns the seconds that it took, and fails when it takes
+    too long or is in vain.
+    """
     began = time.monotonic()
     pause = threading.Event()
     while not condition():

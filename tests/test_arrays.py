@@ -1,4 +1,6 @@
-"""torch tensors and numpy arrays to safetensors and back: every dtype that may travel comes back as it went."""
+"""torch tensors and numpy arrays to safetensors and back: every dtype that may travel comes back
+as it went.
+"""
 
 import io
 import subprocess

@@ -1,4 +1,6 @@
-"""The client bundle: what travels with a script, under which address, and what is refused on either side."""
+"""The client bundle: what travels with a script, under which address, and what is refused on
+either side.
+"""
 
 import hashlib
 import io

@@ -1,4 +1,6 @@
-"""A script that cannot take part in rounds is refused when the recipe is built, where that is certain; else it is a note."""
+"""A script that cannot take part in rounds is refused when the recipe is built, where that is
+certain; else it is a note.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Scripts that set environment variables before an import: found in the source, in the order in which they would run."""
+"""Scripts that set environment variables before an import: found in the source, in the order in
+which they would run.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

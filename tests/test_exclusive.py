@@ -1,4 +1,6 @@
-"""Locks and exclusive moves where the file system lacks the calls, as FUSE and NFS do: in real processes whose libc says so."""
+"""Locks and exclusive moves where the file system lacks the calls, as FUSE and NFS do: in real
+processes whose libc says so.
+"""
 
 import os
 import shutil

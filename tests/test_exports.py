@@ -1,4 +1,6 @@
-"""The public names: what `fedpool` and `fedpool.client` export, and that a change of it is a decision."""
+"""The public names: what `fedpool` and `fedpool.client` export, and that a change of it is a
+decision.
+"""
 
 import dataclasses
 import importlib
@@ -105,7 +107,9 @@ WITHOUT_PREFECT = [
     *(f"fedpool.sites.{name}" for name in ("desk", "piece", "service")),
     "fedpool.tasks.prefect_internals",
 ]
-"""What an environment looks at before anything runs, and commands that read a store: importing Prefect takes two seconds."""
+"""What an environment looks at before anything runs, and commands that read a store: importing
+Prefect takes two seconds.
+"""
 
 
 def test_the_facade_exports_these_names_and_no_other() -> None:

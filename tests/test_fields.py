@@ -1,4 +1,6 @@
-"""Fields that do not fit are refused in fedpool's words: all of them, by name, with the value and what was probably meant."""
+"""Fields that do not fit are refused in fedpool's words: all of them, by name, with the value
+and what was probably meant.
+"""
 
 import pickle
 from pathlib import Path

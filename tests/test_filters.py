@@ -1,4 +1,6 @@
-"""Filters: what comes back is what was sent, nothing depends on the blocks, and what a filter does wrong bears its name."""
+"""Filters: what comes back is what was sent, nothing depends on the blocks, and what a filter
+does wrong bears its name.
+"""
 
 import hashlib
 import io

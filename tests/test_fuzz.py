@@ -1,4 +1,6 @@
-"""Fuzzing of everything that reads what came from outside: half a minute of it. A reader either reads, or says what is wrong."""
+"""Fuzzing of everything that reads what came from outside: half a minute of it. A reader either
+reads, or says what is wrong.
+"""
 
 import contextlib
 import hashlib

@@ -1,4 +1,6 @@
-"""On a GPU: scripts that are forked, share a device, mix precisions and join process groups. Run by `make test-gpu`."""
+"""On a GPU: scripts that are forked, share a device, mix precisions and join process groups. Run
+by `make test-gpu`.
+"""
 
 import importlib
 import subprocess
@@ -47,7 +49,8 @@ def new_net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
 
 
-# The device, the dropout and what an algorithm adds are filled in. The update is sent as it lies, on the device.
+# The device, the dropout and what an algorithm adds are filled in. The update is sent as it lies,
+# on the device.
 SCRIPT = """
     import torch
     import fedpool.client as flare
@@ -180,7 +183,8 @@ class TestTrainers:
             lightning_client.patch(trainer)
 
 
-# NCCL takes one process per device, so two that share one only use what fedpool makes beside its group.
+# NCCL takes one process per device, so two that share one only use what fedpool makes beside its
+# group.
 RANKS_SCRIPT = """
 import os, sys
 import torch

@@ -1,4 +1,6 @@
-"""Late updates in virtual time beside a naive reference in numpy, weight for weight; and, slowly, what they are worth."""
+"""Late updates in virtual time beside a naive reference in numpy, weight for weight; and,
+slowly, what they are worth.
+"""
 
 import importlib.util
 import sys
@@ -26,7 +28,9 @@ BENCHMARK = _load()
 
 
 class Orders(Reference):
-    """The reference's sites, in whatever order they train: each round and site has its own batches."""
+    """The reference's sites, in whatever order they train: each round and site has its own
+    batches.
+    """
 
     def __init__(self, num_rounds: int) -> None:
         super().__init__(alpha=0.1, epochs=5, num_hostile=0)
@@ -45,7 +49,9 @@ class Orders(Reference):
 
 
 def folded(num_rounds: int) -> Array:
-    """w <- w + sum n s Delta / sum n s: a quorum of 5 fresh updates closes a round; site k needs k + 1 units."""
+    """w <- w + sum n s Delta / sum n s: a quorum of 5 fresh updates closes a round; site k needs
+    k + 1 units.
+    """
     sites = Orders(num_rounds)
     models: list[Array] = [np.zeros((65, 10))]
     ends = {site: (site + 1.0, 0) for site in range(10)}  # when each is done, and with which round

@@ -1,4 +1,6 @@
-"""The house's rules: who may import whom, links, names of modules, and a docstring on everything public."""
+"""The house's rules: who may import whom, links, names of modules, and a docstring on everything
+public.
+"""
 
 import ast
 import importlib
@@ -20,7 +22,8 @@ FOLDERS = ("sites", "tasks", "flows", "deployments")
 LAYERS = ("base", *FOLDERS, "facade")
 FACADE = ("__init__.py", "cli.py")
 
-# The base in itself, lowest first; a folder stands for all that is in it. A client script loads no store, and a store no recipe.
+# The base in itself, lowest first; a folder stands for all that is in it. A client script loads no
+# store, and a store no recipe.
 BASE_LEVELS = (
     "storable errors left_out model manifest paths site_order tensors tensor_stream digest arrays inspection local_file patience "
     "exclusive refusals s3 loopback startup",
@@ -35,7 +38,8 @@ BASE_LEVELS = (
     "testing migration",  # tools beside the product
 )
 
-# What Prefect documents; None: all of a module. The rest is named in one module, so that an upgrade fails in one place.
+# What Prefect documents; None: all of a module. The rest is named in one module, so that an upgrade
+# fails in one place.
 PREFECT_DOCUMENTS: dict[str, set[str] | None] = {
     "prefect": {"Flow", "flow", "task"},
     "prefect.artifacts": None,
@@ -124,9 +128,11 @@ _NAMED = re.compile(r"(fedpool(?:\.\w+)+)(?:\.|:\w*)?")  # the end of a part of 
 
 
 def named(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every string of a module that is the name of a module of ours, or of something in one.
+    """(line, dotted module) of every string of a module that is the name of a module of ours, or of
+    something in one.
 
-    Such as for `import_module` and `python -m`, an entrypoint of Prefect's, a path `module:Class`, the beginning of an f-string.
+    Such as for `import_module` and `python -m`, an entrypoint of Prefect's, a path `module:Class`,
+    the beginning of an f-string.
     """
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := _NAMED.fullmatch(node.value)):
@@ -160,7 +166,9 @@ class AtRunTime(ast.NodeTransformer):
 
 
 def needs(path: Path, *, functions: bool) -> set[str]:
-    """Our modules that a module imports when it runs: at its top level, and in its functions, too, where that is asked."""
+    """Our modules that a module imports when it runs: at its top level, and in its functions,
+    too, where that is asked.
+    """
     found = {name for _, name in imported(path, AtRunTime(functions=functions)) if name.split(".")[0] == "fedpool"}
     return found - {module_of(path)}
 
@@ -225,7 +233,9 @@ def test_a_module_that_is_named_by_a_string_is_seen_in_each_form() -> None:
 
 
 def undocumented_of_prefect(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, name) of what a module uses of Prefect that Prefect does not document, be it by an import or by a string."""
+    """(line, name) of what a module uses of Prefect that Prefect does not document, be it by an
+    import or by a string.
+    """
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, each.name) for each in node.names if each.name.startswith("prefect."))
@@ -308,7 +318,9 @@ def test_the_link_is_a_link_in_git_too(name: str) -> None:
 
 
 def undocumented(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
-    """(name, class) of what is public and has no docstring: classes and functions of a module, methods of its public classes."""
+    """(name, class) of what is public and has no docstring: classes and functions of a module,
+    methods of its public classes.
+    """
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
             if not ast.get_docstring(node) and not is_overload(node):

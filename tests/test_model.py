@@ -1,4 +1,6 @@
-"""`FLModel` and `ParamsType`: the names, defaults and refusals of the value that a script receives and sends."""
+"""`FLModel` and `ParamsType`: the names, defaults and refusals of the value that a script
+receives and sends.
+"""
 
 import dataclasses
 import subprocess

@@ -1,4 +1,6 @@
-"""The oracle's rows: two rounds beside a naive reference in numpy, weight for weight; and, slowly, the oracle's own figures."""
+"""The oracle's rows: two rounds beside a naive reference in numpy, weight for weight; and,
+slowly, the oracle's own figures.
+"""
 
 import importlib.util
 import sys

@@ -1,4 +1,6 @@
-"""The recipe: frozen, described, and everything that can be known to be wrong is refused when it is built."""
+"""The recipe: frozen, described, and everything that can be known to be wrong is refused when it
+is built.
+"""
 
 import json
 from pathlib import Path

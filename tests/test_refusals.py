@@ -1,4 +1,6 @@
-"""What a store says when it refuses: one sentence with the remedy, at once; and what it bears with. Against real S3 servers."""
+"""What a store says when it refuses: one sentence with the remedy, at once; and what it bears
+with. Against real S3 servers.
+"""
 
 import os
 import socket
@@ -25,7 +27,9 @@ from tests import services
 
 @pytest.fixture
 def aws(s3_server: services.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The environment of somebody who has set what the production guide says, and nothing about checksums."""
+    """The environment of somebody who has set what the production guide says, and nothing about
+    checksums.
+    """
     file_systems = fsspec.get_filesystem_class("s3")
     monkeypatch.delenv("AWS_RESPONSE_CHECKSUM_VALIDATION")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
@@ -35,7 +39,9 @@ def aws(s3_server: services.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def refused(store: Store) -> str:
-    """What it says of every kind of use, within the seconds that botocore takes for a connection."""
+    """What it says of every kind of use, within the seconds that botocore takes for a
+    connection.
+    """
     said = set()
     for use in (
         lambda: store.names("job"),
@@ -116,7 +122,9 @@ def test_an_endpoint_that_cannot_be_one_is_told(
 
 @contextmanager
 def alerting(description: int) -> Iterator[str]:
-    """Answers each TLS handshake with a fatal alert, as OpenSSL and load balancers write it; yields its endpoint."""
+    """Answers each TLS handshake with a fatal alert, as OpenSSL and load balancers write it;
+    yields its endpoint.
+    """
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -181,7 +189,9 @@ def test_a_file_system_that_is_not_installed_is_told_with_its_remedy() -> None:
 
 
 class _Answering(BaseHTTPRequestHandler):
-    """Answers like S3 with an error, as AWS documents them, for as many requests as it is told to; rclone knows few of them."""
+    """Answers like S3 with an error, as AWS documents them, for as many requests as it is told
+    to; rclone knows few of them.
+    """
 
     server: "_ErrorServer"
 
@@ -290,7 +300,9 @@ def not_as_root() -> Iterator[None]:
 
 
 class _Bucket(BaseHTTPRequestHandler):
-    """The few requests of S3 that a store writes with, and conditional writes as AWS has them, which rclone has not."""
+    """The few requests of S3 that a store writes with, and conditional writes as AWS has them,
+    which rclone has not.
+    """
 
     server: "_BucketServer"
     protocol_version = "HTTP/1.1"

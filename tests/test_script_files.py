@@ -1,4 +1,6 @@
-"""What travels with a script because its source names it, and what does not: code and small configuration, never data."""
+"""What travels with a script because its source names it, and what does not: code and small
+configuration, never data.
+"""
 
 import io
 import json

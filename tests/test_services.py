@@ -1,4 +1,6 @@
-"""The programs that other tests run against are real, and the store does on S3 what it does elsewhere."""
+"""The programs that other tests run against are real, and the store does on S3 what it does
+elsewhere.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,6 @@
-"""No module grows beyond what one reads at a sitting, and no function of a round beyond a screen."""
+"""No module grows beyond what one reads at a sitting, and no function of a round beyond a
+screen.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ ROUND = (
 )
 """What a round runs through."""
 
-# What is longer, with its lines: the numbers can only go down, and whoever brings one to the limit takes it off the list.
+# What is longer, with its lines: the numbers can only go down, and whoever brings one to the limit
+# takes it off the list.
 LONG_MODULES = {
     "src/fedpool/client/api.py": 364,
     "tasks/aggregate.py": 330,
@@ -44,7 +47,9 @@ def num_lines(path: Path) -> int:
 
 
 def functions(path: Path) -> dict[str, int]:
-    """The functions of a module, by its path and their name, with their lines, docstrings included."""
+    """The functions of a module, by its path and their name, with their lines, docstrings
+    included.
+    """
     found = [
         node
         for node in ast.walk(ast.parse(path.read_text()))

@@ -1,4 +1,6 @@
-"""The store: one suite over a local folder and fsspec's `memory://`, then what each of the two has of its own."""
+"""The store: one suite over a local folder and fsspec's `memory://`, then what each of the two
+has of its own.
+"""
 
 import errno
 import hashlib

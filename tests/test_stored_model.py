@@ -1,4 +1,6 @@
-"""Of an initial model in a store the header is read: counted in bytes, over a store that counts what is read of each object."""
+"""Of an initial model in a store the header is read: counted in bytes, over a store that counts
+what is read of each object.
+"""
 
 import os
 from collections.abc import Callable

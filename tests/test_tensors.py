@@ -1,4 +1,6 @@
-"""The safetensors format: streams out, blocks in, and nothing but `IntegrityError` for bytes that are no such file."""
+"""The safetensors format: streams out, blocks in, and nothing but `IntegrityError` for bytes
+that are no such file.
+"""
 
 import hashlib
 import io

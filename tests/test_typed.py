@@ -1,4 +1,6 @@
-"""What a type checker sees of fedpool: mypy, strict and without pydantic's plugin, as editors see it, too."""
+"""What a type checker sees of fedpool: mypy, strict and without pydantic's plugin, as editors
+see it, too.
+"""
 
 import re
 import subprocess
@@ -50,7 +52,9 @@ def every_recipe() -> str:
 
 
 def mypy(folder: Path, **modules: str) -> dict[str, list[str]]:
-    """What mypy says of modules, line by line: "LINE: ..."; in the settings of a user who has asked for strictness only."""
+    """What mypy says of modules, line by line: "LINE: ..."; in the settings of a user who has
+    asked for strictness only.
+    """
     (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n")
     for name, text in modules.items():
         (folder / f"{name}.py").write_text(text)

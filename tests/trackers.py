@@ -6,7 +6,9 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Series = dict[str, list[tuple[int, float, float]]]
-"""Name of a scalar -> step, value, and time in seconds since 1970, in the order in which they were logged."""
+"""Name of a scalar -> step, value, and time in seconds since 1970, in the order in which they
+were logged.
+"""
 
 
 def read_tensorboard(folder: Path) -> Series:

@@ -1,4 +1,6 @@
-"""Engine: a loop in one process, one site after the other. What the work costs without any framework."""
+"""Engine: a loop in one process, one site after the other. What the work costs without any
+framework.
+"""
 
 import time
 

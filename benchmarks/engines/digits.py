@@ -1,10 +1,12 @@
-"""The "digits" workload: a small classifier on the digits that come inside scikit-learn, so nothing is downloaded.
+"""The "digits" workload: a small classifier on the digits that come inside scikit-learn, so nothing
+is downloaded.
 
-scikit-learn keeps them as compressed text, whose reading would be most of what a cold site does: measure.py leaves them
-beside the stamps as an array, for every engine alike.
+scikit-learn keeps them as compressed text, whose reading would be most of what a cold site does:
+measure.py leaves them beside the stamps as an array, for every engine alike.
 
-Rows 0-1436 train and are dealt to the sites one by one (site i of n holds i, i + n, ...); rows 1437-1796 test.
-The order of the batches depends only on the site and the round: every engine must reach the same accuracy.
+Rows 0-1436 train and are dealt to the sites one by one (site i of n holds i, i + n, ...); rows
+1437-1796 test. The order of the batches depends only on the site and the round: every engine must
+reach the same accuracy.
 """
 
 import os
@@ -22,7 +24,9 @@ LEARNING_RATE = 0.05
 
 
 class Network(nn.Sequential):
-    """An MLP of 64-32-10. Takes no arguments, because NVFlare rebuilds the model from its class path."""
+    """An MLP of 64-32-10. Takes no arguments, because NVFlare rebuilds the model from its class
+    path.
+    """
 
     def __init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -36,7 +40,9 @@ def build_model() -> nn.Module:
 
 
 def train(model: nn.Module, *, site: int, num_sites: int, round_number: int) -> int:
-    """Train one epoch on the site's rows, in place. Sites and rounds count from 0. Returns the number of steps."""
+    """Train one epoch on the site's rows, in place. Sites and rounds count from 0. Returns the
+    number of steps.
+    """
     features, labels = _rows()
     features, labels = features[site:NUM_TRAIN:num_sites], labels[site:NUM_TRAIN:num_sites]
     generator = torch.Generator().manual_seed(1000 * round_number + site)

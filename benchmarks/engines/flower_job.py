@@ -1,4 +1,6 @@
-"""Engine: a Flower app in its Ray simulation, with one Ray actor for each site that may train at the same time."""
+"""Engine: a Flower app in its Ray simulation, with one Ray actor for each site that may train at
+the same time.
+"""
 
 from flower_apps import build_client, build_server
 from flwr.simulation import run_simulation

@@ -1,6 +1,8 @@
-"""The "large" workload: 300 MB of float32 weights and no data. What it costs is what moving a model costs.
+"""The "large" workload: 300 MB of float32 weights and no data. What it costs is what moving a model
+costs.
 
-Every site adds 1 to every weight, so after r rounds the average is r everywhere and a wrong sum shows.
+Every site adds 1 to every weight, so after r rounds the average is r everywhere and a wrong sum
+shows.
 """
 
 import torch
@@ -11,7 +13,9 @@ TENSOR_SIZE = 7_500_000
 
 
 class Weights(nn.Module):
-    """Ten tensors of 7.5 million zeros. Takes no arguments, because NVFlare rebuilds the model from its class path."""
+    """Ten tensors of 7.5 million zeros. Takes no arguments, because NVFlare rebuilds the model
+    from its class path.
+    """
 
     def __init__(self) -> None:
         super().__init__()

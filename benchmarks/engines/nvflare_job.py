@@ -1,7 +1,7 @@
 """Engine: an NVFlare job in its `SimEnv`.
 
-With as many threads as sites, NVFlare keeps one process a site over all rounds; with fewer it starts a process for
-every site in every round. simulation.py measures both.
+With as many threads as sites, NVFlare keeps one process a site over all rounds; with fewer it
+starts a process for every site in every round. simulation.py measures both.
 """
 
 from pathlib import Path

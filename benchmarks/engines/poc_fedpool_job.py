@@ -1,4 +1,6 @@
-"""Engine: a fedpool job in `PocEnv`: a Prefect server, a coordinator's worker and a worker process per site."""
+"""Engine: a fedpool job in `PocEnv`: a Prefect server, a coordinator's worker and a worker
+process per site.
+"""
 
 from pathlib import Path
 

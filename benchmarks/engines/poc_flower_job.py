@@ -1,4 +1,5 @@
-"""Engine: a Flower app on its deployment engine: a SuperLink and a SuperNode per site, insecure, on the loopback.
+"""Engine: a Flower app on its deployment engine: a SuperLink and a SuperNode per site, insecure, on
+the loopback.
 
 They run as they do by default: a SuperNode starts a process for every message, so for every round.
 """

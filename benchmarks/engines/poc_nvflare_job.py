@@ -1,4 +1,6 @@
-"""Engine: an NVFlare job in its `PocEnv`: a server, and for every site a client process and one that runs the job."""
+"""Engine: an NVFlare job in its `PocEnv`: a server, and for every site a client process and one
+that runs the job.
+"""
 
 import os
 import sys
@@ -14,7 +16,8 @@ def main() -> None:
     arguments = job_arguments()
     workspace = Path(arguments.workspace)
     workspace.mkdir()
-    # It starts `python3` and keeps a configuration in the home folder; its sites import the script's modules from here.
+    # It starts `python3` and keeps a configuration in the home folder; its sites import the
+    # script's modules from here.
     os.environ |= {
         "HOME": str(workspace),
         "NVFLARE_POC_WORKSPACE": str(workspace / "poc"),

@@ -1,4 +1,6 @@
-"""What every engine's scripts share: their arguments, the workloads, and the stamps from which round times are read."""
+"""What every engine's scripts share: their arguments, the workloads, and the stamps from which
+round times are read.
+"""
 
 import argparse
 import os
@@ -14,7 +16,9 @@ import torch
 
 WORKLOADS: dict[str, ModuleType] = {"digits": digits, "large": large, "sleep": sleeping}
 STAMPS = "BENCH_STAMPS"
-"""Environment variable that names the file of the stamps; not FEDPOOL_..., which `PocEnv` keeps from its sites."""
+"""Environment variable that names the file of the stamps; not FEDPOOL_..., which `PocEnv` keeps
+from its sites.
+"""
 
 
 def job_arguments() -> argparse.Namespace:
@@ -35,14 +39,17 @@ def job_arguments() -> argparse.Namespace:
 def stamp(site: int, received_at: float, score: float) -> None:
     """Note that a site received a round's model at that time, and how the model scored there.
 
-    The sites do it, and not the server, because this is the one moment that every engine shows to user code.
+    The sites do it, and not the server, because this is the one moment that every engine shows to
+    user code.
     """
     with Path(os.environ[STAMPS]).open("a", encoding="utf-8") as file:
         file.write(f"{site} {received_at} {score}\n")  # one short write: lines of several processes do not mix
 
 
 def serve(flare: Any) -> None:
-    """The client script of the engines that have this client API: fedpool and NVFlare run the same lines."""
+    """The client script of the engines that have this client API: fedpool and NVFlare run the
+    same lines.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--sites", type=int, required=True)

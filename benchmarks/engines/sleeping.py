@@ -1,6 +1,8 @@
-"""The "sleep" workload: training that takes 3 s and no processor. A round's time less 3 s is what the framework adds.
+"""The "sleep" workload: training that takes 3 s and no processor. A round's time less 3 s is what
+the framework adds.
 
-Every site adds 1 to every weight, so after r rounds the average is r everywhere and a wrong sum shows.
+Every site adds 1 to every weight, so after r rounds the average is r everywhere and a wrong sum
+shows.
 """
 
 import time
@@ -12,7 +14,9 @@ TRAINING_S = 3.0
 
 
 class Network(nn.Sequential):
-    """An MLP of 64-32-10, all zeros. Takes no arguments, because NVFlare rebuilds the model from its class path."""
+    """An MLP of 64-32-10, all zeros. Takes no arguments, because NVFlare rebuilds the model from
+    its class path.
+    """
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -1,9 +1,11 @@
-"""Softmax regression on one site's digits: a local training script and the lines that make it a federated client.
+"""Softmax regression on one site's digits: a local training script and the lines that make it a
+federated client.
 
-It reports the accuracy of the global model it received, on the shared test rows, and trains from there: in plain numpy, or
-with torch where the recipe's algorithm has a helper for torch (FedProx, SCAFFOLD).
-The batch order is the oracle's: one generator for the whole job draws a permutation of a site's rows for each epoch, round
-after round and site after site, and a site skips those that are not its own. So its model is the oracle's, weight for weight.
+It reports the accuracy of the global model it received, on the shared test rows, and trains from
+there: in plain numpy, or with torch where the recipe's algorithm has a helper for torch (FedProx,
+SCAFFOLD). The batch order is the oracle's: one generator for the whole job draws a permutation of a
+site's rows for each epoch, round after round and site after site, and a site skips those that are
+not its own. So its model is the oracle's, weight for weight.
 """
 
 import argparse
@@ -18,14 +20,15 @@ import fedpool.client as flare
 
 
 class Orders:
-    """The oracle's permutations: one for each epoch of each site, in turn, as long as the job lasts.
+    """The oracle's permutations: one for each epoch of each site, in turn, as long as the job
+    lasts.
 
     Args:
         seed: of the oracle's run.
         sizes: rows of each site.
         epochs: permutations that a site takes in its turn.
-        num_hostile: sites, the first ones, that draw noise of the model's shape after their permutations. The attack that is
-            tried here has no use for it.
+        num_hostile: sites, the first ones, that draw noise of the model's shape after their
+            permutations. The attack that is tried here has no use for it.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], epochs: int, num_hostile: int) -> None:
@@ -36,7 +39,9 @@ class Orders:
         self._turn = 0
 
     def of_turn(self, turn: int) -> list[np.ndarray]:
-        """Return the permutations of a turn, numbered from 0 over sites and rounds: no earlier one than the last."""
+        """Return the permutations of a turn, numbered from 0 over sites and rounds: no earlier
+        one than the last.
+        """
         while self._turn < turn:
             self._draw()
         return self._draw()
@@ -51,9 +56,11 @@ class Orders:
 
 
 def train(weight: np.ndarray, data: Digits, orders: list[np.ndarray], *, batch_size: int, lr: float) -> np.ndarray:
-    """Return the (10, 65) weight after an epoch of SGD on the mean cross-entropy in each of the orders.
+    """Return the (10, 65) weight after an epoch of SGD on the mean cross-entropy in each of the
+    orders.
 
-    The gradient is written out: at this size autograd would cost more than the arithmetic. `weight` is left as it was.
+    The gradient is written out: at this size autograd would cost more than the arithmetic. `weight`
+    is left as it was.
     """
     weight = weight.copy()
     targets = np.eye(NUM_CLASSES)
@@ -66,7 +73,9 @@ def train(weight: np.ndarray, data: Digits, orders: list[np.ndarray], *, batch_s
 
 
 def batches(data: Digits, orders: list[np.ndarray], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the features and labels of each batch of each epoch; the last of an epoch is what remains."""
+    """Yield the features and labels of each batch of each epoch; the last of an epoch is what
+    remains.
+    """
     for order in orders:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -76,7 +85,9 @@ def batches(data: Digits, orders: list[np.ndarray], batch_size: int) -> Iterator
 def train_with_torch(
     weight: np.ndarray, data: Digits, orders: list[np.ndarray], *, batch_size: int, lr: float
 ) -> tuple[np.ndarray, Mapping[str, Any]]:
-    """Return the trained weight, and what goes beside it: the same steps as `train`, with what the recipe asks for."""
+    """Return the trained weight, and what goes beside it: the same steps as `train`, with what
+    the recipe asks for.
+    """
     model = torch.nn.Linear(weight.shape[1], NUM_CLASSES, bias=False, dtype=torch.float64)
     received = {"weight": torch.tensor(weight)}
     model.load_state_dict(received)

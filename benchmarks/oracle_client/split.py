@@ -1,8 +1,10 @@
-"""The digits data set cut over sites by label, with a Dirichlet law: the same rows for the same arguments, anywhere.
+"""The digits data set cut over sites by label, with a Dirichlet law: the same rows for the same
+arguments, anywhere.
 
-The law is that of https://arxiv.org/abs/1909.06335: a large alpha gives every site the same mix of labels, a small one
-gives each site a few labels. Every site computes the whole split and keeps its own part, so nothing has to be
-distributed. That serves a benchmark, where the data is public; real sites hold their own rows.
+The law is that of https://arxiv.org/abs/1909.06335: a large alpha gives every site the same mix of
+labels, a small one gives each site a few labels. Every site computes the whole split and keeps its
+own part, so nothing has to be distributed. That serves a benchmark, where the data is public; real
+sites hold their own rows.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ MAX_DRAWS = 1_000
 
 @dataclass(frozen=True)
 class Digits:
-    """Features (rows, 65) as float64, the last column the constant 1 for the bias, and labels (rows,)."""
+    """Features (rows, 65) as float64, the last column the constant 1 for the bias, and labels
+    (rows,).
+    """
 
     features: np.ndarray
     labels: np.ndarray
@@ -39,8 +43,8 @@ def load_train_and_test() -> tuple[Digits, Digits]:
 def split_rows(labels: np.ndarray, *, alpha: float, num_sites: int, seed: int, min_rows: int = 10) -> list[np.ndarray]:
     """Return the row numbers of each site: every row goes to exactly one.
 
-    Each class's shuffled rows are cut by proportions drawn from Dirichlet(alpha). The whole split is drawn again
-    until every site has at least `min_rows` rows.
+    Each class's shuffled rows are cut by proportions drawn from Dirichlet(alpha). The whole split
+    is drawn again until every site has at least `min_rows` rows.
 
     Raises ValueError when no draw in `MAX_DRAWS` does.
     """

@@ -1,4 +1,6 @@
-"""What all clients here share: a small model with batch normalisation, and a site's own part of scikit-learn's digits."""
+"""What all clients here share: a small model with batch normalisation, and a site's own part of
+scikit-learn's digits.
+"""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,4 +1,6 @@
-"""Every algorithm on three sites of this machine: `python job.py`, or one of them: `python job.py scaffold`."""
+"""Every algorithm on three sites of this machine: `python job.py`, or one of them: `python
+job.py scaffold`.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A plain training loop: the client of every recipe that asks nothing of it (FedAvg, FedOpt, DiLoCo, cyclic, FedBN).
+"""A plain training loop: the client of every recipe that asks nothing of it (FedAvg, FedOpt,
+DiLoCo, cyclic, FedBN).
 
 With FedBN the received model already has this site's own batch normalisation in it.
 """

@@ -23,4 +23,5 @@ while flare.is_running():
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, extras=control.extras()))
+    params, extras = model.state_dict(), control.extras()
+    flare.send(flare.FLModel(params=params, metrics=metrics, extras=extras))

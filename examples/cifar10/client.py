@@ -1,4 +1,6 @@
-"""PyTorch's CIFAR-10 tutorial as a federated client. `python client.py --synthetic` runs it alone."""
+"""PyTorch's CIFAR-10 tutorial as a federated client. `python client.py --synthetic` runs it
+alone.
+"""
 
 import argparse
 

@@ -7,7 +7,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 
 def load_cifar10(root: str, *, download: bool) -> tuple[Dataset, Dataset]:
-    """Training and test set of CIFAR-10. Download it once, with `python client.py --download`, before sites share it."""
+    """Training and test set of CIFAR-10. Download it once, with `python client.py --download`,
+    before sites share it.
+    """
     from torchvision.datasets import CIFAR10
     from torchvision.transforms import Compose, Normalize, ToTensor
 
@@ -20,7 +22,9 @@ def load_cifar10(root: str, *, download: bool) -> tuple[Dataset, Dataset]:
 
 
 def make_synthetic(num_train: int = 2000, num_test: int = 500) -> tuple[Dataset, Dataset]:
-    """Ten classes, each a fixed random picture under noise: as easy as it looks, and the same at every site."""
+    """Ten classes, each a fixed random picture under noise: as easy as it looks, and the same at
+    every site.
+    """
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(10, 3, 32, 32, generator=generator)
 

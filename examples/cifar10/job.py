@@ -1,4 +1,6 @@
-"""Federated averaging of a CIFAR-10 classifier. `--synthetic` runs it without the data (and without torchvision)."""
+"""Federated averaging of a CIFAR-10 classifier. `--synthetic` runs it without the data (and
+without torchvision).
+"""
 
 import argparse
 from pathlib import Path

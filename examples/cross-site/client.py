@@ -1,4 +1,6 @@
-"""A linear classifier of digits at a site that lacks some of them; it keeps its best local model and submits it when asked."""
+"""A linear classifier of digits at a site that lacks some of them; it keeps its best local model
+and submits it when asked.
+"""
 
 import torch
 from sklearn.datasets import load_digits
@@ -39,7 +41,8 @@ while flare.is_running():
     model.load_state_dict(flare.receive().params)
     score = accuracy()
     if flare.is_evaluate():  # whoever's model it is
-        flare.send(flare.FLModel(metrics={"accuracy": score}, meta={"NUM_EVAL_EXAMPLES": int((~rows).sum())}))
+        meta = {"NUM_EVAL_EXAMPLES": int((~rows).sum())}
+        flare.send(flare.FLModel(metrics={"accuracy": score}, meta=meta))
     elif flare.is_submit_model():  # with no training before, there is no model of its own yet
         if best_params is None:
             train()

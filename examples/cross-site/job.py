@@ -1,4 +1,6 @@
-"""Federated averaging over three sites, each without some of the digits; then every site scores every model."""
+"""Federated averaging over three sites, each without some of the digits; then every site scores
+every model.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""A local Lightning script plus three lines. Each site trains on its own third of scikit-learn's digits."""
+"""A local Lightning script plus three lines. Each site trains on its own third of scikit-learn's
+digits.
+"""
 
 import argparse
 

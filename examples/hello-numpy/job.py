@@ -1,4 +1,6 @@
-"""Three rounds over two sites: [[1, 2, 3], [4, 5, 6], [7, 8, 9]] becomes [[4, 5, 6], [7, 8, 9], [10, 11, 12]]."""
+"""Three rounds over two sites: [[1, 2, 3], [4, 5, 6], [7, 8, 9]] becomes [[4, 5, 6], [7, 8, 9],
+[10, 11, 12]].
+"""
 
 from pathlib import Path
 

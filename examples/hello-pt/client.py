@@ -1,4 +1,6 @@
-"""A local PyTorch training script plus six lines. Each site trains on its own third of scikit-learn's digits."""
+"""A local PyTorch training script plus six lines. Each site trains on its own third of
+scikit-learn's digits.
+"""
 
 import argparse
 

@@ -19,7 +19,8 @@ recipe = FedAvgRecipe(
 )
 
 if __name__ == "__main__":
-    # The same recipe in a simulation, or (python job.py poc) in a proof of concept with a process per site.
+    # The same recipe in a simulation, or (python job.py poc) in a proof of concept with a process
+    # per site.
     env = PocEnv(num_clients=3) if sys.argv[1:] == ["poc"] else SimEnv(num_clients=3, num_threads=3)
     result = recipe.execute(env=env).get_result()
     print(f"accuracy of the final model: {result.metrics[-1]['accuracy']:.4f}")

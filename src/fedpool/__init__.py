@@ -1,6 +1,7 @@
 """fedpool: federated learning as Prefect flows.
 
-Names are resolved when first used (PEP 562), so that a client script, which imports `fedpool.client`, pays for nothing else.
+Names are resolved when first used (PEP 562), so that a client script, which imports
+`fedpool.client`, pays for nothing else.
 """
 
 from importlib import import_module

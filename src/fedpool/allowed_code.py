@@ -1,4 +1,6 @@
-"""Who may run the code that came with a job: nobody, unless whoever runs this process has said so, by the code's hash."""
+"""Who may run the code that came with a job: nobody, unless whoever runs this process has said
+so, by the code's hash.
+"""
 
 import os
 import re

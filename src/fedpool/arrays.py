@@ -1,7 +1,8 @@
-"""torch tensors and numpy arrays on one side, the bytes of safetensors on the other; neither framework is imported early.
+"""torch tensors and numpy arrays on one side, the bytes of safetensors on the other; neither
+framework is imported early.
 
-A script without torch must not pay for it, and bfloat16 in numpy needs `ml_dtypes`, so every import here is made where
-the first value asks for it.
+A script without torch must not pay for it, and bfloat16 in numpy needs `ml_dtypes`, so every import
+here is made where the first value asks for it.
 """
 
 import math
@@ -76,7 +77,9 @@ def describe(name: str, value: Any) -> TensorSpec:
 
 
 def as_bytes(value: Any) -> memoryview:
-    """The elements of a torch tensor or numpy array in C order, as bytes; a view where the layout allows it."""
+    """The elements of a torch tensor or numpy array in C order, as bytes; a view where the
+    layout allows it.
+    """
     import numpy as np
 
     if is_torch(value):
@@ -117,8 +120,9 @@ def save_and_hash(file: Writable, params: Mapping[str, Any]) -> Digest:
 def load_arrays(path: str | Path, params_format: ParamsFormat) -> dict[str, Any]:
     """All tensors of a local safetensors file, in the order of their names.
 
-    torch tensors are views of a private memory map: reading costs nothing until they are touched, sites on one machine
-    share the pages, and writing to them does not reach the file. numpy arrays are copies.
+    torch tensors are views of a private memory map: reading costs nothing until they are touched,
+    sites on one machine share the pages, and writing to them does not reach the file. numpy arrays
+    are copies.
     """
     if params_format == "torch":
         from safetensors import safe_open
@@ -155,8 +159,9 @@ def dtype_limits(code: str) -> tuple[float, float]:
 def chunks(value: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
     """A block along its last dimension, in parts of which a sum is taken for itself.
 
-    Whoever adds up such sums in order has the same bits whatever the blocks are that a store is read in. `torch.sum` splits
-    nothing as small as this over its threads; products of matrices and vectors it does, and their bits change with it.
+    Whoever adds up such sums in order has the same bits whatever the blocks are that a store is
+    read in. `torch.sum` splits nothing as small as this over its threads; products of matrices and
+    vectors it does, and their bits change with it.
     """
     import torch
 
@@ -176,8 +181,9 @@ def difference_norm(
     Args:
         base: the model; None when the update is the difference.
         model: the model, where it has holes.
-        holes: names of the tensors in which the model need not be finite. Where neither it nor the update is, there is no
-            difference; where the update is, it is one to 0, which is what the mean takes such a place for.
+        holes: names of the tensors in which the model need not be finite. Where neither it nor the
+            update is, there is no difference; where the update is, it is one to 0, which is what
+            the mean takes such a place for.
     """
     import torch
 

@@ -1,4 +1,6 @@
-"""The file system that a store lies on: opened from a URL, its errors made ours, its failures waited out."""
+"""The file system that a store lies on: opened from a URL, its errors made ours, its failures
+waited out.
+"""
 
 import logging
 import time
@@ -64,7 +66,9 @@ class Backend:
 
     @contextmanager
     def errors(self, path: str, doing: Doing = "read") -> Iterator[None]:
-        """Make what a backend raises, in classes of its own, an error of ours that names the object and, if known, the remedy."""
+        """Make what a backend raises, in classes of its own, an error of ours that names the
+        object and, if known, the remedy.
+        """
         full = self.address(path)
         try:
             yield
@@ -73,7 +77,8 @@ class Backend:
         except Exception as error:
             reason = error if self.is_local else s3.with_reason(error, self.fs, self.root)
             if refused := refusal(reason, full, doing):
-                # fsspec would hand out this file system, and its credentials, for as long as the process lives.
+                # fsspec would hand out this file system, and its credentials, for as long as the
+                # process lives.
                 type(self.fs).clear_instance_cache()
                 raise refused from None  # the sentence says it; the backend's tracebacks would bury it
             if isinstance(error, FileNotFoundError) and doing != "written":
@@ -81,7 +86,9 @@ class Backend:
             raise StoreError(f"{full} cannot be {doing}: {type(error).__name__}: {error}") from error
 
     def patiently(self, path: str, work: Callable[[], T], doing: Doing = "read") -> T:
-        """Have a remote file system do something again while it fails; a local one, or one that refuses, tells at once."""
+        """Have a remote file system do something again while it fails; a local one, or one that
+        refuses, tells at once.
+        """
         told = False
         for pause_s in pauses(0.0 if self.is_local else self.patience_s, 0.2, 5.0):
             try:

@@ -1,7 +1,8 @@
-"""The client bundle: the client script and the files that it needs (see `script_files`), as a content-addressed zip.
+"""The client bundle: the client script and the files that it needs (see `script_files`), as a
+content-addressed zip.
 
-What is not found in the source, such as modules that are imported by a computed name, needs `include=`. Same files, same bytes:
-names are sorted, times fixed.
+What is not found in the source, such as modules that are imported by a computed name, needs
+`include=`. Same files, same bytes: names are sorted, times fixed.
 """
 
 import compileall
@@ -20,7 +21,9 @@ from fedpool.refusals import explained
 from fedpool.script_files import ScriptFiles, find_files
 
 _CANNOT_UNPACK = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
-"""A damaged or encrypted member, one that is packed in an unknown way, a name that no file can have, or that another has."""
+"""A damaged or encrypted member, one that is packed in an unknown way, a name that no file can
+have, or that another has.
+"""
 MAX_BUNDLE_BYTES = 64 << 20
 """Unpacked size limit: code travels in the bundle, data stays at its site."""
 
@@ -34,8 +37,9 @@ class Bundle:
     Attributes:
         entry: the script's name inside the zip.
         sha256: of the zip.
-        imports: dotted names that the script and its modules import from outside the bundle, and that a session preloads; none
-            when the script sets environment variables before an import.
+        imports: dotted names that the script and its modules import from outside the bundle, and
+            that a session preloads; none when the script sets environment variables before an
+            import.
         data: the zip's bytes.
         notes: what whoever runs the script should know of it, a line each.
     """
@@ -55,8 +59,8 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
         include: paths relative to the script's folder, and inside it.
 
     Raises:
-        RecipeError: a file is missing, does not compile, lies outside the folder, or the whole exceeds the size limit; the script
-            is empty, or was written for NVFlare.
+        RecipeError: a file is missing, does not compile, lies outside the folder, or the whole
+            exceeds the size limit; the script is empty, or was written for NVFlare.
     """
     path = Path(script)
     if not path.is_file():

@@ -1,4 +1,6 @@
-"""Checkpoints and models as people have them: wrapped, nested, prefixed, in numpy's files or by the path of a class."""
+"""Checkpoints and models as people have them: wrapped, nested, prefixed, in numpy's files or by
+the path of a class.
+"""
 
 import importlib
 import sys
@@ -17,10 +19,12 @@ _CLASS = ("class_path", "path")
 
 
 def load_checkpoint(path: Path, *, only: str | None = None) -> Mapping[str, Any]:
-    """The state dict in a file: safetensors, `.npz`, `.npy`, or torch's, which is read with `weights_only=True`.
+    """The state dict in a file: safetensors, `.npz`, `.npy`, or torch's, which is read with
+    `weights_only=True`.
 
     Args:
-        only: name for the array in an `.npy` file, which has none of its own; None: there is no name.
+        only: name for the array in an `.npy` file, which has none of its own; None: there is no
+            name.
 
     Raises:
         RecipeError: it is not a file, cannot be read, or holds no state dict.
@@ -48,7 +52,9 @@ def load_checkpoint(path: Path, *, only: str | None = None) -> Mapping[str, Any]
 
 
 def unwrap(loaded: Any) -> Any:
-    """The state dict inside what a training loop has saved, such as `{"model": state_dict, "optimizer": ...}`."""
+    """The state dict inside what a training loop has saved, such as `{"model": state_dict,
+    "optimizer": ...}`.
+    """
     while isinstance(loaded, Mapping):
         inner = next((loaded[key] for key in _NESTED if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
@@ -58,7 +64,9 @@ def unwrap(loaded: Any) -> Any:
 
 
 def fit_names(params: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
-    """A state dict under the names of a model, where the two differ in nothing but the prefixes of wrappers."""
+    """A state dict under the names of a model, where the two differ in nothing but the prefixes
+    of wrappers.
+    """
     if set(params) == set(names):
         return params
     wanted = {_bare(name): name for name in names}

@@ -1,4 +1,6 @@
-"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`, `fedpool recipe`, `fedpool migrate`."""
+"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`, `fedpool recipe`,
+`fedpool migrate`.
+"""
 
 import json
 import os
@@ -59,7 +61,9 @@ def up(
 
 @poc.command
 def status(*, home: Home = DEFAULT_HOME) -> None:
-    """Say what is up and healthy, and where the UI is; ends with 1 when something is not, or nothing is."""
+    """Say what is up and healthy, and where the UI is; ends with 1 when something is not, or
+    nothing is.
+    """
     proof = PocEnv(home=home)
     services = proof.status()
     _show(proof, services)
@@ -77,7 +81,9 @@ def logs(
 
 @poc.command
 def env(*, home: Home = DEFAULT_HOME) -> None:
-    """Print the variables by which the prefect command and other programs reach it: eval "$(fedpool poc env)"."""
+    """Print the variables by which the prefect command and other programs reach it: eval
+    "$(fedpool poc env)".
+    """
     for name, value in PocEnv(home=home).environment().items():
         print(f"export {name}={shlex.quote(value)}")
 
@@ -127,7 +133,9 @@ def run(
     gpus: SiteGpus = None,
     folder: SiteFolder = None,
 ) -> None:
-    """Do one round: the command of a process, docker or kubernetes pool, whose worker starts it; see `fedpool site template`."""
+    """Do one round: the command of a process, docker or kubernetes pool, whose worker starts it;
+    see `fedpool site template`.
+    """
     from fedpool.deployments.cold_site import assigned_run, run_assigned
 
     if not run_assigned(assigned_run(), lambda: _site_settings(config, data, name=name, gpus=gpus, folder=folder)):
@@ -160,7 +168,9 @@ def template(
     namespace: Annotated[str | None, Parameter(help="kubernetes namespace; default: default")] = None,
     program: Annotated[str, Parameter(help="what runs fedpool there")] = "fedpool",
 ) -> None:
-    """Print the base job template of a site's work pool, which leaves nothing for a deployment to change."""
+    """Print the base job template of a site's work pool, which leaves nothing for a deployment
+    to change.
+    """
     from fedpool.deployments.templates import base_job_template, parse_env
 
     found = base_job_template(
@@ -186,7 +196,9 @@ def register(
     *,
     pool: Annotated[str, Parameter(help="work pool that runs the site's rounds")],
 ) -> None:
-    """Tell the server of a site that has no worker of its own type, but a process, docker or kubernetes pool."""
+    """Tell the server of a site that has no worker of its own type, but a process, docker or
+    kubernetes pool.
+    """
 
     async def register() -> None:
         from fedpool.deployments.api import open_client

@@ -1,4 +1,6 @@
-"""Whether a client script takes part in rounds at all: by fedpool's client API, itself or through what travels with it."""
+"""Whether a client script takes part in rounds at all: by fedpool's client API, itself or
+through what travels with it.
+"""
 
 import ast
 from collections.abc import Collection, Mapping
@@ -17,7 +19,8 @@ def missing_client(entry: str, trees: Mapping[str, ast.Module], contents: Collec
         contents: of all that travels.
 
     Raises:
-        RecipeError: the script holds nothing that runs, or begins by importing the client API of NVFlare and not fedpool's.
+        RecipeError: the script holds nothing that runs, or begins by importing the client API of
+            NVFlare and not fedpool's.
     """
     if all(_is_text(statement) for statement in trees[entry].body):
         raise RecipeError(

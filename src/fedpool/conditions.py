@@ -1,4 +1,6 @@
-"""`stop_cond`: a metric compared with a number, such as "accuracy >= 0.8"; and what follows from it for the key metric."""
+"""`stop_cond`: a metric compared with a number, such as "accuracy >= 0.8"; and what follows from
+it for the key metric.
+"""
 
 import math
 import operator
@@ -36,7 +38,9 @@ class StopCondition:
 
     @property
     def mode(self) -> Mode | None:
-        """Which of two values is nearer to satisfying it: the larger or the smaller one; None for `==`, which does not say."""
+        """Which of two values is nearer to satisfying it: the larger or the smaller one; None
+        for `==`, which does not say.
+        """
         return "max" if ">" in self.comparison else "min" if "<" in self.comparison else None
 
     def __str__(self) -> str:
@@ -61,7 +65,8 @@ def parse_condition(text: str) -> StopCondition:
 
 
 def choose_mode(metric: str, mode: Mode, condition: StopCondition | None, given: Collection[str]) -> Mode:
-    """Whether more or less of the key metric is better: as the user says, else as the condition on it says.
+    """Whether more or less of the key metric is better: as the user says, else as the condition on
+    it says.
 
     Warns where neither does and the metric's name says otherwise.
 
@@ -90,5 +95,7 @@ def choose_mode(metric: str, mode: Mode, condition: StopCondition | None, given:
 
 
 def _sounds_worse(metric: str) -> bool:
-    """Whether more of a metric is likely to be worse, going by its name: a loss or an error that is not negated."""
+    """Whether more of a metric is likely to be worse, going by its name: a loss or an error that
+    is not negated.
+    """
     return bool(_LESS_IS_BETTER.fullmatch(metric)) and not _NEGATED.match(metric)

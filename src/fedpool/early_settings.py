@@ -1,9 +1,11 @@
-"""Whether a script sets environment variables before it imports something: then that import must not be done for it beforehand.
+"""Whether a script sets environment variables before it imports something: then that import must
+not be done for it beforehand.
 
-Many libraries read their variables as they are imported (`HF_HOME`, `KERAS_BACKEND`). A script that is forked from a process
-which has imported them already would set them too late. What a script does is found in its source, in the order in which it
-would happen: a module's statements as they come, those of a module of the bundle where it is first imported. What is in a
-function counts where module code calls the function, by its name; all that functions import counts last.
+Many libraries read their variables as they are imported (`HF_HOME`, `KERAS_BACKEND`). A script that
+is forked from a process which has imported them already would set them too late. What a script does
+is found in its source, in the order in which it would happen: a module's statements as they come,
+those of a module of the bundle where it is first imported. What is in a function counts where
+module code calls the function, by its name; all that functions import counts last.
 """
 
 import ast
@@ -24,7 +26,9 @@ _READ_WHEN_USED = frozenset(
         "WORLD_SIZE",
     }
 )
-"""Variables that scripts often set, and that are read later than at an import, or by no import at all."""
+"""Variables that scripts often set, and that are read later than at an import, or by no import
+at all.
+"""
 
 _SETTERS = frozenset({"__setitem__", "clear", "pop", "popitem", "setdefault", "update"})
 _ENVIRONS = ("environ", "environb")
@@ -54,8 +58,8 @@ def setting_before_import(entry: str, trees: Mapping[str, ast.Module], resolve: 
     Args:
         entry: name of the script's file.
         trees: file -> its source, parsed; the script and the modules of its bundle.
-        resolve: what an import statement in a file imports: dotted names, each with the files of the bundle that this runs; none
-            for what is installed.
+        resolve: what an import statement in a file imports: dotted names, each with the files of
+            the bundle that this runs; none for what is installed.
     """
     reader = _Reader(trees, resolve)
     imported: set[str] = set()
@@ -122,7 +126,9 @@ class _Reader:
         return _settings(name, node, self._aliases[name])
 
     def _find_aliases(self) -> dict[str, dict[str, str]]:
-        """Other names that files have for the environment and for what sets it: by assignment or import, also from each other."""
+        """Other names that files have for the environment and for what sets it: by assignment or
+        import, also from each other.
+        """
         found: dict[str, dict[str, str]] = {name: {} for name in self._trees}
         nodes = [
             (name, node)

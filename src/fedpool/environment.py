@@ -1,4 +1,6 @@
-"""Where a recipe runs, as the recipe sees it; see `fedpool.deployments` for the environments that there are."""
+"""Where a recipe runs, as the recipe sees it; see `fedpool.deployments` for the environments
+that there are.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ class Begin:
     """How a job begins: anew, where it was left, or from a model of another one.
 
     Attributes:
-        resume: id of a job that was begun before: it goes on from its last committed round. One that has completed is left as it
-            is.
+        resume: id of a job that was begun before: it goes on from its last committed round. One
+            that has completed is left as it is.
         fork: make a new job instead, which starts from a model of the job that `resume` names.
         from_round: the round whose global model a fork starts from; None: its newest.
 
@@ -44,7 +46,9 @@ ANEW = Begin()
 
 
 class Environment(Protocol[R_co]):
-    """Where a recipe runs; what it returns is a handle on the job, a `fedpool.Run` in those that there are."""
+    """Where a recipe runs; what it returns is a handle on the job, a `fedpool.Run` in those that
+    there are.
+    """
 
     def execute(self, recipe: "Recipe", begin: Begin = ANEW, *, wait: bool = True) -> R_co:
         """Run the recipe."""

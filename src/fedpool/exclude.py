@@ -15,7 +15,8 @@ def check_excluded(patterns: Collection[str], names: Collection[str]) -> None:
     """Check patterns against the parameters of a model.
 
     Raises:
-        RecipeError: a pattern that is not a regular expression or fits no parameter, or nothing is left to train.
+        RecipeError: a pattern that is not a regular expression or fits no parameter, or nothing is
+            left to train.
     """
     for pattern in patterns:
         try:

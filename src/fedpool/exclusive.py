@@ -1,11 +1,13 @@
-"""Locks and exclusive moves on local file systems, also on those that lack some of the calls: FUSE, NFS, FAT.
+"""Locks and exclusive moves on local file systems, also on those that lack some of the calls: FUSE,
+NFS, FAT.
 
-Where a call is not supported the next best one takes its place, and `told` gets a sentence on what that means. docs/store.md says
-what is left of each guarantee.
+Where a call is not supported the next best one takes its place, and `told` gets a sentence on what
+that means. docs/store.md says what is left of each guarantee.
 
-Locks are those of the system, on folders themselves. Lock files, such as those of `filelock`, would not do: a job's folder holds
-what the job has written and nothing else; a scratch folder is removed by whoever has its lock; a reader looks whether a folder is
-held without taking it, also where it may not write; and without locks (NFS, FUSE) the work goes on, with a warning.
+Locks are those of the system, on folders themselves. Lock files, such as those of `filelock`, would
+not do: a job's folder holds what the job has written and nothing else; a scratch folder is removed
+by whoever has its lock; a reader looks whether a folder is held without taking it, also where it
+may not write; and without locks (NFS, FUSE) the work goes on, with a warning.
 """
 
 import ctypes
@@ -83,7 +85,9 @@ def _lock(descriptor: int, wait: bool) -> None:
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Whether somebody has locked a folder; None where nobody can tell: it is not there, or its file system has no locks."""
+    """Whether somebody has locked a folder; None where nobody can tell: it is not there, or its
+    file system has no locks.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -103,7 +107,9 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def sync(descriptor: int, where: str, told: Told) -> None:
-    """Have the bytes of an open file on disk, and let go of its cached pages, as far as the file system can."""
+    """Have the bytes of an open file on disk, and let go of its cached pages, as far as the file
+    system can.
+    """
     try:
         os.fdatasync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -139,7 +145,9 @@ def move(local: Path, target: Path, told: Told) -> None:
 
 
 def _copy(local: Path, target: Path, told: Told) -> None:
-    """Copy under a name of its own, because the file may come from another file system, then move that."""
+    """Copy under a name of its own, because the file may come from another file system, then
+    move that.
+    """
     partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     try:
         shutil.copyfile(local, partial)

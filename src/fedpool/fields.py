@@ -1,7 +1,8 @@
-"""What everything has in common that a user builds out of fields: a recipe, an environment, a site's settings.
+"""What everything has in common that a user builds out of fields: a recipe, an environment, a
+site's settings.
 
-Fields that do not fit are refused in fedpool's words. pydantic's own text names a link and a type code, which help nobody who
-has mistyped a name.
+Fields that do not fit are refused in fedpool's words. pydantic's own text names a link and a type
+code, which help nobody who has mistyped a name.
 """
 
 import difflib
@@ -38,7 +39,8 @@ class Checked(BaseModel):
     """Base of the models that a user builds.
 
     Raises:
-        FieldsError (a RecipeError, a ValueError and a pydantic.ValidationError): fields that do not fit.
+        FieldsError (a RecipeError, a ValueError and a pydantic.ValidationError): fields that do not
+            fit.
     """
 
     def __init__(self, /, **data: Any) -> None:
@@ -59,7 +61,8 @@ class Checked(BaseModel):
                 )
             return super().__new__(cls)
 
-    # By this pydantic knows that the method is no more than its own, and validates nested and restored models without it.
+    # By this pydantic knows that the method is no more than its own, and validates nested and
+    # restored models without it.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     if not TYPE_CHECKING:  # type checkers must go on to refuse unknown and frozen attributes
@@ -161,7 +164,9 @@ def _unknown(name: str, fields: Mapping[str, FieldInfo]) -> str:
 
 
 def _where(loc: Sequence[int | str], data: Mapping[str, Any]) -> str:
-    """Place of a problem in what was given, without the names of the types that pydantic has tried there."""
+    """Place of a problem in what was given, without the names of the types that pydantic has
+    tried there.
+    """
     where = str(loc[0]) if loc else ""
     value: Any = data.get(where)
     for part in loc[1:]:

@@ -1,7 +1,8 @@
 """A recipe's filters as a field: objects where a recipe is written, their JSON where one is read.
 
-What is read names classes, `module:Class`. Only fedpool's own are imported for that, those that an installed package registers,
-and none beside; a class of the user's must have been loaded (`fedpool.user_code`), which takes permission.
+What is read names classes, `module:Class`. Only fedpool's own are imported for that, those that an
+installed package registers, and none beside; a class of the user's must have been loaded
+(`fedpool.user_code`), which takes permission.
 """
 
 import sys
@@ -16,7 +17,9 @@ from fedpool.errors import RecipeError
 from fedpool.filters import Filter, described, type_of_filter
 
 GROUP = "fedpool.filters"
-"""The entry point group by which an installed package registers a filter: `name = "package.module:Class"`."""
+"""The entry point group by which an installed package registers a filter: `name =
+"package.module:Class"`.
+"""
 
 
 def is_registered(full: str) -> bool:

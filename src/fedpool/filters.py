@@ -1,9 +1,11 @@
 """Filters: what is done to an update between a site's host and the gate.
 
-`outgoing` runs at the site, in its host and not in its script, on what is about to be hashed and put into the store; `incoming`
-undoes at the coordinator what can be undone, before the gate looks at a value. What travels may have other names, dtypes and
-shapes than the model; after `incoming` it has the model's. Both are given tensors that are read block by block, and give such
-tensors, so that memory stays bounded (the idea is pfl-research's `Postprocessor`, https://github.com/apple/pfl-research).
+`outgoing` runs at the site, in its host and not in its script, on what is about to be hashed and
+put into the store; `incoming` undoes at the coordinator what can be undone, before the gate looks
+at a value. What travels may have other names, dtypes and shapes than the model; after `incoming` it
+has the model's. Both are given tensors that are read block by block, and give such tensors, so that
+memory stays bounded (the idea is pfl-research's `Postprocessor`,
+https://github.com/apple/pfl-research).
 """
 
 import hashlib
@@ -26,7 +28,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class BlockRange:
-    """Which elements of which tensor a block holds: `start` to `stop` of `name`, flattened in C order."""
+    """Which elements of which tensor a block holds: `start` to `stop` of `name`, flattened in C
+    order.
+    """
 
     name: str
     start: int
@@ -40,8 +44,9 @@ class FilterContext:
     Attributes:
         site: whose update it is.
         round: from 0.
-        seed: for whatever is random, in [0, 2**63): a function of the job's seed, site, round and the filter's place among the
-            recipe's. The coordinator knows it, so noise that is to hide something from the coordinator needs another source.
+        seed: for whatever is random, in [0, 2**63): a function of the job's seed, site, round and
+            the filter's place among the recipe's. The coordinator knows it, so noise that is to
+            hide something from the coordinator needs another source.
         base: the round's global model, which site and coordinator have.
     """
 
@@ -51,14 +56,18 @@ class FilterContext:
     base: Tensors
 
     def model_spec(self, name: str) -> TensorSpec | None:
-        """dtype and shape of the parameter that a tensor is of, or lies beside; None when the model has none of that name."""
+        """dtype and shape of the parameter that a tensor is of, or lies beside; None when the
+        model has none of that name.
+        """
         return self.base.spec.get(split_beside(name)[1] if is_beside(name) else name)
 
     def draw(self, block: BlockRange, sample: "Callable[[int, torch.Generator], torch.Tensor]") -> "torch.Tensor":
-        """Random numbers for the elements of a block: the same ones whatever blocks a store is read in.
+        """Random numbers for the elements of a block: the same ones whatever blocks a store is read
+        in.
 
         Args:
-            sample: (how many, generator) -> as many numbers, such as `lambda n, g: torch.randn(n, generator=g)`.
+            sample: (how many, generator) -> as many numbers, such as `lambda n, g: torch.randn(n,
+                generator=g)`.
         """
         import torch
 
@@ -75,17 +84,22 @@ class FilterContext:
 class Filter(Checked):
     """Base of filters: a frozen pydantic model, whose fields have descriptions, as a recipe's have.
 
-    Both methods give the same for the same arguments, read what they need of the update block by block, and are called from
-    several threads at once. Whatever they raise is told with the filter's name: the site fails, or the update is rejected.
+    Both methods give the same for the same arguments, read what they need of the update block by
+    block, and are called from several threads at once. Whatever they raise is told with the
+    filter's name: the site fails, or the update is rejected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     growth: ClassVar[float] = 1.0
-    """How many times larger than the largest update of the model what travels may be; more is refused unread."""
+    """How many times larger than the largest update of the model what travels may be; more is
+    refused unread.
+    """
 
     def outgoing(self, update: Tensors, context: FilterContext) -> Tensors:
-        """What travels, of an update: parameters or their difference to `context.base`, and what lies beside them."""
+        """What travels, of an update: parameters or their difference to `context.base`, and what
+        lies beside them.
+        """
         return update
 
     def incoming(self, update: Tensors, context: FilterContext) -> Tensors:
@@ -94,7 +108,9 @@ class Filter(Checked):
 
 
 class ElementwiseFilter(Filter):
-    """Base of filters that look at each value for itself: floating point tensors, those beside parameters too; others pass."""
+    """Base of filters that look at each value for itself: floating point tensors, those beside
+    parameters too; others pass.
+    """
 
     def wire_dtype(self, name: str, spec: TensorSpec) -> str:
         """dtype in which a tensor travels, by its safetensors name.
@@ -105,11 +121,15 @@ class ElementwiseFilter(Filter):
         return spec.dtype
 
     def outgoing_values(self, values: "torch.Tensor", block: BlockRange, context: FilterContext) -> "torch.Tensor":
-        """What travels, of a block: flat, as long as it, and of a dtype that becomes `wire_dtype`."""
+        """What travels, of a block: flat, as long as it, and of a dtype that becomes
+        `wire_dtype`.
+        """
         return values
 
     def incoming_values(self, values: "torch.Tensor", block: BlockRange, context: FilterContext) -> "torch.Tensor":
-        """The block again, of what has travelled; it takes the model's dtype if `wire_dtype` has changed that."""
+        """The block again, of what has travelled; it takes the model's dtype if `wire_dtype` has
+        changed that.
+        """
         return values
 
     def outgoing(self, update: Tensors, context: FilterContext) -> Tensors:
@@ -171,7 +191,9 @@ def type_of_filter(filter: Filter) -> str:
 
 
 def described(filters: Sequence[Filter]) -> tuple[dict[str, Any], ...]:
-    """Filters as JSON holds them, in manifests and records too: the class under `type`, and the fields."""
+    """Filters as JSON holds them, in manifests and records too: the class under `type`, and the
+    fields.
+    """
     return tuple({"type": type_of_filter(filter), **filter.model_dump(mode="json")} for filter in filters)
 
 

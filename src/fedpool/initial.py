@@ -1,4 +1,6 @@
-"""The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as plain tensors, checked."""
+"""The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as
+plain tensors, checked.
+"""
 
 import os
 import re
@@ -19,7 +21,8 @@ _CHUNK_BYTES = 1 << 20
 
 
 class InitialModel:
-    """The tensors that round 0 starts from: a safetensors file of the recipe's own that has no name any more.
+    """The tensors that round 0 starts from: a safetensors file of the recipe's own that has no name
+    any more.
 
     Training the user's module further does not change it, and a large model is not in memory twice.
 
@@ -28,7 +31,8 @@ class InitialModel:
         digest: sha256 and size of the file.
         file: open; it may be closed and removed afterwards.
         holes: names of the tensors that hold NaN or infinity; see `fedpool.tasks.holes`.
-        unusable: what of those cannot be meant -> why: NaN, or infinity in a parameter that is trained.
+        unusable: what of those cannot be meant -> why: NaN, or infinity in a parameter that is
+            trained.
     """
 
     _unusable: Mapping[str, str] = {}
@@ -60,7 +64,8 @@ class InitialModel:
         return self._holes
 
     def check_finite(self, left_out: Collection[str]) -> None:
-        """Check that no tensor that is exchanged holds what every update would be rejected for, or what nobody can mean.
+        """Check that no tensor that is exchanged holds what every update would be rejected for, or
+        what nobody can mean.
 
         Args:
             left_out: names of those that are not exchanged.
@@ -92,15 +97,16 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
     """The initial model of whatever the user gave.
 
     Args:
-        model: a `torch.nn.Module`, a state dict (torch tensors or numpy arrays), the path of a checkpoint (see
-            `load_checkpoint`), or `{"class_path": "package.module.Net", "args": {...}}`.
-        checkpoint: path of a checkpoint whose values replace those of `model`; its keys and shapes must fit. The prefixes that
-            DataParallel and torch.compile give to names do not matter.
+        model: a `torch.nn.Module`, a state dict (torch tensors or numpy arrays), the path of a
+            checkpoint (see `load_checkpoint`), or `{"class_path": "package.module.Net", "args":
+            {...}}`.
+        checkpoint: path of a checkpoint whose values replace those of `model`; its keys and shapes
+            must fit. The prefixes that DataParallel and torch.compile give to names do not matter.
         folder: where a class path may also lead: the client script's folder.
 
     Raises:
-        RecipeError: nothing of the above, values that cannot be exchanged, a checkpoint that cannot be read, or one that does
-            not fit.
+        RecipeError: nothing of the above, values that cannot be exchanged, a checkpoint that cannot
+            be read, or one that does not fit.
     """
     if isinstance(model, Mapping) and is_class_path(model):
         model = make_model(model, folder)

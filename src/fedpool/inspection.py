@@ -1,4 +1,6 @@
-"""One look at the values of tensors: what the gate has to know of an update, taken in the pass that hashes it."""
+"""One look at the values of tensors: what the gate has to know of an update, taken in the pass
+that hashes it.
+"""
 
 import hashlib
 import math
@@ -16,18 +18,23 @@ class Inspection:
 
     digest: Digest
     not_finite: Mapping[str, str]
-    """name -> where its first NaN or infinity is, of the tensors that hold any, in the order of the file."""
+    """name -> where its first NaN or infinity is, of the tensors that hold any, in the order of
+    the file.
+    """
     extremes: Mapping[str, tuple[float, float]]
     """name -> lowest and highest finite value, of the tensors that are not boolean and have one."""
     blocks: Mapping[tuple[str, int, int], bytes] | None = None
-    """(name, start, stop) -> sha256 of that block, where somebody else could swap the file after this."""
+    """(name, start, stop) -> sha256 of that block, where somebody else could swap the file after
+    this.
+    """
 
 
 def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: bool = False) -> Inspection:
     """Hash every byte of a file of tensors and look at every value, in one pass.
 
     Args:
-        keep_blocks: also keep a hash of each block, so that a later reader can tell that it reads the same.
+        keep_blocks: also keep a hash of each block, so that a later reader can tell that it reads
+            the same.
     """
     digest = hashlib.sha256(reader.head)
     size = len(reader.head)
@@ -115,7 +122,9 @@ def _extremes(data: BlockBytes, code: str) -> tuple[float, float]:
 
 
 def _finite_extremes(data: BlockBytes, code: str) -> tuple[float, float] | None:
-    """Lowest and highest finite value of a block of floating point numbers; None when it has none."""
+    """Lowest and highest finite value of a block of floating point numbers; None when it has
+    none.
+    """
     value = torch_block(data, code)
     finite = value[value.isfinite()]
     if not finite.numel():

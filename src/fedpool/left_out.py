@@ -1,10 +1,14 @@
-"""When a field is left out of JSON, so that values of earlier versions keep their bytes: for pydantic's `exclude_if`."""
+"""When a field is left out of JSON, so that values of earlier versions keep their bytes: for
+pydantic's `exclude_if`.
+"""
 
 from collections.abc import Collection
 
 
 def is_none(value: object) -> bool:
-    """For `exclude_if`: a field that an earlier version lacks, or that there is no use for, is left out."""
+    """For `exclude_if`: a field that an earlier version lacks, or that there is no use for, is
+    left out.
+    """
     return value is None
 
 

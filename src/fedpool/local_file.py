@@ -6,14 +6,15 @@ from pathlib import Path
 
 
 class LocalFile:
-    """Reads byte ranges of a file: (start, stop) -> the bytes in between; a range past its end comes back short.
+    """Reads byte ranges of a file: (start, stop) -> the bytes in between; a range past its end
+    comes back short.
 
     Stays open for as long as it is used, because opening a file costs as much as reading a block.
 
     Args:
         path: of the file.
-        may_stay_open: limits how many do, for who has many: a round of a thousand updates must not need a thousand file
-            descriptors. The others are opened anew for each range.
+        may_stay_open: limits how many do, for who has many: a round of a thousand updates must not
+            need a thousand file descriptors. The others are opened anew for each range.
 
     Raises:
         FileNotFoundError: there is none.
@@ -54,7 +55,8 @@ def _open(path: str | Path) -> int:
 def _read(descriptor: int, start: int, stop: int) -> memoryview:
     import numpy as np
 
-    # Memory as it comes: a bytearray would be filled with zeros first, while all other threads wait for the interpreter.
+    # Memory as it comes: a bytearray would be filled with zeros first, while all other threads wait
+    # for the interpreter.
     data = np.empty(stop - start, np.uint8).data
     filled = 0
     while filled < len(data):

@@ -1,7 +1,8 @@
 """The loopback never goes through a proxy.
 
-httpx, websockets and botocore take their proxies from the environment, and use them even for a server on this very machine, which
-no proxy can reach. Prefect makes its clients in many places and lets nobody configure them, so the environment says it.
+httpx, websockets and botocore take their proxies from the environment, and use them even for a
+server on this very machine, which no proxy can reach. Prefect makes its clients in many places and
+lets nobody configure them, so the environment says it.
 """
 
 import ipaddress
@@ -12,7 +13,8 @@ _HOSTS = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 def bypass_proxies(*hosts: str | None) -> None:
-    """Have this process, and those that it starts, reach the loopback directly, by `NO_PROXY`. Harmless when repeated.
+    """Have this process, and those that it starts, reach the loopback directly, by `NO_PROXY`.
+    Harmless when repeated.
 
     Args:
         hosts: further ones, of which those that are of the loopback count, such as 127.0.1.1.

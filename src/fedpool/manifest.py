@@ -1,6 +1,8 @@
-"""The values that cross between the coordinator and a site, each a frozen pydantic model because the other side is not trusted.
+"""The values that cross between the coordinator and a site, each a frozen pydantic model because
+the other side is not trusted.
 
-`ClientJob` and `SiteAssignment` go to the site; `UpdateManifest` comes back, and is what `update.json` holds.
+`ClientJob` and `SiteAssignment` go to the site; `UpdateManifest` comes back, and is what
+`update.json` holds.
 """
 
 from typing import Annotated, Any, Literal
@@ -33,7 +35,9 @@ class Stored(Value):
 
 
 class NamedCode(Value):
-    """Code of the user's that a job has brought: its hash, and the modules of it that are imported."""
+    """Code of the user's that a job has brought: its hash, and the modules of it that are
+    imported.
+    """
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     modules: tuple[str, ...] = Field(min_length=1)
@@ -77,7 +81,9 @@ class ClientJob(Value):
 
 
 class Used(Value):
-    """Which of a site's updates counted last: what the site keeps of it holds, and what it kept with a later one does not."""
+    """Which of a site's updates counted last: what the site keeps of it holds, and what it kept
+    with a later one does not.
+    """
 
     round: int = Field(description="in which it was sent; -1: none has counted", ge=-1)
     attempt: int = Field(default=0, ge=0)
@@ -99,7 +105,8 @@ class SiteAssignment(Value):
         default=None, description="sha256 of the strategy's state, for one that sites need to see"
     )
     state_size: int = 0
-    # Left out where there is none: a site of an earlier version knows no such field, and needs to only for SCAFFOLD.
+    # Left out where there is none: a site of an earlier version knows no such field, and needs to
+    # only for SCAFFOLD.
     used: Used | None = Field(
         default=None,
         description="this site's last update that counted, for a strategy that sites see",
@@ -111,8 +118,9 @@ class SiteAssignment(Value):
 class UpdateManifest(Value):
     """The commit of what a site sent in a round.
 
-    `weight` is the site's `NUM_STEPS_CURRENT_ROUND` (1 when absent), as a string when it was not a finite number, which JSON
-    cannot hold and the gate refuses. A metric that was not finite is null. `filters` are those that the update has passed.
+    `weight` is the site's `NUM_STEPS_CURRENT_ROUND` (1 when absent), as a string when it was not a
+    finite number, which JSON cannot hold and the gate refuses. A metric that was not finite is
+    null. `filters` are those that the update has passed.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -132,7 +140,8 @@ class UpdateManifest(Value):
     metrics: dict[Text, float | None] = {}
     logged: dict[Text, float | None] = {}
     meta: dict[Text, Text | int | float | bool | None] = {}
-    # Left out where there are none. None are sent unless the job asks for them: other versions know no such field.
+    # Left out where there are none. None are sent unless the job asks for them: other versions know
+    # no such field.
     scalars: Stored | None = Field(
         default=None, description="all that its script has logged, beside the manifest", exclude_if=is_none
     )

@@ -1,7 +1,7 @@
 """`FLModel`, the value that a client script receives and sends, and `ParamsType`.
 
-Names and argument order are those of `nvflare.client`, so that a script written for it works after its import line is
-changed. This module imports nothing but the standard library.
+Names and argument order are those of `nvflare.client`, so that a script written for it works after
+its import line is changed. This module imports nothing but the standard library.
 """
 
 import sys
@@ -11,16 +11,24 @@ from enum import StrEnum
 from typing import Any
 
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
-"""The key of `FLModel.meta` under which a script reports its local steps: the weight of its update."""
+"""The key of `FLModel.meta` under which a script reports its local steps: the weight of its
+update.
+"""
 
 NUM_EVAL_EXAMPLES = "NUM_EVAL_EXAMPLES"
-"""The key under which it reports on how many examples its metrics are: their weight. Without it they weigh as the update does."""
+"""The key under which it reports on how many examples its metrics are: their weight. Without it
+they weigh as the update does.
+"""
 
 LOCAL_STEPS = "LOCAL_STEPS"
-"""The key of `FLModel.meta` under which a script reports how far its local steps went, for FedNova; see `LocalSteps`."""
+"""The key of `FLModel.meta` under which a script reports how far its local steps went, for
+FedNova; see `LocalSteps`.
+"""
 
 ALGORITHM = "algorithm"
-"""The key of `get_config()` that says which algorithm a recipe wants of the local steps, if it wants any: one of the next two."""
+"""The key of `get_config()` that says which algorithm a recipe wants of the local steps, if it
+wants any: one of the next two.
+"""
 
 SCAFFOLD = "scaffold"
 FEDNOVA = "fednova"
@@ -33,7 +41,9 @@ CONTROL = "control"
 
 SCAFFOLD_CONTROLS = "scaffold_c_global"
 SCAFFOLD_DIFFERENCE = "scaffold_c_diff"
-"""The keys of `FLModel.meta` by which NVFlare's scripts receive them and send what they have changed by."""
+"""The keys of `FLModel.meta` by which NVFlare's scripts receive them and send what they have
+changed by.
+"""
 
 SUBMIT_MODEL_NAME = "submit_model_name"
 """The key of a received `FLModel.meta` that says which model a site is to submit."""
@@ -43,12 +53,16 @@ VALIDATE_TYPE = "validate_type"
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value can weigh something: a finite number from 0, and no whole number beyond what a float can hold."""
+    """Whether a value can weigh something: a finite number from 0, and no whole number beyond
+    what a float can hold.
+    """
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= sys.float_info.max
 
 
 class ParamsType(StrEnum):
-    """What `FLModel.params` holds: the parameters themselves, or their difference to the received global model."""
+    """What `FLModel.params` holds: the parameters themselves, or their difference to the
+    received global model.
+    """
 
     FULL = "FULL"
     DIFF = "DIFF"
@@ -62,10 +76,12 @@ class FLModel:
         params_type: `FULL` or `DIFF`; `FULL` when params are given without it.
         params: parameter name -> torch tensor or numpy array, of any shape.
         optimizer_params: kept for compatibility; never leaves the site.
-        metrics: metric name -> number. Sent with params, they are the score of the *received* global model.
+        metrics: metric name -> number. Sent with params, they are the score of the *received*
+            global model.
         start_round, current_round, total_rounds: rounds are numbered from 0.
         meta: free values; `meta["NUM_STEPS_CURRENT_ROUND"]` is the weight of the update.
-        extras: group -> parameter name -> tensor or array: what an algorithm exchanges beside the parameters.
+        extras: group -> parameter name -> tensor or array: what an algorithm exchanges beside the
+            parameters.
 
     Raises:
         ValueError: `params_type` without `params`, an unknown `params_type`, or a negative round.

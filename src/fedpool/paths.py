@@ -1,21 +1,24 @@
-"""Where a job's objects lie in the store: built here and nowhere else, and every name that came from outside is checked here.
+"""Where a job's objects lie in the store: built here and nowhere else, and every name that came
+from outside is checked here.
 
 Layout (all safetensors and JSON, nothing pickled)::
 
     {root}/{job_id}/job.json
     {root}/{job_id}/bundle-{sha256}.zip
-    {root}/{job_id}/code-{sha256}.zip                               (where the recipe is of a class of the user's)
+    {root}/{job_id}/code-{sha256}.zip              where the recipe is of a class of the user's
     {root}/{job_id}/rounds/00000/global.safetensors
-    {root}/{job_id}/rounds/00000/assignments/{site}.json           (none in simulation)
-    {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors + update.json
-    {root}/{job_id}/rounds/00000/sites/{site}/scalars.json          (all that its script logged, where a job is tracked)
-    {root}/{job_id}/rounds/00000/attempts/1/...                    (the same, of sites that were asked again)
-    {root}/{job_id}/rounds/00000/state.safetensors                 (what the strategy carries into the next round)
+    {root}/{job_id}/rounds/00000/assignments/{site}.json                   none in simulation
+    {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors, update.json
+    {root}/{job_id}/rounds/00000/sites/{site}/scalars.json     all that its script logged, where
+                                                               a job is tracked
+    {root}/{job_id}/rounds/00000/attempts/1/...    the same, of sites that were asked again
+    {root}/{job_id}/rounds/00000/state.safetensors what the strategy carries into the next round
     {root}/{job_id}/rounds/00000/round.json
-    {root}/{job_id}/cross_site.json                                (where models were scored across sites)
-    {root}/{job_id}/logs/{site}.log                                 (text; in simulation only, and no part of the record)
-    {root}/{job_id}/tracked.json                                    (where the job is tracked; none in simulation)
-    {root}/{job_id}/tensorboard/{run}/events.out.tfevents.*        (TensorBoard's files, and no part of the record)
+    {root}/{job_id}/cross_site.json                where models were scored across sites
+    {root}/{job_id}/logs/{site}.log                text; in simulation only, not in the record
+    {root}/{job_id}/tracked.json                   where the job is tracked; none in simulation
+    {root}/{job_id}/tensorboard/{run}/events.out.tfevents.*    TensorBoard's files, not in the
+                                                               record
     {root}/{job_id}/result.json
 """
 
@@ -39,7 +42,8 @@ def check_name(what: str, name: str) -> str:
     """Return name if it may be part of a path in the store.
 
     Raises:
-        RecipeError: it is empty, longer than 128, or has other characters than letters, digits, `.`, `_` and `-`.
+        RecipeError: it is empty, longer than 128, or has other characters than letters, digits,
+            `.`, `_` and `-`.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RecipeError(
@@ -50,13 +54,16 @@ def check_name(what: str, name: str) -> str:
 
 
 def check_new_names(what: str, names: Iterable[str]) -> None:
-    """Check names that are given anew: each must be a folder of its own on every file system, not only on this one.
+    """Check names that are given anew: each must be a folder of its own on every file system, not
+    only on this one.
 
-    Names in a job that is there already are checked by `check_name` alone: they have worked where they are.
+    Names in a job that is there already are checked by `check_name` alone: they have worked where
+    they are.
 
     Raises:
-        RecipeError: a name cannot be part of a path, is that of a device under Windows, ends with a dot, which Windows drops, or
-            differs from another only in case, which some file systems do not tell apart.
+        RecipeError: a name cannot be part of a path, is that of a device under Windows, ends with a
+            dot, which Windows drops, or differs from another only in case, which some file systems
+            do not tell apart.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -157,7 +164,9 @@ class JobPaths:
         return f"{self.round(round)}/state.safetensors"
 
     def kept(self, site: str) -> str:
-        """Folder of what a simulated site keeps for itself; a real one keeps it in a folder of its own."""
+        """Folder of what a simulated site keeps for itself; a real one keeps it in a folder of
+        its own.
+        """
         return f"{self.job_id}/kept/{check_name('site', site)}"
 
     def log(self, site: str) -> str:
@@ -189,7 +198,9 @@ class JobPaths:
         return f"{self.sites(round, attempt)}/{check_name('site', site)}/scalars.json"
 
     def ending(self, round: int, site: str, attempt: int = 0) -> str:
-        """How a site's script failed at the end of the job, after this round, which was its last; not in simulation."""
+        """How a site's script failed at the end of the job, after this round, which was its
+        last; not in simulation.
+        """
         return f"{self.sites(round, attempt)}/{check_name('site', site)}/ending.json"
 
     def round(self, round: int) -> str:
@@ -199,5 +210,7 @@ class JobPaths:
         return f"{self.job_id}/rounds/{round:05d}"
 
     def _attempt(self, round: int, attempt: int) -> str:
-        """Each attempt has a folder of its own: what an earlier one still writes can be taken for nothing else."""
+        """Each attempt has a folder of its own: what an earlier one still writes can be taken
+        for nothing else.
+        """
         return f"{self.round(round)}/attempts/{attempt}" if attempt else self.round(round)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 def pauses(
     limit_s: float, pause_s: float, longest_s: float | None = None, *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[float]:
-    """The pauses after tries, for a loop that tries, and then sleeps in its own way, with or without asyncio.
+    """The pauses after tries, for a loop that tries, and then sleeps in its own way, with or
+    without asyncio.
 
-    The loop has at least one try, and one at the limit or just after it. What follows the loop is for when all were in vain.
+    The loop has at least one try, and one at the limit or just after it. What follows the loop is
+    for when all were in vain.
 
         for pause_s in pauses(60, 0.2):
             if is_there():

@@ -1,10 +1,12 @@
-"""`Recipe`, the base of every recipe: a frozen pydantic model of *what* to run. Where it runs is the environment's matter.
+"""`Recipe`, the base of every recipe: a frozen pydantic model of *what* to run. Where it runs is
+the environment's matter.
 
 What a training needs beside is in `fedpool.training_recipe`.
 
-Everything that can be known to be wrong is refused when the recipe is built. The fields' descriptions and bounds are what
-Prefect shows as a form. The two fields that are files or objects of the user's (`model`, `train_script`) become plain
-values at once: tensors with their spec, and a content-addressed bundle.
+Everything that can be known to be wrong is refused when the recipe is built. The fields'
+descriptions and bounds are what Prefect shows as a form. The two fields that are files or objects
+of the user's (`model`, `train_script`) become plain values at once: tensors with their spec, and a
+content-addressed bundle.
 """
 
 from abc import abstractmethod
@@ -180,19 +182,24 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @classmethod
     def restore(cls, fields: Mapping[str, Any], bundle: Bundle, *, given: Collection[str] | None = None) -> Self:
-        """A recipe whose script is bundled already, as a job in the store has it; checked as any other.
+        """A recipe whose script is bundled already, as a job in the store has it; checked as any
+        other.
 
         Args:
             fields: of the recipe.
-            bundle: takes the place of `train_script` and `include`, which need not be there any more.
-            given: names of the fields that the user chose; None when nobody knows, as of a job of an earlier version.
+            bundle: takes the place of `train_script` and `include`, which need not be there any
+                more.
+            given: names of the fields that the user chose; None when nobody knows, as of a job of
+                an earlier version.
         """
         chosen = None if given is None else frozenset(given) & cls.model_fields.keys()  # an earlier version had others
         return cls.model_validate(dict(fields), context={"bundle": bundle, "given": chosen, "changed": set()})
 
     @classmethod
     def recorded(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a recipe as `job.json` has them, and those that it lacks, with what they meant when it was written."""
+        """The fields of a recipe as `job.json` has them, and those that it lacks, with what they
+        meant when it was written.
+        """
         found = {
             name: to_jsonable_python(field.get_default(call_default_factory=True))
             for name, field in cls.model_fields.items()
@@ -202,7 +209,8 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @classmethod
     def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What fields meant that a job of an earlier version may lack, where that is not their default.
+        """What fields meant that a job of an earlier version may lack, where that is not their
+        default.
 
         Args:
             fields: that it has.
@@ -210,7 +218,9 @@ class Recipe(Checked, Executable, TrainingTerms):
         return {}
 
     def revise(self, **fields: Any) -> Self:
-        """The same recipe with some fields changed, checked anew; the client script and the modules that it imports stay."""
+        """The same recipe with some fields changed, checked anew; the client script and the
+        modules that it imports stay.
+        """
         kept = {name: getattr(self, name) for name in type(self).model_fields}
         changed = {name for name, value in fields.items() if name not in kept or kept[name] != value}
         given = None if self._given is None else self._given | changed
@@ -229,7 +239,9 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @property
     def starts_own_models(self) -> bool:
-        """Whether sites start models of their own from the job's initial one, in whatever round they are first drawn."""
+        """Whether sites start models of their own from the job's initial one, in whatever round
+        they are first drawn.
+        """
         return False
 
     def client_job(self, job_id: str, initial: Digest) -> ClientJob:
@@ -279,12 +291,16 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """What the algorithm adds to `config`; `per_site_config` and the site itself win over it."""
+        """What the algorithm adds to `config`; `per_site_config` and the site itself win over
+        it.
+        """
         return {}
 
     @property
     def functions(self) -> Sequence[str]:
-        """Import paths of the functions that the recipe has by name, `module:function`; they travel with it like its class."""
+        """Import paths of the functions that the recipe has by name, `module:function`; they
+        travel with it like its class.
+        """
         return ()
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""Why a store or a disk refuses, in one sentence: what, where, and the remedy. Only what waiting does not heal is here.
+"""Why a store or a disk refuses, in one sentence: what, where, and the remedy. Only what waiting
+does not heal is here.
 
 Client scripts import this: what few errors need is imported where they are told.
 """
@@ -170,9 +171,11 @@ def _of_s3(error: BaseException) -> tuple[str, str] | None:
 
 
 def _is_final(error: Any) -> bool:
-    """Whether a connection by TLS will fail again: one of the certificates is no good, or the other side does not speak TLS.
+    """Whether a connection by TLS will fail again: one of the certificates is no good, or the other
+    side does not speak TLS.
 
-    Other alerts tell of the moment, as a load balancer's do while what is behind it starts; so does a connection that breaks.
+    Other alerts tell of the moment, as a load balancer's do while what is behind it starts; so does
+    a connection that breaks.
     """
     import ssl
 
@@ -185,7 +188,9 @@ def _is_final(error: Any) -> bool:
 
 
 def _unknown_host(error: Any) -> str | None:
-    """The host of an endpoint that has no address; None when it could be reached, or nobody can tell."""
+    """The host of an endpoint that has no address; None when it could be reached, or nobody can
+    tell.
+    """
     import socket
 
     inner = error.kwargs.get("error")

@@ -1,4 +1,6 @@
-"""What a store on S3 needs beside its address: settings that every S3 server understands, the reason of a bare refusal."""
+"""What a store on S3 needs beside its address: settings that every S3 server understands, the
+reason of a bare refusal.
+"""
 
 import os
 from collections.abc import Mapping
@@ -11,14 +13,18 @@ _CHECKSUMS = {
     "request_checksum_calculation": "AWS_REQUEST_CHECKSUM_CALCULATION",
     "response_checksum_validation": "AWS_RESPONSE_CHECKSUM_VALIDATION",
 }
-"""Settings of botocore, and their variables. By default it sends and compares checksums that many servers do not know, or
-send of the whole object with a range of it. Every object here has its sha256 in a manifest: they add nothing."""
+"""Settings of botocore, and their variables. By default it sends and compares checksums that
+many servers do not know, or send of the whole object with a range of it. Every object here has
+its sha256 in a manifest: they add nothing.
+"""
 
 _WITHOUT_REASON = ("301", "307", "400", "401", "403", "Forbidden", "Bad Request", "BadRequest")
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for s3fs with checksums only where S3 requires them, unless the options or the environment say otherwise."""
+    """Options for s3fs with checksums only where S3 requires them, unless the options or the
+    environment say otherwise.
+    """
     config = dict(options.get("config_kwargs") or {})
     for setting, variable in _CHECKSUMS.items():
         if variable not in os.environ:
@@ -63,7 +69,9 @@ def put_new(file_system: Any, local: Path, target: str, *, conditional: bool) ->
 
 
 def with_reason(error: BaseException, file_system: Any, root: str) -> BaseException:
-    """The error itself or, where it came without a reason because the request was a HEAD, that of a request which gets one."""
+    """The error itself or, where it came without a reason because the request was a HEAD, that
+    of a request which gets one.
+    """
     code = next((found[0] for cause in chain(error) if (found := error_code(cause))), None)
     if code not in _WITHOUT_REASON:
         return error

@@ -1,8 +1,10 @@
-"""The files that a client script needs and that travel with it: found in its source, without running it.
+"""The files that a client script needs and that travel with it: found in its source, without
+running it.
 
-They are the script; the modules that it imports from its own folder, or from a folder that it puts on `sys.path` relative to
-its `__file__`, and what those import; and small files of code and configuration in its own folder that it names relative to
-`__file__`. Data never travel by being named: whatever else a script needs is to be named in the recipe, by `include`.
+They are the script; the modules that it imports from its own folder, or from a folder that it puts
+on `sys.path` relative to its `__file__`, and what those import; and small files of code and
+configuration in its own folder that it names relative to `__file__`. Data never travel by being
+named: whatever else a script needs is to be named in the recipe, by `include`.
 """
 
 import ast
@@ -30,7 +32,9 @@ _SECRET = re.compile(
 """Names of files, and of folders above them, that may hold one; such files do not travel either."""
 
 _SETTING_WORDS = (b"environ", b"putenv", b"unsetenv", b"load_dotenv")
-"""Without any of them a script sets no environment variable, and need not be looked through for it."""
+"""Without any of them a script sets no environment variable, and need not be looked through for
+it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,11 @@ class ScriptFiles:
         modules: path of each file of code -> its bytes.
         named: small files that the script names.
         imports: dotted names of what is imported from elsewhere.
-        early_setting: why nothing must be imported for the script beforehand; see `fedpool.early_settings`.
+        early_setting: why nothing must be imported for the script beforehand; see
+            `fedpool.early_settings`.
         trees: name of each file of code, relative to `root` -> its source, parsed.
-        importable: path of each file of code -> its name relative to the folder on `sys.path` that it is found from.
+        importable: path of each file of code -> its name relative to the folder on `sys.path` that
+            it is found from.
     """
 
     root: Path
@@ -61,7 +67,8 @@ def find_files(script: Path, folders: Sequence[Path] = ()) -> ScriptFiles:
 
     Args:
         script: its path, links followed.
-        folders: that its modules are found in, the first before what is installed: that is the module's; none: its own folder.
+        folders: that its modules are found in, the first before what is installed: that is the
+            module's; none: its own folder.
 
     Raises:
         RecipeError: a module does not compile.
@@ -98,7 +105,9 @@ class _Finder:
         self._packages: dict[Path, tuple[str, ...]] = {}
 
     def find(self) -> bool:
-        """Read everything; False when that has shown another folder to look in, so that it has to be done again."""
+        """Read everything; False when that has shown another folder to look in, so that it has
+        to be done again.
+        """
         self.modules: dict[Path, bytes] = {}
         self.trees: dict[Path, ast.Module] = {}
         self.named: set[Path] = set()
@@ -135,7 +144,9 @@ class _Finder:
         }
 
     def imported_modules(self, file: Path, node: ast.AST) -> Iterator[str]:
-        """Dotted names of what a statement imports; `from a import b` gives `a.b`, which may be a module or not."""
+        """Dotted names of what a statement imports; `from a import b` gives `a.b`, which may be
+        a module or not.
+        """
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -149,7 +160,9 @@ class _Finder:
                 yield base
 
     def local_files(self, module: str) -> Iterator[tuple[Path, Path]]:
-        """The files that importing a module would run, with the folder that they are found from; none when it is installed."""
+        """The files that importing a module would run, with the folder that they are found from;
+        none when it is installed.
+        """
         for folder, first in self._folders.items():
             files = list(_module_files(folder, module))
             if files and (first or not _is_installed(module, folder)):
@@ -167,7 +180,9 @@ def _parse(name: str, source: bytes) -> ast.Module:
 
 
 def _module_files(folder: Path, module: str) -> Iterator[Path]:
-    """The files of a folder that importing `module` would run; none when it is not a module of the folder."""
+    """The files of a folder that importing `module` would run; none when it is not a module of
+    the folder.
+    """
     here = folder
     for part in module.split("."):
         # In Python's order: a package, a module, a folder without __init__.
@@ -194,7 +209,9 @@ def _is_installed(module: str, folder: Path) -> bool:
 
 
 def _travels(path: Path, folder: Path) -> bool:
-    """Whether a file that the script names goes with it: code or configuration in its folder, small, and not a secret."""
+    """Whether a file that the script names goes with it: code or configuration in its folder,
+    small, and not a secret.
+    """
     # Where a link leads counts as well as what it is called.
     for place in (path, path.resolve()):
         if not place.is_relative_to(folder) or place.suffix.lower() not in NAMED_SUFFIXES:

@@ -1,7 +1,8 @@
-"""The paths that a script's source names relative to its own place: worked out from the source, without running it.
+"""The paths that a script's source names relative to its own place: worked out from the source,
+without running it.
 
-Understood are literals, `__file__`, names that are assigned once, `/`, `+`, f-strings, and the usual functions of `os.path` and
-`pathlib`. What depends on anything else has no value here.
+Understood are literals, `__file__`, names that are assigned once, `/`, `+`, f-strings, and the
+usual functions of `os.path` and `pathlib`. What depends on anything else has no value here.
 """
 
 import ast
@@ -37,13 +38,17 @@ class ScriptPaths:
         self._values: dict[str, tuple[_Value, bool] | None] = {}
 
     def existing_files(self) -> Iterator[Path]:
-        """Files that expressions of the module stand for, by the names that it has for them: links are not followed."""
+        """Files that expressions of the module stand for, by the names that it has for them:
+        links are not followed.
+        """
         for node in ast.walk(self._tree):
             if isinstance(node, ast.expr) and (path := self._path(node)) is not None and path.is_file():
                 yield path
 
     def search_folders(self) -> Iterator[tuple[Path, bool]]:
-        """Folders that the module adds to `sys.path`, and whether before what is there; absolute."""
+        """Folders that the module adds to `sys.path`, and whether before what is there;
+        absolute.
+        """
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_sys_path(node.func.value):
                 added = node.args[-1:] if node.func.attr in ("insert", "append") else []
@@ -69,7 +74,9 @@ class ScriptPaths:
         return path
 
     def _value(self, node: ast.expr) -> tuple[_Value, bool] | None:
-        """Value of an expression, and whether it is built on `__file__`; None where that cannot be told."""
+        """Value of an expression, and whether it is built on `__file__`; None where that cannot
+        be told.
+        """
         try:
             return self._evaluate(node)
         except (TypeError, ValueError, IndexError, RecursionError):

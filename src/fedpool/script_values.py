@@ -1,4 +1,6 @@
-"""What a recipe passes on to client scripts: command lines, and the values of `flare.get_config()`; checked when it is built."""
+"""What a recipe passes on to client scripts: command lines, and the values of
+`flare.get_config()`; checked when it is built.
+"""
 
 import json
 import shlex

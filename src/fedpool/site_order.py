@@ -1,4 +1,6 @@
-"""The order of sites, wherever one matters: natural order, in which `site-10` comes after `site-2`."""
+"""The order of sites, wherever one matters: natural order, in which `site-10` comes after
+`site-2`.
+"""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -11,7 +13,9 @@ Key = tuple[tuple[str | int, ...], str]
 
 
 def natural_key(name: str) -> Key:
-    """What to sort the names of sites by: runs of digits count as numbers; `site-01` comes before `site-1`."""
+    """What to sort the names of sites by: runs of digits count as numbers; `site-01` comes
+    before `site-1`.
+    """
     parts = _NUMBERS.split(name)  # text, digits, text, ...: text is only ever compared with text
     return tuple(int(part) if number % 2 else part for number, part in enumerate(parts)), name
 
@@ -22,5 +26,7 @@ def in_order(sites: Iterable[str]) -> list[str]:
 
 
 def by_site(items: Collection[T], site: Callable[[T], str]) -> list[T]:
-    """Whatever belongs to sites in their natural order; what belongs to one site stays in its order."""
+    """Whatever belongs to sites in their natural order; what belongs to one site stays in its
+    order.
+    """
     return sorted(items, key=lambda item: natural_key(site(item)))

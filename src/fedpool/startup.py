@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """No garbage collection inside: imports make objects that stay, and looking for garbage among them takes a quarter longer."""
+    """No garbage collection inside: imports make objects that stay, and looking for garbage
+    among them takes a quarter longer.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,9 @@
-"""The store: a job's objects in any fsspec file system. An object is written whole or not at all, and none is overwritten.
+"""The store: a job's objects in any fsspec file system. An object is written whole or not at all,
+and none is overwritten.
 
-An object exists when its manifest does: write the object, then the JSON that holds its sha256 and size. Exclusive creation
-guards against two writers where the backend can (local files; S3 with conditional writes) and is never the only guard. Where
-objects lie is the matter of `fedpool.paths`.
+An object exists when its manifest does: write the object, then the JSON that holds its sha256 and
+size. Exclusive creation guards against two writers where the backend can (local files; S3 with
+conditional writes) and is never the only guard. Where objects lie is the matter of `fedpool.paths`.
 """
 
 import hashlib
@@ -31,7 +32,9 @@ _OPEN_FILES = 64
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """The one form in which JSON lies in the store: sorted keys, two spaces, strict (no NaN), a newline at the end."""
+    """The one form in which JSON lies in the store: sorted keys, two spaces, strict (no NaN), a
+    newline at the end.
+    """
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
@@ -40,20 +43,23 @@ class Store(Backend):
 
     Args:
         url: a folder or an fsspec URL such as `s3://bucket/prefix`.
-        storage_options: passed to fsspec; credentials belong here or in the environment, never in a recipe.
+        storage_options: passed to fsspec; credentials belong here or in the environment, never in a
+            recipe.
 
     Raises:
         ConfigError: there is no file system for such a URL, or its package is missing.
 
-    What its methods raise, beside the `FileNotFoundError` of an object that is not there, are `StoreError`s: `StoreRefused` at
-    once where waiting would not help, others once the store has failed for `patience_s`.
+    What its methods raise, beside the `FileNotFoundError` of an object that is not there, are
+    `StoreError`s: `StoreRefused` at once where waiting would not help, others once the store has
+    failed for `patience_s`.
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
         super().__init__(url, **storage_options)
         self._is_conditional = self.is_s3
-        # Local: 512 KiB of float32, which a processor's cache holds, and few enough that threads do not wait for the
-        # interpreter's lock. Remote: as much as makes a request worth its while. Both are multiples of `arrays.CHUNK_ELEMENTS`.
+        # Local: 512 KiB of float32, which a processor's cache holds, and few enough that threads do
+        # not wait for the interpreter's lock. Remote: as much as makes a request worth its while.
+        # Both are multiples of `arrays.CHUNK_ELEMENTS`.
         self.block_elements = 1 << 17 if self.is_local else 1 << 22
         self._may_stay_open = threading.Semaphore(_OPEN_FILES)
 
@@ -68,7 +74,8 @@ class Store(Backend):
 
     @contextmanager
     def held(self, path: str) -> Iterator[None]:
-        """Hold a folder of a local store, so that no other process takes it for its own; one that is killed lets go of it.
+        """Hold a folder of a local store, so that no other process takes it for its own; one that
+        is killed lets go of it.
 
         Raises:
             StoreError: somebody else holds it.
@@ -89,7 +96,9 @@ class Store(Backend):
         return exclusive.is_locked(Path(self.full(path))) if self.is_local else None
 
     def remove(self, path: str) -> None:
-        """Remove an object, if it is there: one that nothing names, or that its owner does not want any more."""
+        """Remove an object, if it is there: one that nothing names, or that its owner does not
+        want any more.
+        """
         with suppress(FileNotFoundError), self.errors(path, "removed"):
             self.fs.rm_file(self.full(path))
 
@@ -107,7 +116,8 @@ class Store(Backend):
         return []
 
     def tree(self, path: str) -> set[str]:
-        """Paths of all objects below a folder, relative to it; empty when the folder does not exist. One request, mostly.
+        """Paths of all objects below a folder, relative to it; empty when the folder does not
+        exist. One request, mostly.
 
         Raises:
             StoreError: the store does not answer.
@@ -119,13 +129,17 @@ class Store(Backend):
             return {found.partition(f"{folder}/")[2] for found in self.fs.find(folder)}
 
     def open(self, path: str) -> IO[bytes]:
-        """A binary file to read, with seek. The caller checks its hash against a manifest before trusting it."""
+        """A binary file to read, with seek. The caller checks its hash against a manifest before
+        trusting it.
+        """
         with self.errors(path):
             file: IO[bytes] = self.fs.open(self.full(path), "rb")
             return file
 
     def read_bytes(self, path: str) -> bytes:
-        """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks them before trusting them."""
+        """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks
+        them before trusting them.
+        """
         return self.patiently(path, lambda: bytes(self.fs.cat_file(self.full(path))))
 
     def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
@@ -135,7 +149,9 @@ class Store(Backend):
         return TensorReader(read, size, where=full, max_header=max_header)
 
     def read_range(self, path: str, start: int, stop: int) -> bytearray | memoryview:
-        """An object's bytes from `start` to `stop`, as far as it has them. The caller checks them before trusting them."""
+        """An object's bytes from `start` to `stop`, as far as it has them. The caller checks
+        them before trusting them.
+        """
         if stop == start:
             return bytearray()
         if self.is_local:
@@ -190,7 +206,9 @@ class Store(Backend):
 
     @contextmanager
     def staged(self, path: str) -> Iterator[IO[bytes]]:
-        """A local file to write; it becomes the object at path when the block ends, and vanishes when it raises."""
+        """A local file to write; it becomes the object at path when the block ends, and vanishes
+        when it raises.
+        """
         with self._scratch() as folder:
             local = Path(folder) / "object"
             with explained(self.full(path) if self.is_local else folder), local.open("wb") as file:
@@ -221,9 +239,10 @@ class Store(Backend):
     def settle(self, path: str) -> None:
         """Have a large local object on disk now, and let go of its cached pages.
 
-        What a round leaves behind is not read again soon. Left to the kernel, the updates of a large model would take all
-        memory for their pages before anything is written, and each new round would pay for fresh ones: with 4 updates of
-        300 MB a round, rounds took a third longer.
+        What a round leaves behind is not read again soon. Left to the kernel, the updates of a
+        large model would take all memory for their pages before anything is written, and each new
+        round would pay for fresh ones: with 4 updates of 300 MB a round, rounds took a third
+        longer.
         """
         if not self.is_local or not hasattr(os, "posix_fadvise"):
             return
@@ -233,7 +252,8 @@ class Store(Backend):
 
     @contextmanager
     def _scratch(self) -> Iterator[str]:
-        # Beside the objects where the store is local, so that the move into place is a link and not a copy.
+        # Beside the objects where the store is local, so that the move into place is a link and not
+        # a copy.
         parent = self.root if self.is_local else tempfile.gettempdir()
         with self.errors("", "written") if self.is_local else explained(parent):
             Path(parent).mkdir(parents=True, exist_ok=True)
@@ -242,7 +262,8 @@ class Store(Backend):
             yield folder
 
     def fetch(self, path: str, folder: Path, digest: Digest | None = None, *, again: bool = False) -> Path:
-        """A local file with the object's bytes: the object itself where the store is local, else a copy in folder.
+        """A local file with the object's bytes: the object itself where the store is local, else a
+        copy in folder.
 
         Args:
             digest: that the bytes must have.

@@ -1,4 +1,6 @@
-"""An initial model that lies in a store already: of it the header is read, and the rest only by who needs it."""
+"""An initial model that lies in a store already: of it the header is read, and the rest only by
+who needs it.
+"""
 
 import hashlib
 import tempfile

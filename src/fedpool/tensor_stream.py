@@ -1,4 +1,6 @@
-"""The safetensors format, written: a stream from a spec and the tensors' bytes, hashed on its way."""
+"""The safetensors format, written: a stream from a spec and the tensors' bytes, hashed on its
+way.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,9 @@ _BATCH_BYTES = 4 << 20
 
 
 class _Hashing:
-    """A file that hashes what passes through it, batch by batch on a thread of its own while the caller computes the next."""
+    """A file that hashes what passes through it, batch by batch on a thread of its own while the
+    caller computes the next.
+    """
 
     def __init__(self, file: Writable) -> None:
         self._file = file
@@ -81,7 +85,8 @@ def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> None:
     Args:
         file: anything with `write(bytes-like)`.
         spec: what is written.
-        buffers: the tensors' bytes, in `file_order(spec)`, in as many bytes-like pieces as the caller likes.
+        buffers: the tensors' bytes, in `file_order(spec)`, in as many bytes-like pieces as the
+            caller likes.
     """
     header: dict[str, Any] = {}
     offset = 0

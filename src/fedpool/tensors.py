@@ -1,12 +1,14 @@
-"""The safetensors format, read in blocks; `fedpool.tensor_stream` writes it. No framework, no whole model in memory.
+"""The safetensors format, read in blocks; `fedpool.tensor_stream` writes it. No framework, no whole
+model in memory.
 
-The safetensors library (used where a script loads a whole model) writes a file only from a complete dict and reads only
-whole tensors from a local path. The coordinator aggregates block by block from any store, so this module holds the
-format itself: 8 bytes of header length (little endian), a JSON header, the tensors' bytes
-(https://huggingface.co/docs/safetensors). Same tensors, same bytes: names are ordered by (item size descending, name),
-which also aligns every tensor.
+The safetensors library (used where a script loads a whole model) writes a file only from a complete
+dict and reads only whole tensors from a local path. The coordinator aggregates block by block from
+any store, so this module holds the format itself: 8 bytes of header length (little endian), a JSON
+header, the tensors' bytes (https://huggingface.co/docs/safetensors). Same tensors, same bytes:
+names are ordered by (item size descending, name), which also aligns every tensor.
 
-Legend: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive elements of one tensor, flattened in C order.
+Legend: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive elements of one
+tensor, flattened in C order.
 """
 
 import hashlib
@@ -32,7 +34,9 @@ _SEPARATOR = "::"
 
 
 def beside(group: str, name: str) -> str:
-    """Name of the tensor that lies beside a parameter, in a group: a control variate, a server's momentum."""
+    """Name of the tensor that lies beside a parameter, in a group: a control variate, a server's
+    momentum.
+    """
     return f"{group}{_SEPARATOR}{name}"
 
 
@@ -66,7 +70,9 @@ class TensorSpec:
 
     @property
     def kind(self) -> str:
-        """`float`, `int` or `bool`: what a dtype may be swapped for without changing what the value means."""
+        """`float`, `int` or `bool`: what a dtype may be swapped for without changing what the
+        value means.
+        """
         return "float" if "F" in self.dtype else "bool" if self.dtype == "BOOL" else "int"
 
     def __str__(self) -> str:
@@ -77,7 +83,8 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def is_trained(name: str, spec: TensorSpec) -> bool:
-    """Whether gradients move a parameter: not integers and booleans, and not the running statistics of torch's normalisations.
+    """Whether gradients move a parameter: not integers and booleans, and not the running statistics
+    of torch's normalisations.
 
     A step beyond the mean, as momentum takes it, would make a variance negative.
     """
@@ -124,12 +131,15 @@ class Tensors(Protocol):
         ...
 
     def read_block(self, name: str, start: int, stop: int) -> BlockBytes:
-        """The bytes of elements `start` to `stop` of the flattened tensor `name`, little endian; they may be written to."""
+        """The bytes of elements `start` to `stop` of the flattened tensor `name`, little endian;
+        they may be written to.
+        """
         ...
 
 
 class TensorReader:
-    """Random access to the tensors of a safetensors file, block by block, through a function that reads byte ranges.
+    """Random access to the tensors of a safetensors file, block by block, through a function that
+    reads byte ranges.
 
     Does not check the file's hash: that is the gate's duty, and the store's.
 
@@ -186,7 +196,8 @@ class TensorReader:
             self._offsets[name] = 8 + length + start
             spans.append((start, end))
         self.spec = {name: self.spec[name] for name in sorted(self.spec, key=lambda name: self._offsets[name])}
-        # Tensors that overlap or leave holes would let a file hold bytes that no check ever looks at.
+        # Tensors that overlap or leave holes would let a file hold bytes that no check ever looks
+        # at.
         position = 0
         for start, end in sorted(spans):
             if start != position:
@@ -210,7 +221,9 @@ class TensorReader:
         return block
 
     def checked(self, blocks: Mapping[tuple[str, int, int], bytes]) -> Self:
-        """The same file, every block of which must be the one that was seen before; see `Inspection.blocks`."""
+        """The same file, every block of which must be the one that was seen before; see
+        `Inspection.blocks`.
+        """
         other = copy(self)
         other._blocks = blocks
         return other

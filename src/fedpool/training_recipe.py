@@ -1,4 +1,6 @@
-"""`TrainingRecipe`, the base of the recipes that train: what rounds, sampling, the gate and scores need to know."""
+"""`TrainingRecipe`, the base of the recipes that train: what rounds, sampling, the gate and
+scores need to know.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self

@@ -7,9 +7,11 @@ from fedpool.conditions import StopCondition
 
 
 class TrainingTerms:
-    """Fields of the recipes that train, and constants of the others. A recipe of either kind has them all.
+    """Fields of the recipes that train, and constants of the others. A recipe of either kind has
+    them all.
 
-    They are declared for type checkers alone: at run time a property would be in the way of the field of its name.
+    They are declared for type checkers alone: at run time a property would be in the way of the
+    field of its name.
     """
 
     if TYPE_CHECKING:

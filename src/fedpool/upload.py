@@ -1,4 +1,6 @@
-"""How a file becomes a remote object that nobody else has written, though requests fail and answers are lost."""
+"""How a file becomes a remote object that nobody else has written, though requests fail and
+answers are lost.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ _CHUNK_BYTES = 16 << 20
 
 
 class Upload:
-    """The upload of one file, to be called until it succeeds; what an earlier call of its own left there is no other's.
+    """The upload of one file, to be called until it succeeds; what an earlier call of its own left
+    there is no other's.
 
     Args:
         file_system: of fsspec.
@@ -39,7 +42,8 @@ class Upload:
         try:
             return s3.put_new(self._fs, self._local, self._target, conditional=conditional)
         except FileExistsError:
-            # Another writer was faster, or the answer to a request of ours was lost, and the backend has repeated it.
+            # Another writer was faster, or the answer to a request of ours was lost, and the
+            # backend has repeated it.
             if self._size_there() != self._size() or not self._is_beginning():
                 raise
             return conditional
@@ -51,7 +55,9 @@ class Upload:
         return int(self._fs.info(self._target)["size"])
 
     def _is_beginning(self) -> bool:
-        """Whether the object is what a try of ours may have left: another coordinator's record may be as long as ours."""
+        """Whether the object is what a try of ours may have left: another coordinator's record
+        may be as long as ours.
+        """
         size = self._size_there()
         if size > self._size():
             return False

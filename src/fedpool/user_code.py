@@ -1,8 +1,9 @@
-"""Code of the user's that the coordinator runs: the class of a recipe, the function of an aggregator.
+"""Code of the user's that the coordinator runs: the class of a recipe, the function of an
+aggregator.
 
-It travels with the job as the client script does: the module, the modules that it imports from the user's folders, and the small
-files that it names, in a zip whose name is its hash. Elsewhere it is unpacked into a folder that comes first on `sys.path`.
-What is installed does not travel.
+It travels with the job as the client script does: the module, the modules that it imports from the
+user's folders, and the small files that it names, in a zip whose name is its hash. Elsewhere it is
+unpacked into a folder that comes first on `sys.path`. What is installed does not travel.
 """
 
 import atexit
@@ -68,7 +69,9 @@ class Home:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module is Python's, fedpool's, or of a package that is installed; not one of an editable installation."""
+    """Whether a module is Python's, fedpool's, or of a package that is installed; not one of an
+    editable installation.
+    """
     top = module.partition(".")[0]
     if top == "fedpool" or (top in sys.stdlib_module_names and top != "__main__"):
         return True
@@ -76,7 +79,9 @@ def is_installed(module: str) -> bool:
 
 
 def find_home(module: str) -> Home | None:
-    """Where a module that is loaded lies; None when it cannot be imported by its name from a file, as one that is run."""
+    """Where a module that is loaded lies; None when it cannot be imported by its name from a
+    file, as one that is run.
+    """
     file = getattr(sys.modules.get(module), "__file__", None)
     if module == "__main__" or not file:
         return None
@@ -93,7 +98,8 @@ def build_code(modules: Iterable[str]) -> Code:
     """The code of modules that are loaded, with all that they import from the user's folders.
 
     Raises:
-        RecipeError: a module has no file or does not compile, two files have one name, or the whole exceeds the size limit.
+        RecipeError: a module has no file or does not compile, two files have one name, or the whole
+            exceeds the size limit.
     """
     names = tuple(sorted(set(modules)))
     contents: dict[str, bytes] = {}
@@ -156,7 +162,8 @@ def load_code(code: Code) -> None:
 
 
 def make_room(code: Code) -> None:
-    """Forget the modules of other jobs' code that has one of the same names; objects of their classes go on as they are.
+    """Forget the modules of other jobs' code that has one of the same names; objects of their
+    classes go on as they are.
 
     What a function of theirs imports only when it is called is not found any more.
     """
@@ -224,7 +231,9 @@ def _files(home: Home) -> Iterator[tuple[str, bytes]]:
 
 
 def _roots(top: str) -> Iterator[Path]:
-    """The user's folders that a module or a package is found from; none when it is installed, or not there."""
+    """The user's folders that a module or a package is found from; none when it is installed, or
+    not there.
+    """
     if not is_installed(top):
         for place in _places(top):
             yield place.parent

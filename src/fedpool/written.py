@@ -1,4 +1,6 @@
-"""Base of what the coordinator writes to the store as JSON: typed, frozen, and of one form in bytes."""
+"""Base of what the coordinator writes to the store as JSON: typed, frozen, and of one form in
+bytes.
+"""
 
 from typing import Any, ClassVar, Self
 
@@ -9,7 +11,9 @@ from fedpool.store import Store, to_json
 
 
 class Written(BaseModel):
-    """Base of what the coordinator writes: frozen, strict, nothing unknown, and of one form in bytes."""
+    """Base of what the coordinator writes: frozen, strict, nothing unknown, and of one form in
+    bytes.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True, validate_by_name=True

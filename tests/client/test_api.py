@@ -1,4 +1,6 @@
-"""The client API's state machine against a host in memory, its wire, and its module functions in scripts of their own."""
+"""The client API's state machine against a host in memory, its wire, and its module functions in
+scripts of their own.
+"""
 
 import json
 import random
@@ -343,8 +345,8 @@ class TestExcludedParams:
         assert params_of(received(client))["head.w"].tolist() == [0.0, 0.0]
 
     def test_a_script_may_send_them_back_as_it_received_them(self, tmp_path: Path) -> None:
-        # In a process of its own: the received tensors are memory-mapped from the file that send() writes anew, and
-        # truncating a mapped file kills whoever reads it.
+        # In a process of its own: the received tensors are memory-mapped from the file that send()
+        # writes anew, and truncating a mapped file kills whoever reads it.
         code = f"""
 import sys, torch
 from pathlib import Path
@@ -515,7 +517,8 @@ class TestSessionHost:
         messages = [other.get()]
         while messages[-1]["kind"] != "update":
             messages.append(other.get())
-        # One for each of the slowest, were the machine to stand still: but no message for each scalar.
+        # One for each of the slowest, were the machine to stand still: but no message for each
+        # scalar.
         assert len(messages) < 200
         scalars = [each for message in messages[:-1] for each in message.get("scalars", [message])]
         assert [each["value"] for each in scalars] == list(range(1000))

@@ -1,4 +1,6 @@
-"""What scripts take from NVFlare beside the six lines: `ctx`, `config_file`, decorators, writers, constants."""
+"""What scripts take from NVFlare beside the six lines: `ctx`, `config_file`, decorators,
+writers, constants.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""The Trainer of transformers as a client: what `train` and `evaluate` do in a round, on tiny models made from a config."""
+"""The Trainer of transformers as a client: what `train` and `evaluate` do in a round, on tiny
+models made from a config.
+"""
 
 import gc
 import json
@@ -87,7 +89,9 @@ def new_trainer(folder: Path, model: Any = None, **options: Any) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage() -> Iterator[None]:
-    """transformers collects garbage in each `train()`: .3 s, most of the tests' time, if it looks at all that is imported."""
+    """transformers collects garbage in each `train()`: .3 s, most of the tests' time, if it
+    looks at all that is imported.
+    """
     gc.freeze()
     yield
     gc.unfreeze()
@@ -521,7 +525,9 @@ class TestPeftModels:
 
 
 class TestOptionsOfNvflare:
-    """`patch` takes the options of NVFlare's, by name and by place, and does what they say there."""
+    """`patch` takes the options of NVFlare's, by name and by place, and does what they say
+    there.
+    """
 
     def test_a_prefix_of_the_servers_names_is_taken_off_and_put_on(
         self, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -651,7 +657,8 @@ class TestPatch:
             trainer.train(resume_from_checkpoint=True)
 
 
-# Each rank writes what it saw. The data are shared out by transformers; that the ranks agree shows that they trained together.
+# Each rank writes what it saw. The data are shared out by transformers; that the ranks agree shows
+# that they trained together.
 RANKS_SCRIPT = """
 import json, os, sys
 import torch

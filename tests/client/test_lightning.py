@@ -1,4 +1,6 @@
-"""Lightning's Trainer as a client: what `fit` and `validate` do in a round, against hosts in memory and in whole jobs."""
+"""Lightning's Trainer as a client: what `fit` and `validate` do in a round, against hosts in
+memory and in whole jobs.
+"""
 
 import importlib
 import json
@@ -70,7 +72,9 @@ class Net(nn.Module):
 
 
 def lightning_net(package: ModuleType) -> Any:
-    """A module of that package with the parameters of `Net`; it notes what `configure_optimizers` sees."""
+    """A module of that package with the parameters of `Net`; it notes what
+    `configure_optimizers` sees.
+    """
 
     class LightningNet(package.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -516,7 +520,9 @@ class TestFitting:
 
 
 class TestOptionsOfNvflare:
-    """`patch` takes the options of NVFlare's, by name and by place, and does what they say there."""
+    """`patch` takes the options of NVFlare's, by name and by place, and does what they say
+    there.
+    """
 
     def test_load_state_dict_strict_false_loads_the_names_that_both_have(
         self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -682,7 +688,8 @@ class TestPatch:
             trainer.fit(lightning_net(package), loader(), ckpt_path="last")
 
 
-# Each rank writes what it saw. Its data are its own: that the ranks agree in the end shows that they trained together.
+# Each rank writes what it saw. Its data are its own: that the ranks agree in the end shows that
+# they trained together.
 RANKS_SCRIPT = """
 import json, os, sys
 import torch

@@ -20,7 +20,9 @@ THEIRS = torch.tensor([[0.25, -0.5]])
 
 
 def served(folder: Path, num_rounds: int, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    """Makes this process a client whose every round starts from START, with the server's control variate THEIRS."""
+    """Makes this process a client whose every round starts from START, with the server's control
+    variate THEIRS.
+    """
     from dataclasses import replace
 
     with (folder / "state").open("wb") as file:
@@ -53,7 +55,9 @@ def test_a_parameter_that_the_global_model_lacks_is_named() -> None:
 
 
 def reach(settings: dict[str, Any], rates: list[float]) -> float:
-    """Sum over the gradients of how far each of them alone moves a parameter, in steps of the first rate: torch's formulas."""
+    """Sum over the gradients of how far each of them alone moves a parameter, in steps of the
+    first rate: torch's formulas.
+    """
     lr, momentum, decay = rates[0], settings.get("momentum", 0.0), settings.get("weight_decay", 0.0)
     total = 0.0
     for pushed in range(len(rates)):
@@ -83,7 +87,9 @@ def reach(settings: dict[str, Any], rates: list[float]) -> float:
 )
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_local_steps_count_by_the_optimizers_own_update(settings: dict[str, Any], factor: float) -> None:
-    """Wang et al. 2020, section 4: each gradient alone, written out, for a constant and for a falling rate."""
+    """Wang et al. 2020, section 4: each gradient alone, written out, for a constant and for a
+    falling rate.
+    """
     parameter = nn.Parameter(torch.randn(3))
     optimizer = torch.optim.SGD([parameter], lr=0.1, **settings)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, factor)
@@ -162,7 +168,9 @@ def test_local_steps_are_the_l1_norm_of_how_much_each_gradient_counts(momentum: 
 
 
 def test_scaffold_does_what_the_paper_says_over_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Karimireddy et al. 2020, algorithm 1, lines 10 to 13, option II; the learning rate changes from step to step."""
+    """Karimireddy et al. 2020, algorithm 1, lines 10 to 13, option II; the learning rate changes
+    from step to step.
+    """
     host = served(tmp_path, 3, monkeypatch)
     gradients = torch.randn(3, 4, 1, 2, generator=torch.Generator().manual_seed(0))
     rates = [0.1, 0.05, 0.2, 0.1]
@@ -233,7 +241,9 @@ def used(round: int, attempt: int = 0, scale: float = 1.0) -> dict[str, Any]:
 
 
 def test_a_variate_holds_only_if_its_update_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round 0 counts, scaled by a half; 1 does not; 2 is asked twice and its first attempt counts; 3 and 4 do not."""
+    """Round 0 counts, scaled by a half; 1 does not; 2 is asked twice and its first attempt
+    counts; 3 and 4 do not.
+    """
     from dataclasses import replace
 
     told = [used(-1), used(0, scale=0.5), used(0, scale=0.5), used(0, scale=0.5), used(2), used(2), used(2)]
@@ -269,7 +279,9 @@ def test_a_variate_holds_only_if_its_update_counted(tmp_path: Path, monkeypatch:
 def test_what_an_earlier_version_kept_in_a_second_attempt_is_found(
     earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had one file for all attempts of a round; now that is the one of the first attempt, which did not count."""
+    """It had one file for all attempts of a round; now that is the one of the first attempt,
+    which did not count.
+    """
     from dataclasses import replace
 
     host = served(tmp_path, 1, monkeypatch)

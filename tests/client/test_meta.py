@@ -1,4 +1,6 @@
-"""`FLModel.meta`: filled with the keys that NVFlare's scripts read, and what may come back in it."""
+"""`FLModel.meta`: filled with the keys that NVFlare's scripts read, and what may come back in
+it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,8 @@ def test_a_difference_of_controls_sent_in_it_goes_beside_the_parameters(
     changes = {name: value * 0 + 2 for name, value in model.params.items() if name != "head.weight"}
     client.send(FLModel(params=model.params, meta={**model.meta, "scaffold_c_diff": changes}))
     sent = {name: value.tolist() for name, value in host.params_sent().items() if name.startswith("control::")}
-    # of buffers there is no control, and that of a parameter which the script left out has not changed
+    # of buffers there is no control, and that of a parameter which the script left out has not
+    # changed
     assert sent == {"control::layer.weight": [[2.0, 2.0]], "control::head.weight": [0.0, 0.0]}
     assert "scaffold_c_diff" not in host.updates[0]["meta"]
     assert "scaffold_c_global" not in host.updates[0]["meta"]

@@ -1,4 +1,6 @@
-"""A script that goes through a round without sending is told so, whatever it called before: it would go through it for ever."""
+"""A script that goes through a round without sending is told so, whatever it called before: it
+would go through it for ever.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

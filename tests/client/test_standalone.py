@@ -1,4 +1,6 @@
-"""A client script that finds no host: `python client.py` runs one round on the script's own initial weights."""
+"""A client script that finds no host: `python client.py` runs one round on the script's own
+initial weights.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""Under torchrun only rank 0 talks: the others get site, assignment and model by broadcast, and their `send` does nothing."""
+"""Under torchrun only rank 0 talks: the others get site, assignment and model by broadcast, and
+their `send` does nothing.
+"""
 
 import json
 import os
@@ -33,7 +35,8 @@ PARAMS = {
     "empty": torch.empty(0, 3),
 }
 
-# Each rank writes what it saw. Rank 1 sends other values than rank 0 and after it, and in the last round an empty model.
+# Each rank writes what it saw. Rank 1 sends other values than rank 0 and after it, and in the last
+# round an empty model.
 SESSION_SCRIPT = """
 import json, os, sys
 import torch
@@ -91,7 +94,8 @@ print(f"rank {dist.get_rank()} ran {rounds} round with {len(input_model.params)}
 dist.destroy_process_group()
 """
 
-# Three ways to write the loop. Each prints what a rank trained on, and sends the sum over the ranks.
+# Three ways to write the loop. Each prints what a rank trained on, and sends the sum over the
+# ranks.
 _LOOP_BEGIN = """
 import torch
 import torch.distributed as dist
@@ -163,7 +167,9 @@ UNINITIALISED_SCRIPT = "import fedpool.client as flare\nflare.init()\nflare.is_r
 
 
 class SessionThread(threading.Thread):
-    """The host's end of a session: welcomes one script, gives out assignments in turn, keeps its messages."""
+    """The host's end of a session: welcomes one script, gives out assignments in turn, keeps its
+    messages.
+    """
 
     def __init__(self, address: str, key: bytes, assignments: list[Assignment]) -> None:
         super().__init__(daemon=True)

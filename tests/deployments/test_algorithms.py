@@ -1,4 +1,6 @@
-"""Every algorithm as a user runs it: the example's recipes and clients, verified, killed and resumed."""
+"""Every algorithm as a user runs it: the example's recipes and clients, verified, killed and
+resumed.
+"""
 
 import shutil
 import signal
@@ -32,7 +34,9 @@ def env(prefect_api: str, tmp_path: Path) -> SimEnv:
 
 @pytest.fixture(scope="module")
 def done(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """A job of three rounds of each algorithm, which nobody disturbs: run when it is first asked for."""
+    """A job of three rounds of each algorithm, which nobody disturbs: run when it is first asked
+    for.
+    """
     env = SimEnv(num_clients=3, workspace=tmp_path_factory.mktemp("done"), progress=False)
     return cache(lambda name: recipe_of(name, 3).execute(env))
 

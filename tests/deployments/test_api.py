@@ -1,4 +1,6 @@
-"""A Prefect server that is not there, or is none: one sentence within seconds, wherever it is asked."""
+"""A Prefect server that is not there, or is none: one sentence within seconds, wherever it is
+asked.
+"""
 
 import re
 import socket

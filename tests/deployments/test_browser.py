@@ -1,6 +1,7 @@
 """What a person sees of a proof of concept in the Prefect UI, through a real browser.
 
-With the environment variable FEDPOOL_SCREENSHOTS set, the pictures of docs/images are written to the folder that it names.
+With the environment variable FEDPOOL_SCREENSHOTS set, the pictures of docs/images are written to
+the folder that it names.
 """
 
 import os
@@ -40,9 +41,12 @@ while flare.is_running():
 """
 
 PATIENCE_MS = 60_000
-"""Pages of the UI are megabytes of script, and graphs are drawn without a GPU: seconds, on a busy machine many."""
+"""Pages of the UI are megabytes of script, and graphs are drawn without a GPU: seconds, on a
+busy machine many.
+"""
 
-# In the graph a run that completed is a bar of this green. It is on a canvas, where there is nothing else to look for.
+# In the graph a run that completed is a bar of this green. It is on a canvas, where there is
+# nothing else to look for.
 BARS_ARE_DRAWN = """
 () => {
     const graph = document.querySelector("canvas");

@@ -1,4 +1,6 @@
-"""What runs the client script in a simulation: torchrun at all sites or at some, as a real site's `command` does."""
+"""What runs the client script in a simulation: torchrun at all sites or at some, as a real
+site's `command` does.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,6 @@
-"""Cross-site and federated evaluation, in real jobs: who scores what, what leaves a hole, what is verified and resumed."""
+"""Cross-site and federated evaluation, in real jobs: who scores what, what leaves a hole, what
+is verified and resumed.
+"""
 
 import json
 import os
@@ -121,7 +123,8 @@ def test_a_plain_loop_takes_part_with_what_it_sends(run_job: Callable[..., Run],
     """
     run = run_job(script, env=THREE, **FIELDS | {"num_rounds": 1, "params_transfer_type": "DIFF"})
     result = run.get_result()
-    # It trains once more from the final model, which is 2, and sends all of what it has, no difference.
+    # It trains once more from the final model, which is 2, and sends all of what it has, no
+    # difference.
     assert [entry["params_type"] for entry in result.rounds[2]["accepted"]] == ["FULL"] * 3
     assert {owner: value for (site, owner), value in accuracies(result).items() if site == "site-1"} == {
         "server": 2,
@@ -241,7 +244,9 @@ def test_a_model_is_scored_everywhere_with_its_denominators(run_recipe: Callable
 
 
 def test_scores_count_with_the_examples_that_they_are_of(run_job: Callable[..., Run], tmp_path: Path) -> None:
-    """In the final evaluation, in those across sites and in the training rounds; the updates weigh as ever."""
+    """In the final evaluation, in those across sites and in the training rounds; the updates
+    weigh as ever.
+    """
     script = SCRIPT.replace('meta={"NUM_STEPS_CURRENT_ROUND": 10 * site}', 'meta={"NUM_EVAL_EXAMPLES": 10 * site}')
     script = script.replace(
         '{"NUM_STEPS_CURRENT_ROUND": site}', '{"NUM_STEPS_CURRENT_ROUND": 4 - site, "NUM_EVAL_EXAMPLES": site}'
@@ -316,7 +321,8 @@ def test_verify_finds_whatever_is_swapped(scored: Path) -> None:
     matrix = json.loads((scored / "cross_site.json").read_text())
     matrix["site-1"]["site-2"]["accuracy"] = 0.99
     assert "cross_site.json does not follow from the rounds" in swapped("cross_site.json", to_json(matrix))
-    # A forger who writes the record of the submission anew, and all hashes after it, is found by the submissions themselves.
+    # A forger who writes the record of the submission anew, and all hashes after it, is found by
+    # the submissions themselves.
     record = json.loads((scored / "rounds/00002/round.json").read_text())
     record["models"][0], record["models"][1] = (
         {**record["models"][0], "sha256": record["models"][1]["sha256"]},
@@ -356,7 +362,8 @@ resume = sys.argv[1] if len(sys.argv) > 1 else None
 recipe.execute(SimEnv(num_clients=3, workspace=here / "runs", progress=False), resume=resume).get_result()
 """
 
-# Rounds 0 and 1 train, 2 scores the last model, in 3 sites submit their own, and 4 to 6 score those.
+# Rounds 0 and 1 train, 2 scores the last model, in 3 sites submit their own, and 4 to 6 score
+# those.
 POINTS = {
     "before the submission's model is there": ("rounds/00003/global", "before"),
     "between two published models": ("rounds/00005/global", "before"),

@@ -1,4 +1,5 @@
-"""What every `Desk` does, whatever is behind it. The coordinator's side is always a real Prefect server.
+"""What every `Desk` does, whatever is behind it. The coordinator's side is always a real Prefect
+server.
 
 Another implementation is another entry of `DESKS`.
 """

@@ -1,4 +1,6 @@
-"""Where an event loop runs already: in a notebook, in an async function, in an async flow. Every public call works there."""
+"""Where an event loop runs already: in a notebook, in an async function, in an async flow. Every
+public call works there.
+"""
 
 import asyncio
 import contextvars
@@ -50,7 +52,9 @@ def test_what_a_coroutine_raises_is_raised_in_the_caller() -> None:
 
 
 def notebook(folder: Path, *cells: str) -> list[str]:
-    """Run the cells of a notebook in a real kernel; returns what each has printed. Raises when one raises."""
+    """Run the cells of a notebook in a real kernel; returns what each has printed. Raises when
+    one raises.
+    """
     code = [nbformat.v4.new_code_cell(textwrap.dedent(cell)) for cell in cells]  # type: ignore[no-untyped-call]
     made = nbformat.v4.new_notebook(cells=code)  # type: ignore[no-untyped-call]
     NotebookClient(made, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()

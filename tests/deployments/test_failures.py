@@ -1,4 +1,6 @@
-"""Client scripts that go wrong: each ends with an error or a rejected update that names site, round and cause."""
+"""Client scripts that go wrong: each ends with an error or a rejected update that names site,
+round and cause.
+"""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""What a person is told beside the table of a job: a metric that is missing, weights of 0, who failed and why."""
+"""What a person is told beside the table of a job: a metric that is missing, weights of 0, who
+failed and why.
+"""
 
 import json
 from collections.abc import Callable

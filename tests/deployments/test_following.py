@@ -1,4 +1,6 @@
-"""What a handle says of a job whose run is gone, or that nobody runs any more: the store is the truth, and it says what to do."""
+"""What a handle says of a job whose run is gone, or that nobody runs any more: the store is the
+truth, and it says what to do.
+"""
 
 import asyncio
 import shutil

@@ -1,4 +1,6 @@
-"""A disk that is full or read-only, really mounted: one sentence, nothing half-written, a job that goes on to the same bytes."""
+"""A disk that is full or read-only, really mounted: one sentence, nothing half-written, a job
+that goes on to the same bytes.
+"""
 
 import shutil
 import subprocess
@@ -30,7 +32,9 @@ class Disk:
         self.path = path
 
     def renew(self, num_kib: int) -> None:
-        """An empty one in its place: a file that is removed takes room for as long as somebody has it open."""
+        """An empty one in its place: a file that is removed takes room for as long as somebody
+        has it open.
+        """
         subprocess.run(["umount", "-l", self.path], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", self.path], check=True)
 

@@ -1,4 +1,6 @@
-"""A simulation inside a run of one's own joins the server of that run, whether one is configured or Prefect has started it."""
+"""A simulation inside a run of one's own joins the server of that run, whether one is configured
+or Prefect has started it.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""The units and compose files of deployments/infrastructure, read by the programs that they are for."""
+"""The units and compose files of deployments/infrastructure, read by the programs that they are
+for.
+"""
 
 import os
 import shutil

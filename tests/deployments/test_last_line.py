@@ -40,7 +40,9 @@ JOB = """
 
 
 def run(folder: Path, *command: str, argument: str = "", imports: str = "") -> tuple[list[str], float]:
-    """Run the job with a private server; returns its lines, and how many seconds it lived after the last of them."""
+    """Run the job with a private server; returns its lines, and how many seconds it lived after
+    the last of them.
+    """
     (folder / "client.py").write_text(textwrap.dedent(TALKS))
     (folder / "job.py").write_text(textwrap.dedent(JOB.format(imports=imports)))
     environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}

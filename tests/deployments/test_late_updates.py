@@ -1,4 +1,6 @@
-"""Jobs whose late updates count in a later round: in simulation, with a coordinator that is lost, and in a proof of concept."""
+"""Jobs whose late updates count in a later round: in simulation, with a coordinator that is
+lost, and in a proof of concept.
+"""
 
 import shutil
 import textwrap
@@ -80,7 +82,9 @@ def test_with_a_quorum_of_all_the_model_is_that_of_federated_averaging(
 def test_a_late_update_is_folded_once_when_the_coordinator_was_lost_after_the_commit(
     run_job: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """The job as it lies in the store after round 0's commit, and after round 1's, goes on to the same model."""
+    """The job as it lies in the store after round 0's commit, and after round 1's, goes on to
+    the same model.
+    """
     run = fold(run_job, tmp_path, num_rounds=2, keep_updates="last", final_evaluation=False)
     before, store, paths = run.get_result(), Store(tmp_path / "runs"), JobPaths(run.job_id)
     rounds = before.rounds
@@ -131,7 +135,9 @@ def test_in_virtual_time_who_is_late_follows_from_the_speeds_and_not_from_the_ma
 def test_in_virtual_time_a_lost_coordinator_comes_to_the_same_rounds(
     run_job: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Lost after round 2, while site-3 and site-4 were at work for earlier rounds, of which one has written its update."""
+    """Lost after round 2, while site-3 and site-4 were at work for earlier rounds, of which one
+    has written its update.
+    """
     run = run_job(BY_ROUND, env=SPEEDS, **VIRTUAL)
     before, store, paths = run.get_result().rounds, Store(tmp_path / "runs"), JobPaths(run.job_id)
     for number in range(4, 7):
@@ -173,7 +179,8 @@ def test_an_update_of_a_site_elsewhere_counts_when_it_comes(tmp_path: Path) -> N
         assert verify_job(run._store, run.job_id).num_updates == 4
 
 
-# site-2 sends its first update once round 0 has closed, and then trains for ever; site-1 waits with round 1 for that update.
+# site-2 sends its first update once round 0 has closed, and then trains for ever; site-1 waits with
+# round 1 for that update.
 ELSEWHERE = """
     import pathlib, threading
     import fedpool.client as flare

@@ -1,4 +1,6 @@
-"""What a simulated site's script prints: in a file of the job's folder always, in the terminal when it is asked for."""
+"""What a simulated site's script prints: in a file of the job's folder always, in the terminal
+when it is asked for.
+"""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""Sites that go away while a job runs, for a while or for good: what that costs, and what the job's record says of it."""
+"""Sites that go away while a job runs, for a while or for good: what that costs, and what the
+job's record says of it.
+"""
 
 import asyncio
 import os
@@ -33,7 +35,8 @@ SITES = ("a", "b", "c")
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
     home = tmp_path_factory.mktemp("poc")
-    # Rounds are announced in their turn, so that none is in a site's hands already when something happens to it.
+    # Rounds are announced in their turn, so that none is in a site's hands already when something
+    # happens to it.
     env = PocEnv(clients=SITES, home=home, look_ahead=0, progress=False)
     try:
         env.up()

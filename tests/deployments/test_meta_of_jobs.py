@@ -25,7 +25,8 @@ HEAD = """
         optimizer.step()
 """
 
-# It asks for no task: in the evaluation it trains once more, and must find all that it reads there, too.
+# It asks for no task: in the evaluation it trains once more, and must find all that it reads there,
+# too.
 BY_META = """
     from fedpool.client.scaffold_helper import PTScaffoldHelper
     helper = None

@@ -1,4 +1,6 @@
-"""The algorithm of CONTRIBUTING.md, from a folder of the user's: the same bytes in every environment."""
+"""The algorithm of CONTRIBUTING.md, from a folder of the user's: the same bytes in every
+environment.
+"""
 
 import importlib
 import shutil

@@ -1,4 +1,6 @@
-"""The filter of CONTRIBUTING.md, from a folder of the user's: in every environment it is run, named, and undone again."""
+"""The filter of CONTRIBUTING.md, from a folder of the user's: in every environment it is run,
+named, and undone again.
+"""
 
 import importlib
 from collections.abc import Iterator
@@ -65,7 +67,9 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
 
 
 def assert_filtered(store: Store, job_id: str) -> None:
-    """What travelled was eight times what was trained; manifests and records name the filter, and whoever verifies undoes it."""
+    """What travelled was eight times what was trained; manifests and records name the filter,
+    and whoever verifies undoes it.
+    """
     paths = JobPaths(job_id)
     for round in range(2):
         assert store.read_json(paths.record(round))["filters"] == NAMED

@@ -1,4 +1,6 @@
-"""The proof of concept: real servers, workers and scripts on this machine, and what becomes of a job when one of them goes."""
+"""The proof of concept: real servers, workers and scripts on this machine, and what becomes of a
+job when one of them goes.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,6 @@
-"""A user's own `job.py` in its own process: the private server, Ctrl-C, and what is left when the process is killed."""
+"""A user's own `job.py` in its own process: the private server, Ctrl-C, and what is left when
+the process is killed.
+"""
 
 import contextlib
 import json
@@ -39,7 +41,9 @@ print("status", run.get_status())
 
 @pytest.fixture
 def job_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A `python job.py` whose sites hang in round 1, with no Prefect API configured; past round 0 when the test begins."""
+    """A `python job.py` whose sites hang in round 1, with no Prefect API configured; past round
+    0 when the test begins.
+    """
     process = start(tmp_path, hang_at=1)
     wait_until(lambda: len(list(tmp_path.glob("hanging-*"))) == 2, process)
     yield process

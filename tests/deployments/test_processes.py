@@ -1,4 +1,6 @@
-"""Processes that a proof of concept leaves running: found again, ended with all they started, and while they end themselves."""
+"""Processes that a proof of concept leaves running: found again, ended with all they started,
+and while they end themselves.
+"""
 
 import signal
 import sys

@@ -1,4 +1,6 @@
-"""Production: a server with a password, a store on S3 and sites that others run; what is missing is said before anything runs."""
+"""Production: a server with a password, a store on S3 and sites that others run; what is missing
+is said before anything runs.
+"""
 
 import asyncio
 import subprocess

@@ -1,4 +1,6 @@
-"""docs/production.md, followed from its own text: on a fresh PostgreSQL server and a fresh S3 server, with two sites."""
+"""docs/production.md, followed from its own text: on a fresh PostgreSQL server and a fresh S3
+server, with two sites.
+"""
 
 import contextlib
 import os

@@ -1,4 +1,6 @@
-"""The loopback is reached directly, whatever proxy the environment names; a server behind a proxy is reached through it."""
+"""The loopback is reached directly, whatever proxy the environment names; a server behind a
+proxy is reached through it.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""Rounds that do not wait for everyone: grace, over-sampling, late updates; and those that ask again."""
+"""Rounds that do not wait for everyone: grace, over-sampling, late updates; and those that ask
+again.
+"""
 
 import json
 import logging

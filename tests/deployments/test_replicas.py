@@ -1,4 +1,6 @@
-"""Several API servers before one database: docs/production.md's settings, on real PostgreSQL and Redis."""
+"""Several API servers before one database: docs/production.md's settings, on real PostgreSQL and
+Redis.
+"""
 
 import contextlib
 import subprocess
@@ -38,7 +40,9 @@ def started(folder: Path, environment: dict[str, str], *command: str) -> Iterato
 
 @pytest.fixture
 def replicas(postgres: services.PostgresServer, tmp_path: Path) -> Iterator[list[str]]:
-    """The APIs of two servers without background services, which run apart; all meet in PostgreSQL and Redis."""
+    """The APIs of two servers without background services, which run apart; all meet in
+    PostgreSQL and Redis.
+    """
     if services.find_redis() is None:
         pytest.skip(services.REDIS_MISSING)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,6 @@
-"""A job whose coordinator is killed, at any instant, goes on from its last commit and ends with the bytes of one that was not."""
+"""A job whose coordinator is killed, at any instant, goes on from its last commit and ends with
+the bytes of one that was not.
+"""
 
 import os
 import random
@@ -139,7 +141,9 @@ def test_killed_at_any_point_of_a_round_it_goes_on_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_what_early_stopping_has_counted_survives(tmp_path: Path) -> None:
-    """The model of round 1 is the best, so that a job killed in round 2 has seen one of two rounds without progress."""
+    """The model of round 1 is the best, so that a job killed in round 2 has seen one of two
+    rounds without progress.
+    """
     jobs = []
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()

@@ -30,7 +30,9 @@ SCRIPT = """
 
 
 def forget(store: Store, job_id: str, number: int) -> None:
-    """Take away what came of a round and after it: a coordinator that is lost before the round leaves a job like that."""
+    """Take away what came of a round and after it: a coordinator that is lost before the round
+    leaves a job like that.
+    """
     paths = JobPaths(job_id)
     for gone in (paths.result, paths.record(number)):
         store.remove(gone)

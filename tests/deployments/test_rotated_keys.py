@@ -1,4 +1,6 @@
-"""The store's keys are changed while a job runs: the job fails in seconds and says so, and goes on with the new keys."""
+"""The store's keys are changed while a job runs: the job fails in seconds and says so, and goes
+on with the new keys.
+"""
 
 import time
 from pathlib import Path

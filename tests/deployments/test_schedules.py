@@ -1,4 +1,6 @@
-"""Runs of a deployment that would overlap: what a schedule does while the last run is still under way."""
+"""Runs of a deployment that would overlap: what a schedule does while the last run is still
+under way.
+"""
 
 import asyncio
 import threading

@@ -1,4 +1,6 @@
-"""What a script learns, and what becomes of one that errs, at sites that are processes of their own."""
+"""What a script learns, and what becomes of one that errs, at sites that are processes of their
+own.
+"""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""What the server knows of a site's worker: that it is there, that it has gone, and that there is only one."""
+"""What the server knows of a site's worker: that it is there, that it has gone, and that there
+is only one.
+"""
 
 import asyncio
 import signal
@@ -60,7 +62,9 @@ def claim_to(site: str) -> Holder | None:
 
 
 def seem_elsewhere(site: str) -> None:
-    """Have a site's claim say that its process is on another machine, where nobody here can look for it."""
+    """Have a site's claim say that its process is on another machine, where nobody here can look
+    for it.
+    """
     holder = claim_to(site)
     assert holder is not None
 

@@ -1,4 +1,6 @@
-"""The site's worker: what it does when it is asked in order, and that nothing else of what it is handed is ever run."""
+"""The site's worker: what it does when it is asked in order, and that nothing else of what it is
+handed is ever run.
+"""
 
 import asyncio
 import textwrap
@@ -45,7 +47,8 @@ SCRIPT = """
 
 
 class Job:
-    """A staged job whose coordinator is the test: it asks a site for rounds, and reads what came of them from the store.
+    """A staged job whose coordinator is the test: it asks a site for rounds, and reads what came of
+    them from the store.
 
     Args:
         folder: of store, script and gate.
@@ -80,7 +83,9 @@ class Job:
         wait_until((self.folder / "training").exists)
 
     def ask(self, round: int = 0, deployment: str | None = None) -> FlowRun:
-        """Write the assignment of a round, and create its run, of the site's own deployment or of another."""
+        """Write the assignment of a round, and create its run, of the site's own deployment or
+        of another.
+        """
         model = self.recipe.model.digest
         if round > 0:  # every round starts from the same model
             self.store.write_bytes(self.paths.global_model(round), self.store.read_bytes(self.paths.global_model(0)))

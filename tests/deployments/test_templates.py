@@ -1,4 +1,6 @@
-"""A site behind a process, docker or kubernetes pool: what the templates fix, and a process pool for real."""
+"""A site behind a process, docker or kubernetes pool: what the templates fix, and a process pool
+for real.
+"""
 
 import asyncio
 import json
@@ -93,7 +95,9 @@ HOSTILE: dict[str, Any] = {
 
 
 def configured(kind: str, values: dict[str, Any], **given: Any) -> Any:
-    """The configuration of a job as the pool's worker makes it from the template and a deployment's job variables."""
+    """The configuration of a job as the pool's worker makes it from the template and a
+    deployment's job variables.
+    """
     template = base_job_template(kind, name=SITE, **GIVEN[kind] | given)  # type: ignore[arg-type]
     return asyncio.run(CONFIGURATIONS[kind].from_template_and_values(json.loads(json.dumps(template)), values))
 
@@ -229,7 +233,9 @@ def test_a_variable_is_written_as_name_and_value() -> None:
 
 
 class ProcessPool:
-    """A site behind a stock process worker, on a pool made with our template, registered by our command."""
+    """A site behind a stock process worker, on a pool made with our template, registered by our
+    command.
+    """
 
     def __init__(self, api_url: str, folder: Path) -> None:
         self.folder = folder
@@ -282,7 +288,9 @@ def pool(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 class StagedJob:
-    """A job in a store, and the assignment of its round 0 to the site: what a coordinator leaves there."""
+    """A job in a store, and the assignment of its round 0 to the site: what a coordinator leaves
+    there.
+    """
 
     def __init__(self, folder: Path, script: str = ADD_ONE) -> None:
         self.store = Store(folder / "store")
@@ -410,7 +418,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts `fedpool site run` as the command of a container is: nobody else stops it when the run is cancelled."""
+    """Starts `fedpool site run` as the command of a container is: nobody else stops it when the
+    run is cancelled.
+    """
     started = []
 
     def start(run_id: UUID, **variables: str) -> "subprocess.Popen[str]":

@@ -1,4 +1,6 @@
-"""Trackers hold every scalar of every site with step and time, and the server's metrics; read back by the trackers' own means."""
+"""Trackers hold every scalar of every site with step and time, and the server's metrics; read
+back by the trackers' own means.
+"""
 
 import os
 import time

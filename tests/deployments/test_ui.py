@@ -39,7 +39,9 @@ SCRIPT = """
 
 
 async def read(run: Run, *, num_tasks: int = 0) -> dict[str, Any]:
-    """The flow runs, task runs, logs and artifacts of a job; waits for its tasks, which the server records once a second."""
+    """The flow runs, task runs, logs and artifacts of a job; waits for its tasks, which the
+    server records once a second.
+    """
     async with get_client() as client:
         newest = await client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=200)  # the tests share one server
         job = next(r for r in newest if (r.parameters or {}).get("job_id") == run.job_id)

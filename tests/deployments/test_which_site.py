@@ -1,4 +1,6 @@
-"""A script learns which of how many sites it is, by names that people count: the same in every environment."""
+"""A script learns which of how many sites it is, by names that people count: the same in every
+environment.
+"""
 
 import json
 from collections.abc import Callable

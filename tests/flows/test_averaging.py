@@ -1,4 +1,6 @@
-"""The field `aggregator` of a recipe: what it takes, what its job and its deployments' form have of it."""
+"""The field `aggregator` of a recipe: what it takes, what its job and its deployments' form have
+of it.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Federated averaging: the laws of a strategy that averages, a naive reference, and the oracle's small exact cases."""
+"""Federated averaging: the laws of a strategy that averages, a naive reference, and the oracle's
+small exact cases.
+"""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -47,7 +49,9 @@ def apply(updates: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray[Any, n
 def aggregated(
     updates: Sequence[tuple[str, float, Mapping[str, Any]]], base: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[dict[str, Any], bytes]:
-    """The next global model through the store, in the order in which the updates are given, and its bytes."""
+    """The next global model through the store, in the order in which the updates are given, and
+    its bytes.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as root:
         store, paths = Store(root), JobPaths("job")
         with store.staged(paths.global_model(0)) as file:

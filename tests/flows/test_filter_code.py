@@ -1,4 +1,6 @@
-"""The code of a filter of the user's own: it travels to the sites, which run it only where they allow it."""
+"""The code of a filter of the user's own: it travels to the sites, which run it only where they
+allow it.
+"""
 
 import importlib
 import sys

@@ -1,4 +1,6 @@
-"""A model with an attention mask, whose buffer holds -inf by design, through whole jobs; what nobody can mean is told at once."""
+"""A model with an attention mask, whose buffer holds -inf by design, through whole jobs; what
+nobody can mean is told at once.
+"""
 
 import json
 from collections.abc import Callable

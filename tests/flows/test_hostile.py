@@ -1,7 +1,9 @@
-"""A hostile site: whatever it puts into the store is rejected with a reason of its own, and the global model stays as it was.
+"""A hostile site: whatever it puts into the store is rejected with a reason of its own, and the
+global model stays as it was.
 
-The site writes to the store itself, as one could that does not run our code; the other site is honest. Each case goes through
-the flow of a whole round, and must come out with the very bytes of the model that the honest site alone makes.
+The site writes to the store itself, as one could that does not run our code; the other site is
+honest. Each case goes through the flow of a whole round, and must come out with the very bytes of
+the model that the honest site alone makes.
 """
 
 import asyncio
@@ -223,7 +225,9 @@ CASES: dict[str, tuple[Case, str, str]] = {
 
 
 class HostileSites:
-    """Two sites behind a store: site-1 is honest, site-2 sends what a case says, one in each round."""
+    """Two sites behind a store: site-1 is honest, site-2 sends what a case says, one in each
+    round.
+    """
 
     traits: ClassVar[Traits] = SIMULATED
     num_slots = 2
@@ -292,7 +296,9 @@ def test_it_is_rejected_with_its_own_reason_and_changes_nothing(case: str, attac
 
 @dataclass(frozen=True)
 class Swapping(FedAvg):
-    """Swaps site-2's update in the instant between the gate and the aggregation: that asks first whether to survey."""
+    """Swaps site-2's update in the instant between the gate and the aggregation: that asks first
+    whether to survey.
+    """
 
     path: Path = Path()
 

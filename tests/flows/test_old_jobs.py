@@ -1,4 +1,6 @@
-"""Jobs that earlier versions wrote: what they hold has the meaning that it had then, to the byte."""
+"""Jobs that earlier versions wrote: what they hold has the meaning that it had then, to the
+byte.
+"""
 
 import json
 import shutil

@@ -65,7 +65,9 @@ def test_the_registry_loads_no_recipe() -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], type[TrainingRecipe]]:
-    """Installs a package with a recipe, as pip would, and gives its class; with the value of its entry point, if any."""
+    """Installs a package with a recipe, as pip would, and gives its class; with the value of its
+    entry point, if any.
+    """
 
     def install(entry_point: str) -> type[TrainingRecipe]:
         site = tmp_path / "site-packages"

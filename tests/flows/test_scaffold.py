@@ -1,4 +1,6 @@
-"""SCAFFOLD over whole jobs: the server's variate is the mean of the sites', whatever becomes of their updates."""
+"""SCAFFOLD over whole jobs: the server's variate is the mean of the sites', whatever becomes of
+their updates.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +48,9 @@ SCRIPT = """
 
 
 def variates(run: Run) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]], dict[str, float]]:
-    """The server's variate at the job's end; the sites', by what counted of them; and the weights that they first had."""
+    """The server's variate at the job's end; the sites', by what counted of them; and the
+    weights that they first had.
+    """
     store, paths = Store(Path(run.path).parent), JobPaths(run.job_id)
     records = [record for record in run.get_result().rounds if record["task"] == "train"]
     own = {site: np.zeros(3) for site in store.read_json(paths.job)["sites"]}

@@ -27,7 +27,9 @@ ROUNDS, SITES, SIZE = 4, 3, 5
 
 
 def drawn(seed: int) -> tuple[Array, Array, Array]:
-    """An initial model (SIZE,), the sites' models (ROUNDS, SITES, SIZE) and their weights (ROUNDS, SITES)."""
+    """An initial model (SIZE,), the sites' models (ROUNDS, SITES, SIZE) and their weights
+    (ROUNDS, SITES).
+    """
     rng = np.random.default_rng(seed)
     return rng.normal(size=SIZE), rng.normal(size=(ROUNDS, SITES, SIZE)), rng.uniform(0.1, 9, (ROUNDS, SITES))
 
@@ -294,7 +296,9 @@ def test_without_momentum_fedadagrad_steps_by_this_rounds_difference_alone() -> 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_scaffolds_variate_is_the_weighted_mean_of_the_sites_whoever_takes_part(seed: int) -> None:
-    """Twelve rounds of 3 of 6 sites of unequal weights: c = sum_k w_k c_k / sum_k w_k, once all have been heard of."""
+    """Twelve rounds of 3 of 6 sites of unequal weights: c = sum_k w_k c_k / sum_k w_k, once all
+    have been heard of.
+    """
     rng = np.random.default_rng(seed)
     weights = {f"s{k}": float(w) for k, w in enumerate(rng.uniform(1, 9, 6))} | {"s5": 0.0}
     own = {site: np.zeros(SIZE) for site in weights}

@@ -107,7 +107,9 @@ def test_a_job_without_a_result_is_verified_as_far_as_it_went(job: Path, capsys:
 
 
 def forge(job: Path) -> None:
-    """Another update in place of site-1's, with all hashes to match, but for the model that was made of it."""
+    """Another update in place of site-1's, with all hashes to match, but for the model that was
+    made of it.
+    """
     folder = job / "rounds/00000/sites/site-1"
     tensors = load_file(folder / "update.safetensors")
     tensors["w"] = tensors["w"] + 1

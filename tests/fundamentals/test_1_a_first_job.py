@@ -1,4 +1,6 @@
-"""A federated job in three steps: a client script, a recipe, an environment. Read the files here in order, as a tutorial."""
+"""A federated job in three steps: a client script, a recipe, an environment. Read the files here
+in order, as a tutorial.
+"""
 
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import pytest
 
 from fedpool import FedAvgRecipe, SimEnv
 
-# 1. A client script is a training script plus a few lines. This one "trains" by adding 1 to what it receives.
+# 1. A client script is a training script plus a few lines. This one "trains" by adding 1 to what it
+# receives.
 CLIENT = """
 import fedpool.client as flare
 

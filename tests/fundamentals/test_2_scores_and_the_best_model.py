@@ -1,4 +1,6 @@
-"""Sites score the model that they receive; the best global model is the one with the best score of its own."""
+"""Sites score the model that they receive; the best global model is the one with the best score
+of its own.
+"""
 
 from collections.abc import Callable
 

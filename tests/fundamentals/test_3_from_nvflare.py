@@ -1,4 +1,6 @@
-"""A script written for NVFlare works after `fedpool migrate` has changed its imports, and nothing else."""
+"""A script written for NVFlare works after `fedpool migrate` has changed its imports, and
+nothing else.
+"""
 
 from collections.abc import Callable
 

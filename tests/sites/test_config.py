@@ -1,4 +1,6 @@
-"""A site's settings: from a TOML file, the environment, or both, and said clearly when they do not fit."""
+"""A site's settings: from a TOML file, the environment, or both, and said clearly when they do
+not fit.
+"""
 
 from pathlib import Path
 

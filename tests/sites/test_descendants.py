@@ -1,4 +1,6 @@
-"""What a script starts ends with it, however the script ends and wherever its child has gone: in simulation as at a site."""
+"""What a script starts ends with it, however the script ends and wherever its child has gone: in
+simulation as at a site.
+"""
 
 import os
 import signal
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux lets a process adopt what has lost its parent"
 )
 
-# A child in a session of its own; a daemon, whose parent has ended; a daemon's own child. Each writes its pid, then sleeps.
+# A child in a session of its own; a daemon, whose parent has ended; a daemon's own child. Each
+# writes its pid, then sleeps.
 FAMILY = """
     import os, pathlib, subprocess, sys, threading
 

@@ -1,4 +1,6 @@
-"""File handles: raised where the system allows it, refused early where it does not, named as the cause when they run out."""
+"""File handles: raised where the system allows it, refused early where it does not, named as the
+cause when they run out.
+"""
 
 import os
 import resource

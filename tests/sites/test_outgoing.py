@@ -1,4 +1,6 @@
-"""What leaves a site: nothing that is excluded, differences where they are asked for, and what the filters make of the rest."""
+"""What leaves a site: nothing that is excluded, differences where they are asked for, and what
+the filters make of the rest.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Client scripts as processes of their own: how they start, how they end, and that none outlives its host."""
+"""Client scripts as processes: how they start and end, and that none outlives its host."""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""What lives at a site between rounds: sessions that stay warm, and that end with their job, with the site, or idle."""
+"""What lives at a site between rounds: sessions that stay warm, and that end with their job,
+with the site, or idle.
+"""
 
 import tempfile
 import textwrap

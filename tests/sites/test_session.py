@@ -20,7 +20,9 @@ PATHS = JobPaths("job-1")
 
 
 class Region:
-    """A session without a script: it answers the mean of what its own sites would have sent, and fails as often as it is told."""
+    """A session without a script: it answers the mean of what its own sites would have sent, and
+    fails as often as it is told.
+    """
 
     def __init__(self, steps: list[float], failures: int = 0) -> None:
         self.steps = steps

@@ -1,4 +1,6 @@
-"""Aggregation as a stream: block by block from the store's updates to the next global model in the store."""
+"""Aggregation as a stream: block by block from the store's updates to the next global model in
+the store.
+"""
 
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,6 @@
-"""Who is missing from a round and why: equal causes are told once, with all the sites and rounds that had them."""
+"""Who is missing from a round and why: equal causes are told once, with all the sites and rounds
+that had them.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Metrics over the rounds as pictures, and how they and the other artifacts reach the Prefect UI at a job's end."""
+"""Metrics over the rounds as pictures, and how they and the other artifacts reach the Prefect UI
+at a job's end.
+"""
 
 import asyncio
 import base64

@@ -1,4 +1,6 @@
-"""The gate: an update is accepted, or rejected with a code and a reason that says what was wrong."""
+"""The gate: an update is accepted, or rejected with a code and a reason that says what was
+wrong.
+"""
 
 import math
 from collections.abc import Mapping

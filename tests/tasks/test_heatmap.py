@@ -1,4 +1,6 @@
-"""The picture of a cross-site matrix: sound SVG whatever the names, darker where it is better, empty where there is no score."""
+"""The picture of a cross-site matrix: sound SVG whatever the names, darker where it is better,
+empty where there is no score.
+"""
 
 import re
 from xml.etree import ElementTree

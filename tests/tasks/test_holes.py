@@ -1,4 +1,6 @@
-"""Infinities that a model holds by design pass the gate unchanged, are kept to the bit, and count in no mean and no norm."""
+"""Infinities that a model holds by design pass the gate unchanged, are kept to the bit, and
+count in no mean and no norm.
+"""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""A metric that the recipe goes by and no site reports: an error where the user asked for it, else a warning."""
+"""A metric that the recipe goes by and no site reports: an error where the user asked for it,
+else a warning.
+"""
 
 from typing import Any
 

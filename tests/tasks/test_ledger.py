@@ -1,4 +1,6 @@
-"""The ledger: what a job has committed, advanced by whoever commits, takes up or verifies a round."""
+"""The ledger: what a job has committed, advanced by whoever commits, takes up or verifies a
+round.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""What we rely on of Prefect that it does not document, each on a real object: an upgrade of Prefect fails here first."""
+"""What we rely on of Prefect that it does not document, each on a real object: an upgrade of
+Prefect fails here first.
+"""
 
 import asyncio
 import contextvars

@@ -1,4 +1,6 @@
-"""Submitted models as the global models of rounds to come: tensor by tensor what was submitted, in sorted order of the sites."""
+"""Submitted models as the global models of rounds to come: tensor by tensor what was submitted,
+in sorted order of the sites.
+"""
 
 import os
 from pathlib import Path

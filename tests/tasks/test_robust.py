@@ -40,7 +40,9 @@ def made(name: str, **changes: Any) -> Aggregator:
 def combined(
     aggregator: Aggregator, models: Array, weights: Sequence[float] | None = None, base: Array | None = None
 ) -> Array:
-    """The aggregate of (n, elements) models, as the stream computes it: a survey first where one is wanted."""
+    """The aggregate of (n, elements) models, as the stream computes it: a survey first where one
+    is wanted.
+    """
     start = torch.zeros(models.shape[1], dtype=torch.float64) if base is None else torch.from_numpy(base)
     each = [1.0] * len(models) if weights is None else list(weights)
     values = [torch.from_numpy(model.copy()) for model in models]

@@ -1,4 +1,6 @@
-"""Late updates that count in a later round: what they come to, what they weigh, and that each counts at most once."""
+"""Late updates that count in a later round: what they come to, what they weigh, and that each
+counts at most once.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,7 +39,9 @@ Params = Mapping[str, Any]
 
 
 class Rounds:
-    """Rounds of a local store, each with its own global model, and real updates that passed the gate."""
+    """Rounds of a local store, each with its own global model, and real updates that passed the
+    gate.
+    """
 
     def __init__(self, folder: Path, *models: Params) -> None:
         self.store = Store(folder)

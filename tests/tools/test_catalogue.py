@@ -1,4 +1,6 @@
-"""The catalogue says what is so: its pages are up to date, and what they say of scripts, rules and fields holds."""
+"""The catalogue says what is so: its pages are up to date, and what they say of scripts, rules
+and fields holds.
+"""
 
 import importlib.util
 import re

@@ -1,6 +1,8 @@
-"""A docstring as the catalogue prints it: its text in markdown, its paper, and what it says in sections of the catalogue's own.
+"""A docstring as the catalogue prints it: its text in markdown, its paper, and what it says in
+sections of the catalogue's own.
 
-Griffe finds the sections. Those of an API's reference (`Args:`, `Raises:`) are left out. An indented block is code.
+Griffe finds the sections. Those of an API's reference (`Args:`, `Raises:`) are left out. An
+indented block is code.
 """
 
 import inspect
@@ -32,14 +34,17 @@ class Described:
     rest: str
     """What follows, in markdown."""
     sections: Mapping[str, Section]
-    """Name -> section, of those that are none of a reference's: `client-script`, `needs`, `paper`."""
+    """Name -> section, of those that are none of a reference's: `client-script`, `needs`,
+    `paper`.
+    """
 
     @property
     def paper(self) -> str:
         """The paper as a link with authors, year and place in it; empty when none is cited.
 
         Raises:
-            ValueError: the section does not read as `Doe et al. 2020, "Title", place (https://...)`.
+            ValueError: the section does not read as `Doe et al. 2020, "Title", place
+                (https://...)`.
         """
         if "paper" not in self.sections:
             return ""

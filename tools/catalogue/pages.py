@@ -1,8 +1,10 @@
-"""The pages of the recipe catalogue, `docs/recipes/`: one for each recipe, made of docstrings, fields and what was measured.
+"""The pages of the recipe catalogue, `docs/recipes/`: one for each recipe, made of docstrings,
+fields and what was measured.
 
-A page takes the mechanism from the docstring of the recipe's module, and the paper from its section `Paper`; when to use it
-from the docstring of its class, and what the script has to do from the section `Client script: FILE` there; what the server does
-from the docstring of its strategy. An aggregator says in `Needs` how many updates it works with.
+A page takes the mechanism from the docstring of the recipe's module, and the paper from its section
+`Paper`; when to use it from the docstring of its class, and what the script has to do from the
+section `Client script: FILE` there; what the server does from the docstring of its strategy. An
+aggregator says in `Needs` how many updates it works with.
 """
 
 import inspect
@@ -49,7 +51,9 @@ def page_name(kind: type[Recipe]) -> str:
 
 
 def script(kind: type[Recipe]) -> Script:
-    """What a recipe asks of the client script; of one that asks for nothing more, what federated averaging does."""
+    """What a recipe asks of the client script; of one that asks for nothing more, what federated
+    averaging does.
+    """
     found = describe_script(kind)
     if _CODE.search(found.text):
         return found

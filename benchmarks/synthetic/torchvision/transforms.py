@@ -19,7 +19,9 @@ class Compose:
 
 
 class ToTensor:
-    """An array of bytes, channels last or none, to a tensor of floats from 0 to 1, channels first."""
+    """An array of bytes, channels last or none, to a tensor of floats from 0 to 1, channels
+    first.
+    """
 
     def __call__(self, image: Any) -> torch.Tensor:
         tensor = torch.as_tensor(image).float() / 255

@@ -9,11 +9,13 @@
         input_model = flare.receive()
         model.load_state_dict(input_model.params)
         ...                                            # your own training loop
-        flare.send(flare.FLModel(params=model.state_dict(), metrics={"accuracy": score_of_received_model},
-                                 meta={"NUM_STEPS_CURRENT_ROUND": steps}))
+        metrics = {"accuracy": score_of_received_model}
+        meta = {"NUM_STEPS_CURRENT_ROUND": steps}
+        flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, meta=meta))
 
-Function names, `FLModel` and `ParamsType` are those of `nvflare.client`. Importing this module costs neither Prefect nor
-torch. Run with no host around, a script goes through one round on its own initial weights.
+Function names, `FLModel` and `ParamsType` are those of `nvflare.client`. Importing this module
+costs neither Prefect nor torch. Run with no host around, a script goes through one round on its own
+initial weights.
 """
 
 import warnings
@@ -72,7 +74,9 @@ def _current(ctx: _Client | None = None) -> _Client:
 
 
 def _ensure_started(rank: int | None = None) -> _Client:
-    """The client, connected to its host if `init` was not called yet; for the trainer integrations."""
+    """The client, connected to its host if `init` was not called yet; for the trainer
+    integrations.
+    """
     global _client
     if _client is None:
         _client = _start(rank, "torch")
@@ -85,9 +89,12 @@ def init(
     """Connect this script to its host; call it once, before anything else.
 
     Args:
-        rank: the global rank of this process under torchrun; only rank 0 talks. Read from `RANK` when None.
-        config_file: accepted for compatibility and not read, which a warning says: recipe and site configure the script.
-        params_format: "torch" or "numpy": how params arrive. None: torch when the script has imported it, else numpy.
+        rank: the global rank of this process under torchrun; only rank 0 talks. Read from `RANK`
+            when None.
+        config_file: accepted for compatibility and not read, which a warning says: recipe and site
+            configure the script.
+        params_format: "torch" or "numpy": how params arrive. None: torch when the script has
+            imported it, else numpy.
 
     Returns: what the other functions take as `ctx`. They do without: a process is one client.
 
@@ -120,9 +127,11 @@ def receive(timeout: float | None = None, ctx: _Client | None = None) -> FLModel
     """The global model of the round; the same one when called again in the round.
 
     Args:
-        timeout: seconds to wait for an assignment; None waits until there is one or the job is over.
+        timeout: seconds to wait for an assignment; None waits until there is one or the job is
+            over.
 
-    Returns: a model with `params`, `current_round`, `total_rounds` and `meta`; None after `timeout` or when the job is over.
+    Returns: a model with `params`, `current_round`, `total_rounds` and `meta`; None after `timeout`
+    or when the job is over.
     """
     return _current(ctx).receive(timeout)
 
@@ -131,20 +140,24 @@ def send(model: FLModel, clear_cache: bool = True, ctx: _Client | None = None) -
     """Send the round's update, once a round, after `receive()`.
 
     Args:
-        model: `params` (name -> torch tensor or numpy array), `metrics` (name -> number, the score of the *received*
-            model), or both; `meta["NUM_STEPS_CURRENT_ROUND"]` is the update's weight (1 when absent).
+        model: `params` (name -> torch tensor or numpy array), `metrics` (name -> number, the score
+            of the *received* model), or both; `meta["NUM_STEPS_CURRENT_ROUND"]` is the update's
+            weight (1 when absent).
         clear_cache: accepted for compatibility; nothing is cached past a send.
 
     Raises:
-        ClientError: out of order, not an `FLModel`, neither params nor metrics, or params that are not a dict of arrays.
+        ClientError: out of order, not an `FLModel`, neither params nor metrics, or params that are
+            not a dict of arrays.
     """
     _current(ctx).send(model)
 
 
 def keep(name: str, params: Mapping[str, Any]) -> None:
-    """Keep tensors at this site, from this round to the next ones, whatever becomes of this process. They never leave the site.
+    """Keep tensors at this site, from this round to the next ones, whatever becomes of this
+    process. They never leave the site.
 
-    A round that is asked for again starts from what was kept before it, so keep all that training goes on from.
+    A round that is asked for again starts from what was kept before it, so keep all that training
+    goes on from.
 
     Args:
         name: what to find them by: letters, digits, `.`, `_` and `-`.
@@ -160,8 +173,9 @@ def kept(name: str, *, initial: bool = False) -> dict[str, Any] | None:
     """What this site kept under a name in an earlier round; None when there is nothing.
 
     Args:
-        initial: where there is nothing, give the model that a site's own one starts from: the job's initial model with a
-            recipe that says so (`DittoRecipe(personal_start="initial")`), else the received one.
+        initial: where there is nothing, give the model that a site's own one starts from: the job's
+            initial model with a recipe that says so (`DittoRecipe(personal_start="initial")`), else
+            the received one.
 
     Raises:
         ClientError: outside a round.
@@ -200,12 +214,16 @@ def get_task_name(ctx: _Client | None = None) -> str:
 
 
 def get_config(ctx: _Client | None = None) -> dict[str, Any]:
-    """What the recipe (`config`, over that `per_site_config`) and, over both, the site itself configured for this script."""
+    """What the recipe (`config`, over that `per_site_config`) and, over both, the site itself
+    configured for this script.
+    """
     return _current(ctx).config
 
 
 def system_info(ctx: _Client | None = None) -> dict[str, str | int]:
-    """`job_id`, `site_name`, and `site_index` of `num_sites`: sites count from 0 in the natural order of their names."""
+    """`job_id`, `site_name`, and `site_index` of `num_sites`: sites count from 0 in the natural
+    order of their names.
+    """
     return _current(ctx).system_info
 
 
@@ -215,8 +233,9 @@ def log(key: str, value: Any, data_type: Any = None, ctx: _Client | None = None,
     Args:
         key: its name.
         value: a number, numpy scalar or one-element tensor.
-        data_type: an `AnalyticsDataType`: `SCALARS` and `METRICS` take a dict of numbers; `TEXT`, `PARAMETER`, `TAG` and the
-            dicts of them go to the site's log only. Anything else is ignored.
+        data_type: an `AnalyticsDataType`: `SCALARS` and `METRICS` take a dict of numbers; `TEXT`,
+            `PARAMETER`, `TAG` and the dicts of them go to the site's log only. Anything else is
+            ignored.
         ctx: what `init` has returned.
         where: what else to show in the log, for example `global_step=12`.
     """

@@ -1,4 +1,6 @@
-"""The client API's state machine: what may be called when, and what a call does. One `Client` lives in a client script."""
+"""The client API's state machine: what may be called when, and what a call does. One `Client`
+lives in a client script.
+"""
 
 import re
 import sys
@@ -107,8 +109,8 @@ class Client:
     def join_ranks(self, rank: int) -> None:
         """From here on be one rank of the process group, which must be there; collective.
 
-        For launchers that start the other ranks from within the script. Under torchrun it changes nothing but that the
-        ranks above 0 learn site, job and config now.
+        For launchers that start the other ranks from within the script. Under torchrun it changes
+        nothing but that the ranks above 0 learn site, job and config now.
         """
         if not isinstance(self._host, TorchrunHost):
             self._host = TorchrunHost(rank, self._host)
@@ -117,8 +119,9 @@ class Client:
     def is_running(self) -> bool:
         """Block until there is an assignment (True) or the job is over (False).
 
-        Called again before the round was sent, it would only give the same assignment again, for ever. A script that has
-        neither received nor asked for the task may look twice, as in `if is_running(): while is_running(): ...`.
+        Called again before the round was sent, it would only give the same assignment again, for
+        ever. A script that has neither received nor asked for the task may look twice, as in `if
+        is_running(): while is_running(): ...`.
 
         Raises:
             ClientError: the script has gone through a round without sending.
@@ -140,7 +143,9 @@ class Client:
         return True
 
     def receive(self, timeout: float | None = None) -> FLModel | None:
-        """The global model of the round; the same one again in the same round; None after timeout seconds or at the end."""
+        """The global model of the round; the same one again in the same round; None after
+        timeout seconds or at the end.
+        """
         if self._follows and not self._looks_itself:
             self._catch_up()
         if self._assignment is None:
@@ -156,7 +161,8 @@ class Client:
             if assignment.exclude:
                 params.update(self.kept(_EXCLUDED) or {})
             extras = self._extras(assignment)
-            # Scripts size schedules by the number of rounds: those after the training do not count beyond it.
+            # Scripts size schedules by the number of rounds: those after the training do not count
+            # beyond it.
             total_rounds = max(1, assignment.total_rounds)
             current_round = min(assignment.round, total_rounds - 1)
             self._model = FLModel(
@@ -233,7 +239,9 @@ class Client:
         keeping.keep_with_update(self._in_round("keep", name), name, params)
 
     def kept_with_update(self, name: str) -> tuple[dict[str, Any] | None, float]:
-        """What was kept with the last update that counted, and the factor on that update's difference."""
+        """What was kept with the last update that counted, and the factor on that update's
+        difference.
+        """
         return keeping.kept_with_update(self._in_round("kept", name), name, self._params_format())
 
     def count_nothing(self) -> None:
@@ -298,7 +306,9 @@ class Client:
         return isinstance(self._host, TorchrunHost) and self._host.follows
 
     def _catch_up(self) -> None:
-        """Of a rank that leaves it to rank 0 to ask: see whether rank 0 is in another round by now."""
+        """Of a rank that leaves it to rank 0 to ask: see whether rank 0 is in another round by
+        now.
+        """
         assert isinstance(self._host, TorchrunHost)
         if self._host.catch_up():
             self._assignment = self._model = None
@@ -326,7 +336,8 @@ class Client:
             control = sent_control(model.meta, params, self.config) if assignment.task == "train" else None
             extras = model.extras if control is None else {**model.extras, CONTROL: control}
             beside_them = _beside(extras, excluded)
-            # Without a host there is nowhere to write: the params are checked and counted all the same.
+            # Without a host there is nowhere to write: the params are checked and counted all the
+            # same.
             with explained(assignment.update or "update"), Path(assignment.update or "/dev/null").open("wb") as file:
                 save_arrays(file, sent | beside_them)
             # A DIFF of a parameter that stays here is not a value to go on from; FULL is.

@@ -1,7 +1,9 @@
-"""The names that client scripts take from NVFlare's deeper modules; `fedpool migrate` points their imports here.
+"""The names that client scripts take from NVFlare's deeper modules; `fedpool migrate` points their
+imports here.
 
-Names and values are NVFlare's, because scripts use them as keys and compare with them. What fedpool gives these keys is told by
-docs/from-nvflare.md. This module imports nothing but the standard library.
+Names and values are NVFlare's, because scripts use them as keys and compare with them. What fedpool
+gives these keys is told by docs/from-nvflare.md. This module imports nothing but the standard
+library.
 """
 
 import functools
@@ -45,7 +47,9 @@ __all__ = [
 
 
 class FLMetaKey:
-    """Keys of `FLModel.meta`. Of those that a script sends `NUM_STEPS_CURRENT_ROUND` has a meaning here."""
+    """Keys of `FLModel.meta`. Of those that a script sends `NUM_STEPS_CURRENT_ROUND` has a
+    meaning here.
+    """
 
     NUM_STEPS_CURRENT_ROUND = NUM_STEPS
     PROCESSED_ALGORITHM = "PROCESSED_ALGORITHM"
@@ -101,13 +105,17 @@ class AlgorithmConstants:
 
 
 class NPConstants:
-    """The name of the one array that NVFlare's NumPy recipes exchange: give the recipe `model={"numpy_key": array}`."""
+    """The name of the one array that NVFlare's NumPy recipes exchange: give the recipe
+    `model={"numpy_key": array}`.
+    """
 
     NUMPY_KEY = "numpy_key"
 
 
 class ExchangeFormat(StrEnum):
-    """How params arrive; here `flare.init(params_format=...)` says so, or what the script has imported."""
+    """How params arrive; here `flare.init(params_format=...)` says so, or what the script has
+    imported.
+    """
 
     RAW = "raw"
     PYTORCH = "pytorch"
@@ -123,7 +131,9 @@ class TransferType(StrEnum):
 
 
 class ConfigKey:
-    """Keys of NVFlare's client configuration; fedpool sets none of them, so `get_config().get(...)` gives its default."""
+    """Keys of NVFlare's client configuration; fedpool sets none of them, so
+    `get_config().get(...)` gives its default.
+    """
 
     EXCHANGE_FORMAT = "exchange_format"
     SERVER_EXPECTED_FORMAT = "server_expected_format"
@@ -179,7 +189,8 @@ _REFUSED = (
 def entries(key: str, value: Any, data_type: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `log(key, value, data_type)` says: numbers by their names, and texts by theirs.
 
-    SCALARS are named `key/name`, as TensorBoard shows them; METRICS, PARAMETERS and TAGS by their own names, as MLflow does.
+    SCALARS are named `key/name`, as TensorBoard shows them; METRICS, PARAMETERS and TAGS by their
+    own names, as MLflow does.
 
     Raises:
         ClientError: a data type that cannot be logged here, or several values that are not a dict.
@@ -199,7 +210,8 @@ def entries(key: str, value: Any, data_type: Any) -> tuple[dict[str, Any], dict[
 
 
 def get_fedprox_mu(model: FLModel) -> float:
-    """The weight of FedProx's term, as the recipe gives it: of `model.meta`, or of the site's config.
+    """The weight of FedProx's term, as the recipe gives it: of `model.meta`, or of the site's
+    config.
 
     Raises:
         ClientError: neither has one, or it is not a positive number.
@@ -223,10 +235,11 @@ def train(function: Callable[..., Any]) -> Callable[..., Any]: ...
 @overload
 def train(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
 def train(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Decorate a training function: it is called with the received model and returns the `FLModel` that is sent.
+    """Decorate a training function: it is called with the received model and returns the `FLModel`
+    that is sent.
 
-    What a function decorated with `evaluate` has returned in this round is sent as its metrics. New scripts do better with
-    `receive()` and `send()`.
+    What a function decorated with `evaluate` has returned in this round is sent as its metrics. New
+    scripts do better with `receive()` and `send()`.
     """
 
     def decorate(train_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,10 +269,11 @@ def evaluate(function: Callable[..., Any]) -> Callable[..., Any]: ...
 @overload
 def evaluate(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
 def evaluate(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Decorate an evaluation function: it is called with the received model and returns its metrics, a dict, or one number.
+    """Decorate an evaluation function: it is called with the received model and returns its
+    metrics, a dict, or one number.
 
-    In a `train` round call it before the function that `train` decorates, which sends them. In other
-    rounds they are sent at once.
+    In a `train` round call it before the function that `train` decorates, which sends them. In
+    other rounds they are sent at once.
     """
 
     def decorate(evaluate_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,7 +297,9 @@ def evaluate(function: Callable[..., Any] | None = None, **options: Any) -> Call
 
 
 def _call_with_model(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function with the received model in place of its first argument, whatever the script gave for it."""
+    """Call a function with the received model in place of its first argument, whatever the
+    script gave for it.
+    """
     import fedpool.client
 
     first = next(iter(inspect.signature(function).parameters), None)

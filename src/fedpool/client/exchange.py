@@ -1,6 +1,8 @@
-"""What the trainer integrations share: the rounds of a trainer that fits and scores by itself, on top of a `Client`.
+"""What the trainer integrations share: the rounds of a trainer that fits and scores by itself, on
+top of a `Client`.
 
-A trainer's `fit` and `validate` become calls on an `Exchange`: load what was received, keep its score, send once a round.
+A trainer's `fit` and `validate` become calls on an `Exchange`: load what was received, keep its
+score, send once a round.
 """
 
 import warnings
@@ -23,10 +25,12 @@ from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS, NUM_STEPS, SCAFFOLD, 
 def register(client: Client, trainer: Any, options: Mapping[str, Any]) -> bool:
     """Note that a trainer is patched; returns False when this one was, with the same options.
 
-    A second trainer is warned about. It may be meant, but optimizers do not go on from one to the other.
+    A second trainer is warned about. It may be meant, but optimizers do not go on from one to the
+    other.
 
     Raises:
-        ClientError: this trainer, or another that lives, was patched with other options; the message names them.
+        ClientError: this trainer, or another that lives, was patched with other options; the
+            message names them.
     """
     previous = client.patched_trainer
     first = previous.trainer() if previous is not None else None
@@ -76,7 +80,8 @@ class Exchange:
     Args:
         client: what talks to the host.
         strict: whether names and shapes of the received params must be those of the module.
-        same_shapes: whether, if not strict, the shapes of those names that both have must be the same.
+        same_shapes: whether, if not strict, the shapes of those names that both have must be the
+            same.
         scope: which of a module's tensors are exchanged.
     """
 
@@ -96,11 +101,15 @@ class Exchange:
         return self.client.receive()
 
     def receive_to_score(self) -> FLModel | None:
-        """The round's model; None when a score would not be that of a received one: it was sent, or the job is over."""
+        """The round's model; None when a score would not be that of a received one: it was sent,
+        or the job is over.
+        """
         return None if self.client.between_rounds else self.client.receive()
 
     def take_answered(self) -> bool:
-        """Whether `scored` has answered the round, so that there is nothing to train; True once a round."""
+        """Whether `scored` has answered the round, so that there is nothing to train; True once
+        a round.
+        """
         answered, self._answered = self._answered, False
         return answered and self.client.between_rounds
 
@@ -112,7 +121,8 @@ class Exchange:
         """
         own, names = self._own(module)
         if self.client.task_name == "evaluate" and module is self._trained:
-            # After the job's last evaluation a site may be asked for the model it trained: this is the last look at it.
+            # After the job's last evaluation a site may be asked for the model it trained: this is
+            # the last look at it.
             self._kept = {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
         self._trained = None
         if params := self._received():  # a standalone run has none: it goes on from the module's own weights
@@ -128,15 +138,16 @@ class Exchange:
         return ProximalTerm(proximal_mu(self.client.config), module, anchors)
 
     def begin_steps(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Have the round's steps done as the recipe's algorithm wants them: corrected by SCAFFOLD, or counted for FedNova.
+        """Have the round's steps done as the recipe's algorithm wants them: corrected by SCAFFOLD,
+        or counted for FedNova.
 
         Args:
             module: what is trained, at the received values.
             optimizers: torch's own, not what wraps them; none where there is nothing to train with.
 
         Raises:
-            ClientError: SCAFFOLD, and the received names are not the module's own; FedNova, and it cannot be told how far such an
-                optimizer goes.
+            ClientError: SCAFFOLD, and the received names are not the module's own; FedNova, and it
+                cannot be told how far such an optimizer goes.
         """
         algorithm = self.client.config.get(ALGORITHM)
         if algorithm == SCAFFOLD and (other := next((n for n, o in self._own(module)[1].items() if n != o), None)):
@@ -156,7 +167,9 @@ class Exchange:
 
     @property
     def weighs_rows(self) -> bool:
-        """Whether the weight of an update is to be the site's rows: FedNova makes up for the steps itself."""
+        """Whether the weight of an update is to be the site's rows: FedNova makes up for the
+        steps itself.
+        """
         return bool(self.client.config.get(ALGORITHM) == FEDNOVA)
 
     def send_trained(self, module: torch.nn.Module, num_steps: int, num_rows: int = 0) -> None:
@@ -199,7 +212,9 @@ class Exchange:
         self._send(self._update(own))
 
     def _own(self, module: torch.nn.Module) -> tuple[Mapping[str, torch.Tensor], Names]:
-        """What a module exchanges, by the names under which it travels; and these names' own ones."""
+        """What a module exchanges, by the names under which it travels; and these names' own
+        ones.
+        """
         names = self._scope(module, self._received().keys())
         state = module.state_dict()
         return {name: state[own] for name, own in names.items()}, names
@@ -221,7 +236,9 @@ class Exchange:
 
 
 def _meta_of(module: torch.nn.Module) -> dict[str, Any]:
-    """What the module itself wants sent as `meta`: its attribute `__fl_meta__`, a dict. A weight in it counts instead of ours."""
+    """What the module itself wants sent as `meta`: its attribute `__fl_meta__`, a dict. A weight
+    in it counts instead of ours.
+    """
     meta = getattr(module, "__fl_meta__", None) or {}
     if not isinstance(meta, dict):
         raise ClientError(f"__fl_meta__ of {type(module).__name__} must be a dict, got {type(meta).__name__}: {meta!r}")

@@ -1,4 +1,5 @@
-"""Where a client script's assignments come from: a session host, or nobody (standalone); `ranks` has rank 0 of a torchrun.
+"""Where a client script's assignments come from: a session host, or nobody (standalone); `ranks`
+has rank 0 of a torchrun.
 
 All three answer to the same four methods, `Host`; `fedpool.client.api` holds everything else.
 """
@@ -42,11 +43,12 @@ class Welcome:
 class Assignment:
     """What the script is asked to do in one round.
 
-    `model` and `update` are local paths: the global model to read, the file to write. `extras` is the path of what the
-    algorithm sends beside the model, `kept` the folder of what stays at the site, `exclude` has the patterns of parameters
-    that do; `initial` is the path of the job's initial model, where it is not `model` and sites start one of their own from it.
-    `seed` is None where nothing is seeded (standalone). `silent` ranks send nothing. `used` are the fields
-    of `fedpool.manifest.Used`: which of the site's updates counted last.
+    `model` and `update` are local paths: the global model to read, the file to write. `extras` is
+    the path of what the algorithm sends beside the model, `kept` the folder of what stays at the
+    site, `exclude` has the patterns of parameters that do; `initial` is the path of the job's
+    initial model, where it is not `model` and sites start one of their own from it. `seed` is None
+    where nothing is seeded (standalone). `silent` ranks send nothing. `used` are the fields of
+    `fedpool.manifest.Used`: which of the site's updates counted last.
     """
 
     round: int
@@ -73,7 +75,9 @@ class Host(Protocol):
         ...
 
     def next(self, timeout: float | None) -> Assignment | None:
-        """The next assignment, None when the job is over; raises `Waiting` after timeout seconds."""
+        """The next assignment, None when the job is over; raises `Waiting` after timeout
+        seconds.
+        """
         ...
 
     def params(self, assignment: Assignment, params_format: ParamsFormat) -> dict[str, Any]:
@@ -126,7 +130,9 @@ class SessionHost:
         return load_arrays(assignment.model, params_format) if assignment.model else {}
 
     def put(self, kind: str, **fields: Any) -> None:
-        """See `Host.put`: scalars that come fast are sent together, because each message wakes the host."""
+        """See `Host.put`: scalars that come fast are sent together, because each message wakes
+        the host.
+        """
         if kind == "log":
             fields["time"] = time.time()
         try:
@@ -177,11 +183,15 @@ class SessionHost:
 
 
 class InitialParams(dict[str, Any]):
-    """The empty params of a standalone run: loading them leaves a torch module at its own initial weights."""
+    """The empty params of a standalone run: loading them leaves a torch module at its own
+    initial weights.
+    """
 
 
 class Standalone:
-    """No host: one round on the script's own initial weights, so that the same file can be debugged alone."""
+    """No host: one round on the script's own initial weights, so that the same file can be
+    debugged alone.
+    """
 
     def __init__(self) -> None:
         self.welcome = Welcome("standalone", "site-1")
@@ -220,10 +230,12 @@ class Standalone:
 
 
 def let_initial_params_load() -> None:
-    """Let `module.load_state_dict(InitialParams())` be a no-op; a strict load of any other empty dict still fails.
+    """Let `module.load_state_dict(InitialParams())` be a no-op; a strict load of any other empty
+    dict still fails.
 
-    A script's `model.load_state_dict(input_model.params)` must run unchanged when there is no global model. torch offers
-    no hook that sees the dict before its keys are compared, so the method is wrapped, in standalone runs only.
+    A script's `model.load_state_dict(input_model.params)` must run unchanged when there is no
+    global model. torch offers no hook that sees the dict before its keys are compared, so the
+    method is wrapped, in standalone runs only.
     """
     import torch
     from torch.nn.modules.module import _IncompatibleKeys

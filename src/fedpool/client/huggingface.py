@@ -10,8 +10,8 @@
         trainer.evaluate()  # optional: scores the received model
         trainer.train()     # starts from the received model, and sends at its end
 
-Everything that `fedpool.client` exports is here too. Under torchrun rank 0 talks. FSDP and DeepSpeed are refused: the
-model is not whole in the process that talks.
+Everything that `fedpool.client` exports is here too. Under torchrun rank 0 talks. FSDP and
+DeepSpeed are refused: the model is not whole in the process that talks.
 """
 
 from collections.abc import Mapping
@@ -51,47 +51,60 @@ def patch(
     *,
     strict: bool = True,
 ) -> Any:
-    """Have a trainer's `train` and `evaluate` take part in the rounds; calls `flare.init()` if nobody has.
+    """Have a trainer's `train` and `evaluate` take part in the rounds; calls `flare.init()` if
+    nobody has.
 
-    `train` loads the received model, trains for the epochs or steps of its arguments and sends; the weight of the update
-    is the number of optimizer steps. `evaluate` scores the received model; its metrics, without the timings, are sent with
-    the update. Evaluation within `train` is the script's own affair.
+    `train` loads the received model, trains for the epochs or steps of its arguments and sends; the
+    weight of the update is the number of optimizer steps. `evaluate` scores the received model; its
+    metrics, without the timings, are sent with the update. Evaluation within `train` is the
+    script's own affair.
 
-    In an `evaluate` round `evaluate` sends and `train` does nothing; without a call of `evaluate`, `train` evaluates and
-    sends. In a `submit_model` round `train` sends the model that was last trained here.
+    In an `evaluate` round `evaluate` sends and `train` does nothing; without a call of `evaluate`,
+    `train` evaluates and sends. In a `submit_model` round `train` sends the model that was last
+    trained here.
 
-    The learning rate schedule that the trainer makes spans the job: it takes the steps of the first round times the number
-    of rounds for its length. A schedule of your own goes on where it was.
+    The learning rate schedule that the trainer makes spans the job: it takes the steps of the first
+    round times the number of rounds for its length. A schedule of your own goes on where it was.
 
-    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, after gradient clipping. What SCAFFOLD and
-    FedNova want of the steps is done, too; for FedNova the weight is the rows of the training data.
+    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, after gradient
+    clipping. What SCAFFOLD and FedNova want of the steps is done, too; for FedNova the weight is
+    the rows of the training data.
 
-    A dict `__fl_meta__` of the model is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in it is the weight.
+    A dict `__fl_meta__` of the model is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in
+    it is the weight.
 
-    A second call for the same trainer and with the same options changes nothing; a second trainer is warned about.
+    A second call for the same trainer and with the same options changes nothing; a second trainer
+    is warned about.
 
     Args:
         trainer: before its first `train`, with a `model`.
-        params_scope: "all" exchanges the whole model. "trainable" exchanges only the parameters that require a gradient, such
-            as a PEFT model's adapters; the recipe's model must hold just these. Adapters may be named as the model does or as
-            `get_peft_model_state_dict` does. "auto" is "trainable" for a PEFT model, unless the whole of it is received, and
-            "all" for any other. "model" and "adapter" are NVFlare's names for "all" and, for PEFT models only, "trainable".
-        server_key_prefix: what received names may, and sent ones will, begin with beyond the model's own.
-        local_epochs, local_steps: how long a round trains, in place of what the trainer's arguments say; one of them.
-        stream_metrics: whether what the trainer logs, as the loss, is sent to the host as by `flare.log`.
-        restore_state: whether optimizer, schedule and grad scaler go on where the last round left them; otherwise each
-            round starts with fresh ones, and the schedule spans the round.
-        load_state_dict_strict: NVFlare's name for `strict`, which it overrides. Unlike `strict=False`, False still refuses
-            another shape for the same name, and params of which no name is the model's.
-        strict: whether names and shapes of the received params must be those of the model. Otherwise what fits is
-            loaded, and what does not is sent back as it came.
+        params_scope: "all" exchanges the whole model. "trainable" exchanges only the parameters
+            that require a gradient, such as a PEFT model's adapters; the recipe's model must hold
+            just these. Adapters may be named as the model does or as `get_peft_model_state_dict`
+            does. "auto" is "trainable" for a PEFT model, unless the whole of it is received, and
+            "all" for any other. "model" and "adapter" are NVFlare's names for "all" and, for PEFT
+            models only, "trainable".
+        server_key_prefix: what received names may, and sent ones will, begin with beyond the
+            model's own.
+        local_epochs, local_steps: how long a round trains, in place of what the trainer's arguments
+            say; one of them.
+        stream_metrics: whether what the trainer logs, as the loss, is sent to the host as by
+            `flare.log`.
+        restore_state: whether optimizer, schedule and grad scaler go on where the last round left
+            them; otherwise each round starts with fresh ones, and the schedule spans the round.
+        load_state_dict_strict: NVFlare's name for `strict`, which it overrides. Unlike
+            `strict=False`, False still refuses another shape for the same name, and params of which
+            no name is the model's.
+        strict: whether names and shapes of the received params must be those of the model.
+            Otherwise what fits is loaded, and what does not is sent back as it came.
 
     Returns: the trainer.
 
     Raises:
-        ClientError: not a trainer, an unknown scope, adapters of a model that has none, both epochs and steps, `model_init`,
-            FSDP or DeepSpeed, or a trainer that was patched with other options. `train` raises it for a model that
-            does not fit and for a checkpoint to resume from, which would replace the received model.
+        ClientError: not a trainer, an unknown scope, adapters of a model that has none, both epochs
+            and steps, `model_init`, FSDP or DeepSpeed, or a trainer that was patched with other
+            options. `train` raises it for a model that does not fit and for a checkpoint to resume
+            from, which would replace the received model.
     """
     scope = _SCOPES.get(params_scope)
     if scope is None:

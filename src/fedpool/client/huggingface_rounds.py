@@ -1,4 +1,6 @@
-"""What a patched `Trainer` of transformers does in place of its own methods, and what it keeps from round to round."""
+"""What a patched `Trainer` of transformers does in place of its own methods, and what it keeps
+from round to round.
+"""
 
 import inspect
 import math
@@ -35,7 +37,9 @@ class Rounds:
         self._busy = False  # the trainer evaluates within train(), and evaluates its datasets one by one
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """See `huggingface.patch`; the script's own within `train`, after the round was sent, and after the job."""
+        """See `huggingface.patch`; the script's own within `train`, after the round was sent,
+        and after the job.
+        """
         if self._busy or self._exchange.receive_to_score() is None:
             return self._evaluate(*args, **kwargs)
         if self._exchange.client.task_name == "submit_model":
@@ -43,7 +47,9 @@ class Rounds:
         return self._score(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """See `huggingface.patch`; the script's own after the job. Where nothing is trained the output tells of 0 steps."""
+        """See `huggingface.patch`; the script's own after the job. Where nothing is trained the
+        output tells of 0 steps.
+        """
         nothing = TrainOutput(0, 0.0, {})
         if self._exchange.take_answered():
             return nothing
@@ -116,7 +122,9 @@ class Rounds:
 
 
 class Hooks(TrainerCallback):
-    """Where transformers calls back: the FedProx term goes into the optimizer for the time of one `train`."""
+    """Where transformers calls back: the FedProx term goes into the optimizer for the time of
+    one `train`.
+    """
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
@@ -128,8 +136,8 @@ class Hooks(TrainerCallback):
         term = self._rounds.proximal_term()
         if term is None:
             return
-        # In the step itself, where accelerate has unscaled the gradients; all but those of a fused optimizer, which does so
-        # in the step and has the factor from the scaler by then.
+        # In the step itself, where accelerate has unscaled the gradients; all but those of a fused
+        # optimizer, which does so in the step and has the factor from the scaler by then.
         inner = _unwrapped(optimizer)
 
         def add(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,7 +1,8 @@
-"""What a site keeps for itself from round to round: a file for each name and round, `00003/NAME.safetensors`.
+"""What a site keeps for itself from round to round: a file for each name and round,
+`00003/NAME.safetensors`.
 
-What holds only if the update of its round counts is kept apart for each attempt, and stays until the site is told which of its
-updates have counted.
+What holds only if the update of its round counts is kept apart for each attempt, and stays until
+the site is told which of its updates have counted.
 """
 
 import os
@@ -23,7 +24,8 @@ _NONE_COUNTED = -1
 def keep(assignment: Assignment, name: str, params: Mapping[str, Any]) -> None:
     """Keep tensors from this round on; see `fedpool.client.keep`."""
     _write(assignment, name, name, params)
-    # A round may be asked for again, and then starts from what came before it: the one before the last stays, too.
+    # A round may be asked for again, and then starts from what came before it: the one before the
+    # last stays, too.
     _remove(_before(assignment, name)[:-1])
 
 
@@ -49,7 +51,8 @@ def keep_with_update(assignment: Assignment, name: str, params: Mapping[str, Any
 def kept_with_update(
     assignment: Assignment, name: str, params_format: ParamsFormat
 ) -> tuple[dict[str, Any] | None, float]:
-    """What was kept with this site's last update that has counted, and the factor by which its difference was scaled down.
+    """What was kept with this site's last update that has counted, and the factor by which its
+    difference was scaled down.
 
     A coordinator of an earlier version does not tell which that is: then it is what was last kept.
     """
@@ -61,7 +64,8 @@ def kept_with_update(
     folder = Path(assignment.kept) / f"{number:05d}"
     path = folder / f"{_of_attempt(name, attempt)}.safetensors"
     if not path.exists():
-        # An earlier version kept it under its name alone, whatever the attempt, and nothing beside it.
+        # An earlier version kept it under its name alone, whatever the attempt, and nothing beside
+        # it.
         if attempt and (earlier := folder / f"{name}.safetensors").exists():
             values = load_arrays(earlier, params_format)
             if not any(map(is_beside, values)):

@@ -1,4 +1,6 @@
-"""A logger for Lightning's trainers that sends what they log, as `flare.log` does: `Trainer(logger=flare.logger())`."""
+"""A logger for Lightning's trainers that sends what they log, as `flare.log` does:
+`Trainer(logger=flare.logger())`.
+"""
 
 import importlib
 import sys
@@ -13,9 +15,11 @@ _LIGHTNING = "lightning.pytorch"
 
 
 def logger(prefix: str = "") -> Any:
-    """A logger for the trainer of the package that the script has imported, `pytorch_lightning` or `lightning.pytorch`.
+    """A logger for the trainer of the package that the script has imported, `pytorch_lightning` or
+    `lightning.pytorch`.
 
-    Rank 0 sends. Numbers show in the site's log and, with their last value, in the round's record; hyperparameters in the log.
+    Rank 0 sends. Numbers show in the site's log and, with their last value, in the round's record;
+    hyperparameters in the log.
 
     Args:
         prefix: is put before each name, with a dash.

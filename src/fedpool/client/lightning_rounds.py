@@ -1,4 +1,6 @@
-"""What a patched Lightning `Trainer` does in place of its `fit` and `validate`, and what it keeps from round to round."""
+"""What a patched Lightning `Trainer` does in place of its `fit` and `validate`, and what it
+keeps from round to round.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -38,7 +40,9 @@ class Rounds:
         self._fitting = self._scoring = False
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
-        """See `lightning.patch`; the script's own when it names a checkpoint, after the round was sent, and after the job."""
+        """See `lightning.patch`; the script's own when it names a checkpoint, after the round
+        was sent, and after the job.
+        """
         call = self._validate_signature.bind(*args, **kwargs).arguments
         if call.get("ckpt_path") is not None or self._exchange.receive_to_score() is None:
             return self._validate(*args, **kwargs)
@@ -77,7 +81,9 @@ class Rounds:
                 self._exchange.load(module)
 
     def begin_training(self, module: torch.nn.Module) -> None:
-        """Load the received model and the state of the last round, once optimizers and module are set up."""
+        """Load the received model and the state of the last round, once optimizers and module
+        are set up.
+        """
         if not self._fitting:
             return
         self._exchange.load(module)
@@ -92,15 +98,19 @@ class Rounds:
             _extend(self._trainer.fit_loop, epochs=self._trainer.current_epoch, steps=self._first_step)
 
     def count_rows(self) -> None:
-        """Note how many rows the site trains with, once its data is there, where they are the weight of the update."""
+        """Note how many rows the site trains with, once its data is there, where they are the
+        weight of the update.
+        """
         if self._fitting and self._exchange.weighs_rows:
             loaders = self._trainer.fit_loop._combined_loader.flattened
             self._num_rows = rows_of([getattr(loader, "dataset", loader) for loader in loaders])
 
     def rewind_generator(self) -> None:
-        """Undo that Lightning starts to iterate the training data twice in a `fit` that is not its first.
+        """Undo that Lightning starts to iterate the training data twice in a `fit` that is not its
+        first.
 
-        The second start draws another seed for the shuffling than a plain loop, or the first `fit`, would have had.
+        The second start draws another seed for the shuffling than a plain loop, or the first `fit`,
+        would have had.
         """
         if self._fitting and self._generator is not None and self._trainer.current_epoch > 0:
             torch.set_rng_state(self._generator)
@@ -163,7 +173,9 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class _TrainingState:
-    """Optimizers and learning rate schedulers at the end of a round: Lightning makes new ones in each `fit`."""
+    """Optimizers and learning rate schedulers at the end of a round: Lightning makes new ones in
+    each `fit`.
+    """
 
     optimizers: list[Mapping[str, Any]]
     schedulers: list[Mapping[str, Any]]
@@ -189,7 +201,9 @@ class _TrainingState:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """A fit loop's limits as the script gave them, which is what `configure_optimizers` sees in every round."""
+    """A fit loop's limits as the script gave them, which is what `configure_optimizers` sees in
+    every round.
+    """
 
     min_epochs: int | None
     max_epochs: int | None
@@ -206,7 +220,9 @@ class _Limits:
 
 
 def _extend(loop: Any, *, epochs: int, steps: int) -> None:
-    """Let a fit loop that has done so many epochs and steps do as many as its limits say once more."""
+    """Let a fit loop that has done so many epochs and steps do as many as its limits say once
+    more.
+    """
 
     def extended(limit: int | None, done: int) -> int | None:
         return limit if limit is None or limit < 0 else limit + done  # None and -1: unlimited
@@ -217,7 +233,9 @@ def _extend(loop: Any, *, epochs: int, steps: int) -> None:
 
 
 def _gradient_scale(trainer: Any, optimizer: Any) -> float:
-    """The factor in the gradients: only an optimizer that unscales in its own step (a fused one) still has it there."""
+    """The factor in the gradients: only an optimizer that unscales in its own step (a fused one)
+    still has it there.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0

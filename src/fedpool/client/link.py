@@ -1,7 +1,9 @@
-"""The wire between a client script and its session host: JSON objects over `multiprocessing.connection`, never pickles.
+"""The wire between a client script and its session host: JSON objects over
+`multiprocessing.connection`, never pickles.
 
-Script to host: `hello`, `next`, `update`, `log`, `logs`, `bye`. Host to script: `welcome`, `assignment`, `end`.
-Tensors do not pass here: they lie in safetensors files whose paths the assignment gives.
+Script to host: `hello`, `next`, `update`, `log`, `logs`, `bye`. Host to script: `welcome`,
+`assignment`, `end`. Tensors do not pass here: they lie in safetensors files whose paths the
+assignment gives.
 """
 
 import json
@@ -36,7 +38,9 @@ class Link:
 
 
 def connect() -> Link | None:
-    """The link to the host that started this process, or None when none did (the script runs standalone)."""
+    """The link to the host that started this process, or None when none did (the script runs
+    standalone).
+    """
     address = os.environ.get(ADDRESS_VARIABLE)
     if address is None:
         return None

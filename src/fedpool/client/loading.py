@@ -1,4 +1,6 @@
-"""Whether received params fit a module, and why not: names and shapes are compared before anything is loaded."""
+"""Whether received params fit a module, and why not: names and shapes are compared before
+anything is loaded.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,7 +19,8 @@ def fitting_params(
         own: name -> tensor of what the module exchanges, of any shape.
         received: name -> tensor.
         strict: whether everything has to fit; otherwise what does not is left out.
-        same_shapes: whether, if not strict, a name that both have must have one shape, and there must be such a name.
+        same_shapes: whether, if not strict, a name that both have must have one shape, and there
+            must be such a name.
         advice: what else the error says, from a caller who knows more about the module.
 
     Raises:
@@ -34,10 +37,11 @@ def fitting_params(
 
 
 def update_of(own: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str, Any]:
-    """What a module sends back for received params: its own values, and unchanged those that do not fit it.
+    """What a module sends back for received params: its own values, and unchanged those that do not
+    fit it.
 
-    So a module that is loaded with `strict=False` gives an update of exactly the names and shapes that were asked for.
-    A standalone run receives nothing, and sends all that it has.
+    So a module that is loaded with `strict=False` gives an update of exactly the names and shapes
+    that were asked for. A standalone run receives nothing, and sends all that it has.
     """
     if not received:
         return dict(own)
@@ -77,7 +81,9 @@ def _hint(own: Iterable[str], received: Iterable[str]) -> str:
 
 
 def _prefix(longer: Iterable[str], shorter: Iterable[str]) -> str | None:
-    """The p for which every name of `longer` is p + a name of `shorter`, each once; None when there is none."""
+    """The p for which every name of `longer` is p + a name of `shorter`, each once; None when
+    there is none.
+    """
     wanted, names = set(longer), set(shorter)
     if not names or len(wanted) != len(names):
         return None

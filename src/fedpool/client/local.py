@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 
 def prox_loss(model: "torch.nn.Module", global_params: Mapping[str, Any], mu: float) -> "torch.Tensor":
-    """mu/2 ||w - w_global||^2 over the model's parameters, to be added to the loss. Of FedProx, and of Ditto's personal model.
+    """mu/2 ||w - w_global||^2 over the model's parameters, to be added to the loss. Of FedProx, and
+    of Ditto's personal model.
 
-    Li et al. 2020, "Federated Optimization in Heterogeneous Networks", equation 2 (https://arxiv.org/abs/1812.06127).
+    Li et al. 2020, "Federated Optimization in Heterogeneous Networks", equation 2
+    (https://arxiv.org/abs/1812.06127).
 
     Args:
         model: that is trained.
-        global_params: as received: name -> tensor or array; what it holds beyond the model's parameters does not matter.
+        global_params: as received: name -> tensor or array; what it holds beyond the model's
+            parameters does not matter.
         mu: weight of the term.
 
     Raises:

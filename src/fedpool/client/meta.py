@@ -1,7 +1,8 @@
-"""`FLModel.meta`: what a received one holds, by the keys that NVFlare's scripts read, and what may be sent in one.
+"""`FLModel.meta`: what a received one holds, by the keys that NVFlare's scripts read, and what may
+be sent in one.
 
-SCAFFOLD's control variates lie in `FLModel.extras`. A script that was written for NVFlare finds them in `meta`, too, and may
-send their changes there.
+SCAFFOLD's control variates lie in `FLModel.extras`. A script that was written for NVFlare finds
+them in `meta`, too, and may send their changes there.
 """
 
 import math
@@ -30,7 +31,9 @@ _OF_TASK: Mapping[str, Mapping[str, str]] = {
     "submit_model": {SUBMIT_MODEL_NAME: "best_model"},
     "evaluate": {VALIDATE_TYPE: "model_validate"},
 }
-"""The values are NVFlare's: it asks a site for no other model, and for no other kind of validation."""
+"""The values are NVFlare's: it asks a site for no other model, and for no other kind of
+validation.
+"""
 
 
 def received_meta(
@@ -46,7 +49,8 @@ def received_meta(
     Args:
         rounds: current and total, as the model says them.
         params: of the model.
-        extras: of the model. Where it has no control variates yet, or the round does not train, those in `meta` are zeros.
+        extras: of the model. Where it has no control variates yet, or the round does not train,
+            those in `meta` are zeros.
     """
     current, total = rounds
     meta: dict[str, Any] = {
@@ -98,14 +102,17 @@ def sent_meta(meta: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str,
 def sent_control(
     meta: Mapping[str, Any], params: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What SCAFFOLD's variate of a site has changed by, where a script gives it in `meta` as NVFlare's scripts do.
+    """What SCAFFOLD's variate of a site has changed by, where a script gives it in `meta` as
+    NVFlare's scripts do.
 
     Args:
-        params: that are sent; of those that are trained and that `meta` lacks, the variate has not changed.
+        params: that are sent; of those that are trained and that `meta` lacks, the variate has not
+            changed.
         config: of the site.
 
     Raises:
-        ClientError: the recipe exchanges no variates, or the script sends some of a parameter that the model lacks.
+        ClientError: the recipe exchanges no variates, or the script sends some of a parameter that
+            the model lacks.
     """
     if SCAFFOLD_DIFFERENCE not in meta:
         return None

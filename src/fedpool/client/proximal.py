@@ -1,7 +1,7 @@
 """The proximal term of FedProx for trainers that own their training loop.
 
-Adds mu/2 * ||w - w_global||^2 to the loss by way of its gradient, mu * (w - w_global). Li et al., Federated Optimization
-in Heterogeneous Networks, https://arxiv.org/abs/1812.06127, equation 2.
+Adds mu/2 * ||w - w_global||^2 to the loss by way of its gradient, mu * (w - w_global). Li et al.,
+Federated Optimization in Heterogeneous Networks, https://arxiv.org/abs/1812.06127, equation 2.
 """
 
 import math
@@ -15,7 +15,8 @@ from fedpool.model import FEDPROX_MU
 
 
 def add_proximal_gradient(parameter: torch.Tensor, anchor: torch.Tensor, mu: float | torch.Tensor) -> None:
-    """grad += mu * (w - w_global); a parameter without a gradient gets one, as it would from a term of the loss.
+    """grad += mu * (w - w_global); a parameter without a gradient gets one, as it would from a term
+    of the loss.
 
     Args:
         parameter: w, of any shape.
@@ -29,7 +30,8 @@ def add_proximal_gradient(parameter: torch.Tensor, anchor: torch.Tensor, mu: flo
 class ProximalTerm:
     """Pulls a module's parameters towards the received model for one round.
 
-    Parameters that the received model does not hold are left alone, and so are those that do not require a gradient.
+    Parameters that the received model does not hold are left alone, and so are those that do not
+    require a gradient.
 
     Args:
         mu: the strength; 0 does nothing.
@@ -48,7 +50,8 @@ class ProximalTerm:
         """Add the term's gradient to what an optimizer is about to step by.
 
         Args:
-            scale: by which a grad scaler has multiplied the gradients that are there; 1 when they are unscaled.
+            scale: by which a grad scaler has multiplied the gradients that are there; 1 when they
+                are unscaled.
         """
         for group in optimizer.param_groups if self._received else ():
             for parameter in group["params"]:

@@ -1,8 +1,10 @@
-"""The ranks of a torchrun: rank 0 talks to the real host, the others learn from it what it was told, and send nothing.
+"""The ranks of a torchrun: rank 0 talks to the real host, the others learn from it what it was
+told, and send nothing.
 
-Nothing here is collective, so no rank waits for one that does not call. What rank 0 is told when it asks, it writes into the
-store of the process group (c10d's, by which the ranks have found each other), under a number that counts its questions. A rank
-above 0 that asks reads the next answer. The model it reads from the file that rank 0 was given: ranks on one machine share it.
+Nothing here is collective, so no rank waits for one that does not call. What rank 0 is told when it
+asks, it writes into the store of the process group (c10d's, by which the ranks have found each
+other), under a number that counts its questions. A rank above 0 that asks reads the next answer.
+The model it reads from the file that rank 0 was given: ranks on one machine share it.
 """
 
 import atexit
@@ -34,13 +36,16 @@ from fedpool.patience import pauses
 _WELCOME, _LAST, _LEFT = "fedpool/welcome", "fedpool/last", "fedpool/left"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
 _END_PATIENCE_S = 10.0
-"""How long rank 0 stays at the job's end for ranks that have not heard of it, where the store lives in its process."""
+"""How long rank 0 stays at the job's end for ranks that have not heard of it, where the store
+lives in its process.
+"""
 
 
 class TorchrunHost:
     """One rank of a torchrun, as the client API sees it.
 
-    Needs `torch.distributed.init_process_group()` before the first question. What crosses is JSON, never pickles.
+    Needs `torch.distributed.init_process_group()` before the first question. What crosses is JSON,
+    never pickles.
 
     Args:
         rank: of this process, 0 talks.
@@ -53,7 +58,9 @@ class TorchrunHost:
         self._host = host
         self._welcome = host.welcome if host else None
         self._count = 0
-        """Of the questions that rank 0 has asked, or of the answers that a rank above 0 has read."""
+        """Of the questions that rank 0 has asked, or of the answers that a rank above 0 has
+        read.
+        """
         self._answer: dict[str, Any] = {}
         self._store: Any = None
 
@@ -103,7 +110,9 @@ class TorchrunHost:
         self._publish(self._answer)
 
     def catch_up(self) -> bool:
-        """Go to rank 0's last question, which the next `next` reads; False when this rank has read its answer already."""
+        """Go to rank 0's last question, which the next `next` reads; False when this rank has
+        read its answer already.
+        """
         store = self._reach()
         last = int(store.get(_LAST)) if store.check([_LAST]) else 0
         if last <= self._count:
@@ -170,9 +179,11 @@ class TorchrunHost:
         return answer
 
     def _part(self) -> None:
-        """The job is over. A store that lives in rank 0's process goes with it: then rank 0 waits for those that follow.
+        """The job is over. A store that lives in rank 0's process goes with it: then rank 0 waits
+        for those that follow.
 
-        Nobody keeps the store: a process that still held it when its interpreter ended hung there (torch 2.13).
+        Nobody keeps the store: a process that still held it when its interpreter ended hung there
+        (torch 2.13).
         """
         store, self._store = self._reach(), None
         if self._host is None:
@@ -224,7 +235,8 @@ class TorchrunHost:
 
     def _read(self, key: str) -> dict[str, Any]:
         """What rank 0 has written under a key, as soon as it has."""
-        # Not store.wait(): it would keep torch's own threads, such as NCCL's watchdog, from the store meanwhile.
+        # Not store.wait(): it would keep torch's own threads, such as NCCL's watchdog, from the
+        # store meanwhile.
         pause = _FIRST_PAUSE_S
         try:
             while not self._reach().check([key]):
@@ -244,7 +256,8 @@ class TorchrunHost:
 
 
 def find_host(rank: int | None) -> Host:
-    """The host of this process: by the environment that a session or torchrun has set, else standalone.
+    """The host of this process: by the environment that a session or torchrun has set, else
+    standalone.
 
     Args:
         rank: global rank; None reads torchrun's `RANK`, or what Lightning's launcher sets.
@@ -263,7 +276,8 @@ def _rank_of_environment() -> int:
     """This process's global rank, or just some number above 0 where only that much is known."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
-    # Lightning's own launcher gives no global rank; whether it is 0 can be told, and no more is needed.
+    # Lightning's own launcher gives no global rank; whether it is 0 can be told, and no more is
+    # needed.
     return int(os.environ.get("NODE_RANK", "0")) or int(os.environ.get("LOCAL_RANK", "0"))
 
 

@@ -21,16 +21,18 @@ _BEFORE = "before"
 
 
 class Scaffold:
-    """One round of SCAFFOLD in a plain loop; make it after the received model is loaded, and train as ever.
+    """One round of SCAFFOLD in a plain loop; make it after the received model is loaded, and train
+    as ever.
 
-    Each step of the optimizer is corrected by -lr (c - c_i), and `extras()` belongs in the `FLModel` that is sent.
-    This site's variate c_i is kept at the site, and changes only with an update that counted: what came too late, was rejected or
-    had weight 0 is as if it had not been. Karimireddy et al. 2020, algorithm 1, option II (https://arxiv.org/abs/1910.06378).
+    Each step of the optimizer is corrected by -lr (c - c_i), and `extras()` belongs in the
+    `FLModel` that is sent. This site's variate c_i is kept at the site, and changes only with an
+    update that counted: what came too late, was rejected or had weight 0 is as if it had not been.
+    Karimireddy et al. 2020, algorithm 1, option II (https://arxiv.org/abs/1910.06378).
 
     Args:
         model: that is trained, at the received values.
-        optimizers: of the local steps, one or more; the learning rates of their steps are summed, so schedulers may change
-            them.
+        optimizers: of the local steps, one or more; the learning rates of their steps are summed,
+            so schedulers may change them.
         client: whose round it is; None for this process's, as `flare.init()` made it.
 
     Raises:
@@ -77,10 +79,11 @@ class Scaffold:
                         parameter -= group["lr"] * (self._theirs[name] - self._ours[name])
 
     def extras(self) -> dict[str, dict[str, Any]]:
-        """What this site's variate has changed by, to be sent as `FLModel.extras`; keeps the new one. Once, after training.
+        """What this site's variate has changed by, to be sent as `FLModel.extras`; keeps the new
+        one. Once, after training.
 
-        c_i <- c_i - c + (x - y) / (sum of the learning rates). Without a step, at a site that has no data, nothing changes and
-        the update has weight 0.
+        c_i <- c_i - c + (x - y) / (sum of the learning rates). Without a step, at a site that has
+        no data, nothing changes and the update has weight 0.
 
         Raises:
             ClientError: a parameter has changed that the optimizers have taken no step of.
@@ -114,7 +117,9 @@ class Scaffold:
 
 
 def own_variate(client: "Client", name: str) -> Mapping[str, Any]:
-    """This site's variate, as its last update that counted has left it: parameter name -> tensor; empty before the first."""
+    """This site's variate, as its last update that counted has left it: parameter name ->
+    tensor; empty before the first.
+    """
     import torch
 
     kept, scale = client.kept_with_update(name)
@@ -129,5 +134,7 @@ def own_variate(client: "Client", name: str) -> Mapping[str, Any]:
 
 
 def keep_variate(client: "Client", name: str, *, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Keep what the variate is if this round's update counts, and what it is as long as that is not known."""
+    """Keep what the variate is if this round's update counts, and what it is as long as that is
+    not known.
+    """
     client.keep_with_update(name, {**after, **{beside(_BEFORE, n): value for n, value in before.items()}})

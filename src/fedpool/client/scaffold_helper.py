@@ -1,7 +1,10 @@
-"""SCAFFOLD's steps one by one, by the names that scripts written for NVFlare call. New scripts do better with `flare.Scaffold`.
+"""SCAFFOLD's steps one by one, by the names that scripts written for NVFlare call. New scripts do
+better with `flare.Scaffold`.
 
-The variates travel in `meta`, under `AlgorithmConstants.SCAFFOLD_CTRL_GLOBAL` and `SCAFFOLD_CTRL_DIFF`. Karimireddy et al. 2020,
-algorithm 1, option II (https://arxiv.org/abs/1910.06378). All dicts hold parameter name -> tensor of the parameter's shape.
+The variates travel in `meta`, under `AlgorithmConstants.SCAFFOLD_CTRL_GLOBAL` and
+`SCAFFOLD_CTRL_DIFF`. Karimireddy et al. 2020, algorithm 1, option II
+(https://arxiv.org/abs/1910.06378). All dicts hold parameter name -> tensor of the parameter's
+shape.
 """
 
 from collections.abc import Mapping
@@ -19,16 +22,17 @@ Controls = dict[str, torch.Tensor]
 
 
 class PTScaffoldHelper:
-    """A site's part in SCAFFOLD. Its own variate is kept at the site, so it survives the process, and
-    changes only with an update that counted.
+    """A site's part in SCAFFOLD. Its own variate is kept at the site, so it survives the process,
+    and changes only with an update that counted.
 
     ::
 
-        helper.init(model)                                                   # once
-        helper.load_global_controls(input_model.meta["scaffold_c_global"])   # in each round, once the model is loaded
+        helper.init(model)  # once
+        # in each round, once the model is loaded
+        helper.load_global_controls(input_model.meta["scaffold_c_global"])
         c_global, c_local = helper.get_params()
-        helper.model_update(model, lr, c_global, c_local)                    # after each step of the optimizer
-        helper.terms_update(model, lr, c_global, c_local, received_model)    # after the last one
+        helper.model_update(model, lr, c_global, c_local)  # after each step of the optimizer
+        helper.terms_update(model, lr, c_global, c_local, received_model)  # after the last one
         meta["scaffold_c_diff"] = helper.get_delta_controls()
     """
 
@@ -75,7 +79,8 @@ class PTScaffoldHelper:
         c_local_para: Controls,
         model_global: torch.nn.Module,
     ) -> None:
-        """End a round: c_i <- c_i - c + (x - y) / (steps * lr), where x is the received model and y the trained one.
+        """End a round: c_i <- c_i - c + (x - y) / (steps * lr), where x is the received model and y
+        the trained one.
 
         Without a step, at a site that has no data, nothing changes and the update has weight 0.
 

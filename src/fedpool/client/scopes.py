@@ -1,8 +1,9 @@
 """Which of a module's tensors travel, and under which names.
 
-A scope is given a module and the names that were received, and says for each name that travels which of the module's own it is.
-PEFT has two names for a tensor of an adapter: the module's own, `...lora_A.default.weight`, and the one without the adapter's
-name that `get_peft_model_state_dict` gives. Both fit: whichever was received is sent back.
+A scope is given a module and the names that were received, and says for each name that travels
+which of the module's own it is. PEFT has two names for a tensor of an adapter: the module's own,
+`...lora_A.default.weight`, and the one without the adapter's name that `get_peft_model_state_dict`
+gives. Both fit: whichever was received is sent back.
 """
 
 import sys
@@ -32,14 +33,18 @@ def trainable(module: torch.nn.Module, received: Collection[str]) -> Names:
 
 
 def automatic(module: torch.nn.Module, received: Collection[str]) -> Names:
-    """The adapters of a PEFT model, unless the whole of it was received; of another model everything."""
+    """The adapters of a PEFT model, unless the whole of it was received; of another model
+    everything.
+    """
     if not is_peft(module):
         return whole(module, received)
     return _closest([*_trained_forms(module), whole(module, received)], received)
 
 
 def prefixed(scope: Scope, prefix: str) -> Scope:
-    """A scope whose names travel with a prefix. A received name that lacks it fits, too, and goes back without."""
+    """A scope whose names travel with a prefix. A received name that lacks it fits, too, and
+    goes back without.
+    """
 
     def names(module: torch.nn.Module, received: Collection[str]) -> Names:
         bare = {name.removeprefix(prefix): name for name in received}
@@ -55,7 +60,9 @@ def is_peft(module: torch.nn.Module) -> bool:
 
 
 def advice(module: torch.nn.Module) -> str:
-    """What to do when a received model does not fit, where the kind of module says something about it."""
+    """What to do when a received model does not fit, where the kind of module says something
+    about it.
+    """
     if not is_peft(module):
         return ""
     return (
@@ -72,12 +79,15 @@ def _trained_forms(module: torch.nn.Module) -> list[Names]:
 
 
 def _saved_names(module: torch.nn.Module) -> Names:
-    """The names that PEFT saves the active adapter under; its values are the module's own tensors, which tells which is which."""
+    """The names that PEFT saves the active adapter under; its values are the module's own
+    tensors, which tells which is which.
+    """
     import peft
 
     state = module.state_dict()
     own = {id(value): name for name, value in state.items()}
-    # Embeddings that were resized have one name in both forms; to look for them PEFT would ask the hub.
+    # Embeddings that were resized have one name in both forms; to look for them PEFT would ask the
+    # hub.
     saved = peft.get_peft_model_state_dict(
         module, state, adapter_name=str(module.active_adapter), save_embedding_layers=False
     )
@@ -85,5 +95,7 @@ def _saved_names(module: torch.nn.Module) -> Names:
 
 
 def _closest(forms: list[Names], received: Collection[str]) -> Names:
-    """The form that differs least from what was received, the first of several; the first where nothing was."""
+    """The form that differs least from what was received, the first of several; the first where
+    nothing was.
+    """
     return min(forms, key=lambda names: len(names.keys() ^ set(received)) if received else 0)

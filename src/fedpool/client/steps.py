@@ -1,4 +1,5 @@
-"""How far a site's local steps go, for FedNova: the norm of what each gradient counts for in the update.
+"""How far a site's local steps go, for FedNova: the norm of what each gradient counts for in the
+update.
 
 This module imports torch only when it is used.
 """
@@ -17,22 +18,29 @@ _PROBES = (1.0, 2.0, -1.0, 0.0)
 _NUM_PROBES = 3
 _TOLERANCE = 1e-9
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "maximize")
-"""Settings of a group that bear on how a step is computed, or on its sign, and not on how far it goes."""
+"""Settings of a group that bear on how a step is computed, or on its sign, and not on how far it
+goes.
+"""
 
 
 class LocalSteps:
-    """How far a site's local steps go, for FedNova: with plain SGD their number, with momentum more, with a falling rate less.
+    """How far a site's local steps go, for FedNova: with plain SGD their number, with momentum
+    more, with a falling rate less.
 
-    Counts in a hook of the optimizers' from here on; make one in each round. `count` is what `meta["LOCAL_STEPS"]` wants: the L1
-    norm of how much each gradient counts in the update, in steps of the initial learning rate (Wang et al. 2020, section 4,
-    https://arxiv.org/abs/2007.07481). It is what a gradient of 1 in every step comes to by the optimizer's own update: momentum,
-    Nesterov's, dampening, weight decay and schedules included. Where groups of parameters differ, it is the mean of all elements.
+    Counts in a hook of the optimizers' from here on; make one in each round. `count` is what
+    `meta["LOCAL_STEPS"]` wants: the L1 norm of how much each gradient counts in the update, in
+    steps of the initial learning rate (Wang et al. 2020, section 4,
+    https://arxiv.org/abs/2007.07481). It is what a gradient of 1 in every step comes to by the
+    optimizer's own update: momentum, Nesterov's, dampening, weight decay and schedules included.
+    Where groups of parameters differ, it is the mean of all elements.
 
     Args:
-        optimizers: of the local steps; one, or more that train different parameters. They have to be linear in the gradient.
+        optimizers: of the local steps; one, or more that train different parameters. They have to
+            be linear in the gradient.
 
     Raises:
-        ClientError: an optimizer is not, such as Adam, which scales its steps by the gradients: then no such norm exists.
+        ClientError: an optimizer is not, such as Adam, which scales its steps by the gradients:
+            then no such norm exists.
     """
 
     def __init__(self, *optimizers: "torch.optim.Optimizer") -> None:
@@ -58,14 +66,17 @@ class LocalSteps:
 
 
 class _Shadow:
-    """A copy of an optimizer that moves one number for each group of parameters, always by a gradient of 1."""
+    """A copy of an optimizer that moves one number for each group of parameters, always by a
+    gradient of 1.
+    """
 
     def __init__(self, optimizer: "torch.optim.Optimizer") -> None:
         self._optimizer = optimizer
         _check_linear(optimizer)
         self._copy = _copied(optimizer, (1.0,))
         for mine, group in zip(self._copy.param_groups, optimizer.param_groups, strict=True):
-            # A momentum of earlier rounds is no gradient of this one's, but while there is one the first gradient is dampened.
+            # A momentum of earlier rounds is no gradient of this one's, but while there is one the
+            # first gradient is dampened.
             if any(
                 optimizer.state[p].get("momentum_buffer") is not None for p in group["params"] if p in optimizer.state
             ):
@@ -91,14 +102,17 @@ class _Shadow:
 
 
 def _check_linear(optimizer: "torch.optim.Optimizer") -> None:
-    """Refuse an optimizer whose update is no weighted sum of its gradients: twice the gradients must go twice as far."""
+    """Refuse an optimizer whose update is no weighted sum of its gradients: twice the gradients
+    must go twice as far.
+    """
     import torch
 
     name = type(optimizer).__name__
     try:
         probe = _copied(optimizer, _PROBES)
         for group, settings in zip(probe.param_groups, optimizer.param_groups, strict=True):
-            # A rate of 0, as at the beginning of a schedule, would tell nothing; so would one that moves too far.
+            # A rate of 0, as at the beginning of a schedule, would tell nothing; so would one that
+            # moves too far.
             group["lr"] = 0.01
             for extra in ("weight_decay", "lr_decay"):
                 if settings.get(extra):
@@ -120,7 +134,9 @@ _REMEDY = "Use torch.optim.SGD, with momentum, Nesterov's, weight decay and sche
 
 
 def _copied(optimizer: "torch.optim.Optimizer", gradients: tuple[float, ...]) -> Any:
-    """A copy of an optimizer with parameters of its own, as many numbers as gradients in each group, and no state."""
+    """A copy of an optimizer with parameters of its own, as many numbers as gradients in each
+    group, and no state.
+    """
     import torch
 
     def parameter() -> torch.nn.Parameter:

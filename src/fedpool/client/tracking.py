@@ -1,7 +1,9 @@
-"""The writers of `nvflare.client.tracking`: what they are given goes through `fedpool.client.log`, whichever of them it is.
+"""The writers of `nvflare.client.tracking`: what they are given goes through `fedpool.client.log`,
+whichever of them it is.
 
-A script need not know who tracks its job. Numbers reach the trackers of the environment (`track`), each with its step and time,
-and show in the site's log and, with their last value, in the round's record; parameters, tags and text show in the site's log.
+A script need not know who tracks its job. Numbers reach the trackers of the environment (`track`),
+each with its step and time, and show in the site's log and, with their last value, in the round's
+record; parameters, tags and text show in the site's log.
 """
 
 from collections.abc import Mapping

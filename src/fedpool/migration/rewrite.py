@@ -1,4 +1,5 @@
-"""Changing the imports of a script from NVFlare to fedpool: only those, and byte for byte nothing else.
+"""Changing the imports of a script from NVFlare to fedpool: only those, and byte for byte nothing
+else.
 
 Whatever cannot be changed without doubt stays, and `remarks` names it.
 """
@@ -21,7 +22,9 @@ _FROM = re.compile(rb"from" + _GAP + rb"(" + _NAME.pattern + rb")" + _GAP + rb"i
 
 @dataclass(frozen=True, slots=True)
 class _Moved:
-    """A name of an import statement, and where fedpool has it; `module` is None where it has not."""
+    """A name of an import statement, and where fedpool has it; `module` is None where it has
+    not.
+    """
 
     bound: str
     module: str | None
@@ -120,7 +123,9 @@ def _dotted(source: Source, alias: ast.alias) -> Span:
 
 
 def _of_plain_imports(source: Source) -> list[Edit]:
-    """The edits of `import nvflare.client` and of all that is reached through it; none when one of them is in doubt."""
+    """The edits of `import nvflare.client` and of all that is reached through it; none when one
+    of them is in doubt.
+    """
     plain = [
         (node, alias)
         for node in ast.walk(source.tree)
@@ -141,7 +146,9 @@ def _of_plain_imports(source: Source) -> list[Edit]:
 
 
 def _names_free(tree: ast.Module) -> bool:
-    """Whether `nvflare` is nothing but the package in this file, and `fedpool` is nothing yet, or the package."""
+    """Whether `nvflare` is nothing but the package in this file, and `fedpool` is nothing yet,
+    or the package.
+    """
     for node in ast.walk(tree):
         match node:
             case ast.Name(id="nvflare" | "fedpool", ctx=ast.Store() | ast.Del()):
@@ -167,7 +174,9 @@ def chains(tree: ast.Module, root: str) -> Iterator[list[ast.expr]]:
 
 
 def resolve(chain: list[ast.expr]) -> tuple[ast.expr, str] | None:
-    """The part of a chain that is a name of NVFlare's which fedpool has, and what it is called here."""
+    """The part of a chain that is a name of NVFlare's which fedpool has, and what it is called
+    here.
+    """
     words = [node.attr if isinstance(node, ast.Attribute) else "nvflare" for node in chain]
     for length in range(len(words) - 1, 0, -1):
         names = NAMES.get(".".join(words[:length]), {})

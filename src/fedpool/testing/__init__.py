@@ -1,5 +1,5 @@
-"""Tools to break a job on purpose, for your tests and ours: kill a process at a named point, a store that fails, a client that
-misbehaves. Nothing else in fedpool imports them.
+"""Tools to break a job on purpose, for your tests and ours: kill a process at a named point, a
+store that fails, a client that misbehaves. Nothing else in fedpool imports them.
 """
 
 from pathlib import Path

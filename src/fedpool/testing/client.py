@@ -1,6 +1,7 @@
 """A client script that misbehaves by a plan; as `train_script`, with the plan as its argument::
 
-    FedAvgRecipe(..., train_script=MISBEHAVING_CLIENT, train_args=[json.dumps({"site-2": {"1": "nan"}})])
+    plan = {"site-2": {"1": "nan"}}
+    FedAvgRecipe(..., train_script=MISBEHAVING_CLIENT, train_args=[json.dumps(plan)])
 
 Where the plan has nothing for a site and a round (both are strings), it adds 1 to what it receives.
 """

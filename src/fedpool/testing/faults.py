@@ -1,6 +1,8 @@
-"""A store that fails, stalls, truncates or holds by a plan: a folder reached through fsspec as `faulty:///folder`.
+"""A store that fails, stalls, truncates or holds by a plan: a folder reached through fsspec as
+`faulty:///folder`.
 
-The plan is a file in that folder, so that it holds for every process that uses the store, and can change while they do::
+The plan is a file in that folder, so that it holds for every process that uses the store, and can
+change while they do::
 
     faults = Faults(folder)
     faults.plan(Fault("fail", match=r"round\\.json", operations=("write",)))
@@ -39,11 +41,12 @@ class Fault:
     """One thing that goes wrong.
 
     Attributes:
-        kind: `fail` raises `OSError`; `stall` takes `seconds` longer; `truncate` reads or writes half of the bytes, and a write
-            then fails; `hold` waits until the plan has changed.
+        kind: `fail` raises `OSError`; `stall` takes `seconds` longer; `truncate` reads or writes
+            half of the bytes, and a write then fails; `hold` waits until the plan has changed.
         match: regular expression, searched in the object's path inside the store.
         operations: to which it happens.
-        probability: how often; which calls it hits is a function of `seed`, the path and how often the path was asked for.
+        probability: how often; which calls it hits is a function of `seed`, the path and how often
+            the path was asked for.
         seconds: how long a stall is.
         when: whether a failing or held operation has its effect before.
     """
@@ -95,7 +98,9 @@ class Faults:
 
 
 class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """See the module. Writes are whole or not at all, as in object storage, but for those that are truncated."""
+    """See the module. Writes are whole or not at all, as in object storage, but for those that
+    are truncated.
+    """
 
     protocol = "faulty"
     cachable = False

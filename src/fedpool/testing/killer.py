@@ -1,6 +1,7 @@
 """Kill a process at a named point: as it puts a certain object into a local store, or right after.
 
-All that a job does is in the order in which it writes its objects, so that their paths name every stage of a round::
+All that a job does is in the order in which it writes its objects, so that their paths name every
+stage of a round::
 
     python -m fedpool.testing --at 'rounds/00001/round\\.json' --when before job.py
 
@@ -16,10 +17,12 @@ from typing import Any, Literal
 
 
 def kill_at(path: str, when: Literal["before", "after"] = "before", *, skip: int = 0) -> None:
-    """Have this process killed with SIGKILL, which it cannot catch, as it writes an object to a local store.
+    """Have this process killed with SIGKILL, which it cannot catch, as it writes an object to a
+    local store.
 
     Args:
-        path: regular expression, searched in the object's path; see "The store" in the documentation.
+        path: regular expression, searched in the object's path; see "The store" in the
+            documentation.
         when: before the object is there, or after.
         skip: how many such objects to let pass first.
     """
@@ -29,7 +32,8 @@ def kill_at(path: str, when: Literal["before", "after"] = "before", *, skip: int
     written: set[str] = set()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        # An object comes to be by a hard link, after which the file that it was written as is removed.
+        # An object comes to be by a hard link, after which the file that it was written as is
+        # removed.
         nonlocal left
         if event == "os.link" and pattern.search(os.fsdecode(arguments[1])):
             with lock:
