@@ -141,7 +141,7 @@ def test_the_guide_to_the_letter_gives_a_job_and_a_backup(machine: Machine, tmp_
     wait_until(answers, timeout_s=300)
     machine.run(blocks("The store")[0])
     machine.start("coordinator", blocks("The coordinator")[0], "started!")
-    (settings,) = blocks("A site", "toml")
+    settings = blocks("A site", "toml")[0]
     start = blocks("A site")[0]
     for site in ("hospital-a", "hospital-b"):
         folder = tmp_path / site
