@@ -25,8 +25,9 @@ from typing import Any
 from fedpool.arrays import ParamsFormat
 from fedpool.client.api import Client as _Client
 from fedpool.client.api import start as _start
-from fedpool.client.compat import AnalyticsDataType, evaluate, train
+from fedpool.client.compat import AnalyticsDataType
 from fedpool.client.compat import entries as _entries
+from fedpool.client.decorators import evaluate, train
 from fedpool.client.local import prox_loss
 from fedpool.client.scaffold import Scaffold
 from fedpool.client.steps import LocalSteps

@@ -1,18 +1,16 @@
-"""The names that client scripts take from NVFlare's deeper modules; `fedpool migrate` points their
-imports here.
+"""Names that scripts import from NVFlare's deeper modules; `fedpool migrate` points them here.
 
 Names and values are NVFlare's, because scripts use them as keys and compare with them. What fedpool
 gives these keys is told by docs/from-nvflare.md. This module imports nothing but the standard
 library.
 """
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum, StrEnum
-from typing import Any, overload
+from typing import Any
 
+from fedpool.client.decorators import evaluate, train
 from fedpool.errors import ClientError
 from fedpool.model import (
     FEDPROX_MU,
@@ -47,9 +45,7 @@ __all__ = [
 
 
 class FLMetaKey:
-    """Keys of `FLModel.meta`. Of those that a script sends `NUM_STEPS_CURRENT_ROUND` has a
-    meaning here.
-    """
+    """Keys of `FLModel.meta`. Of those a script sends only `NUM_STEPS_CURRENT_ROUND` counts."""
 
     NUM_STEPS_CURRENT_ROUND = NUM_STEPS
     PROCESSED_ALGORITHM = "PROCESSED_ALGORITHM"
@@ -105,17 +101,13 @@ class AlgorithmConstants:
 
 
 class NPConstants:
-    """The name of the one array that NVFlare's NumPy recipes exchange: give the recipe
-    `model={"numpy_key": array}`.
-    """
+    """The one array of NVFlare's NumPy recipes: give the recipe `model={"numpy_key": array}`."""
 
     NUMPY_KEY = "numpy_key"
 
 
 class ExchangeFormat(StrEnum):
-    """How params arrive; here `flare.init(params_format=...)` says so, or what the script has
-    imported.
-    """
+    """How params arrive; here `flare.init(params_format=...)` or the script's imports decide."""
 
     RAW = "raw"
     PYTORCH = "pytorch"
@@ -131,9 +123,7 @@ class TransferType(StrEnum):
 
 
 class ConfigKey:
-    """Keys of NVFlare's client configuration; fedpool sets none of them, so
-    `get_config().get(...)` gives its default.
-    """
+    """Keys of NVFlare's client configuration. fedpool sets none, so `get()` gives its default."""
 
     EXCHANGE_FORMAT = "exchange_format"
     SERVER_EXPECTED_FORMAT = "server_expected_format"
@@ -210,8 +200,7 @@ def entries(key: str, value: Any, data_type: Any) -> tuple[dict[str, Any], dict[
 
 
 def get_fedprox_mu(model: FLModel) -> float:
-    """The weight of FedProx's term, as the recipe gives it: of `model.meta`, or of the site's
-    config.
+    """The weight of FedProx's term, as the recipe gives it: from `model.meta` or the config.
 
     Raises:
         ClientError: neither has one, or it is not a positive number.
@@ -224,86 +213,3 @@ def get_fedprox_mu(model: FLModel) -> float:
             f"{FEDPROX_MU} must be a positive number, got {mu!r}: use a FedProxRecipe with fedprox_mu above 0"
         )
     return float(mu)
-
-
-_scores: dict[str, Any] = {}
-"""What `evaluate` has found in this round, for `train` to send; a process is one client."""
-
-
-@overload
-def train(function: Callable[..., Any]) -> Callable[..., Any]: ...
-@overload
-def train(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
-def train(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Decorate a training function: it is called with the received model and returns the `FLModel`
-    that is sent.
-
-    What a function decorated with `evaluate` has returned in this round is sent as its metrics. New
-    scripts do better with `receive()` and `send()`.
-    """
-
-    def decorate(train_function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(train_function)
-        def round_of(*args: Any, **kwargs: Any) -> Any:
-            import fedpool.client
-
-            result = _call_with_model(train_function, args, kwargs)
-            if not isinstance(result, FLModel):
-                raise ClientError(
-                    f"{train_function.__name__}() must return a flare.FLModel, got {type(result).__name__}: "
-                    "return flare.FLModel(params=...)"
-                )
-            if _scores:
-                result.metrics = dict(_scores)
-                _scores.clear()
-            fedpool.client.send(result)
-            return result
-
-        return round_of
-
-    return decorate if function is None else decorate(function)
-
-
-@overload
-def evaluate(function: Callable[..., Any]) -> Callable[..., Any]: ...
-@overload
-def evaluate(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
-def evaluate(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Decorate an evaluation function: it is called with the received model and returns its
-    metrics, a dict, or one number.
-
-    In a `train` round call it before the function that `train` decorates, which sends them. In
-    other rounds they are sent at once.
-    """
-
-    def decorate(evaluate_function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(evaluate_function)
-        def round_of(*args: Any, **kwargs: Any) -> Any:
-            import fedpool.client
-
-            result = _call_with_model(evaluate_function, args, kwargs)
-            if result is None:
-                raise ClientError(f"{evaluate_function.__name__}() must return the model's metrics, got None")
-            metrics = dict(result) if isinstance(result, Mapping) else {evaluate_function.__name__: result}
-            if fedpool.client.is_train():
-                _scores.update(metrics)
-            else:
-                fedpool.client.send(FLModel(metrics=metrics))
-            return result
-
-        return round_of
-
-    return decorate if function is None else decorate(function)
-
-
-def _call_with_model(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function with the received model in place of its first argument, whatever the
-    script gave for it.
-    """
-    import fedpool.client
-
-    first = next(iter(inspect.signature(function).parameters), None)
-    if first is None:
-        raise ClientError(f"{function.__name__}() needs a first parameter, for the received model")
-    others = {name: value for name, value in kwargs.items() if name != first}
-    return function(fedpool.client.receive(), *args[1:], **others)
