@@ -27,7 +27,6 @@ ROUND = (
 LONG_MODULES = {
     "src/fedpool/client/api.py": 364,
     "tasks/aggregate.py": 330,
-    "tasks/dispatch.py": 379,
     "sites/local.py": 337,
     "deployments/remote.py": 345,
 }

@@ -1,0 +1,190 @@
+"""Watching sites behind work pools: the store and Prefect tell when a site has done its part.
+
+A site has answered when the manifest of its update lies in the store: one listing tells of all
+sites of a round. Prefect knows seconds later that a run has ended, and is asked, in one query for
+all runs, only after those that ended without.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import State
+from prefect.exceptions import PrefectException
+from prefect.states import Cancelled, Crashed
+
+from fedpool.errors import ServerError, SiteError, StoreError, StoreRefused
+from fedpool.paths import JobPaths
+from fedpool.store import Store
+from fedpool.tasks.reach import GONE, read_pools
+from fedpool.tasks.site_runs import Key, SiteRuns
+from fedpool.tasks.waiting import Waiting
+
+_LOCAL_POLL_S = 0.05
+_REMOTE_POLL_S = 0.25
+"""How often to look for manifests."""
+_API_POLL_S = 2.0
+_WORKERS_POLL_S = 5.0
+"""How often to look whether the sites' workers are online, at the least: a query for each, so no
+more than one a second.
+"""
+_API_PATIENCE_S = 600.0
+"""How long the Prefect API may be unreachable before the sites count as lost."""
+
+
+class Watch:
+    """Watches those sites of a job that someone waits for.
+
+    Args:
+        runs: of the sites.
+        paths: of the job.
+        store: where the sites leave their manifests.
+        job_run: id of the job's own run, if it has one.
+        cancel: called when someone has cancelled the job's run.
+    """
+
+    __slots__ = ("_cancel", "_job_run", "_paths", "_runs", "_store", "_task", "_waiting")
+
+    def __init__(
+        self, runs: SiteRuns, paths: JobPaths, store: Store, *, job_run: UUID | None, cancel: Callable[[], None]
+    ) -> None:
+        self._runs = runs
+        self._paths = paths
+        self._store = store
+        self._job_run = job_run
+        self._cancel = cancel
+        self._waiting: dict[Key, Waiting] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def answer(self, key: Key, deadline: float | None, waiting: Waiting) -> State[Any] | None:
+        """Wait for a site's part of a round.
+
+        Args:
+            key: of the site's run.
+            deadline: `time.monotonic()` at which it is given up; None waits for ever.
+            waiting: for it.
+
+        Returns: see `Waiting.ended`.
+
+        Raises:
+            SiteError: it missed the deadline.
+        """
+        self._waiting[key] = waiting
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._watch_sites())
+        try:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            return await asyncio.wait_for(asyncio.shield(waiting.ended), remaining)
+        except TimeoutError:
+            await self._runs.cancel(key, "the round's deadline has passed (round_timeout)")
+            site, round, _ = key
+            raise SiteError(site, round, "sent no update before the round's deadline (round_timeout)") from None
+        finally:
+            del self._waiting[key]
+
+    def resolve_all(self, why: str) -> None:
+        """End every wait: the runs count as cancelled."""
+        for waiting in self._waiting.values():
+            waiting.resolve(Cancelled(message=why))
+
+    def end(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch_sites(self) -> None:
+        """Pass on what the store and Prefect tell of sites that are waited for, until `end`."""
+        try:
+            async with asyncio.TaskGroup() as watches:  # apart from each other: a busy server takes seconds to answer
+                watches.create_task(self._watch_store())
+                watches.create_task(self._watch_runs())
+        except* Exception as group:  # noqa: BLE001  # whoever waits would wait for ever
+            error = next((e for e in group.exceptions if isinstance(e, StoreRefused)), group.exceptions[0])
+            for waiting in self._waiting.values():
+                if not waiting.ended.done():
+                    waiting.ended.set_exception(error)
+
+    async def _watch_store(self) -> None:
+        pause = _LOCAL_POLL_S if self._store.is_local else _REMOTE_POLL_S
+        while True:
+            await asyncio.sleep(pause)
+            await self._look_for_manifests()
+
+    async def _watch_runs(self) -> None:
+        answered = looked_at_workers = time.monotonic()
+        while True:
+            await asyncio.sleep(_API_POLL_S)
+            try:
+                await self._look_at_runs()
+                now = time.monotonic()
+                if (away_s := now - answered) > _WORKERS_POLL_S:
+                    # The workers could not reach it either, and try again at growing intervals.
+                    for waiting in self._waiting.values():
+                        waiting.away_since = None
+                    looked_at_workers = now + away_s
+                answered = now
+                if now - looked_at_workers > max(_WORKERS_POLL_S, len(self._waiting)):
+                    looked_at_workers = now
+                    await self._look_at_workers()
+            except (httpx.HTTPError, PrefectException) as error:
+                if time.monotonic() - answered > _API_PATIENCE_S:
+                    message = f"the Prefect API could not be reached for {_API_PATIENCE_S:g} s: {error}"
+                    self.resolve_all(message)
+
+    async def _look_for_manifests(self) -> None:
+        for round, attempt in {(round, attempt) for _, round, attempt in self._waiting}:
+            try:
+                found = await asyncio.to_thread(self._store.tree, self._paths.sites(round, attempt))
+            except StoreRefused:
+                raise
+            except (OSError, StoreError):
+                return  # it does not answer; a site that cannot write to it either says so by its run
+            for key in list(self._waiting):
+                if key[1:] == (round, attempt) and self._paths.site_manifest(key[0]) in found:
+                    self._waiting[key].resolve(None)
+
+    async def _look_at_runs(self) -> None:
+        waited = {self._runs.ids[key]: waiting for key, waiting in self._waiting.items()}
+        found = await self._runs.read([*waited, *([self._job_run] if self._job_run else [])])
+        if self._job_run is not None and self._job_run not in {run.id for run in found}:
+            for waiting in waited.values():
+                if not waiting.ended.done():
+                    waiting.ended.set_exception(ServerError(gone(await self._runs.connect(), self._job_run)))
+            return
+        for run_id in waited.keys() - {run.id for run in found}:
+            # Deleted by itself, or with its deployment before a worker had taken it: nobody would
+            # ever answer.
+            lost: State[Any] = Crashed(name="Deleted", message="someone has deleted its run from the Prefect server")
+            waited[run_id].resolve(lost)
+        for run in found:
+            if run.state is None:
+                continue
+            if run.id == self._job_run:
+                if run.state.is_cancelling() or run.state.is_cancelled():
+                    self._cancel()
+            elif run.state.is_final():
+                waited[run.id].resolve(run.state)
+            else:
+                waited[run.id].begun = not run.state.is_scheduled()
+
+    async def _look_at_workers(self) -> None:
+        """Give up on sites that stay unreachable: their workers are gone, or get no work."""
+        waited = {key: waiting for key, waiting in self._waiting.items() if key[0] in self._runs.places}
+        places = dict(self._runs.places)
+        pools = await read_pools(await self._runs.connect(), {places[site].pool for site, _, _ in waited})
+        for (site, _, _), waiting in waited.items():
+            place = places[site]
+            hindrance = pools.get(place.pool, GONE).hinders(resident=place.resident, begun=waiting.begun)
+            waiting.note(hindrance, place.pool)
+
+
+def gone(client: PrefectClient, job_run: UUID) -> str:
+    """What is to be said of a job whose run the server does not know any more."""
+    return (
+        f"its run {job_run} is gone from the Prefect server at {client.api_url}: someone has deleted it, or the server has "
+        "lost its database"
+    )
