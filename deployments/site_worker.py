@@ -1,7 +1,7 @@
 """The `fedpool-site` worker: what Prefect's command, and ours, start to serve a site inside their
 own process.
 
-What it is handed comes from outside the site: of a run it takes the four parameters of
+What it is handed comes from outside the site: of a run it takes the five parameters of
 `site_round`, and checks them. Entrypoint, pull steps, command, environment and job variables of the
 run's deployment are never looked at. A run of any other flow is refused. Of Prefect's worker it has
 the name and the settings: what it does is `SiteService`, at a `PrefectDesk`.
