@@ -1,8 +1,8 @@
-"""A docstring as the catalogue prints it: its text in markdown, its paper, and what it says in
-sections of the catalogue's own.
+"""A docstring as the catalogue prints it: its text in markdown, its paper, and the sections that
+only the catalogue knows.
 
-Griffe finds the sections. Those of an API's reference (`Args:`, `Raises:`) are left out. An
-indented block is code.
+Griffe finds the sections. API reference sections (`Args:`, `Raises:`) are left out. An indented
+block is code.
 """
 
 import inspect
@@ -32,15 +32,13 @@ class Described:
     summary: str
     """Its first paragraph, in one line."""
     rest: str
-    """What follows, in markdown."""
+    """The other paragraphs, in markdown."""
     sections: Mapping[str, Section]
-    """Name -> section, of those that are none of a reference's: `client-script`, `needs`,
-    `paper`.
-    """
+    """Name -> section, for the catalogue's own sections: `client-script`, `needs`, `paper`."""
 
     @property
     def paper(self) -> str:
-        """The paper as a link with authors, year and place in it; empty when none is cited.
+        """The paper as a link, with authors, year and place; empty if none is cited.
 
         Raises:
             ValueError: the section does not read as `Doe et al. 2020, "Title", place
@@ -58,14 +56,14 @@ class Described:
 
 @dataclass(frozen=True)
 class Script:
-    """What the client script of a recipe has to do, in markdown, and the example that does it."""
+    """What a recipe's client script has to do, in markdown, and an example that does it."""
 
     text: str
     example: Path
 
 
 def describe(docstring: str | None) -> Described:
-    """Read a docstring; None, of what has none, is empty."""
+    """Parse a docstring; None gives an empty description."""
     parts = Docstring(inspect.cleandoc(docstring or "")).parse("google")
     text = "\n\n".join(part.value for part in parts if isinstance(part, DocstringSectionText))
     summary, _, rest = text.partition("\n\n")
@@ -78,10 +76,10 @@ def describe(docstring: str | None) -> Described:
 
 
 def describe_script(kind: type) -> Script:
-    """What a recipe asks of the client script, in its section `Client script: FILE`.
+    """What a recipe asks of the client script, from its section `Client script: FILE`.
 
     Raises:
-        ValueError: it has none.
+        ValueError: there is no such section.
     """
     section = describe(inspect.getdoc(kind)).sections.get("client-script")
     if section is None:
@@ -90,7 +88,7 @@ def describe_script(kind: type) -> Script:
 
 
 def _markdown(text: str, language: str) -> str:
-    """Text whose indented blocks are code."""
+    """Convert text to markdown; indented blocks become code."""
     blocks = []
     for block in re.split(r"\n\n+", text.strip("\n")):
         code = block.startswith("    ")

@@ -1,10 +1,10 @@
-"""The pages of the recipe catalogue, `docs/recipes/`: one for each recipe, made of docstrings,
-fields and what was measured.
+"""The pages of the recipe catalogue, `docs/recipes/`: one for each recipe, built from docstrings,
+fields and measured figures.
 
-A page takes the mechanism from the docstring of the recipe's module, and the paper from its section
-`Paper`; when to use it from the docstring of its class, and what the script has to do from the
-section `Client script: FILE` there; what the server does from the docstring of its strategy. An
-aggregator says in `Needs` how many updates it works with.
+A page takes the mechanism from the docstring of the recipe's module, and the paper from the section
+`Paper` there. The docstring of the recipe's class says when to use it, and its section `Client
+script: FILE` says what the script has to do. The docstring of the strategy says what the server
+does. An aggregator says in `Needs` how many updates it needs.
 """
 
 import inspect
@@ -46,13 +46,13 @@ _FIGURE = re.compile(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \|.* \w+ \|$", re.MULTI
 
 
 def page_name(kind: type[Recipe]) -> str:
-    """What the page of a recipe is called: fedavg for FedAvgRecipe."""
+    """The name of a recipe's page: fedavg for FedAvgRecipe."""
     return kind.__name__.removesuffix("Recipe").lower()
 
 
 def script(kind: type[Recipe]) -> Script:
-    """What a recipe asks of the client script; of one that asks for nothing more, what federated
-    averaging does.
+    """What a recipe asks of the client script; if that has no code, with the code of federated
+    averaging.
     """
     found = describe_script(kind)
     if _CODE.search(found.text):
@@ -86,10 +86,11 @@ def _index() -> str:
         rows.append((f"[`{kind.__name__}`]({page_name(kind)}.md)", describe(kind.__doc__).summary, paper or "none"))
     return _page(
         "Recipes",
-        "A recipe is an algorithm with its parameters. `fedpool recipe list` prints this table, `fedpool recipe show` a page.",
+        "A recipe is an algorithm with its parameters. `fedpool recipe list` prints this table, and `fedpool recipe show` "
+        "prints a page.",
         table(("recipe", "what it is for", "paper"), rows),
         "- [fields.md](fields.md): the fields that every recipe has\n"
-        "- [aggregators.md](aggregators.md): how updates become one: robust rules, and one of your own",
+        "- [aggregators.md](aggregators.md): how the updates of a round are combined: robust rules, and your own",
     )
 
 
@@ -113,7 +114,7 @@ def _recipe_page(kind: type[Recipe], measured: Mapping[str, tuple[str, str]]) ->
         _own_fields(kind),
         _measured(kind.__name__, measured),
         "## Example",
-        f"[{example}](../../{example}), which [{example.parent}/job.py](../../{example.parent}/job.py) runs.",
+        f"[{example}](../../{example}); [{example.parent}/job.py](../../{example.parent}/job.py) runs it.",
     )
 
 
@@ -124,22 +125,20 @@ def _own_fields(kind: type[Recipe]) -> str:
         for name, field in kind.model_fields.items()
         if name == "late" or name not in base.model_fields or cells(name, field) != cells(name, base.model_fields[name])
     }
-    others = "those of every recipe" + (" that trains" if issubclass(kind, TrainingRecipe) else "")
-    others += ", [docs/recipes/fields.md](fields.md)"
+    shared = "the fields of every recipe" + (" that trains" if issubclass(kind, TrainingRecipe) else "")
+    shared += " ([docs/recipes/fields.md](fields.md))"
     if base is AveragingRecipe:
-        others += ", and `aggregator`, [docs/recipes/aggregators.md](aggregators.md)"
-    return "\n\n".join(
-        (field_table(own) if own else "None of its own.", f"{'Its other' if own else 'Its'} fields are {others}.")
-    )
+        shared += ", and `aggregator` ([docs/recipes/aggregators.md](aggregators.md))"
+    return f"{field_table(own)}\n\nIt also has {shared}." if own else f"It has only {shared}."
 
 
 def _fields_page() -> str:
     return _page(
         "The fields of every recipe",
-        "All are keyword arguments, and unknown ones are refused. [docs/recipe.md](../recipe.md) says more of model, "
+        "All are keyword arguments, and unknown ones are refused. [docs/recipe.md](../recipe.md) says more about model, "
         "bundle, scores and sites.",
         field_table(Recipe.model_fields),
-        "## Of those that train",
+        "## Fields of recipes that train",
         field_table(
             {name: field for name, field in TrainingRecipe.model_fields.items() if name not in Recipe.model_fields}
         ),
@@ -151,11 +150,12 @@ def _aggregators_page(measured: Mapping[str, tuple[str, str]]) -> str:
     plain = ", ".join(f'`"{name}"`' for name in plain_names())
     return _page(
         "Aggregators",
-        f"How the updates of a round become one, in {', '.join(use)}: `aggregator=Krum(num_byzantine=2)`, say. `fedpool` exports "
-        f"the classes. Of those that need nothing the name will do: {plain}. A deployment's parameters and `job.json` have "
-        'the same as JSON, `{"kind": "krum", "num_byzantine": 2}`: `prefect deployment run -p aggregator=...` takes either.',
-        "Below, n are the updates of a round that were accepted and have a weight above 0, and f = `num_byzantine` of them may "
-        "be arbitrary. A recipe is refused whose `min_clients` lets a round have fewer updates than its aggregator needs.",
+        f"An aggregator combines the updates of a round. These recipes take one: {', '.join(use)}. An example is "
+        "`aggregator=Krum(num_byzantine=2)`. `fedpool` exports the classes. If an aggregator has no required parameters, its "
+        f"name is enough: {plain}. A deployment's parameters and `job.json` hold it as JSON, "
+        '`{"kind": "krum", "num_byzantine": 2}`. `prefect deployment run -p aggregator=...` takes a name or JSON.',
+        "Below, n is the number of accepted updates of a round with a weight above 0, and f = `num_byzantine` of them may be "
+        "arbitrary. A recipe is refused if its `min_clients` allows a round with fewer updates than its aggregator needs.",
         *(_aggregator_section(name, kind) for name, kind in AGGREGATORS.items()),
         _measured("aggregators", measured),
         _OWN_AGGREGATOR.read_text(),
@@ -183,7 +183,7 @@ def _measured(page: str, measured: Mapping[str, tuple[str, str]]) -> str:
     if not rows:
         return ""
     return (
-        "## Measured\n\nAccuracy beside a reference without a framework; the rows of [docs/fidelity.md](../fidelity.md).\n\n"
+        "## Measured\n\nAccuracy compared with a framework-free reference, from [docs/fidelity.md](../fidelity.md).\n\n"
         + table(("case", "reference", "fedpool"), rows)
     )
 

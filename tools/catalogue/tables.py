@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-_BLOCK = 2**20  # from here on a bound is a power of two for the machine's sake
+_BLOCK = 2**20  # larger bounds are powers of two, and are shown as such
 _BOUNDS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}", "max_length": "up to {} characters"}
 
 
@@ -22,7 +22,7 @@ def field_table(fields: Mapping[str, FieldInfo]) -> str:
 
 
 def cells(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
-    """The line of one field."""
+    """The row of one field."""
     kind = ", ".join((f"`{_type(field.annotation)}`", *_bounds(field)))
     default = "required" if field.is_required() else f"`{_value(field.get_default(call_default_factory=True))}`"
     return f"`{name}`", kind, default, field.description or ""
