@@ -1,29 +1,21 @@
-"""The client API's state machine: what may be called when, and what a call does. One `Client`
-lives in a client script.
-"""
+"""The client API's state machine: what may be called when, and what a call does."""
 
-import re
 import sys
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fedpool.arrays import ParamsFormat, load_arrays, save_arrays
+from fedpool.arrays import ParamsFormat, load_arrays
 from fedpool.client import keeping
 from fedpool.client.hosts import Assignment, Host, Waiting
-from fedpool.client.meta import received_meta, sent_control, sent_meta
 from fedpool.client.ranks import TorchrunHost, find_host
+from fedpool.client.receiving import received_model
 from fedpool.client.seeding import seed_everything
+from fedpool.client.sending import number, update_message, write_params
 from fedpool.errors import ClientError, RecipeError
-from fedpool.model import CONTROL, NUM_STEPS, FLModel, ParamsType
+from fedpool.model import NUM_STEPS, FLModel
 from fedpool.paths import check_name
-from fedpool.refusals import explained
-from fedpool.tensors import beside, split_beside
-
-_EXCLUDED = "excluded"
-"""The name under which the parameters are kept that are not exchanged."""
 
 _ANSWERS = {
     "train": "send the trained model, flare.send(flare.FLModel(params=...))",
@@ -143,9 +135,7 @@ class Client:
         return True
 
     def receive(self, timeout: float | None = None) -> FLModel | None:
-        """The global model of the round; the same one again in the same round; None after
-        timeout seconds or at the end.
-        """
+        """The round's model, always the same one; None after timeout seconds, or at the end."""
         if self._follows and not self._looks_itself:
             self._catch_up()
         if self._assignment is None:
@@ -157,25 +147,7 @@ class Client:
         assignment = self._assignment
         assert assignment is not None
         if self._model is None:
-            params = self._host.params(assignment, self._params_format())
-            if assignment.exclude:
-                params.update(self.kept(_EXCLUDED) or {})
-            extras = self._extras(assignment)
-            # Scripts size schedules by the number of rounds: those after the training do not count
-            # beyond it.
-            total_rounds = max(1, assignment.total_rounds)
-            current_round = min(assignment.round, total_rounds - 1)
-            self._model = FLModel(
-                params_type=ParamsType.FULL,
-                params=params,
-                start_round=0,
-                current_round=current_round,
-                total_rounds=total_rounds,
-                meta=received_meta(
-                    assignment, self._host.welcome, rounds=(current_round, total_rounds), params=params, extras=extras
-                ),
-                extras=extras,
-            )
+            self._model = received_model(self._host, assignment, self._params_format())
         return self._model
 
     def send(self, model: FLModel) -> None:
@@ -195,20 +167,11 @@ class Client:
                 )
             raise ClientError("send() before receive(): call flare.receive() first, then train, then send")
         assignment = self._assignment
-        if model.params is None and model.metrics is None:
-            raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
-        metrics = {name: _number(f"metrics[{name!r}]", value) for name, value in (model.metrics or {}).items()}
-        message: dict[str, Any] = {
-            "round": assignment.round,
-            "metrics": metrics,
-            "meta": sent_meta(model.meta, self._model.meta),
-            "params_type": None,
-            "num_params": 0,
-        }
+        message = update_message(assignment, model, self._model)
         if self._took_no_step:
             message["meta"][NUM_STEPS] = 0
         if model.params is not None and assignment.task != "evaluate":
-            message |= self._write(assignment, model)
+            message |= write_params(assignment, model, self.config)
         elif model.params is not None and not self._told_of_evaluations:
             self._told_of_evaluations = True
             # Not a warning: many a training script ignores those.
@@ -239,9 +202,7 @@ class Client:
         keeping.keep_with_update(self._in_round("keep", name), name, params)
 
     def kept_with_update(self, name: str) -> tuple[dict[str, Any] | None, float]:
-        """What was kept with the last update that counted, and the factor on that update's
-        difference.
-        """
+        """What was kept with the last update that counted, and the factor on its difference."""
         return keeping.kept_with_update(self._in_round("kept", name), name, self._params_format())
 
     def count_nothing(self) -> None:
@@ -259,18 +220,10 @@ class Client:
             )
         return self._assignment
 
-    def _extras(self, assignment: Assignment) -> dict[str, dict[str, Any]]:
-        extras: dict[str, dict[str, Any]] = {}
-        if assignment.extras is not None:
-            for name, value in load_arrays(assignment.extras, self._params_format()).items():
-                group, parameter = split_beside(name)
-                extras.setdefault(group, {})[parameter] = value
-        return extras
-
     def log(self, key: str, value: Any, **where: Any) -> None:
         """Send a scalar to the host."""
         self._host.put(
-            "log", key=str(key), value=_number(f"log({key!r})", value), where={k: str(v) for k, v in where.items()}
+            "log", key=str(key), value=number(f"log({key!r})", value), where={k: str(v) for k, v in where.items()}
         )
 
     def note(self, key: str, text: Any) -> None:
@@ -306,9 +259,7 @@ class Client:
         return isinstance(self._host, TorchrunHost) and self._host.follows
 
     def _catch_up(self) -> None:
-        """Of a rank that leaves it to rank 0 to ask: see whether rank 0 is in another round by
-        now.
-        """
+        """Of a rank that leaves the asking to rank 0: see whether that is in another round."""
         assert isinstance(self._host, TorchrunHost)
         if self._host.catch_up():
             self._assignment = self._model = None
@@ -321,51 +272,6 @@ class Client:
 
     def _params_format(self) -> ParamsFormat:
         return self._format or ("torch" if "torch" in sys.modules else "numpy")
-
-    def _write(self, assignment: Assignment, model: FLModel) -> dict[str, Any]:
-        assert self._model is not None and self._model.params is not None and model.params is not None
-        params = model.params
-        if not isinstance(params, Mapping):
-            raise ClientError(
-                f"params must be a dict of name -> array, got {type(params).__name__}: send model.state_dict()"
-            )
-        params_type = ParamsType(model.params_type or ParamsType.FULL)
-        excluded = {name for name in params if any(re.search(pattern, name) for pattern in assignment.exclude)}
-        sent = {name: value for name, value in params.items() if name not in excluded}
-        try:
-            control = sent_control(model.meta, params, self.config) if assignment.task == "train" else None
-            extras = model.extras if control is None else {**model.extras, CONTROL: control}
-            beside_them = _beside(extras, excluded)
-            # Without a host there is nowhere to write: the params are checked and counted all the
-            # same.
-            with explained(assignment.update or "update"), Path(assignment.update or "/dev/null").open("wb") as file:
-                save_arrays(file, sent | beside_them)
-            # A DIFF of a parameter that stays here is not a value to go on from; FULL is.
-            if excluded and model.params_type is not ParamsType.DIFF:
-                self.keep(_EXCLUDED, {name: params[name] for name in excluded})
-        except TypeError as error:
-            raise ClientError(str(error)) from None
-        return {"params_type": params_type.value, "num_params": len(sent)}
-
-
-def _beside(extras: Mapping[str, Mapping[str, Any]], excluded: Collection[str]) -> dict[str, Any]:
-    """What goes into the update's file beside the params."""
-    if not all(isinstance(values, Mapping) for values in extras.values()):
-        raise ClientError("extras must be a dict of group -> dict of name -> array, such as Scaffold.extras() gives")
-    return {
-        beside(group, name): value
-        for group, values in extras.items()
-        for name, value in values.items()
-        if name not in excluded
-    }
-
-
-def _number(what: str, value: Any) -> float:
-    """A Python float of any scalar: number, numpy scalar, 0-d or one-element array."""
-    try:
-        return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ClientError(f"{what} must be one number, got {type(value).__name__}: {value!r}") from None
 
 
 def start(rank: int | None, params_format: ParamsFormat | None) -> Client:

@@ -18,6 +18,9 @@ from fedpool.errors import ClientError
 from fedpool.refusals import explained
 from fedpool.tensors import is_beside
 
+EXCLUDED = "excluded"
+"""The name under which the parameters are kept that are not exchanged."""
+
 _NONE_COUNTED = -1
 
 
