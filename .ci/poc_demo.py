@@ -1,8 +1,8 @@
-"""The proof of concept on real parts: hello-pt on PostgreSQL, an S3 server and a worker process per
-site, then in simulation.
+"""The proof of concept with real services: hello-pt on PostgreSQL, an S3 server and a worker
+process per site, then in simulation.
 
-Both runs must end with the same bytes in every round. Needs PostgreSQL's programs; everything it
-starts, it ends.
+Both runs must produce the same bytes in every round. Needs PostgreSQL's programs, and stops
+everything that it starts.
 """
 
 import runpy

@@ -1,9 +1,8 @@
-"""Runs what README.md and the pages of docs/ tell a reader to run: every `sh` block's commands,
-every `python` block.
+"""Runs the `sh` and `python` blocks of README.md, CONTRIBUTING.md and docs/, as a reader would.
 
-A `python` block that begins with a comment such as `# client.py` is a file: it is written to a
-folder of its own page, where the page's later blocks find it; `# job.py` is run. A page's commands
-share their variables, as in one shell. A command is skipped only when it is in RAN_ELSEWHERE.
+A `python` block that starts with a comment such as `# client.py` is written to a file in the page's
+folder, where the page's later blocks can use it; `# job.py` is also run. The commands of a page
+share their variables, as in one shell. Only commands in RAN_ELSEWHERE are skipped.
 """
 
 import os
@@ -18,14 +17,14 @@ RAN_ELSEWHERE = {
     "make demo": "a step of .ci/run",
     "make test": "a step of .ci/run",
     "make lint": "a step of .ci/run",
-    "make docs": "this very script",
-    "make catalogue": "a test holds that it would change nothing",
+    "make docs": "this script",
+    "make catalogue": "a test checks that it would change nothing",
     "make wheel": "a step of .ci/run",
     "make pythons": "a step of .ci/run",
     "make lock": "changes constraints.txt",
     "make examples": "a step of .ci/run",
     "make bench": "minutes long; run by hand before figures are quoted",
-    "make bench-setup": "installs all anew; run by hand before figures are quoted",
+    "make bench-setup": "installs everything again; run by hand before figures are quoted",
     "make bench-poc": "ten minutes; run by hand before figures are quoted",
     "make bench-peers": "minutes long, and installs other frameworks; run by hand before figures are quoted",
     "make oracle": "hours; its output is docs/fidelity.md",
@@ -33,13 +32,13 @@ RAN_ELSEWHERE = {
     "make test-gpu": "needs a CUDA device",
     "make chaos": "an hour or two; its output is in docs/reliability.md",
     "make poc-demo": "a step of .ci/run",
-    ".ci/run": "what runs this script",
+    ".ci/run": "runs this script",
 }
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def run_page(page: Path) -> int:
-    """Run the blocks of a page in order; returns how many commands and files were run."""
+    """Run the blocks of a page in order; returns the number of commands and files run."""
     count = 0
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
@@ -68,8 +67,8 @@ def run_page(page: Path) -> int:
 
 
 def _run(command: str, environment: dict[str, str]) -> dict[str, str]:
-    """Run a command of a page as its reader would, after those before it; returns the variables
-    that it leaves.
+    """Run a page's command in the environment that the commands before it left; returns the
+    environment that it leaves.
     """
     with tempfile.NamedTemporaryFile() as left:
         subprocess.run(
