@@ -80,7 +80,7 @@ def ours(name: str, folder: Path) -> Callable[[], None]:
     """A round's aggregation through the store."""
     from fedpool.flows.fedavg import FedAvg
     from fedpool.flows.fedopt import FedOpt
-    from fedpool.manifest import UpdateManifest
+    from fedpool.messages import UpdateManifest
     from fedpool.store import Store
     from fedpool.tasks.aggregate import Before, aggregate
     from fedpool.tasks.aggregators import AGGREGATORS, Mean

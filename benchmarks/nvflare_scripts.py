@@ -278,7 +278,7 @@ def _there(name: str, folders: list[Path]) -> bool:
 
 def _migrate(folder: Path) -> list[str]:
     """`fedpool migrate` of a folder; its lines on what is left."""
-    from fedpool.deployments.migrate_command import migrate
+    from fedpool.cli.migrate_command import migrate
 
     with contextlib.redirect_stdout(io.StringIO()) as output:
         migrate(folder)

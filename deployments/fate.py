@@ -10,7 +10,7 @@ import httpx
 
 from fedpool.deployments.api import open_client
 from fedpool.deployments.blocking import run_blocking
-from fedpool.deployments.run import JobStatus
+from fedpool.deployments.handle import JobStatus
 from fedpool.errors import ConfigError, ServerError
 from fedpool.store import Store
 

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 
 from fedpool import allowed_code
+from fedpool.deployments.daemons import Processes
 from fedpool.deployments.poc_state import BUCKET, PocState
-from fedpool.deployments.processes import Processes
 from fedpool.deployments.server import (
     IN_MEMORY,
     STARTUP_TIMEOUT_S,

@@ -29,7 +29,7 @@ from fedpool.deployments.prefect_runs import PrefectRuns
 from fedpool.deployments.site_claim import SiteClaim
 from fedpool.errors import ServerError, Unreachable
 from fedpool.flows.site_round import ENTRYPOINT, site_round
-from fedpool.manifest import PROTOCOL
+from fedpool.messages import SITE_PROTOCOL
 from fedpool.sites.desk import Phase, Piece, Presence, Report
 from fedpool.tasks.reach import SITE_POOL, clock_ahead
 
@@ -228,7 +228,7 @@ async def register_site(client: PrefectClient, site: str, pool: str) -> UUID:
     deployment: UUID = await client.create_deployment(  # one of that name is replaced
         flow_id=await client.create_flow(site_round),
         name=site,
-        version=str(PROTOCOL),
+        version=str(SITE_PROTOCOL),
         description=f"How coordinators reach {site}. Its version is the protocol that the site speaks.",
         work_pool_name=pool,
         entrypoint=ENTRYPOINT,

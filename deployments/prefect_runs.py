@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from fedpool.errors import ServerError, Unreachable
 from fedpool.sites.desk import Piece, Report
 from fedpool.tasks.prefect_internals import run_logger
-from fedpool.tasks.states import report_state, state_of
+from fedpool.tasks.run_states import report_state, state_of
 
 _PAGE = 200
 

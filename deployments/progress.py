@@ -10,13 +10,13 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from fedpool.deployments.endings import tell_endings
-from fedpool.deployments.run import JobStatus, Progress, Run
+from fedpool.deployments.handle import JobStatus, Progress, Run
 from fedpool.errors import FedpoolError, StoreError
 from fedpool.recipe import Recipe
 from fedpool.tasks.findings import findings
 from fedpool.tasks.key_metric import MetricRules, metric_gap
 from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
-from fedpool.tasks.tables import report_rows
+from fedpool.tasks.report.prefect_ui.tables import report_rows
 
 _POLL_S = 0.2
 

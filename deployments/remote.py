@@ -21,10 +21,10 @@ from pydantic import ConfigDict, Field
 
 from fedpool.deployments.api import open_client
 from fedpool.deployments.blocking import run_blocking
-from fedpool.deployments.jobs import check_has_ended
+from fedpool.deployments.handle import Run
+from fedpool.deployments.job_runs import check_has_ended
 from fedpool.deployments.overlap import Overlap, chosen, described, limit
 from fedpool.deployments.progress import show
-from fedpool.deployments.run import Run
 from fedpool.deployments.schedules import parse_schedule
 from fedpool.deployments.terminal import open_console
 from fedpool.deployments.tracked import Tracked

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 from rich.console import Console
 
+from fedpool.deployments.handle import Run
 from fedpool.deployments.progress import show
-from fedpool.deployments.run import Run
 from fedpool.deployments.sim_api import find_api
 from fedpool.deployments.terminal import open_console
 from fedpool.deployments.tracked import Tracked
@@ -33,7 +33,7 @@ from fedpool.recipe import Recipe
 from fedpool.sites.devices import missing_device
 from fedpool.sites.handles import allow_scripts
 from fedpool.sites.local import LocalSites, default_slots
-from fedpool.sites.process import find_program
+from fedpool.sites.script_process import find_program
 from fedpool.startup import collector_off
 from fedpool.store import Store
 from fedpool.tasks.job_record import EnvironmentRecord
@@ -235,7 +235,7 @@ def _work(
         from prefect.settings import temporary_settings
 
         from fedpool.flows.job import federated_job
-        from fedpool.tasks.report import Reporter
+        from fedpool.tasks.report.prefect_ui.prefect_ui import Reporter
         from fedpool.tasks.tracking import trackings
 
         stack.enter_context(temporary_settings(api))

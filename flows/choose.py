@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from fedpool.flows.plan import Step
-from fedpool.manifest import Task
+from fedpool.messages import Task
 from fedpool.recipe import Recipe
 from fedpool.site_order import in_order
 from fedpool.tasks.ledger import Ledger

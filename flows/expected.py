@@ -1,7 +1,7 @@
 """What the updates of a round have to fit: for who runs it, verifies it or replays it."""
 
 from fedpool.exclude import excluded
-from fedpool.manifest import Task
+from fedpool.messages import Task
 from fedpool.recipe import Recipe
 from fedpool.tasks.arithmetic import Arithmetic
 from fedpool.tasks.expected import Expected

@@ -14,7 +14,7 @@ to follow. In order:
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from fedpool.manifest import Task
+from fedpool.messages import Task
 from fedpool.recipe import SERVER, SERVER_BEST, Recipe
 from fedpool.tasks.metrics import best_round, has_stalled
 from fedpool.tasks.record import RoundRecord, SubmittedModel, num_trained

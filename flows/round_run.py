@@ -25,7 +25,7 @@ from fedpool.flows.round import federated_round
 from fedpool.flows.under_way import Job, RoundSignals
 from fedpool.storable import storable
 from fedpool.tasks.prefect_internals import client_of, current_tags, run_logger, subflow_context, termination
-from fedpool.tasks.states import report_state
+from fedpool.tasks.run_states import report_state
 from fedpool.tasks.watch import gone
 
 

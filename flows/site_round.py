@@ -20,7 +20,7 @@ from fedpool.sites.config import SiteConfig
 from fedpool.sites.desk import SITE_ROUND
 from fedpool.sites.piece import RoundAsked, do_round
 from fedpool.sites.resident import Resident
-from fedpool.tasks.states import state_of
+from fedpool.tasks.run_states import state_of
 
 ENTRYPOINT = "fedpool.flows.site_round.site_round"
 

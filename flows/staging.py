@@ -17,7 +17,7 @@ from fedpool.environment import Begin
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.flows.own_code import code_of, filter_code_of
 from fedpool.flows.recipes import class_name, full_type, type_of
-from fedpool.manifest import NamedCode
+from fedpool.messages import NamedCode
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store

@@ -23,7 +23,7 @@ from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems, nearest
 from fedpool.paths import check_new_names
 from fedpool.sites.devices import missing_device
-from fedpool.sites.process import find_program
+from fedpool.sites.script_process import find_program
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 """Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type

@@ -21,20 +21,20 @@ from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
 from fedpool.filter_field import read_filters
 from fedpool.filters import Filter
-from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
 from fedpool.site_order import in_order
-from fedpool.sites.launcher import Zygote
 from fedpool.sites.output import LogLine
-from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
+from fedpool.sites.script_process import ProcessLauncher
 from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Session, Work
 from fedpool.sites.site_log import SiteLog
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
 from fedpool.sites.sites import SIMULATED, Traits
 from fedpool.sites.sockets import make_socket_folder
+from fedpool.sites.zygote_process import Zygote
 from fedpool.store import Store
 
 

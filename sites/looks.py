@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from fedpool.errors import IntegrityError, SiteError, StoreError, StoreRefused
-from fedpool.manifest import SiteAssignment
+from fedpool.messages import SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 

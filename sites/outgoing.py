@@ -17,7 +17,7 @@ from fedpool.exclude import excluded
 from fedpool.filters import ComputedTensors, Filter, Passage
 from fedpool.inspection import Inspection, inspect_tensors, write_and_inspect
 from fedpool.local_file import LocalFile
-from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.sites.output import LogLine
 from fedpool.store import Store
 from fedpool.tensors import BlockBytes, TensorReader, Tensors, TensorSpec, is_beside, split_beside

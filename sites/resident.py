@@ -14,14 +14,14 @@ from pathlib import Path
 from fedpool.bundle import unpack_bundle
 from fedpool.errors import ConfigError, IntegrityError, SiteError, StoreError
 from fedpool.filters import Filter
-from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.site_order import in_order
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.looks import Either, Looks, NowAndThen, Watch
 from fedpool.sites.output import LogLine
-from fedpool.sites.process import ProcessLauncher
 from fedpool.sites.scratch import Scratch
+from fedpool.sites.script_process import ProcessLauncher
 from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Session, Work
 from fedpool.sites.site_filters import load_filters

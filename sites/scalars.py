@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpool.errors import IntegrityError, StoreError
-from fedpool.manifest import SiteAssignment, Stored
+from fedpool.messages import SiteAssignment, Stored
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.storable import storable

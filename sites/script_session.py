@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpool.client.hosts import Assignment, Welcome
-from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link
+from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, LINK_PROTOCOL, Link
 from fedpool.errors import SiteError
 from fedpool.sites.handles import explain
 from fedpool.sites.launcher import Launcher, Script
@@ -209,9 +209,9 @@ class ScriptSession:
         message = self._link.get()
         match message["kind"]:
             case "hello":
-                if message["protocol"] != PROTOCOL:
+                if message["protocol"] != LINK_PROTOCOL:
                     raise _Ended(
-                        f"speaks protocol {message['protocol']} of the client API, this site speaks {PROTOCOL}"
+                        f"speaks protocol {message['protocol']} of the client API, this site speaks {LINK_PROTOCOL}"
                     )
                 work = self._work
                 who = Welcome(work.job_id, work.site, dict(work.config), work.site_index, work.num_sites)

@@ -8,7 +8,7 @@ from fedpool.allowed_code import Permission, Request
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.filter_field import read_filters
 from fedpool.filters import Filter
-from fedpool.manifest import ClientJob
+from fedpool.messages import ClientJob
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.stored_code import stored_code

@@ -16,7 +16,7 @@ from fedpool.client.hosts import Assignment
 from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
 from fedpool.filters import Filter
 from fedpool.inspection import Inspection
-from fedpool.manifest import ClientJob, SiteAssignment, Stored, UpdateManifest
+from fedpool.messages import ClientJob, SiteAssignment, Stored, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.paths import JobPaths
 from fedpool.sites.outgoing import Outgoing

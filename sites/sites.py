@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from fedpool.manifest import Task, Used
+from fedpool.messages import Task, Used
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, Late, Outcome, Probed
 from fedpool.tasks.quorum import Quorum

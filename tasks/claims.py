@@ -5,7 +5,7 @@ what it weighs.
 import math
 
 from fedpool.filters import described
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 from fedpool.model import NUM_EVAL_EXAMPLES, is_count
 from fedpool.tasks.expected import Expected, Refused
 

@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from fedpool.errors import IntegrityError, SiteError
-from fedpool.manifest import SiteAssignment
+from fedpool.messages import SiteAssignment
 from fedpool.sites.site_round import read_delivery
 from fedpool.sites.sites import Sites
 from fedpool.storable import storable

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException
 
 from fedpool.errors import SiteError, StoreError
-from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import Delivery, read_delivery

@@ -5,7 +5,7 @@ they lie from the global model.
 from fedpool.arrays import difference_norm, dtype_limits
 from fedpool.errors import IntegrityError
 from fedpool.inspection import Inspection
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 from fedpool.store import Store
 from fedpool.tasks.expected import Expected, Refused
 from fedpool.tasks.holes import keeps_holes

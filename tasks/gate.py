@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from fedpool.errors import FilterError, IntegrityError
 from fedpool.filters import Passage
 from fedpool.inspection import Inspection, inspect_tensors, inspect_values
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.storable import storable

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator
 
 from fedpool.left_out import is_none
-from fedpool.manifest import ClientJob, NamedCode
+from fedpool.messages import ClientJob, NamedCode
 from fedpool.store import to_json
 from fedpool.tasks.arithmetic import BEFORE, Arithmetic
 from fedpool.tensors import Digest

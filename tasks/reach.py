@@ -22,7 +22,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import WorkerStatus, WorkPool
 
-from fedpool.manifest import PROTOCOL
+from fedpool.messages import SITE_PROTOCOL
 
 SITE_POOL = "fedpool-site"
 """Type of the pools whose workers do the sites' rounds themselves, so that a round is lost with
@@ -144,8 +144,8 @@ async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str
             found[site] = [f"site {site!r} is not registered: {command}"]
             continue
         problems, version = [], deployments[site].version
-        if version != str(PROTOCOL):
-            problems.append(f"site {site!r} speaks protocol {version}, this one {PROTOCOL}: upgrade it")
+        if version != str(SITE_PROTOCOL):
+            problems.append(f"site {site!r} speaks protocol {version}, this one {SITE_PROTOCOL}: upgrade it")
         if problem := pool_problem(pools.get(names[site]), names[site], command):
             problems.append(problem)
         if problems:

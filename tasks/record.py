@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 
 from fedpool.left_out import is_empty, is_false, is_none
-from fedpool.manifest import Described, Task
+from fedpool.messages import Described, Task
 from fedpool.paths import JobPaths, check_name
 from fedpool.store import Store
 from fedpool.tensors import Digest

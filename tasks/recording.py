@@ -5,7 +5,7 @@ made of both.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedpool.manifest import PROTOCOL, Described, Task
+from fedpool.messages import SITE_PROTOCOL, Described, Task
 from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
 from fedpool.recipe import SERVER
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
@@ -70,7 +70,7 @@ def round_record(
     came = arithmetic.by_site(sorted(arrivals, key=lambda came: came.round), lambda came: came.outcome.site)
     without = not_asked or {}
     return RoundRecord(
-        protocol=PROTOCOL,
+        protocol=SITE_PROTOCOL,
         job_id=job_id,
         round=round,
         task=task,

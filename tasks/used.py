@@ -4,7 +4,7 @@ records.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from fedpool.manifest import Used
+from fedpool.messages import Used
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.strategy import Shares, relative
 

@@ -201,7 +201,7 @@ def scripts_of(folder: Path) -> list[psutil.Process]:
     found = []
     for process in processes_of(folder):
         try:
-            if any(word in ("fedpool.sites.script", "fedpool.sites.process") for word in process.cmdline()):
+            if any(word in ("fedpool.sites.script", "fedpool.sites.script_process") for word in process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue

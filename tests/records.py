@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedpool.manifest import PROTOCOL
+from fedpool.messages import SITE_PROTOCOL
 from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.record import RoundRecord
 
@@ -42,7 +42,7 @@ def record_of(said: Mapping[str, Any]) -> RoundRecord:
     number, task = said.get("round", 0), said.get("task", "train")
     sites = dict.fromkeys(entry["site"] for of_kind in entries.values() for entry in of_kind)
     fields = {
-        "protocol": PROTOCOL,
+        "protocol": SITE_PROTOCOL,
         "job_id": "job-1",
         "round": number,
         "task": task,

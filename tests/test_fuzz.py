@@ -21,7 +21,7 @@ from fedpool.bundle import unpack_bundle
 from fedpool.conditions import parse_condition
 from fedpool.errors import FedpoolError, IntegrityError, RecipeError
 from fedpool.inspection import inspect_tensors
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store

@@ -20,12 +20,12 @@ FOLDERS = ("sites", "tasks", "flows", "deployments")
 
 # Lowest first. The base is everything in src/fedpool itself and its client.
 LAYERS = ("base", *FOLDERS, "facade")
-FACADE = ("__init__.py", "cli.py")
+FACADE = ("__init__.py", "cli")
 
 # The base in itself, lowest first; a folder stands for all that is in it. A client script loads no
 # store, and a store no recipe.
 BASE_LEVELS = (
-    "storable errors left_out model manifest paths site_order tensors tensor_stream digest arrays inspection local_file patience "
+    "storable errors left_out model messages paths site_order tensors tensor_stream digest arrays inspection local_file patience "
     "exclusive refusals s3 loopback startup",
     "client",
     "backend upload",
@@ -77,7 +77,11 @@ NAMED_ABOVE = {
 MODULES = sorted(
     {
         path
-        for folder in (PACKAGE, PACKAGE / "client", PACKAGE / "testing", *(PACKAGE / name for name in FOLDERS))
+        for folder in (
+            PACKAGE,
+            *(PACKAGE / name for name in ("cli", "client", "testing")),
+            *(PACKAGE / name for name in FOLDERS),
+        )
         for path in folder.glob("**/*.py")
     }
 )
@@ -91,7 +95,7 @@ def layer_of_file(path: Path) -> str:
     parts = path.relative_to(PACKAGE).parts
     if parts[0] in FOLDERS:
         return parts[0]
-    return "facade" if len(parts) == 1 and parts[0] in FACADE else "base"
+    return "facade" if parts[0] in FACADE else "base"
 
 
 def layer_of_name(name: str) -> str | None:

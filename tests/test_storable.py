@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpool.errors import SiteError
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 from fedpool.storable import storable
 
 

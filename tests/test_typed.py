@@ -79,8 +79,8 @@ def test_recipes_environments_runs_and_results_have_their_types_and_a_misuse_is_
     *revealed, wrong_type, wrong_name = said["asked"]
     assert revealed == [
         f'{first}: note: Revealed type is "fedpool.flows.fedavg.FedAvgRecipe"',
-        f'{first + 1}: note: Revealed type is "fedpool.deployments.run.Run"',
-        f'{first + 2}: note: Revealed type is "fedpool.deployments.run.Result"',
+        f'{first + 1}: note: Revealed type is "fedpool.deployments.handle.Run"',
+        f'{first + 2}: note: Revealed type is "fedpool.deployments.handle.Result"',
         f'{first + 3}: note: Revealed type is "list[dict[str, float]]"',
     ]
     assert wrong_type.startswith(

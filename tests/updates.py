@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 
 SENT: dict[str, Any] = {
     "job_id": "job-1",

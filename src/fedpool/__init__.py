@@ -11,9 +11,9 @@ from fedpool.flows import recipes
 from fedpool.startup import collector_off
 
 if TYPE_CHECKING:
+    from fedpool.deployments.handle import JobStatus, Result, Run
     from fedpool.deployments.poc import PocEnv
     from fedpool.deployments.prod import ProdEnv
-    from fedpool.deployments.run import JobStatus, Result, Run
     from fedpool.deployments.sim import SimEnv
     from fedpool.errors import (
         ClientError,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "fedpool.deployments.poc": ("PocEnv",),
     "fedpool.deployments.prod": ("ProdEnv",),
-    "fedpool.deployments.run": ("JobStatus", "Result", "Run"),
+    "fedpool.deployments.handle": ("JobStatus", "Result", "Run"),
     "fedpool.deployments.sim": ("SimEnv",),
     "fedpool.errors": (
         "ClientError",

@@ -36,7 +36,7 @@ from fedpool.fields import Checked, none_is_empty, one_or_many
 from fedpool.filter_field import Filters
 from fedpool.filters import described
 from fedpool.initial import InitialModel, initial_model
-from fedpool.manifest import ClientJob, Stored
+from fedpool.messages import ClientJob, Stored
 from fedpool.paths import check_name, check_new_names
 from fedpool.script_values import check_values, site_arguments, split_arguments
 from fedpool.tensors import Digest

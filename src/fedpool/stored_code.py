@@ -3,7 +3,7 @@
 import hashlib
 
 from fedpool.errors import IntegrityError
-from fedpool.manifest import NamedCode
+from fedpool.messages import NamedCode
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.user_code import Code

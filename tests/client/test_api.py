@@ -22,7 +22,7 @@ import torch
 from fedpool.arrays import ParamsFormat, as_bytes
 from fedpool.client.api import Client, start
 from fedpool.client.hosts import Assignment, Host, SessionHost, Standalone, Waiting, Welcome
-from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, PROTOCOL, Link, connect
+from fedpool.client.link import ADDRESS_VARIABLE, KEY_VARIABLE, LINK_PROTOCOL, Link, connect
 from fedpool.client.ranks import TorchrunHost, find_host
 from fedpool.client.seeding import seed_everything
 from fedpool.errors import ClientError, FedpoolError
@@ -473,7 +473,7 @@ def session() -> tuple[SessionHost, Link]:
     other.put("welcome", **asdict(Welcome("job-1", "site-1", {"lr": 0.1}, 4, 5)))
     host = SessionHost(Link(ours))
     hello = other.get()
-    assert (hello["kind"], hello["protocol"]) == ("hello", PROTOCOL)
+    assert (hello["kind"], hello["protocol"]) == ("hello", LINK_PROTOCOL)
     return host, other
 
 

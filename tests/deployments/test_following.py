@@ -193,7 +193,7 @@ def test_a_job_whose_run_is_gone_says_so_and_goes_on(how: str, env: PocEnv, tmp_
         if how == "the run is deleted":
 
             async def delete(client: PrefectClient) -> None:
-                from fedpool.deployments.jobs import find_run
+                from fedpool.deployments.job_runs import find_run
 
                 await client.delete_flow_run((await find_run(client, run.job_id)).id)
 

@@ -152,7 +152,7 @@ def test_a_workspace_that_is_read_only_is_told_before_anything_starts(
 
 
 def test_a_download_that_does_not_fit_leaves_nothing_half_written(disk: Disk, recipe: Recipe, tmp_path: Path) -> None:
-    from fedpool.deployments.run import Run
+    from fedpool.deployments.handle import Run
     from fedpool.tensors import Digest
 
     store = Store("memory://full-disk")

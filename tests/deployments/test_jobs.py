@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fedpool import ConfigError, PocEnv, Run, Store
 from fedpool.cli import main
-from fedpool.deployments.jobs import list_jobs, read_job
+from fedpool.deployments.stored_jobs import list_jobs, read_job
 from tests.services import S3Server
 
 SCORED = """

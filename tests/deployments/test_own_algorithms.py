@@ -16,7 +16,7 @@ from safetensors.numpy import load
 from fedpool import FedAvgRecipe, JobFailed, PocEnv, ProdEnv, Recipe, RecipeError, SimEnv, Store
 from fedpool.allowed_code import VARIABLE
 from fedpool.cli import main
-from fedpool.deployments.jobs import list_jobs
+from fedpool.deployments.stored_jobs import list_jobs
 from fedpool.flows.replay import replay_round
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths

@@ -30,7 +30,8 @@ from pydantic import ValidationError
 
 from fedpool import ConfigError, FedAvgRecipe, JobCancelled, JobFailed, JobStatus, PocEnv, Run, SimEnv
 from fedpool.cli import main
-from fedpool.deployments.jobs import find_run, list_jobs
+from fedpool.deployments.job_runs import find_run
+from fedpool.deployments.stored_jobs import list_jobs
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store

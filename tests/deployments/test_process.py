@@ -136,7 +136,7 @@ def test_a_killed_coordinator_leaves_no_process_behind(job_process: subprocess.P
 
 def test_a_killed_zygote_fails_the_round_and_its_scripts_are_gone(job_process: subprocess.Popen[str]) -> None:
     zygote = next(
-        p for p in family(job_process) if "fedpool.sites.zygote" in p.cmdline() and p.ppid() == job_process.pid
+        p for p in family(job_process) if "fedpool.sites.zygote_process" in p.cmdline() and p.ppid() == job_process.pid
     )
     scripts = zygote.children()
     zygote.kill()

@@ -21,7 +21,7 @@ from fedpool import ConfigError, FedAvgRecipe, FedpoolError, ProdEnv, ServerErro
 from fedpool.deployments.prefect_desk import register_site
 from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
 from fedpool.flows.site_round import site_round
-from fedpool.manifest import PROTOCOL
+from fedpool.messages import SITE_PROTOCOL
 from tests.conftest import ADD_ONE
 from tests.poc import Worker, processes_of, wait_until_gone
 from tests.services import S3Server
@@ -165,7 +165,7 @@ def test_everything_that_is_missing_is_said_at_once(
     assert refused(env(sites=sites, coordinator_pool="idle"), recipe, ConfigError).splitlines() == [
         "no worker of work pool 'idle' is online: prefect worker start --type process --pool idle",
         "no worker of work pool 'asleep' is online: fedpool site start --name asleep",
-        f"site 'old' speaks protocol 0, this one {PROTOCOL}: upgrade it",
+        f"site 'old' speaks protocol 0, this one {SITE_PROTOCOL}: upgrade it",
         "site 'unknown' is not registered: fedpool site start --name unknown",
     ]
     assert refused(env(coordinator_pool="nowhere"), recipe, ConfigError) == (

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from fedpool import JobStatus, ProdEnv
-from fedpool.deployments.jobs import list_jobs
 from fedpool.deployments.server import free_port, server_environment, wait_until_up
+from fedpool.deployments.stored_jobs import list_jobs
 from tests import services
 from tests.poc import GatedJob, Worker, processes_of, wait_until, wait_until_gone
 

@@ -22,8 +22,8 @@ from prefect.flow_engine import run_flow_async
 from prefect.settings import temporary_settings
 
 from fedpool import ConfigError, JobStatus, PocEnv, Store
-from fedpool.deployments.jobs import JobSummary, list_jobs
 from fedpool.deployments.overlap import chosen
+from fedpool.deployments.stored_jobs import JobSummary, list_jobs
 from fedpool.flows.overlap import believe_the_store, outlasting_its_slot
 from fedpool.flows.staging import has_completed
 from fedpool.paths import JobPaths, new_job_id

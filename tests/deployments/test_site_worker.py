@@ -21,7 +21,7 @@ from fedpool import FedAvgRecipe, Store
 from fedpool.deployments.prefect_desk import register_site
 from fedpool.flows.site_round import site_round
 from fedpool.flows.staging import stage
-from fedpool.manifest import SiteAssignment
+from fedpool.messages import SiteAssignment
 from fedpool.paths import JobPaths, new_job_id
 from tests.poc import Worker, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime

@@ -17,7 +17,7 @@ from prefect.states import Failed
 
 from fedpool import JobFailed, Run
 from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
-from fedpool.tasks.states import report_state
+from fedpool.tasks.run_states import report_state
 from tests.services import PostgresServer
 
 NUL = """

@@ -36,7 +36,7 @@ from fedpool import ConfigError, FedAvgRecipe
 from fedpool.deployments.templates import base_job_template, parse_env
 from fedpool.flows.site_round import site_round
 from fedpool.flows.staging import stage
-from fedpool.manifest import SiteAssignment, UpdateManifest
+from fedpool.messages import SiteAssignment, UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from tests.conftest import ADD_ONE

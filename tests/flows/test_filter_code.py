@@ -15,7 +15,7 @@ from fedpool import ConfigError, FedAvgRecipe, IntegrityError, Store
 from fedpool.allowed_code import VARIABLE
 from fedpool.filters import described
 from fedpool.flows.staging import stage
-from fedpool.manifest import ClientJob
+from fedpool.messages import ClientJob
 from fedpool.paths import JobPaths
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.site_filters import load_filters

@@ -28,7 +28,7 @@ from fedpool import FedAvgRecipe
 from fedpool.flows.fedavg import FedAvg
 from fedpool.flows.job import federated_job
 from fedpool.flows.verify import verify_job
-from fedpool.manifest import ClientJob, SiteAssignment, UpdateManifest
+from fedpool.messages import ClientJob, SiteAssignment, UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import MAX_MANIFEST_BYTES, Delivery, read_delivery

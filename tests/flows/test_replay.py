@@ -140,7 +140,7 @@ def test_a_job_is_pruned_when_it_has_ended(
 
 
 def test_a_job_that_may_go_on_is_not_pruned(job: Callable[..., Run], store: Store) -> None:
-    from fedpool.deployments.jobs import prune
+    from fedpool.deployments.stored_jobs import prune
 
     run = job()
     store.remove(JobPaths(run.job_id).result)

@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedpool.sites.launcher import Launcher, Script, Zygote
-from fedpool.sites.process import ProcessLauncher
+from fedpool.sites.launcher import Launcher, Script
+from fedpool.sites.script_process import ProcessLauncher
+from fedpool.sites.zygote_process import Zygote
 from tests.poc import wait_until
 
 pytestmark = pytest.mark.skipif(

@@ -17,11 +17,12 @@ import pytest
 from fedpool import ConfigError, Run, SiteError
 from fedpool.client.hosts import Assignment
 from fedpool.sites.handles import allow_scripts
-from fedpool.sites.launcher import Launcher, Zygote
-from fedpool.sites.process import ProcessLauncher
+from fedpool.sites.launcher import Launcher
+from fedpool.sites.script_process import ProcessLauncher
 from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Work
 from fedpool.sites.sockets import make_socket_folder
+from fedpool.sites.zygote_process import Zygote
 from tests.conftest import ADD_ONE
 
 NONE_LEFT = (
@@ -73,7 +74,7 @@ def test_a_zygote_without_handles_says_so_and_goes_on(write_script: Callable[...
     zygote = Zygote(threads=1)
     zygote.preload(())
     session = session_of(zygote, tmp_path, write_script(ADD_ONE))
-    (process,) = [p for p in psutil.Process().children() if "fedpool.sites.zygote" in p.cmdline()]
+    (process,) = [p for p in psutil.Process().children() if "fedpool.sites.zygote_process" in p.cmdline()]
     soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
     zygote._ask({"kill": 0})  # it has imported all it needs
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit_with_free(1, process.pid), hard))

@@ -14,7 +14,7 @@ import torch
 from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.errors import SiteError
 from fedpool.filters import ElementwiseFilter, Filter
-from fedpool.manifest import ClientJob, SiteAssignment, Task
+from fedpool.messages import ClientJob, SiteAssignment, Task
 from fedpool.sites.outgoing import Outgoing, ParamsKind
 from fedpool.store import Store
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load
 
 from fedpool import FedAvgRecipe, IntegrityError, SiteError, Store
 from fedpool.flows.staging import stage
-from fedpool.manifest import SiteAssignment
+from fedpool.messages import SiteAssignment
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.resident import Resident

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedpool.errors import IntegrityError
-from fedpool.manifest import Stored
+from fedpool.messages import Stored
 from fedpool.sites import scalars
 from fedpool.sites.scalars import MAX_KEY, MAX_SCALARS, MAX_SHOWN, Scalar, ScalarLog, decode, encode, read_scalars
 from fedpool.store import Store

@@ -9,7 +9,7 @@ import pytest
 from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.client.hosts import Assignment
 from fedpool.errors import SiteError
-from fedpool.manifest import ClientJob, SiteAssignment
+from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.session import END_GRACE_S, Reply, Session

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedpool.arrays import save_and_hash
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store

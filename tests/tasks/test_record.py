@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedpool.manifest import UpdateManifest
+from fedpool.messages import UpdateManifest
 from fedpool.tasks.arithmetic import BEFORE
 from fedpool.tasks.causes import causes
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome, Rejected

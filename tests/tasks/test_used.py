@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-from fedpool.manifest import Used
+from fedpool.messages import Used
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.used import NONE_USED, Counted, first_weights
 from tests.records import record_of

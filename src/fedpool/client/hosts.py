@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from fedpool.arrays import ParamsFormat, load_arrays
-from fedpool.client.link import PROTOCOL, Link
+from fedpool.client.link import LINK_PROTOCOL, Link
 from fedpool.errors import ClientError
 
 _HOLD_S = 0.02
@@ -48,7 +48,7 @@ class Assignment:
     site, `exclude` has the patterns of parameters that do; `initial` is the path of the job's
     initial model, where it is not `model` and sites start one of their own from it. `seed` is None
     where nothing is seeded (standalone). `silent` ranks send nothing. `used` are the fields of
-    `fedpool.manifest.Used`: which of the site's updates counted last.
+    `fedpool.messages.Used`: which of the site's updates counted last.
     """
 
     round: int
@@ -107,7 +107,7 @@ class SessionHost:
         self._sent_scalars = -math.inf
         self._pid = os.getpid()
         atexit.register(self._at_exit)
-        link.put("hello", protocol=PROTOCOL, pid=os.getpid())
+        link.put("hello", protocol=LINK_PROTOCOL, pid=os.getpid())
         message = self._get()
         self.welcome = Welcome(**{each.name: message[each.name] for each in fields(Welcome)})
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
-PROTOCOL = 2
+LINK_PROTOCOL = 2
 ADDRESS_VARIABLE = "FEDPOOL_SESSION_ADDRESS"
 KEY_VARIABLE = "FEDPOOL_SESSION_KEY"
 

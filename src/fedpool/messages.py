@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 from fedpool.left_out import is_empty, is_none
 from fedpool.storable import storable
 
-PROTOCOL = 3
+SITE_PROTOCOL = 3
 
 Task = Literal["train", "evaluate", "submit_model"]
 

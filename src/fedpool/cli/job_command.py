@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from fedpool.deployments import jobs
+from fedpool.cli.job_report import print_job, print_jobs
+from fedpool.cli.which_store import meant_store
+from fedpool.deployments import job_runs, stored_jobs
 from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.code_permission import permission
 from fedpool.deployments.endings import read_endings
 from fedpool.deployments.fate import with_client
-from fedpool.deployments.job_report import print_job, print_jobs
+from fedpool.deployments.handle import JobStatus
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
-from fedpool.deployments.run import JobStatus
-from fedpool.deployments.which_store import meant_store
 from fedpool.errors import ConfigError, ServerError
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
@@ -54,7 +54,7 @@ Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 @job.command(name="list")
 def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """The jobs of a store, newest first."""
-    found = jobs.list_jobs(_store(store, home, quiet=as_json), partial(_server, home))
+    found = stored_jobs.list_jobs(_store(store, home, quiet=as_json), partial(_server, home))
     if as_json:
         print(json.dumps([asdict(entry) for entry in found], indent=2))
         return
@@ -68,7 +68,7 @@ def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = 
 def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """A job's rounds and models."""
     place = _store(store, home, quiet=as_json)
-    summary, records, result = jobs.read_job(place, job_id, partial(_server, home))
+    summary, records, result = stored_jobs.read_job(place, job_id, partial(_server, home))
     described = JobRecord.read(place, JobPaths(job_id).job)
     if as_json:
         endings = {} if result is None else read_endings(place, job_id, result, records)
@@ -94,7 +94,7 @@ def verify(
     from fedpool.flows.verify import verify_job
 
     place = _store(store, home, quiet=as_json)
-    jobs.check_is_there(place, job_id)
+    stored_jobs.check_is_there(place, job_id)
     found = verify_job(place, job_id, allow=permission(allow_code))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
@@ -118,7 +118,7 @@ def job_logs(
 ) -> None:
     """What a job's runs have logged, from the Prefect server."""
     with _server(home):
-        for name, line in run_blocking(with_client(lambda client: jobs.read_logs(client, job_id, at))):
+        for name, line in run_blocking(with_client(lambda client: job_runs.read_logs(client, job_id, at))):
             print(f"{name}: {line}")
 
 
@@ -133,10 +133,10 @@ def cancel(
     if it has not in time.
     """
     with _server(home):
-        run_id = run_blocking(with_client(lambda client: jobs.cancel(client, job_id)))
+        run_id = run_blocking(with_client(lambda client: job_runs.cancel(client, job_id)))
         print(f"{job_id}: asked to stop", flush=True)
         timeout_s = _CANCEL_WAIT_S if wait else _CANCEL_LOOK_S
-        ended = run_blocking(with_client(lambda client: jobs.wait_until_over(client, run_id, timeout_s)))
+        ended = run_blocking(with_client(lambda client: job_runs.wait_until_over(client, run_id, timeout_s)))
     if ended is not None:
         print(f"{job_id}: {ended}")
     elif wait:
@@ -170,7 +170,7 @@ def replay(
     from fedpool.flows.replay import replay_round
 
     place = _store(store, home, quiet=as_json)
-    jobs.check_is_there(place, job_id)
+    stored_jobs.check_is_there(place, job_id)
     with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="fedpool-") as scratch:
         target = out or Path(scratch) / "model.safetensors"
         found = replay_round(
@@ -214,7 +214,7 @@ def prune(
 ) -> None:
     """Remove the accepted updates of a job that has ended; models, records and hashes stay."""
     place = _store(store, home)
-    freed = jobs.prune(place, job_id, keep)
+    freed = stored_jobs.prune(place, job_id, keep)
     print(f"{job_id}: {freed / 1e6:.1f} MB freed")
 
 
@@ -236,7 +236,7 @@ def resume(
     from fedpool.flows.stored import recipe_of
 
     place = _store(store, home)
-    jobs.check_is_there(place, job_id)
+    stored_jobs.check_is_there(place, job_id)
     described = JobRecord.read(place, JobPaths(job_id).job)
     recipe = recipe_of(job_id, place, allow=permission(allow_code))
     env = environment_of(described, place, home)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from fedpool import PocEnv
-from fedpool.deployments.processes import Processes, _family
+from fedpool.deployments.daemons import Processes, _family
 
 _PARENT = """
 import subprocess, sys

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedpool.cli import main
-from fedpool.deployments.recipe_command import find_page
+from fedpool.cli.recipe_command import find_page
 from fedpool.flows.recipes import built_in
 
 ROOT = Path(__file__).parents[2]

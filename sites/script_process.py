@@ -3,8 +3,8 @@ them.
 
 Between the host and the script stands a guard: it waits on a pipe whose other end the host holds,
 so that the script and all it started die with the host, however the host dies. It adopts what
-leaves the script's session, so nothing gets away. `python -m fedpool.sites.process COMMAND...` is
-the guard.
+leaves the script's session, so nothing gets away. The guard is
+`python -m fedpool.sites.script_process COMMAND...`.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from fedpool.sites.descendants import adopt_orphans, end_children, kill, kill_group, own_children
 from fedpool.sites.launcher import Script
 
-_GUARD = (sys.executable, "-m", "fedpool.sites.process")
+_GUARD = (sys.executable, "-m", "fedpool.sites.script_process")
 
 
 def find_program(command: str) -> list[str]:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fedpool.sites.launcher import Script
-from fedpool.sites.process import ProcessLauncher
+from fedpool.sites.script_process import ProcessLauncher
 from tests.poc import scripts_of, wait_until, wait_until_gone
 
 
@@ -125,7 +125,7 @@ def test_what_a_script_leaves_running_ends_with_it(start: Callable[..., tuple[Pr
 HOST = """
     import sys
     from pathlib import Path
-    from fedpool.sites.process import ProcessLauncher
+    from fedpool.sites.script_process import ProcessLauncher
 
     launcher = ProcessLauncher("python", threads=1, imports=())
     folder = Path(sys.argv[1])

@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpool.deployments.endings import read_endings, tell_endings
-from fedpool.deployments.jobs import JobSummary
+from fedpool.deployments.handle import JobStatus
 from fedpool.deployments.progress import cross_site_table, print_findings
-from fedpool.deployments.run import JobStatus
+from fedpool.deployments.stored_jobs import JobSummary
 from fedpool.deployments.terminal import open_console
 from fedpool.paths import JobPaths
 from fedpool.store import Store
@@ -17,7 +17,7 @@ from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.matrix import matrix_metrics
 from fedpool.tasks.record import RoundRecord
-from fedpool.tasks.tables import report_rows, untold
+from fedpool.tasks.report.prefect_ui.tables import report_rows, untold
 
 _OTHER_COLUMNS = 48
 """What the columns beside a job's id need to be readable; a terminal that is narrower breaks the

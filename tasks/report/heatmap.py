@@ -10,8 +10,8 @@ from typing import Literal
 from xml.sax.saxutils import escape
 
 from fedpool.site_order import in_order
-from fedpool.tasks.curves import Curve
 from fedpool.tasks.matrix import Matrix, owners
+from fedpool.tasks.report.prefect_ui.curves import Curve
 
 MAX_CELLS = 40
 """Rows and columns at most; the report and `cross_site.json` have all of them."""

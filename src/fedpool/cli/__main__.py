@@ -1,0 +1,5 @@
+"""`python -m fedpool.cli` is the command `fedpool`."""
+
+from fedpool.cli import main
+
+main()
