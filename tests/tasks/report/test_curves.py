@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from fedpool import Run
 from fedpool.store import Store
-from fedpool.tasks import report
+from fedpool.tasks.report import prefect_ui
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.report.prefect_ui.curves import MAX_CURVES, Curve, curves, draw
 from fedpool.tasks.report.prefect_ui.prefect_ui import link_to
@@ -185,7 +185,7 @@ def test_a_picture_that_cannot_be_written_keeps_neither_the_job_nor_the_report_f
     async def refuse(*_: Any, **__: Any) -> None:
         raise httpx.ConnectError("the server went away")
 
-    monkeypatch.setattr(report, "acreate_image_artifact", refuse)
+    monkeypatch.setattr(prefect_ui, "acreate_image_artifact", refuse)
     run = run_job(SCRIPT, name="unpictured")
     assert run.get_status() == "COMPLETED"
     assert sorted(read_artifacts("unpictured")) == ["best-model", "final-model", "progress", "report"]
