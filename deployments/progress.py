@@ -16,7 +16,7 @@ from fedpool.recipe import Recipe
 from fedpool.tasks.findings import findings
 from fedpool.tasks.key_metric import MetricRules, metric_gap
 from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
-from fedpool.tasks.report.prefect_ui.tables import report_rows
+from fedpool.tasks.report.tables import report_rows
 
 _POLL_S = 0.2
 

@@ -235,7 +235,7 @@ def _work(
         from prefect.settings import temporary_settings
 
         from fedpool.flows.job import federated_job
-        from fedpool.tasks.report.prefect_ui.prefect_ui import Reporter
+        from fedpool.tasks.report.prefect_ui import Reporter
         from fedpool.tasks.tracking import trackings
 
         stack.enter_context(temporary_settings(api))

@@ -42,7 +42,7 @@ from fedpool.store import Store
 from fedpool.tasks.dispatch import PoolSites
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.reach import site_problems
-from fedpool.tasks.report.prefect_ui.prefect_ui import Reporter
+from fedpool.tasks.report.prefect_ui import Reporter
 from fedpool.tasks.tracking import trackings
 from fedpool.training_recipe import TrainingRecipe
 

@@ -1,5 +1,5 @@
 """`Observer`: what a job tells those who watch it. The Prefect UI is one
-(`fedpool.tasks.report.prefect_ui.prefect_ui`); trackers are others.
+(`fedpool.tasks.report.prefect_ui`); trackers are others.
 
 An observer is told from the job's event loop, and returns at once: what takes time it does in the
 background, in the order in which it was told. It never fails a job: what it cannot do is a warning

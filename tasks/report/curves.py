@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from fedpool.tasks.record import RoundRecord
-from fedpool.tasks.report.prefect_ui.tables import metric_names, values
+from fedpool.tasks.report.tables import metric_names, values
 
 MAX_CURVES = 8
 

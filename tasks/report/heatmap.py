@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 from fedpool.site_order import in_order
 from fedpool.tasks.matrix import Matrix, owners
-from fedpool.tasks.report.prefect_ui.curves import Curve
+from fedpool.tasks.report.curves import Curve
 
 MAX_CELLS = 40
 """Rows and columns at most; the report and `cross_site.json` have all of them."""

@@ -29,9 +29,9 @@ from fedpool.store import Store
 from fedpool.tasks.matrix import Matrix, matrix_metrics, matrix_rows
 from fedpool.tasks.observer import Ending, Observer
 from fedpool.tasks.record import RoundRecord, of_global_models
-from fedpool.tasks.report.prefect_ui.curves import curves
-from fedpool.tasks.report.prefect_ui.heatmap import heat_map
-from fedpool.tasks.report.prefect_ui.tables import final_report, round_table
+from fedpool.tasks.report.curves import curves
+from fedpool.tasks.report.heatmap import heat_map
+from fedpool.tasks.report.tables import final_report, round_table
 
 _PROGRESS_INTERVAL_S = 1.0
 

@@ -17,7 +17,7 @@ from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.job_record import JobResult
-from fedpool.tasks.report.prefect_ui.tables import final_report
+from fedpool.tasks.report.tables import final_report
 from tests.records import record_of
 from tests.records import result_of as ended
 

@@ -22,7 +22,7 @@ from prefect.settings import temporary_settings
 from fedpool import ConfigError, JobFailed, JobStatus, PocEnv, Run
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
-from fedpool.tasks.report.prefect_ui.tables import round_table
+from fedpool.tasks.report.tables import round_table
 from tests.conftest import ADD_ONE
 from tests.poc import GatedJob, processes_of, wait_until, wait_until_gone
 from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime

@@ -26,7 +26,7 @@ from fedpool.tasks.causes import causes_over_rounds
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, Rejected, counting_in, judge
 from fedpool.tasks.quarantine import quarantined
-from fedpool.tasks.report.prefect_ui.tables import report_rows, round_table
+from fedpool.tasks.report.tables import report_rows, round_table
 from fedpool.tasks.retention import drop_updates
 from fedpool.tasks.staleness import Awaited, awaited, discount
 from fedpool.tasks.strategy import State, Strategy, Update

@@ -17,7 +17,7 @@ from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.matrix import matrix_metrics
 from fedpool.tasks.record import RoundRecord
-from fedpool.tasks.report.prefect_ui.tables import report_rows, untold
+from fedpool.tasks.report.tables import report_rows, untold
 
 _OTHER_COLUMNS = 48
 """What the columns beside a job's id need to be readable; a terminal that is narrower breaks the

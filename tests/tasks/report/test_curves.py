@@ -17,10 +17,10 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from fedpool import Run
 from fedpool.store import Store
-from fedpool.tasks.report import prefect_ui
 from fedpool.tasks.record import RoundRecord
-from fedpool.tasks.report.prefect_ui.curves import MAX_CURVES, Curve, curves, draw
-from fedpool.tasks.report.prefect_ui.prefect_ui import link_to
+from fedpool.tasks.report import prefect_ui
+from fedpool.tasks.report.curves import MAX_CURVES, Curve, curves, draw
+from fedpool.tasks.report.prefect_ui import link_to
 from tests.records import record_of
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fedpool.tasks.matrix import Matrix
-from fedpool.tasks.report.prefect_ui.heatmap import MAX_CELLS, heat_map
+from fedpool.tasks.report.heatmap import MAX_CELLS, heat_map
 
 NUM = "NUM_STEPS_CURRENT_ROUND"
 MATRIX: Matrix = {

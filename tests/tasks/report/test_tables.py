@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fedpool.tasks.record import RoundRecord
-from fedpool.tasks.report.prefect_ui.tables import final_report, metric_names, report_rows, round_table, values
+from fedpool.tasks.report.tables import final_report, metric_names, report_rows, round_table, values
 from tests.records import record_of, result_of
 
 
