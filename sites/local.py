@@ -34,7 +34,7 @@ from fedpool.sites.site_log import SiteLog
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
 from fedpool.sites.sites import SIMULATED, Traits
 from fedpool.sites.sockets import make_socket_folder
-from fedpool.sites.zygote_process import Zygote
+from fedpool.sites.zygote import Zygote
 from fedpool.store import Store
 
 

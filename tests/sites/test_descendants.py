@@ -16,7 +16,7 @@ import pytest
 
 from fedpool.sites.launcher import Launcher, Script
 from fedpool.sites.script_process import ProcessLauncher
-from fedpool.sites.zygote_process import Zygote
+from fedpool.sites.zygote import Zygote
 from tests.poc import wait_until
 
 pytestmark = pytest.mark.skipif(

@@ -22,7 +22,7 @@ from fedpool.sites.script_process import ProcessLauncher
 from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Work
 from fedpool.sites.sockets import make_socket_folder
-from fedpool.sites.zygote_process import Zygote
+from fedpool.sites.zygote import Zygote
 from tests.conftest import ADD_ONE
 
 NONE_LEFT = (
