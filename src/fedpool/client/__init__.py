@@ -13,9 +13,9 @@
         meta = {"NUM_STEPS_CURRENT_ROUND": steps}
         flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, meta=meta))
 
-Function names, `FLModel` and `ParamsType` are those of `nvflare.client`. Importing this module
-costs neither Prefect nor torch. Run with no host around, a script goes through one round on its own
-initial weights.
+The names of functions, `FLModel` and `ParamsType` are those of `nvflare.client`. This module
+imports neither Prefect nor torch. Without a host, a script runs one round on its own initial
+weights.
 """
 
 import warnings
@@ -67,7 +67,9 @@ _client: _Client | None = None  # a process is one client; the functions below a
 def _current(ctx: _Client | None = None) -> _Client:
     if ctx is not None:
         if not isinstance(ctx, _Client):
-            raise ClientError(f"ctx must be what flare.init() has returned, got {type(ctx).__name__}: leave it out")
+            raise ClientError(
+                f"ctx must be the value that flare.init() returned, got {type(ctx).__name__}: leave it out"
+            )
         return ctx
     if _client is None:
         raise ClientError("the client API is not initialised: call flare.init() first")
@@ -75,9 +77,7 @@ def _current(ctx: _Client | None = None) -> _Client:
 
 
 def _ensure_started(rank: int | None = None) -> _Client:
-    """The client, connected to its host if `init` was not called yet; for the trainer
-    integrations.
-    """
+    """The client; connects to the host if `init` wasn't called. For the trainer integrations."""
     global _client
     if _client is None:
         _client = _start(rank, "torch")
@@ -87,27 +87,28 @@ def _ensure_started(rank: int | None = None) -> _Client:
 def init(
     rank: int | str | None = None, config_file: Any = None, *, params_format: ParamsFormat | None = None
 ) -> _Client:
-    """Connect this script to its host; call it once, before anything else.
+    """Connect this script to its host. Call it once, before any other function.
 
     Args:
-        rank: the global rank of this process under torchrun; only rank 0 talks. Read from `RANK`
-            when None.
-        config_file: accepted for compatibility and not read, which a warning says: recipe and site
-            configure the script.
-        params_format: "torch" or "numpy": how params arrive. None: torch when the script has
-            imported it, else numpy.
+        rank: the global rank of this process under torchrun; only rank 0 talks to the host. None
+            reads `RANK`.
+        config_file: accepted for compatibility, but not read: the recipe and the site configure the
+            script. A value causes a warning.
+        params_format: "torch" or "numpy", the type of the received params. None: torch if the
+            script has imported it, else numpy.
 
-    Returns: what the other functions take as `ctx`. They do without: a process is one client.
+    Returns: the `ctx` argument of the other functions. You can leave it out, because a process has
+    one client.
 
     A second call warns and changes nothing.
     """
     global _client
     if _client is not None:
-        warnings.warn("flare.init() was called already: this call changes nothing", stacklevel=2)
+        warnings.warn("flare.init() was already called: this call changes nothing", stacklevel=2)
         return _client
     if config_file is not None:
         warnings.warn(
-            f"flare.init(config_file={str(config_file)!r}) is not read: the recipe and the site configure this script, "
+            f"flare.init() does not read config_file={str(config_file)!r}: the recipe and the site configure this script, "
             "see flare.get_config()",
             stacklevel=2,
         )
@@ -119,13 +120,13 @@ def is_running(ctx: _Client | None = None) -> bool:
     """Block until there is an assignment (True) or the job is over (False).
 
     Raises:
-        ClientError: the script has gone through a round without `send()`.
+        ClientError: the script went through a round without calling `send()`.
     """
     return _current(ctx).is_running()
 
 
 def receive(timeout: float | None = None, ctx: _Client | None = None) -> FLModel | None:
-    """The global model of the round; the same one when called again in the round.
+    """The global model of the round. Further calls in the same round return the same model.
 
     Args:
         timeout: seconds to wait for an assignment; None waits until there is one or the job is
@@ -138,30 +139,30 @@ def receive(timeout: float | None = None, ctx: _Client | None = None) -> FLModel
 
 
 def send(model: FLModel, clear_cache: bool = True, ctx: _Client | None = None) -> None:
-    """Send the round's update, once a round, after `receive()`.
+    """Send the round's update. Call it once per round, after `receive()`.
 
     Args:
         model: `params` (name -> torch tensor or numpy array), `metrics` (name -> number, the score
             of the *received* model), or both; `meta["NUM_STEPS_CURRENT_ROUND"]` is the update's
-            weight (1 when absent).
-        clear_cache: accepted for compatibility; nothing is cached past a send.
+            weight (default: 1).
+        clear_cache: accepted for compatibility; nothing is cached after a send.
 
     Raises:
-        ClientError: out of order, not an `FLModel`, neither params nor metrics, or params that are
-            not a dict of arrays.
+        ClientError: the call is out of order, the model isn't an `FLModel` or has neither params
+            nor metrics, or the params aren't a dict of arrays.
     """
     _current(ctx).send(model)
 
 
 def keep(name: str, params: Mapping[str, Any]) -> None:
-    """Keep tensors at this site, from this round to the next ones, whatever becomes of this
-    process. They never leave the site.
+    """Keep tensors at this site for later rounds, even if this process ends. They never leave the
+    site.
 
-    A round that is asked for again starts from what was kept before it, so keep all that training
-    goes on from.
+    A round that is repeated starts from the tensors that were kept before it, so keep everything
+    that training continues from.
 
     Args:
-        name: what to find them by: letters, digits, `.`, `_` and `-`.
+        name: the name for `kept`: letters, digits, `.`, `_` and `-`.
         params: name -> torch tensor or numpy array.
 
     Raises:
@@ -171,12 +172,12 @@ def keep(name: str, params: Mapping[str, Any]) -> None:
 
 
 def kept(name: str, *, initial: bool = False) -> dict[str, Any] | None:
-    """What this site kept under a name in an earlier round; None when there is nothing.
+    """The tensors that this site kept under a name in an earlier round; None if there are none.
 
     Args:
-        initial: where there is nothing, give the model that a site's own one starts from: the job's
-            initial model with a recipe that says so (`DittoRecipe(personal_start="initial")`), else
-            the received one.
+        initial: if there are none, return the model that a site's own model starts from: the job's
+            initial model if the recipe asks for it (`DittoRecipe(personal_start="initial")`), else
+            the received model.
 
     Raises:
         ClientError: outside a round.
@@ -190,7 +191,7 @@ def is_train(ctx: _Client | None = None) -> bool:
 
 
 def is_evaluate(ctx: _Client | None = None) -> bool:
-    """Whether the assignment is to score the received model and send metrics only."""
+    """Whether the assignment is to score the received model and send only metrics."""
     return _current(ctx).task_name == "evaluate"
 
 
@@ -200,12 +201,12 @@ def is_submit_model(ctx: _Client | None = None) -> bool:
 
 
 def get_job_id(ctx: _Client | None = None) -> str:
-    """The id of the job that this script works for."""
+    """The id of the job that this script belongs to."""
     return _current(ctx).job_id
 
 
 def get_site_name(ctx: _Client | None = None) -> str:
-    """The name of the site that this script runs at."""
+    """The name of the site where this script runs."""
     return _current(ctx).site_name
 
 
@@ -215,30 +216,30 @@ def get_task_name(ctx: _Client | None = None) -> str:
 
 
 def get_config(ctx: _Client | None = None) -> dict[str, Any]:
-    """What the recipe (`config`, over that `per_site_config`) and, over both, the site itself
-    configured for this script.
+    """This script's configuration: the recipe's `config`, overridden by its `per_site_config`,
+    overridden by the site's own.
     """
     return _current(ctx).config
 
 
 def system_info(ctx: _Client | None = None) -> dict[str, str | int]:
-    """`job_id`, `site_name`, and `site_index` of `num_sites`: sites count from 0 in the natural
-    order of their names.
+    """`job_id`, `site_name`, `site_index` and `num_sites`. `site_index` counts from 0, in the
+    natural order of site names.
     """
     return _current(ctx).system_info
 
 
 def log(key: str, value: Any, data_type: Any = None, ctx: _Client | None = None, **where: Any) -> None:
-    """Send a scalar: it shows in the site's log and, with its last value, in the round's metrics.
+    """Send a scalar. It appears in the site's log, and its last value in the round's metrics.
 
     Args:
         key: its name.
         value: a number, numpy scalar or one-element tensor.
-        data_type: an `AnalyticsDataType`: `SCALARS` and `METRICS` take a dict of numbers; `TEXT`,
-            `PARAMETER`, `TAG` and the dicts of them go to the site's log only. Anything else is
-            ignored.
-        ctx: what `init` has returned.
-        where: what else to show in the log, for example `global_step=12`.
+        data_type: an `AnalyticsDataType`. `SCALARS` and `METRICS` take a dict of numbers. `TEXT`,
+            `PARAMETER`, `TAG`, `PARAMETERS` and `TAGS` are only written to the site's log. `IMAGE`,
+            `LOG_RECORD`, `MODEL` and `INIT_DATA` are refused.
+        ctx: the value that `init` returned.
+        where: further values for the log, for example `global_step=12`.
     """
     client = _current(ctx)
     where = {name: each for name, each in where.items() if each is not None}
@@ -250,5 +251,5 @@ def log(key: str, value: Any, data_type: Any = None, ctx: _Client | None = None,
 
 
 def shutdown(ctx: _Client | None = None) -> None:
-    """Leave the session; the script may go on, but takes part in nothing more."""
+    """Leave the session. The script may continue, but takes part in no further rounds."""
     _current(ctx).shutdown()

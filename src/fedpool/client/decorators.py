@@ -1,4 +1,4 @@
-"""`train` and `evaluate`, decorators that make a script's functions the steps of a round."""
+"""The decorators `train` and `evaluate`, which make a script's functions the steps of a round."""
 
 import functools
 import inspect
@@ -9,7 +9,7 @@ from fedpool.errors import ClientError
 from fedpool.model import FLModel
 
 _scores: dict[str, Any] = {}
-"""What `evaluate` has found in this round, for `train` to send; a process is one client."""
+"""The scores from `evaluate` in this round, which `train` sends. A process has one client."""
 
 
 @overload
@@ -19,8 +19,8 @@ def train(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def train(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
     """Decorate a training function: it gets the received model and returns the `FLModel` to send.
 
-    What a function decorated with `evaluate` has returned in this round is sent as its metrics. New
-    scripts do better with `receive()` and `send()`.
+    The scores that a function decorated with `evaluate` returned in this round are sent as its
+    metrics. In new scripts, use `receive()` and `send()` instead.
     """
 
     def decorate(train_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,11 +50,11 @@ def evaluate(function: Callable[..., Any]) -> Callable[..., Any]: ...
 @overload
 def evaluate(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
 def evaluate(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Decorate an evaluation function: it is called with the received model and returns its
-    metrics, a dict, or one number.
+    """Decorate an evaluation function: it gets the received model and returns a dict of metrics or
+    one number.
 
-    In a `train` round call it before the function that `train` decorates, which sends them. In
-    other rounds they are sent at once.
+    In a `train` round, call it before the function decorated with `train`, which sends the metrics.
+    In other rounds they are sent at once.
     """
 
     def decorate(evaluate_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,11 +78,11 @@ def evaluate(function: Callable[..., Any] | None = None, **options: Any) -> Call
 
 
 def _call_with_model(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a function with the received model in place of its first argument."""
+    """Call a function with the received model as its first argument."""
     import fedpool.client
 
     first = next(iter(inspect.signature(function).parameters), None)
     if first is None:
-        raise ClientError(f"{function.__name__}() needs a first parameter, for the received model")
+        raise ClientError(f"{function.__name__}() needs a first parameter for the received model")
     others = {name: value for name, value in kwargs.items() if name != first}
     return function(fedpool.client.receive(), *args[1:], **others)

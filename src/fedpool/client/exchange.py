@@ -1,8 +1,7 @@
-"""What the trainer integrations share: the rounds of a trainer that fits and scores by itself, on
-top of a `Client`.
+"""The shared part of the trainer integrations: rounds for a trainer with its own fit and score.
 
-A trainer's `fit` and `validate` become calls on an `Exchange`: load what was received, keep its
-score, send once a round.
+A trainer's `fit` and `validate` become calls on an `Exchange`: load the received model, keep its
+score, send once per round.
 """
 
 import warnings
@@ -23,13 +22,14 @@ from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS, NUM_STEPS, SCAFFOLD, 
 
 
 def register(client: Client, trainer: Any, options: Mapping[str, Any]) -> bool:
-    """Note that a trainer is patched; returns False when this one was, with the same options.
+    """Note that a trainer is patched; returns False if it was already patched with the same
+    options.
 
-    A second trainer is warned about. It may be meant, but optimizers do not go on from one to the
-    other.
+    A second trainer causes a warning. It may be intended, but optimizers don't carry over from one
+    to the other.
 
     Raises:
-        ClientError: this trainer, or another that lives, was patched with other options; the
+        ClientError: this trainer, or another that still exists, was patched with other options; the
             message names them.
     """
     previous = client.patched_trainer
@@ -43,13 +43,13 @@ def register(client: Client, trainer: Any, options: Mapping[str, Any]) -> bool:
         which = "this" if first is trainer else "another"
         if differing:
             raise ClientError(
-                f"{which} trainer was patched already, with other options: {', '.join(differing)}; call flare.patch() once"
+                f"{which} trainer was already patched with other options: {', '.join(differing)}; call flare.patch() once"
             )
         if first is trainer:
             return False
         warnings.warn(
-            "flare.patch() was called for a second trainer: whichever trains first answers a round, and optimizers do not go "
-            "on from one trainer to the other; make and patch one trainer, ahead of the loop",
+            "flare.patch() was called for a second trainer: the first one to train answers a round, and optimizers do not carry "
+            "over from one trainer to the other; make and patch one trainer, before the loop",
             stacklevel=3,
         )
     client.patched_trainer = Patched(weakref.ref(trainer), dict(options))
@@ -57,10 +57,10 @@ def register(client: Client, trainer: Any, options: Mapping[str, Any]) -> bool:
 
 
 def rows_of(datasets: Sequence[Any]) -> int:
-    """How many rows a site trains with, all of its datasets together.
+    """The number of rows that a site trains with, in all of its datasets together.
 
     Raises:
-        ClientError: a dataset does not say how many it has.
+        ClientError: a dataset has no length.
     """
     total = 0
     for dataset in datasets:
@@ -68,7 +68,7 @@ def rows_of(datasets: Sequence[Any]) -> int:
             total += len(dataset)
         except TypeError:
             raise ClientError(
-                f"FedNova weighs sites by their rows, and a {type(dataset).__name__} does not say how many it has: "
+                f"FedNova weights sites by their rows, and a {type(dataset).__name__} does not say how many it has: "
                 "give the training data a __len__, or use another recipe"
             ) from None
     return total
@@ -78,11 +78,10 @@ class Exchange:
     """One trainer's part in the rounds.
 
     Args:
-        client: what talks to the host.
-        strict: whether names and shapes of the received params must be those of the module.
-        same_shapes: whether, if not strict, the shapes of those names that both have must be the
-            same.
-        scope: which of a module's tensors are exchanged.
+        client: the connection to the host.
+        strict: whether the received params must have the module's names and shapes.
+        same_shapes: if not strict, whether names that both have must have the same shape.
+        scope: the module's tensors that are exchanged.
     """
 
     def __init__(self, client: Client, *, strict: bool, same_shapes: bool = False, scope: Scope = whole) -> None:
@@ -97,18 +96,16 @@ class Exchange:
         self._kept: dict[str, torch.Tensor] | None = None
 
     def receive(self) -> FLModel | None:
-        """The round's model, waiting for it where there is none yet; None when the job is over."""
+        """The round's model; waits for it if necessary. None when the job is over."""
         return self.client.receive()
 
     def receive_to_score(self) -> FLModel | None:
-        """The round's model; None when a score would not be that of a received one: it was sent,
-        or the job is over.
-        """
+        """The round's model; None if the round's update was already sent or the job is over."""
         return None if self.client.between_rounds else self.client.receive()
 
     def take_answered(self) -> bool:
-        """Whether `scored` has answered the round, so that there is nothing to train; True once
-        a round.
+        """Whether `scored` has answered the round, so that no training is needed; True once per
+        round.
         """
         answered, self._answered = self._answered, False
         return answered and self.client.between_rounds
@@ -117,37 +114,37 @@ class Exchange:
         """Load the received params into a module, in place.
 
         Raises:
-            ClientError: they do not fit (`strict`).
+            ClientError: they don't fit (`strict`).
         """
         own, names = self._own(module)
         if self.client.task_name == "evaluate" and module is self._trained:
-            # After the job's last evaluation a site may be asked for the model it trained: this is
-            # the last look at it.
+            # After the job's last evaluation a site may be asked for the model that it trained, and
+            # the evaluation overwrites it.
             self._kept = {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
         self._trained = None
-        if params := self._received():  # a standalone run has none: it goes on from the module's own weights
+        if params := self._received():  # a standalone run has none: it continues from the module's own weights
             fitting = fitting_params(
                 own, params, strict=self._strict, same_shapes=self._same_shapes, advice=advice(module)
             )
             module.load_state_dict({names[name]: value for name, value in fitting.items()}, strict=False)
 
     def proximal_term(self, module: torch.nn.Module) -> ProximalTerm:
-        """The round's FedProx term, as the config asks for it."""
+        """The round's FedProx term, with the strength from the config."""
         own, names = self._own(module)
         anchors = {names[name]: value for name, value in self._received().items() if fits(name, own, value)}
         return ProximalTerm(proximal_mu(self.client.config), module, anchors)
 
     def begin_steps(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Have the round's steps done as the recipe's algorithm wants them: corrected by SCAFFOLD,
-        or counted for FedNova.
+        """Prepare the optimizers for the recipe's algorithm: SCAFFOLD corrects steps, FedNova
+        counts them.
 
         Args:
-            module: what is trained, at the received values.
-            optimizers: torch's own, not what wraps them; none where there is nothing to train with.
+            module: the trained module, with the received values.
+            optimizers: torch's own, not wrappers; none if there is nothing to train with.
 
         Raises:
-            ClientError: SCAFFOLD, and the received names are not the module's own; FedNova, and it
-                cannot be told how far such an optimizer goes.
+            ClientError: SCAFFOLD, and the received names aren't the module's own; or FedNova, and
+                it can't tell how far such an optimizer moves the parameters.
         """
         algorithm = self.client.config.get(ALGORITHM)
         if algorithm == SCAFFOLD and (other := next((n for n, o in self._own(module)[1].items() if n != o), None)):
@@ -159,7 +156,9 @@ class Exchange:
         self._steps = LocalSteps(*optimizers) if algorithm == FEDNOVA else None
 
     def scored(self, metrics: Mapping[str, Any]) -> None:
-        """The received model's score: sent at once when that is the task, else with the update."""
+        """Take the received model's score: send it at once in an `evaluate` round, else with the
+        update.
+        """
         self._metrics |= metrics
         if self.client.task_name == "evaluate":
             self._send(FLModel(metrics=self._metrics))
@@ -167,17 +166,18 @@ class Exchange:
 
     @property
     def weighs_rows(self) -> bool:
-        """Whether the weight of an update is to be the site's rows: FedNova makes up for the
-        steps itself.
+        """Whether the site's rows are the weight of an update: FedNova accounts for the steps
+        itself.
         """
         return bool(self.client.config.get(ALGORITHM) == FEDNOVA)
 
     def send_trained(self, module: torch.nn.Module, num_steps: int, num_rows: int = 0) -> None:
-        """Send what a module was trained to, with its `__fl_meta__`.
+        """Send the trained values of a module, with its `__fl_meta__`.
 
         Args:
-            num_steps: optimizer steps of the round, the weight of the update, unless
-            num_rows: is, where `weighs_rows` says so.
+            module: the trained module.
+            num_steps: optimizer steps of the round, by default the weight of the update.
+            num_rows: rows of the training data, the weight of the update if `weighs_rows`.
         """
         self._trained, self._kept = module, None
         weight = num_rows if self.weighs_rows and num_steps else num_steps
@@ -191,16 +191,16 @@ class Exchange:
         self._send(update)
 
     def send_untrained(self, module: torch.nn.Module) -> None:
-        """Answer a round for which the site has no data: with the received model, and weight 0."""
+        """Answer a round for which the site has no data: send the received model with weight 0."""
         self.load(module)
         self.begin_steps(module, ())
         self.send_trained(module, 0)
 
     def send_own(self, best: Mapping[str, Any] | None = None) -> None:
-        """Send the site's own model: the best, where one is given, else what was last trained here.
+        """Send the site's own model: `best` if given, else the last one that was trained here.
 
         Raises:
-            ClientError: nothing was trained since this script started.
+            ClientError: this script has trained no model yet.
         """
         own = best or self._kept
         if own is None and self._trained is not None:
@@ -212,8 +212,8 @@ class Exchange:
         self._send(self._update(own))
 
     def _own(self, module: torch.nn.Module) -> tuple[Mapping[str, torch.Tensor], Names]:
-        """What a module exchanges, by the names under which it travels; and these names' own
-        ones.
+        """The tensors that a module exchanges, by their names in transit; and these names mapped to
+        the module's own.
         """
         names = self._scope(module, self._received().keys())
         state = module.state_dict()
@@ -236,8 +236,8 @@ class Exchange:
 
 
 def _meta_of(module: torch.nn.Module) -> dict[str, Any]:
-    """What the module itself wants sent as `meta`: its attribute `__fl_meta__`, a dict. A weight
-    in it counts instead of ours.
+    """The module's attribute `__fl_meta__`, a dict to send as `meta`. A weight in it overrides
+    ours.
     """
     meta = getattr(module, "__fl_meta__", None) or {}
     if not isinstance(meta, dict):

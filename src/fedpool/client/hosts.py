@@ -1,7 +1,7 @@
-"""Where a client script's assignments come from: a session host, or nobody (standalone); `ranks`
-has rank 0 of a torchrun.
+"""The source of a client script's assignments: a session host, or none (standalone).
 
-All three answer to the same four methods, `Host`; `fedpool.client.api` holds everything else.
+Both implement the protocol `Host`, and so does rank 0 of a torchrun, in `ranks`. The rest of the
+client API is in `fedpool.client.api`.
 """
 
 import atexit
@@ -19,18 +19,18 @@ from fedpool.client.link import LINK_PROTOCOL, Link
 from fedpool.errors import ClientError
 
 _HOLD_S = 0.02
-"""Scalars that a script logs sooner after the one before than that wait for each other."""
+"""A scalar that is logged sooner than this after the last sent one is held back."""
 _MAX_HELD = 500
-"""And no more of them than that, nor longer than until the next message."""
+"""The most scalars that are held back. The next message sends them."""
 
 
 class Waiting(Exception):
-    """No assignment came within the time-out."""
+    """No assignment arrived within the timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Who the script is: its site is the one of `site_index`, from 0, of the job's `num_sites`."""
+    """Who the script is. `site_index` counts the job's `num_sites` sites from 0."""
 
     job_id: str
     site: str
@@ -41,14 +41,21 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What the script is asked to do in one round.
+    """The script's work in one round.
 
-    `model` and `update` are local paths: the global model to read, the file to write. `extras` is
-    the path of what the algorithm sends beside the model, `kept` the folder of what stays at the
-    site, `exclude` has the patterns of parameters that do; `initial` is the path of the job's
-    initial model, where it is not `model` and sites start one of their own from it. `seed` is None
-    where nothing is seeded (standalone). `silent` ranks send nothing. `used` are the fields of
-    `fedpool.messages.Used`: which of the site's updates counted last.
+    Paths are local.
+
+    Attributes:
+        model: path of the global model.
+        update: path of the file to write.
+        extras: path of the tensors that the algorithm sends along with the model.
+        kept: folder of the tensors that stay at the site.
+        exclude: patterns of the parameters that stay at the site.
+        seed: None if nothing is seeded (standalone).
+        silent: whether this rank sends nothing.
+        used: the fields of `fedpool.messages.Used`: which of the site's updates counted last.
+        initial: path of the job's initial model, if sites start a model of their own from it and it
+            isn't `model`.
     """
 
     round: int
@@ -75,7 +82,7 @@ class Host(Protocol):
         ...
 
     def next(self, timeout: float | None) -> Assignment | None:
-        """The next assignment, None when the job is over; raises `Waiting` after timeout
+        """The next assignment; None when the job is over. Raises `Waiting` after the timeout, in
         seconds.
         """
         ...
@@ -113,7 +120,7 @@ class SessionHost:
 
     def next(self, timeout: float | None) -> Assignment | None:
         """See `Host.next`."""
-        if not self._asked:  # a receive() that timed out has asked already
+        if not self._asked:  # a receive() that timed out has already asked
             self.put("next")
             self._asked = True
         if timeout is not None and not self._link.connection.poll(timeout):
@@ -130,8 +137,8 @@ class SessionHost:
         return load_arrays(assignment.model, params_format) if assignment.model else {}
 
     def put(self, kind: str, **fields: Any) -> None:
-        """See `Host.put`: scalars that come fast are sent together, because each message wakes
-        the host.
+        """See `Host.put`. Scalars in quick succession are sent together: each message wakes the
+        host.
         """
         if kind == "log":
             fields["time"] = time.time()
@@ -151,12 +158,12 @@ class SessionHost:
             self._link.put("logs", scalars=held)
 
     def _at_exit(self) -> None:
-        if os.getpid() == self._pid:  # a fork of the script's has a copy of what is held
+        if os.getpid() == self._pid:  # a fork of the script has a copy of the held scalars
             with contextlib.suppress(OSError):
                 self._send_held()
 
     def note(self, text: str) -> None:
-        """See `Host.note`: what a script prints goes there."""
+        """See `Host.note`. The script's output goes to the site's log."""
         self._send_held()
         print(text, flush=True)
 
@@ -166,7 +173,7 @@ class SessionHost:
             self._send_held()
             self._link.put("bye")
         except OSError:
-            return  # the host is gone already: there is nobody to say goodbye to
+            return  # the host is already gone
         self._link.close()
 
     def _get(self) -> dict[str, Any]:
@@ -183,14 +190,12 @@ class SessionHost:
 
 
 class InitialParams(dict[str, Any]):
-    """The empty params of a standalone run: loading them leaves a torch module at its own
-    initial weights.
-    """
+    """The empty params of a standalone run: loading them keeps a torch module's initial weights."""
 
 
 class Standalone:
-    """No host: one round on the script's own initial weights, so that the same file can be
-    debugged alone.
+    """No host: one round on the script's own initial weights, so that you can debug the script
+    alone.
     """
 
     def __init__(self) -> None:
@@ -203,9 +208,8 @@ class Standalone:
         if self._done:
             return None
         self._done = True
-        if (
-            "torch" in sys.modules
-        ):  # now, and not with the params: `model.load_state_dict(flare.receive().params)` binds first
+        # Not in params(): `model.load_state_dict(flare.receive().params)` binds the method first.
+        if "torch" in sys.modules:
             let_initial_params_load()
         return Assignment(round=0, total_rounds=1)
 
@@ -214,7 +218,7 @@ class Standalone:
         return InitialParams()
 
     def put(self, kind: str, **fields: Any) -> None:
-        """See `Host.put`: prints what a host would have been sent."""
+        """See `Host.put`: prints the message."""
         if kind == "log":
             print(f"fedpool: log {fields['key']} = {fields['value']}")
             return
@@ -230,12 +234,12 @@ class Standalone:
 
 
 def let_initial_params_load() -> None:
-    """Let `module.load_state_dict(InitialParams())` be a no-op; a strict load of any other empty
-    dict still fails.
+    """Let `module.load_state_dict(InitialParams())` do nothing; other empty dicts still fail if
+    strict.
 
-    A script's `model.load_state_dict(input_model.params)` must run unchanged when there is no
-    global model. torch offers no hook that sees the dict before its keys are compared, so the
-    method is wrapped, in standalone runs only.
+    A script's `model.load_state_dict(input_model.params)` must run unchanged without a global
+    model. torch has no hook that sees the dict before its keys are compared, so the method is
+    wrapped, in standalone runs only.
     """
     import torch
     from torch.nn.modules.module import _IncompatibleKeys

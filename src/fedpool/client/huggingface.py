@@ -8,10 +8,10 @@
     flare.patch(trainer)
     while flare.is_running():
         trainer.evaluate()  # optional: scores the received model
-        trainer.train()     # starts from the received model, and sends at its end
+        trainer.train()     # starts from the received model, and sends at the end
 
-Everything that `fedpool.client` exports is here too. Under torchrun rank 0 talks. FSDP and
-DeepSpeed are refused: the model is not whole in the process that talks.
+This module also exports everything that `fedpool.client` exports. Under torchrun only rank 0 talks
+to the host. FSDP and DeepSpeed are refused, because that process wouldn't have the whole model.
 """
 
 from collections.abc import Mapping
@@ -51,59 +51,59 @@ def patch(
     *,
     strict: bool = True,
 ) -> Any:
-    """Have a trainer's `train` and `evaluate` take part in the rounds; calls `flare.init()` if
-    nobody has.
+    """Have a trainer's `train` and `evaluate` take part in the rounds. Calls `flare.init()` if
+    needed.
 
-    `train` loads the received model, trains for the epochs or steps of its arguments and sends; the
+    `train` loads the received model, trains for the epochs or steps in its arguments and sends. The
     weight of the update is the number of optimizer steps. `evaluate` scores the received model; its
-    metrics, without the timings, are sent with the update. Evaluation within `train` is the
-    script's own affair.
+    metrics, without the timings, are sent with the update. Evaluations within `train` stay local.
 
-    In an `evaluate` round `evaluate` sends and `train` does nothing; without a call of `evaluate`,
-    `train` evaluates and sends. In a `submit_model` round `train` sends the model that was last
-    trained here.
+    In an `evaluate` round, `evaluate` sends and `train` does nothing; if the script doesn't call
+    `evaluate`, `train` evaluates and sends. In a `submit_model` round, `train` sends the model that
+    was last trained here.
 
-    The learning rate schedule that the trainer makes spans the job: it takes the steps of the first
-    round times the number of rounds for its length. A schedule of your own goes on where it was.
+    The learning rate schedule that the trainer makes spans the job: its length is the steps of the
+    first round times the number of rounds. A schedule of your own continues where it was.
 
     A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, after gradient
-    clipping. What SCAFFOLD and FedNova want of the steps is done, too; for FedNova the weight is
-    the rows of the training data.
+    clipping. SCAFFOLD's corrections and FedNova's step counts are applied too; for FedNova the
+    weight is the number of rows of the training data.
 
-    A dict `__fl_meta__` of the model is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND` in
-    it is the weight.
+    If the model has a dict `__fl_meta__`, it is sent as the update's `meta`; a
+    `NUM_STEPS_CURRENT_ROUND` in it is the weight.
 
-    A second call for the same trainer and with the same options changes nothing; a second trainer
-    is warned about.
+    A second call for the same trainer with the same options changes nothing; a second trainer
+    causes a warning.
 
     Args:
         trainer: before its first `train`, with a `model`.
         params_scope: "all" exchanges the whole model. "trainable" exchanges only the parameters
             that require a gradient, such as a PEFT model's adapters; the recipe's model must hold
-            just these. Adapters may be named as the model does or as `get_peft_model_state_dict`
-            does. "auto" is "trainable" for a PEFT model, unless the whole of it is received, and
+            only these. Adapters may have the model's names or those of `get_peft_model_state_dict`.
+            "auto" is "trainable" for a PEFT model, unless the received model is the whole one, and
             "all" for any other. "model" and "adapter" are NVFlare's names for "all" and, for PEFT
             models only, "trainable".
-        server_key_prefix: what received names may, and sent ones will, begin with beyond the
-            model's own.
-        local_epochs, local_steps: how long a round trains, in place of what the trainer's arguments
-            say; one of them.
-        stream_metrics: whether what the trainer logs, as the loss, is sent to the host as by
-            `flare.log`.
-        restore_state: whether optimizer, schedule and grad scaler go on where the last round left
-            them; otherwise each round starts with fresh ones, and the schedule spans the round.
+        server_key_prefix: prefix that received names may have in addition to the model's own, and
+            that sent ones get.
+        local_epochs, local_steps: length of a round's training, in place of the trainer's
+            arguments; give only one of them.
+        stream_metrics: whether the values that the trainer logs, such as the loss, are sent to the
+            host as with `flare.log`.
+        restore_state: whether optimizer, schedule and grad scaler continue where the last round
+            left them; otherwise each round starts with fresh ones, and the schedule spans the
+            round.
         load_state_dict_strict: NVFlare's name for `strict`, which it overrides. Unlike
-            `strict=False`, False still refuses another shape for the same name, and params of which
-            no name is the model's.
-        strict: whether names and shapes of the received params must be those of the model.
-            Otherwise what fits is loaded, and what does not is sent back as it came.
+            `strict=False`, False still refuses a different shape for the same name, and params that
+            have no name in common with the model.
+        strict: whether the received params must have the model's names and shapes. Otherwise those
+            that fit are loaded, and the others are sent back unchanged.
 
     Returns: the trainer.
 
     Raises:
         ClientError: not a trainer, an unknown scope, adapters of a model that has none, both epochs
             and steps, `model_init`, FSDP or DeepSpeed, or a trainer that was patched with other
-            options. `train` raises it for a model that does not fit and for a checkpoint to resume
+            options. `train` raises it for a model that doesn't fit and for a checkpoint to resume
             from, which would replace the received model.
     """
     scope = _SCOPES.get(params_scope)
@@ -146,7 +146,7 @@ def patch(
 
 
 def _check_trainer(trainer: Any, *, needs_adapters: bool) -> None:
-    if Trainer not in type(trainer).__mro__:  # isinstance() would have mypy believe its annotations, as of model_init
+    if Trainer not in type(trainer).__mro__:  # with isinstance(), mypy would trust its annotations, e.g. of model_init
         raise ClientError(f"patch() takes a transformers.Trainer, got {type(trainer).__name__}")
     if trainer.model_init is not None:
         raise ClientError("model_init makes a new model in each train(): give Trainer(model=...)")
@@ -157,7 +157,7 @@ def _check_trainer(trainer: Any, *, needs_adapters: bool) -> None:
     model = user_model(trainer)
     if needs_adapters and not is_peft(model):
         raise ClientError(
-            f'params_scope="adapter" is for PEFT models, and this is a {type(model).__name__}: use "trainable" or "all"'
+            f'params_scope="adapter" is for PEFT models, but this is a {type(model).__name__}: use "trainable" or "all"'
         )
 
 

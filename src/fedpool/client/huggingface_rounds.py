@@ -1,6 +1,4 @@
-"""What a patched `Trainer` of transformers does in place of its own methods, and what it keeps
-from round to round.
-"""
+"""The methods of a patched transformers `Trainer`, and the state it keeps between rounds."""
 
 import inspect
 import math
@@ -19,7 +17,7 @@ from fedpool.client.proximal import ProximalTerm
 from fedpool.errors import ClientError
 
 _TIMINGS = ("_runtime", "_per_second", "_model_preparation_time")
-"""How the names end of what `evaluate` returns beside the model's scores and the `epoch`."""
+"""Endings of the names of the timings that `evaluate` returns with the model's scores."""
 
 
 class Rounds:
@@ -34,11 +32,11 @@ class Rounds:
         self._train_signature = inspect.signature(trainer.train)
         self._scheduler: LRScheduler | None = None
         self._fresh = None if restore_state else _FreshState(trainer)
-        self._busy = False  # the trainer evaluates within train(), and evaluates its datasets one by one
+        self._busy = False  # the trainer evaluates within train(), and calls evaluate() for each of its datasets
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """See `huggingface.patch`; the script's own within `train`, after the round was sent,
-        and after the job.
+        """See `huggingface.patch`. Within `train`, after the round was sent and after the job, the
+        trainer's own.
         """
         if self._busy or self._exchange.receive_to_score() is None:
             return self._evaluate(*args, **kwargs)
@@ -47,8 +45,8 @@ class Rounds:
         return self._score(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """See `huggingface.patch`; the script's own after the job. Where nothing is trained the
-        output tells of 0 steps.
+        """See `huggingface.patch`. After the job, the trainer's own. Returns 0 steps if nothing is
+        trained.
         """
         nothing = TrainOutput(0, 0.0, {})
         if self._exchange.take_answered():
@@ -71,7 +69,7 @@ class Rounds:
         return nothing
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """The one schedule of the job: transformers drops the one it made in each `train`."""
+        """The job's one schedule: transformers drops the one that it made in each `train`."""
         model = self._exchange.receive() if self._busy else None
         if model is None or self._trainer.lr_scheduler is not None:
             return self._create_scheduler(num_training_steps, optimizer)
@@ -83,11 +81,11 @@ class Rounds:
         return self._scheduler
 
     def proximal_term(self) -> ProximalTerm | None:
-        """The FedProx term of the round that is being trained; None outside of one."""
+        """The FedProx term of the current training; None outside a round."""
         return self._exchange.proximal_term(user_model(self._trainer)) if self._busy else None
 
     def begin_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """See `Exchange.begin_steps`; outside of a round, nothing."""
+        """See `Exchange.begin_steps`; does nothing outside a round."""
         if self._busy and self._exchange.client.task_name == "train":
             self._exchange.begin_steps(user_model(self._trainer), [optimizer])
 
@@ -122,22 +120,20 @@ class Rounds:
 
 
 class Hooks(TrainerCallback):
-    """Where transformers calls back: the FedProx term goes into the optimizer for the time of
-    one `train`.
-    """
+    """The trainer's callbacks: they add the FedProx term to the optimizer for one `train`."""
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
         self._handle: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self._remove()  # of a train() that raised
+        self._remove()  # left by a train() that raised
         self._rounds.begin_steps(_unwrapped(optimizer))
         term = self._rounds.proximal_term()
         if term is None:
             return
-        # In the step itself, where accelerate has unscaled the gradients; all but those of a fused
-        # optimizer, which does so in the step and has the factor from the scaler by then.
+        # In the step itself, when accelerate has unscaled the gradients. A fused optimizer unscales
+        # in its own step, and has the scaler's factor by then.
         inner = _unwrapped(optimizer)
 
         def add(stepped: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -156,7 +152,7 @@ class Hooks(TrainerCallback):
 
 
 class Streamed(TrainerCallback):
-    """Sends what the trainer logs, with its step; of what is no number nothing is sent."""
+    """Sends the values that the trainer logs, with their step, if they are finite numbers."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -168,7 +164,7 @@ class Streamed(TrainerCallback):
 
 
 class _FreshState:
-    """The state that each round starts from when none is to be kept."""
+    """The state that each round starts from if no state is kept."""
 
     def __init__(self, trainer: Any) -> None:
         self._optimizer = _state_of(trainer.optimizer)
@@ -176,7 +172,7 @@ class _FreshState:
         self._scaler = _state_of(getattr(trainer.accelerator, "scaler", None))
 
     def restore(self, trainer: Any) -> None:
-        """Put it back; what the trainer has made by itself it makes anew."""
+        """Restore the state. The trainer makes anew the parts that it made itself."""
         if self._optimizer is None:
             trainer.optimizer = None
         else:
@@ -190,7 +186,7 @@ class _FreshState:
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """torch's own optimizer, without what accelerate wraps it in."""
+    """torch's own optimizer, without accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
@@ -200,6 +196,6 @@ def _state_of(stateful: Any) -> Mapping[str, Any] | None:
 
 
 def user_model(trainer: Any) -> torch.nn.Module:
-    """The user's model, without what wraps it."""
+    """The user's model, without wrappers."""
     model: torch.nn.Module = trainer.model
     return model

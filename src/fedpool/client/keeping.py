@@ -1,8 +1,7 @@
-"""What a site keeps for itself from round to round: a file for each name and round,
-`00003/NAME.safetensors`.
+"""The tensors that a site keeps between rounds: a file `00003/NAME.safetensors` per name and round.
 
-What holds only if the update of its round counts is kept apart for each attempt, and stays until
-the site is told which of its updates have counted.
+Tensors that are valid only if the update of their round counts have a file per attempt. It stays
+until the site learns which of its updates counted.
 """
 
 import os
@@ -19,7 +18,7 @@ from fedpool.refusals import explained
 from fedpool.tensors import is_beside
 
 EXCLUDED = "excluded"
-"""The name under which the parameters are kept that are not exchanged."""
+"""The name under which parameters are kept that aren't exchanged."""
 
 _NONE_COUNTED = -1
 
@@ -27,19 +26,19 @@ _NONE_COUNTED = -1
 def keep(assignment: Assignment, name: str, params: Mapping[str, Any]) -> None:
     """Keep tensors from this round on; see `fedpool.client.keep`."""
     _write(assignment, name, name, params)
-    # A round may be asked for again, and then starts from what came before it: the one before the
-    # last stays, too.
+    # A repeated round starts from the tensors that were kept before it, so the last file before
+    # this round stays too.
     _remove(_before(assignment, name)[:-1])
 
 
 def kept(assignment: Assignment, name: str, params_format: ParamsFormat) -> dict[str, Any] | None:
-    """What was last kept in an earlier round; see `fedpool.client.kept`."""
+    """The tensors that were last kept in an earlier round; see `fedpool.client.kept`."""
     before = _before(assignment, name)
     return load_arrays(before[-1], params_format) if before else None
 
 
 def keep_with_update(assignment: Assignment, name: str, params: Mapping[str, Any]) -> None:
-    """Keep tensors that hold only if the update which this round sends counts."""
+    """Keep tensors that are valid only if this round's update counts."""
     _write(assignment, name, _of_attempt(name, assignment.attempt), params)
     if assignment.used is None:
         _remove(_before(assignment, name)[:-1])
@@ -47,17 +46,17 @@ def keep_with_update(assignment: Assignment, name: str, params: Mapping[str, Any
     counted = Path(f"{assignment.used['round']:05d}")
     found = Path(assignment.kept).glob(f"*/{name}*.safetensors") if assignment.kept else ()
     ours = [path for path in found if path.stem.partition("@")[0] == name]
-    # Whatever was kept between that round and this one is known not to have counted.
+    # Updates between that round and this one didn't count.
     _remove([path for path in ours if int(path.parent.name) < assignment.round and path.parent.name != counted.name])
 
 
 def kept_with_update(
     assignment: Assignment, name: str, params_format: ParamsFormat
 ) -> tuple[dict[str, Any] | None, float]:
-    """What was kept with this site's last update that has counted, and the factor by which its
-    difference was scaled down.
+    """The tensors that were kept with this site's last update that counted, and the factor by which
+    the server scaled that update's difference down.
 
-    A coordinator of an earlier version does not tell which that is: then it is what was last kept.
+    Coordinators of earlier versions don't say which update that is: then the last kept tensors.
     """
     if assignment.used is None:
         return kept(assignment, name, params_format), 1.0
@@ -67,14 +66,13 @@ def kept_with_update(
     folder = Path(assignment.kept) / f"{number:05d}"
     path = folder / f"{_of_attempt(name, attempt)}.safetensors"
     if not path.exists():
-        # An earlier version kept it under its name alone, whatever the attempt, and nothing beside
-        # it.
+        # Earlier versions kept one file for all attempts, without further groups of tensors.
         if attempt and (earlier := folder / f"{name}.safetensors").exists():
             values = load_arrays(earlier, params_format)
             if not any(map(is_beside, values)):
                 return values, float(scale)
         warnings.warn(
-            f"what this site kept as {name!r} with its update of round {number} is gone ({path}): it starts afresh",
+            f"the tensors that this site kept as {name!r} with its update of round {number} are gone ({path}): it starts afresh",
             stacklevel=2,
         )
         return None, 1.0
@@ -82,17 +80,17 @@ def kept_with_update(
 
 
 def _of_attempt(name: str, attempt: int) -> str:
-    return f"{name}@{attempt}" if attempt else name  # no name that a script may give has an @
+    return f"{name}@{attempt}" if attempt else name  # names from scripts can't contain @
 
 
 def _write(assignment: Assignment, name: str, stem: str, params: Mapping[str, Any]) -> None:
     try:
-        if assignment.kept is None or assignment.silent:  # standalone there is no round to come; rank 0 keeps for all
+        if assignment.kept is None or assignment.silent:  # a standalone run has one round; rank 0 keeps for all ranks
             with Path(os.devnull).open("wb") as file:
                 save_arrays(file, params)
             return
         target = Path(assignment.kept) / f"{assignment.round:05d}" / f"{stem}.safetensors"
-        # Beside, then into place: the values received from the old file are a map of it.
+        # Written to another file first, because the received values map the old one.
         partial = target.with_suffix(".partial")
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +106,7 @@ def _write(assignment: Assignment, name: str, stem: str, params: Mapping[str, An
 
 
 def _before(assignment: Assignment, name: str) -> list[Path]:
-    """What was kept under a name in earlier rounds, oldest first."""
+    """The files that were kept under a name in earlier rounds, oldest first."""
     if assignment.kept is None:
         return []
     found = sorted(Path(assignment.kept).glob(f"*/{name}.safetensors"))
@@ -118,5 +116,5 @@ def _before(assignment: Assignment, name: str) -> list[Path]:
 def _remove(paths: Collection[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # others are kept there
+        with suppress(OSError):  # other files are kept there
             path.parent.rmdir()

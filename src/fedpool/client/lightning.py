@@ -8,11 +8,12 @@
     flare.patch(trainer)
     while flare.is_running():
         trainer.validate(model, datamodule=dm)  # optional: scores the received model
-        trainer.fit(model, datamodule=dm)  # starts from the received model, and sends at its end
+        trainer.fit(model, datamodule=dm)  # starts from the received model, and sends at the end
 
-`Trainer(logger=flare.logger())` sends what the module logs. Everything that `fedpool.client`
-exports is here too. Sharded strategies (FSDP, DeepSpeed) and those that start processes inside
-`fit` (`ddp_spawn`) are refused: the model is not whole in the process that talks.
+`Trainer(logger=flare.logger())` sends the values that the module logs. This module also exports
+everything that `fedpool.client` exports. Sharded strategies (FSDP, DeepSpeed) and those that start
+processes inside `fit` (`ddp_spawn`) are refused, because the process that talks to the host
+wouldn't have the whole model.
 """
 
 import importlib
@@ -43,47 +44,47 @@ def patch(
     *,
     strict: bool = True,
 ) -> None:
-    """Have a trainer's `fit` and `validate` take part in the rounds; calls `flare.init()` if nobody
-    has.
+    """Have a trainer's `fit` and `validate` take part in the rounds. Calls `flare.init()` if
+    needed.
 
-    `fit` loads the received model, trains and sends; `max_epochs`, `max_steps` and their minima
-    count per round, while `trainer.current_epoch` and `trainer.global_step` go on counting.
-    `validate` scores the received model; what it logs is sent with the update. It leaves torch's
-    generator as it was, so that scoring changes no bit of the training. Validation within `fit` is
-    the script's own affair. The weight of the update is the number of optimizer steps.
+    `fit` loads the received model, trains and sends. `max_epochs`, `max_steps` and their minima
+    count per round, while `trainer.current_epoch` and `trainer.global_step` continue to count.
+    `validate` scores the received model; the values that it logs are sent with the update. It
+    restores torch's generator, so scoring doesn't change a bit of the training. Validation within
+    `fit` stays local. The weight of the update is the number of optimizer steps.
 
-    In an `evaluate` round `validate` sends and `fit` does nothing; without a call of `validate`,
-    `fit` runs its validation loop and sends. In a `submit_model` round `fit` sends the best
-    checkpoint, if a `ModelCheckpoint` monitors a metric, else the model that was last trained here;
-    `validate` returns an empty list.
+    In an `evaluate` round, `validate` sends and `fit` does nothing; if the script doesn't call
+    `validate`, `fit` runs its validation loop and sends. In a `submit_model` round, `fit` sends the
+    best checkpoint if a `ModelCheckpoint` monitors a metric, else the model that was last trained
+    here; `validate` returns an empty list.
 
-    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, ahead of
-    gradient clipping. What SCAFFOLD and FedNova want of the steps is done, too; for FedNova the
-    weight is the rows of the training data.
+    A number `fedprox_mu` in the config adds mu/2 * ||w - w_global||^2 to the loss, before gradient
+    clipping. SCAFFOLD's corrections and FedNova's step counts are applied too; for FedNova the
+    weight is the number of rows of the training data.
 
-    A dict `__fl_meta__` of the module is sent as the update's `meta`; a `NUM_STEPS_CURRENT_ROUND`
-    in it is the weight.
+    If the module has a dict `__fl_meta__`, it is sent as the update's `meta`; a
+    `NUM_STEPS_CURRENT_ROUND` in it is the weight.
 
-    Under `strategy="ddp"` the other ranks are started here and not in the first `fit`: what is
-    asked of the host must reach them too. A second call for the same trainer and with the same
-    options changes nothing; a second trainer is warned about.
+    With `strategy="ddp"` this call, not the first `fit`, starts the other ranks, because they must
+    learn the host's answers too. A second call for the same trainer with the same options changes
+    nothing; a second trainer causes a warning.
 
     Args:
         trainer: of either package, before its first `fit`.
-        restore_state: whether optimizers, learning rate schedulers and the grad scaler go on where
-            the last round left them; otherwise each round starts with fresh ones.
+        restore_state: whether optimizers, learning rate schedulers and the grad scaler continue
+            where the last round left them; otherwise each round starts with fresh ones.
         load_state_dict_strict: NVFlare's name for `strict`, which it overrides. Unlike
-            `strict=False`, False still refuses another shape for the same name, and params of which
-            no name is the model's.
+            `strict=False`, False still refuses a different shape for the same name, and params that
+            have no name in common with the model.
         update_fit_loop: False leaves `max_epochs` and `max_steps` to the script: they then count
             over all rounds, and a round that begins at the limit trains nothing.
-        strict: whether names and shapes of the received params must be those of the model.
-            Otherwise what fits is loaded, and what does not is sent back as it came.
+        strict: whether the received params must have the model's names and shapes. Otherwise those
+            that fit are loaded, and the others are sent back unchanged.
 
     Raises:
-        ClientError: not a trainer, a strategy that is refused, or a trainer that was patched with
-            other options. `fit` raises it for a model that does not fit and for a `ckpt_path`,
-            which would replace the received model.
+        ClientError: not a trainer, a refused strategy, or a trainer that was patched with other
+            options. `fit` raises it for a model that doesn't fit and for a `ckpt_path`, which would
+            replace the received model.
     """
     package = _package_of(trainer)
     strategies = importlib.import_module(f"{package.__name__}.strategies")
@@ -116,8 +117,8 @@ def patch(
 
 
 def _start_ranks(trainer: Any, client: Client) -> None:
-    """Start the other ranks, unless torchrun or a cluster has, and join them; each runs the
-    script up to here.
+    """Start the other ranks, unless torchrun or a cluster did, and join them; each runs the script
+    up to here.
     """
     if (launcher := trainer.strategy.launcher) is not None:
         launcher.launch(trainer.strategy.setup_environment)
@@ -127,7 +128,7 @@ def _start_ranks(trainer: Any, client: Client) -> None:
 
 
 def _package_of(trainer: Any) -> ModuleType:
-    """The package that a trainer is of; both hold the same code, with classes of their own."""
+    """The package of a trainer. Both packages have the same code, but separate classes."""
     for base in type(trainer).__mro__:
         package = base.__module__.removesuffix(_TRAINER_MODULE)
         if base.__name__ == "Trainer" and base.__module__ != package and package in _PACKAGES:

@@ -1,4 +1,4 @@
-"""A logger for Lightning's trainers that sends what they log, as `flare.log` does:
+"""A logger for Lightning's trainers that sends values like `flare.log`:
 `Trainer(logger=flare.logger())`.
 """
 
@@ -15,14 +15,14 @@ _LIGHTNING = "lightning.pytorch"
 
 
 def logger(prefix: str = "") -> Any:
-    """A logger for the trainer of the package that the script has imported, `pytorch_lightning` or
+    """A logger for trainers of the package that the script imports: `pytorch_lightning` or
     `lightning.pytorch`.
 
-    Rank 0 sends. Numbers show in the site's log and, with their last value, in the round's record;
-    hyperparameters in the log.
+    Rank 0 sends. Numbers appear in the site's log, and their last values in the round's record.
+    Hyperparameters appear only in the log.
 
     Args:
-        prefix: is put before each name, with a dash.
+        prefix: put before each name, with a dash.
     """
     package = (
         _LIGHTNING if _LIGHTNING in sys.modules and "pytorch_lightning" not in sys.modules else "pytorch_lightning"
@@ -32,7 +32,7 @@ def logger(prefix: str = "") -> Any:
 
 
 class _Logger:
-    """What both packages' loggers have in common; mixed into the `Logger` of one of them."""
+    """The common part of both packages' loggers; mixed into the `Logger` of one of them."""
 
     name = "fedpool"
     version = ""

@@ -1,6 +1,4 @@
-"""What a patched Lightning `Trainer` does in place of its `fit` and `validate`, and what it
-keeps from round to round.
-"""
+"""The `fit` and `validate` of a patched Lightning `Trainer`, and the state it keeps between rounds."""
 
 import inspect
 from collections.abc import Mapping
@@ -40,20 +38,20 @@ class Rounds:
         self._fitting = self._scoring = False
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
-        """See `lightning.patch`; the script's own when it names a checkpoint, after the round
-        was sent, and after the job.
+        """See `lightning.patch`. With a checkpoint, after the round was sent and after the job, the
+        trainer's own.
         """
         call = self._validate_signature.bind(*args, **kwargs).arguments
         if call.get("ckpt_path") is not None or self._exchange.receive_to_score() is None:
             return self._validate(*args, **kwargs)
         if self._exchange.client.task_name == "submit_model":
             return []
-        if call.get("model") is None:  # with the model named, Lightning looks for no checkpoint to load over it
+        if call.get("model") is None:  # given a model, Lightning doesn't look for a checkpoint to load
             call["model"] = self._trainer.lightning_module
         return self._score(**call)
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """See `lightning.patch`; the script's own after the job."""
+        """See `lightning.patch`. After the job, the trainer's own."""
         call = self._fit_signature.bind(*args, **kwargs).arguments
         if self._exchange.take_answered():
             return
@@ -77,19 +75,19 @@ class Rounds:
     def begin_scoring(self, module: torch.nn.Module) -> None:
         """Load the received model, once Lightning has set the module up."""
         if self._scoring:
-            with torch.inference_mode(False):  # or whatever the load creates could never be trained
+            with torch.inference_mode(False):  # or tensors that the load creates could never be trained
                 self._exchange.load(module)
 
     def begin_training(self, module: torch.nn.Module) -> None:
-        """Load the received model and the state of the last round, once optimizers and module
-        are set up.
+        """Load the received model and the last round's state, once module and optimizers are set
+        up.
         """
         if not self._fitting:
             return
         self._exchange.load(module)
         self._term = self._exchange.proximal_term(module)
         if not self._restore_state:
-            self._trainer.precision_plugin.load_state_dict(self._precision)  # the trainer itself keeps its grad scaler
+            self._trainer.precision_plugin.load_state_dict(self._precision)  # the trainer keeps its grad scaler
         elif self._state is not None:
             self._state.restore(self._trainer)
         self._exchange.begin_steps(module, self._trainer.optimizers)
@@ -98,25 +96,25 @@ class Rounds:
             _extend(self._trainer.fit_loop, epochs=self._trainer.current_epoch, steps=self._first_step)
 
     def count_rows(self) -> None:
-        """Note how many rows the site trains with, once its data is there, where they are the
-        weight of the update.
+        """Count the rows that the site trains with, once its data is loaded, if they are the
+        update's weight.
         """
         if self._fitting and self._exchange.weighs_rows:
             loaders = self._trainer.fit_loop._combined_loader.flattened
             self._num_rows = rows_of([getattr(loader, "dataset", loader) for loader in loaders])
 
     def rewind_generator(self) -> None:
-        """Undo that Lightning starts to iterate the training data twice in a `fit` that is not its
-        first.
+        """Undo the effect of Lightning starting to iterate the training data twice, in each `fit`
+        but the first.
 
-        The second start draws another seed for the shuffling than a plain loop, or the first `fit`,
-        would have had.
+        The second start draws a different shuffling seed than a plain loop, or the first `fit`,
+        would.
         """
         if self._fitting and self._generator is not None and self._trainer.current_epoch > 0:
             torch.set_rng_state(self._generator)
 
     def add_proximal_term(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradient of FedProx's term to those of an optimizer that is about to step."""
+        """Add the gradient of FedProx's term to an optimizer's gradients, just before it steps."""
         if self._fitting and self._term is not None:
             self._term.add_gradients(optimizer, _gradient_scale(self._trainer, optimizer))
 
@@ -148,7 +146,7 @@ class Rounds:
 
 
 class Hooks:
-    """Where Lightning calls back; mixed into the `Callback` of the trainer's own package."""
+    """Lightning's callbacks; mixed into the `Callback` of the trainer's own package."""
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
@@ -158,23 +156,23 @@ class Hooks:
         self._rounds.begin_training(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
-        """Give the round its own random numbers, and count the rows where the recipe needs them."""
+        """Set the round's random state, and count the rows if the recipe needs them."""
         self._rounds.rewind_generator()
         self._rounds.count_rows()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: torch.nn.Module, optimizer: Any) -> None:
-        """Add the gradient of the proximal term, where the recipe has one."""
+        """Add the gradient of the proximal term, if the recipe has one."""
         self._rounds.add_proximal_term(optimizer)
 
     def on_validation_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
-        """Load the received model, whose score this is to be."""
+        """Load the received model, which is to be scored."""
         self._rounds.begin_scoring(pl_module)
 
 
 @dataclass(frozen=True, slots=True)
 class _TrainingState:
-    """Optimizers and learning rate schedulers at the end of a round: Lightning makes new ones in
-    each `fit`.
+    """Optimizers and schedulers at the end of a round, because Lightning makes new ones in each
+    `fit`.
     """
 
     optimizers: list[Mapping[str, Any]]
@@ -192,7 +190,7 @@ class _TrainingState:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if (len(optimizers), len(schedulers)) != (len(self.optimizers), len(self.schedulers)):
             raise ClientError(
-                f"configure_optimizers() gave {len(optimizers)} optimizers and {len(schedulers)} schedulers, in the round "
+                f"configure_optimizers() gave {len(optimizers)} optimizers and {len(schedulers)} schedulers, but in the round "
                 f"before {len(self.optimizers)} and {len(self.schedulers)}: use flare.patch(trainer, restore_state=False)"
             )
         for target, state in zip((*optimizers, *schedulers), (*self.optimizers, *self.schedulers), strict=True):
@@ -201,9 +199,7 @@ class _TrainingState:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """A fit loop's limits as the script gave them, which is what `configure_optimizers` sees in
-    every round.
-    """
+    """A fit loop's limits from the script, as `configure_optimizers` sees them in every round."""
 
     min_epochs: int | None
     max_epochs: int | None
@@ -220,9 +216,7 @@ class _Limits:
 
 
 def _extend(loop: Any, *, epochs: int, steps: int) -> None:
-    """Let a fit loop that has done so many epochs and steps do as many as its limits say once
-    more.
-    """
+    """Let a fit loop that has done these epochs and steps do as many more as its limits say."""
 
     def extended(limit: int | None, done: int) -> int | None:
         return limit if limit is None or limit < 0 else limit + done  # None and -1: unlimited
@@ -233,9 +227,7 @@ def _extend(loop: Any, *, epochs: int, steps: int) -> None:
 
 
 def _gradient_scale(trainer: Any, optimizer: Any) -> float:
-    """The factor in the gradients: only an optimizer that unscales in its own step (a fused one)
-    still has it there.
-    """
+    """The factor in the gradients: 1 unless the optimizer unscales in its own step (a fused one)."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
@@ -244,7 +236,7 @@ def _gradient_scale(trainer: Any, optimizer: Any) -> float:
 
 
 def _best_checkpoint(trainer: Any) -> Mapping[str, Any] | None:
-    """The state dict of the best checkpoint by a metric, when there is one."""
+    """The state dict of the best checkpoint by a metric; None if there is none."""
     checkpoints = [
         Path(callback.best_model_path)
         for callback in trainer.checkpoint_callbacks

@@ -1,9 +1,8 @@
-"""The wire between a client script and its session host: JSON objects over
+"""The connection between a client script and its session host: JSON objects over
 `multiprocessing.connection`, never pickles.
 
 Script to host: `hello`, `next`, `update`, `log`, `logs`, `bye`. Host to script: `welcome`,
-`assignment`, `end`. Tensors do not pass here: they lie in safetensors files whose paths the
-assignment gives.
+`assignment`, `end`. Tensors are in safetensors files; the assignment has their paths.
 """
 
 import json
@@ -19,28 +18,26 @@ KEY_VARIABLE = "FEDPOOL_SESSION_KEY"
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One end of the wire."""
+    """One end of the connection."""
 
     connection: "Connection[Any, Any]"
 
     def put(self, kind: str, **fields: Any) -> None:
-        """Send a message; raises `OSError` when the other end is gone."""
+        """Send a message; raises `OSError` if the other end is gone."""
         self.connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
 
     def get(self) -> dict[str, Any]:
-        """The next message; raises `EOFError` or `OSError` when the other end is gone."""
+        """The next message; raises `EOFError` or `OSError` if the other end is gone."""
         message: dict[str, Any] = json.loads(self.connection.recv_bytes())
         return message
 
     def close(self) -> None:
-        """Close this end; the other sees the end of the file."""
+        """Close this end; the other end gets an `EOFError`."""
         self.connection.close()
 
 
 def connect() -> Link | None:
-    """The link to the host that started this process, or None when none did (the script runs
-    standalone).
-    """
+    """The link to the host that started this process, or None if the script runs standalone."""
     address = os.environ.get(ADDRESS_VARIABLE)
     if address is None:
         return None

@@ -1,6 +1,4 @@
-"""Whether received params fit a module, and why not: names and shapes are compared before
-anything is loaded.
-"""
+"""Whether received params fit a module, and why not. Compares names and shapes before loading."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,18 +11,18 @@ _SHOWN = 5
 def fitting_params(
     own: Mapping[str, Any], received: Mapping[str, Any], *, strict: bool, same_shapes: bool = False, advice: str = ""
 ) -> dict[str, Any]:
-    """Those received params whose name and shape a module has.
+    """The received params that have the name and shape of one of the module's tensors.
 
     Args:
-        own: name -> tensor of what the module exchanges, of any shape.
+        own: name -> tensor that the module exchanges, of any shape.
         received: name -> tensor.
-        strict: whether everything has to fit; otherwise what does not is left out.
-        same_shapes: whether, if not strict, a name that both have must have one shape, and there
-            must be such a name.
-        advice: what else the error says, from a caller who knows more about the module.
+        strict: whether everything must fit; otherwise params that don't fit are left out.
+        same_shapes: if not strict, whether names that both have must have the same shape, and at
+            least one such name must exist.
+        advice: appended to the error, from a caller who knows more about the module.
 
     Raises:
-        ClientError: something does not fit that has to; the message names it.
+        ClientError: something that must fit doesn't; the message names it.
     """
     fitting = {name: value for name, value in received.items() if fits(name, own, value)}
     in_both = len(own.keys() & received.keys())
@@ -37,11 +35,11 @@ def fitting_params(
 
 
 def update_of(own: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str, Any]:
-    """What a module sends back for received params: its own values, and unchanged those that do not
-    fit it.
+    """A module's answer to received params: its own values, and the received ones where they don't
+    fit.
 
-    So a module that is loaded with `strict=False` gives an update of exactly the names and shapes
-    that were asked for. A standalone run receives nothing, and sends all that it has.
+    So a module that is loaded with `strict=False` sends exactly the names and shapes that it
+    received. A standalone run receives nothing, and sends everything that it has.
     """
     if not received:
         return dict(own)
@@ -49,7 +47,7 @@ def update_of(own: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str, 
 
 
 def fits(name: str, own: Mapping[str, Any], value: Any) -> bool:
-    """Whether a module has a tensor of that name and that value's shape."""
+    """Whether a module has a tensor of this name and this value's shape."""
     return name in own and tuple(own[name].shape) == tuple(value.shape)
 
 
@@ -66,7 +64,7 @@ def _problems(own: Mapping[str, Any], received: Mapping[str, Any]) -> str:
 
 
 def _hint(own: Iterable[str], received: Iterable[str]) -> str:
-    """What to do when the names are the same but for a prefix."""
+    """The remedy if the names differ only by a prefix."""
     if prefix := _prefix(own, received):
         return (
             f". Every name has the prefix {prefix!r} in this model and lacks it in the received one: give the recipe "
@@ -81,9 +79,7 @@ def _hint(own: Iterable[str], received: Iterable[str]) -> str:
 
 
 def _prefix(longer: Iterable[str], shorter: Iterable[str]) -> str | None:
-    """The p for which every name of `longer` is p + a name of `shorter`, each once; None when
-    there is none.
-    """
+    """The p for which `longer` is p + each name of `shorter`; None if there is none."""
     wanted, names = set(longer), set(shorter)
     if not names or len(wanted) != len(names):
         return None

@@ -1,6 +1,6 @@
-"""What FedProx and Ditto ask of a local training loop, in one line.
+"""FedProx's and Ditto's addition to a local training loop, in one line.
 
-This module imports torch only when it is used.
+This module imports torch only when needed.
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 def prox_loss(model: "torch.nn.Module", global_params: Mapping[str, Any], mu: float) -> "torch.Tensor":
-    """mu/2 ||w - w_global||^2 over the model's parameters, to be added to the loss. Of FedProx, and
-    of Ditto's personal model.
+    """mu/2 ||w - w_global||^2 over the model's parameters, to add to the loss. For FedProx, and for
+    Ditto's personal model.
 
     Li et al. 2020, "Federated Optimization in Heterogeneous Networks", equation 2
     (https://arxiv.org/abs/1812.06127).
 
     Args:
-        model: that is trained.
-        global_params: as received: name -> tensor or array; what it holds beyond the model's
-            parameters does not matter.
+        model: the trained model.
+        global_params: the received params: name -> tensor or array; entries that aren't parameters
+            of the model are ignored.
         mu: weight of the term.
 
     Raises:

@@ -1,8 +1,7 @@
-"""`FLModel.meta`: what a received one holds, by the keys that NVFlare's scripts read, and what may
-be sent in one.
+"""`FLModel.meta`: the entries of a received one, under NVFlare's keys, and those that may be sent.
 
-SCAFFOLD's control variates lie in `FLModel.extras`. A script that was written for NVFlare finds
-them in `meta`, too, and may send their changes there.
+SCAFFOLD's control variates are in `FLModel.extras`. For scripts written for NVFlare they are also
+in `meta`, where such a script may send their changes.
 """
 
 import math
@@ -31,9 +30,7 @@ _OF_TASK: Mapping[str, Mapping[str, str]] = {
     "submit_model": {SUBMIT_MODEL_NAME: "best_model"},
     "evaluate": {VALIDATE_TYPE: "model_validate"},
 }
-"""The values are NVFlare's: it asks a site for no other model, and for no other kind of
-validation.
-"""
+"""The values are NVFlare's. fedpool asks a site for no other model, and no other validation."""
 
 
 def received_meta(
@@ -47,10 +44,10 @@ def received_meta(
     """`meta` of a received model.
 
     Args:
-        rounds: current and total, as the model says them.
-        params: of the model.
-        extras: of the model. Where it has no control variates yet, or the round does not train,
-            those in `meta` are zeros.
+        rounds: the model's current and total rounds.
+        params: the model's params.
+        extras: the model's extras. If they have no control variates yet, or the round doesn't
+            train, those in `meta` are zeros.
     """
     current, total = rounds
     meta: dict[str, Any] = {
@@ -72,19 +69,20 @@ def received_meta(
 
 
 def sent_meta(meta: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str, Any]:
-    """`meta` of a model that is sent, as JSON holds it: numbers, strings, booleans and None.
+    """`meta` of a sent model, in JSON's types: numbers, strings, booleans and None.
 
     Args:
-        received: `meta` of the received model: a script may send it back.
+        meta: from the script.
+        received: `meta` of the received model, because a script may send it back.
 
     Raises:
-        ClientError: a value is something else, or the number of examples is not one.
+        ClientError: a value has another type, or the number of examples is invalid.
     """
     plain: dict[str, Any] = {}
     for key, value in meta.items():
         if key == SCAFFOLD_DIFFERENCE or (isinstance(value, Mapping) and received.get(key) is value):
             continue
-        if hasattr(value, "item"):  # a numpy or torch scalar; of an array item() raises
+        if hasattr(value, "item"):  # a numpy or torch scalar; item() of an array raises
             with suppress(ValueError, RuntimeError):
                 value = value.item()
         if not isinstance(value, str | int | float | bool | None):
@@ -93,7 +91,7 @@ def sent_meta(meta: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str,
             )
         if key == NUM_EVAL_EXAMPLES and not is_count(value):
             raise ClientError(
-                f"meta[{key!r}] must be a finite number from 0, the examples that the metrics are of, got {value!r}"
+                f"meta[{key!r}] is the number of examples that the metrics are based on, a finite number from 0, got {value!r}"
             )
         plain[str(key)] = value if not isinstance(value, float) or math.isfinite(value) else str(value)
     return plain
@@ -102,24 +100,24 @@ def sent_meta(meta: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str,
 def sent_control(
     meta: Mapping[str, Any], params: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What SCAFFOLD's variate of a site has changed by, where a script gives it in `meta` as
-    NVFlare's scripts do.
+    """The change of a site's SCAFFOLD variate, if a script gives it in `meta` as NVFlare's scripts
+    do.
 
     Args:
-        params: that are sent; of those that are trained and that `meta` lacks, the variate has not
-            changed.
-        config: of the site.
+        meta: from the script.
+        params: the sent params. The variate of a trained one that `meta` lacks hasn't changed.
+        config: the site's config.
 
     Raises:
-        ClientError: the recipe exchanges no variates, or the script sends some of a parameter that
-            the model lacks.
+        ClientError: the recipe exchanges no variates, or `meta` has one for a parameter that isn't
+            sent.
     """
     if SCAFFOLD_DIFFERENCE not in meta:
         return None
     changes = meta[SCAFFOLD_DIFFERENCE]
     if config.get(ALGORITHM) != SCAFFOLD:
         raise ClientError(
-            f"meta[{SCAFFOLD_DIFFERENCE!r}] is of SCAFFOLD, and this job's recipe is not: use ScaffoldRecipe"
+            f"meta[{SCAFFOLD_DIFFERENCE!r}] is for SCAFFOLD, but this job has another recipe: use ScaffoldRecipe"
         )
     if not isinstance(changes, Mapping):
         raise ClientError(

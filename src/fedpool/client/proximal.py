@@ -1,6 +1,6 @@
-"""The proximal term of FedProx for trainers that own their training loop.
+"""The proximal term of FedProx for trainers with their own training loop.
 
-Adds mu/2 * ||w - w_global||^2 to the loss by way of its gradient, mu * (w - w_global). Li et al.,
+Adds mu/2 * ||w - w_global||^2 to the loss through its gradient, mu * (w - w_global). Li et al.,
 Federated Optimization in Heterogeneous Networks, https://arxiv.org/abs/1812.06127, equation 2.
 """
 
@@ -15,8 +15,8 @@ from fedpool.model import FEDPROX_MU
 
 
 def add_proximal_gradient(parameter: torch.Tensor, anchor: torch.Tensor, mu: float | torch.Tensor) -> None:
-    """grad += mu * (w - w_global); a parameter without a gradient gets one, as it would from a term
-    of the loss.
+    """grad += mu * (w - w_global). A parameter without a gradient gets one, as from a term of the
+    loss.
 
     Args:
         parameter: w, of any shape.
@@ -30,12 +30,11 @@ def add_proximal_gradient(parameter: torch.Tensor, anchor: torch.Tensor, mu: flo
 class ProximalTerm:
     """Pulls a module's parameters towards the received model for one round.
 
-    Parameters that the received model does not hold are left alone, and so are those that do not
-    require a gradient.
+    Leaves parameters alone that the received model lacks or that require no gradient.
 
     Args:
         mu: the strength; 0 does nothing.
-        module: what is trained.
+        module: the trained module.
         received: name -> tensor on any device; read when a parameter is first pulled.
     """
 
@@ -47,11 +46,11 @@ class ProximalTerm:
         self._anchors: dict[torch.Tensor, torch.Tensor] = {}
 
     def add_gradients(self, optimizer: torch.optim.Optimizer, scale: float | torch.Tensor = 1.0) -> None:
-        """Add the term's gradient to what an optimizer is about to step by.
+        """Add the term's gradient to the gradients of an optimizer that is about to step.
 
         Args:
-            scale: by which a grad scaler has multiplied the gradients that are there; 1 when they
-                are unscaled.
+            optimizer: torch's own.
+            scale: the factor of a grad scaler in the existing gradients; 1 if they are unscaled.
         """
         for group in optimizer.param_groups if self._received else ():
             for parameter in group["params"]:
@@ -66,10 +65,10 @@ class ProximalTerm:
 
 
 def proximal_mu(config: Mapping[str, Any]) -> float:
-    """The strength that a config asks for, 0 when it does not.
+    """The strength in a config; 0 if it has none.
 
     Raises:
-        ClientError: it is not a finite number from 0.
+        ClientError: it isn't a finite number from 0.
     """
     mu = config.get(FEDPROX_MU, 0.0)
     if isinstance(mu, bool) or not isinstance(mu, int | float) or not math.isfinite(mu) or mu < 0:
@@ -78,7 +77,7 @@ def proximal_mu(config: Mapping[str, Any]) -> float:
 
 
 class PTFedProxLoss(torch.nn.Module):
-    """FedProx's term as a module that is called with two models, as scripts written for NVFlare do.
+    """FedProx's term as a module that is called with two models, for scripts written for NVFlare.
 
     Args:
         mu: the strength, from 0.
@@ -91,11 +90,11 @@ class PTFedProxLoss(torch.nn.Module):
         self.mu = mu
 
     def forward(self, model: torch.nn.Module, received: torch.nn.Module) -> torch.Tensor:
-        """mu/2 * ||w - w_global||^2, to be added to the loss.
+        """mu/2 * ||w - w_global||^2, to add to the loss.
 
         Args:
-            model: that is trained.
-            received: a copy of it at the received values, with the same parameters.
+            model: the trained model.
+            received: a copy of it with the received values and the same parameters.
         """
         pairs = zip(model.parameters(), received.parameters(), strict=True)
         return self.mu / 2 * torch.stack([(own - anchor).square().sum() for own, anchor in pairs]).sum()
