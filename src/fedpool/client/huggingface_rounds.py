@@ -1,4 +1,4 @@
-"""The methods of a patched transformers `Trainer`, and the state it keeps between rounds."""
+"""The methods of a patched transformers `Trainer`, and the state kept between rounds."""
 
 import inspect
 import math

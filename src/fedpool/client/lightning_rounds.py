@@ -1,4 +1,4 @@
-"""The `fit` and `validate` of a patched Lightning `Trainer`, and the state it keeps between rounds."""
+"""The `fit` and `validate` of a patched Lightning `Trainer`, and the state kept between rounds."""
 
 import inspect
 from collections.abc import Mapping
@@ -227,7 +227,7 @@ def _extend(loop: Any, *, epochs: int, steps: int) -> None:
 
 
 def _gradient_scale(trainer: Any, optimizer: Any) -> float:
-    """The factor in the gradients: 1 unless the optimizer unscales in its own step (a fused one)."""
+    """The factor in the gradients: 1 unless the optimizer unscales in its own step (if fused)."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0

@@ -91,7 +91,7 @@ def sent_meta(meta: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str,
             )
         if key == NUM_EVAL_EXAMPLES and not is_count(value):
             raise ClientError(
-                f"meta[{key!r}] is the number of examples that the metrics are based on, a finite number from 0, got {value!r}"
+                f"meta[{key!r}] must be a finite number from 0, the number of examples behind the metrics, got {value!r}"
             )
         plain[str(key)] = value if not isinstance(value, float) or math.isfinite(value) else str(value)
     return plain

@@ -1,10 +1,9 @@
-"""The ranks of a torchrun: rank 0 talks to the real host, the others learn from it what it was
-told, and send nothing.
+"""The ranks of a torchrun: rank 0 talks to the host, the others get its answers and send nothing.
 
-Nothing here is collective, so no rank waits for one that does not call. What rank 0 is told when it
-asks, it writes into the store of the process group (c10d's, by which the ranks have found each
-other), under a number that counts its questions. A rank above 0 that asks reads the next answer.
-The model it reads from the file that rank 0 was given: ranks on one machine share it.
+No call here is collective, so a rank never waits for one that doesn't call. Rank 0 writes each
+answer of the host into the store of the process group (c10d's, through which the ranks have found
+each other), under the number of its question. Other ranks read the answers in order, and the model
+from rank 0's file, which ranks on one machine share.
 """
 
 import atexit
@@ -36,20 +35,20 @@ from fedpool.patience import pauses
 _WELCOME, _LAST, _LEFT = "fedpool/welcome", "fedpool/last", "fedpool/left"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
 _END_PATIENCE_S = 10.0
-"""How long rank 0 stays at the job's end for ranks that have not heard of it, where the store
-lives in its process.
+"""If the store lives in rank 0's process: how long rank 0 waits at the job's end for ranks that
+haven't read the end yet.
 """
 
 
 class TorchrunHost:
-    """One rank of a torchrun, as the client API sees it.
+    """One rank of a torchrun, as a host of the client API.
 
-    Needs `torch.distributed.init_process_group()` before the first question. What crosses is JSON,
-    never pickles.
+    Needs `torch.distributed.init_process_group()` before the first question. Values in the store
+    are JSON, never pickles.
 
     Args:
-        rank: of this process, 0 talks.
-        host: the real host at rank 0, None elsewhere.
+        rank: of this process; rank 0 talks to the host.
+        host: the host at rank 0, None at other ranks.
     """
 
     def __init__(self, rank: int, host: Host | None) -> None:
@@ -58,25 +57,23 @@ class TorchrunHost:
         self._host = host
         self._welcome = host.welcome if host else None
         self._count = 0
-        """Of the questions that rank 0 has asked, or of the answers that a rank above 0 has
-        read.
-        """
+        """Questions that rank 0 has asked, or answers that another rank has read."""
         self._answer: dict[str, Any] = {}
         self._store: Any = None
 
     @property
     def follows(self) -> bool:
-        """Whether this rank goes where rank 0 goes."""
+        """Whether this rank follows rank 0."""
         return self._host is None
 
     @property
     def name(self) -> str:
-        """What to call this rank in a message."""
+        """The name of this rank in messages."""
         return f"rank {self._rank}"
 
     @property
     def welcome(self) -> Welcome:
-        """Who the script is; ranks above 0 learn it in the first `is_running()`."""
+        """Who the script is; ranks above 0 learn it in their first `is_running()`."""
         if self._welcome is None:
             raise ClientError(
                 "ranks above 0 learn site, job and config in their first flare.is_running(): call this afterwards"
@@ -91,7 +88,7 @@ class TorchrunHost:
             self._welcome = Welcome(**self._read(_WELCOME))
 
     def next(self, timeout: float | None) -> Assignment | None:
-        """See `Host.next`. A rank above 0 waits for rank 0 to ask in its turn."""
+        """See `Host.next`. A rank above 0 waits until rank 0 has asked."""
         answer = self._ask(timeout) if self._host else self._follow()
         while self._host is None and "waiting" in answer and timeout is None:
             answer = self._follow()
@@ -106,12 +103,14 @@ class TorchrunHost:
         return Assignment(**{**fields, "exclude": tuple(fields["exclude"]), "silent": self.follows})
 
     def repeat(self) -> None:
-        """Rank 0 looks again at what it was told: so does each rank above 0 that looks as often."""
+        """Publish rank 0's last answer again, because rank 0 has called `is_running()` again;
+        ranks above 0 that call it again get the same answer.
+        """
         self._publish(self._answer)
 
     def catch_up(self) -> bool:
-        """Go to rank 0's last question, which the next `next` reads; False when this rank has
-        read its answer already.
+        """Skip to rank 0's last question for the next `next`; False if this rank has already
+        read its answer.
         """
         store = self._reach()
         last = int(store.get(_LAST)) if store.check([_LAST]) else 0
@@ -131,7 +130,7 @@ class TorchrunHost:
                 return load_arrays(assignment.model, params_format)
             problem = "is a different file now"
         except FileNotFoundError:
-            problem = "is not there"
+            problem = "does not exist"
         raise ClientError(
             f"rank {self._rank} on {socket.gethostname()} cannot read the model of round {assignment.round}: "
             f"{assignment.model} {problem}. Ranks on several machines need a site folder that all of them share, and every rank "
@@ -179,17 +178,17 @@ class TorchrunHost:
         return answer
 
     def _part(self) -> None:
-        """The job is over. A store that lives in rank 0's process goes with it: then rank 0 waits
-        for those that follow.
+        """End the job. If the store lives in rank 0's process, rank 0 waits for the ranks that
+        follow.
 
-        Nobody keeps the store: a process that still held it when its interpreter ended hung there
-        (torch 2.13).
+        Drops the reference to the store, because a process that still held it at interpreter exit
+        hung (torch 2.13).
         """
         store, self._store = self._reach(), None
         if self._host is None:
             store.set(f"fedpool/heard/{self._rank}", "")
             return
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has the store
             return
         import torch.distributed as dist
 
@@ -209,11 +208,11 @@ class TorchrunHost:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            if self._store is not None:  # the script has given up its groups, but the store is still there
+            if self._store is not None:  # the script has destroyed its groups, but the store still exists
                 return self._store
             raise ClientError(
                 "under torchrun, call torch.distributed.init_process_group() before the first flare.is_running(): "
-                "that is how the other ranks learn what rank 0 is told"
+                "the other ranks get rank 0's answers through it"
             )
         if self._store is None:
             if self._host:
@@ -224,24 +223,24 @@ class TorchrunHost:
         return self._store
 
     def _leave(self) -> None:
-        """Rank 0 ends: nobody needs to wait for its next question."""
+        """Tell the other ranks that rank 0 ends and asks no more questions."""
         store, self._store = self._store, None
         if store is not None:
-            with suppress(RuntimeError):  # the store has ended already, and so have those who waited
+            with suppress(RuntimeError):  # the store has already ended, and so have the ranks that waited
                 store.set(_LEFT, "")
 
     def _write(self, key: str, value: Any) -> None:
         self._reach().set(key, json.dumps(value))
 
     def _read(self, key: str) -> dict[str, Any]:
-        """What rank 0 has written under a key, as soon as it has."""
-        # Not store.wait(): it would keep torch's own threads, such as NCCL's watchdog, from the
-        # store meanwhile.
+        """The value that rank 0 writes under a key; waits for it."""
+        # Not store.wait(): it would block the store for torch's own threads, such as NCCL's
+        # watchdog.
         pause = _FIRST_PAUSE_S
         try:
             while not self._reach().check([key]):
                 if self._reach().check([_LEFT]) and not self._reach().check([key]):
-                    raise ConnectionError("it has ended without asking for another round")
+                    raise ConnectionError("it ended without asking for another round")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             value: dict[str, Any] = json.loads(self._reach().get(key))
@@ -249,18 +248,18 @@ class TorchrunHost:
             raise
         except (RuntimeError, ConnectionError) as error:
             raise ClientError(
-                f"rank {self._rank} waits in flare.is_running() or flare.receive() for rank 0, which is gone ({error}): "
+                f"rank {self._rank} is waiting in flare.is_running() or flare.receive() for rank 0, which is gone ({error}): "
                 "have every rank leave the loop when rank 0 does, for example by calling flare.is_running() on every rank"
             ) from error
         return value
 
 
 def find_host(rank: int | None) -> Host:
-    """The host of this process: by the environment that a session or torchrun has set, else
+    """The host of this process, from the environment that a session or torchrun set, else
     standalone.
 
     Args:
-        rank: global rank; None reads torchrun's `RANK`, or what Lightning's launcher sets.
+        rank: global rank; None reads torchrun's `RANK`, or the variables of Lightning's launcher.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if rank is None:
@@ -273,11 +272,10 @@ def find_host(rank: int | None) -> Host:
 
 
 def _rank_of_environment() -> int:
-    """This process's global rank, or just some number above 0 where only that much is known."""
+    """This process's global rank, or some number above 0 if the exact rank is unknown."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
-    # Lightning's own launcher gives no global rank; whether it is 0 can be told, and no more is
-    # needed.
+    # Lightning's launcher sets no global rank, but we only need to know whether it is 0.
     return int(os.environ.get("NODE_RANK", "0")) or int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -286,6 +284,6 @@ def _key(number: int) -> str:
 
 
 def _stamp(path: str) -> list[int]:
-    """What tells a file from another one of that name."""
+    """The size and modification time of a file, to detect another one with the same name."""
     status = Path(path).stat()
     return [status.st_size, status.st_mtime_ns]

@@ -1,4 +1,4 @@
-"""What a script receives in a round: the model, made of what the host says and of files."""
+"""The model that a script receives in a round, made from the host's assignment and from files."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from fedpool.tensors import split_beside
 
 
 def received_model(host: Host, assignment: Assignment, params_format: ParamsFormat) -> FLModel:
-    """The global model of a round, with what stays at the site and what lies beside it."""
+    """The global model of a round, with its extras and the parameters that stay at the site."""
     params = host.params(assignment, params_format)
     if assignment.exclude:
         params.update(keeping.kept(assignment, keeping.EXCLUDED, params_format) or {})
     extras = _extras(assignment, params_format)
-    # Scripts size schedules by the number of rounds: those after the training do not count beyond
-    # it.
+    # Scripts size schedules by the number of rounds, so rounds after the training have the number
+    # of its last one.
     total_rounds = max(1, assignment.total_rounds)
     current_round = min(assignment.round, total_rounds - 1)
     return FLModel(
@@ -34,7 +34,7 @@ def received_model(host: Host, assignment: Assignment, params_format: ParamsForm
 
 
 def _extras(assignment: Assignment, params_format: ParamsFormat) -> dict[str, dict[str, Any]]:
-    """What lies beside the global model: group -> name -> array."""
+    """The tensors sent along with the global model: group -> name -> array."""
     extras: dict[str, dict[str, Any]] = {}
     if assignment.extras is not None:
         for name, value in load_arrays(assignment.extras, params_format).items():

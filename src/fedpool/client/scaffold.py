@@ -1,6 +1,6 @@
-"""SCAFFOLD in a plain loop: what its local steps need, in two lines.
+"""SCAFFOLD in a plain loop, in two lines.
 
-This module imports torch only when it is used.
+This module imports torch only when needed.
 """
 
 from collections.abc import Mapping
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from fedpool.client.api import Client
 
 _BEFORE = "before"
-"""Group, in the file of what is kept, of the variate that the round started from."""
+"""Group, in the kept file, of the variate that the round started from."""
 
 
 class Scaffold:
-    """One round of SCAFFOLD in a plain loop; make it after the received model is loaded, and train
-    as ever.
+    """One round of SCAFFOLD in a plain loop. Make it after you load the received model, then train
+    as usual.
 
-    Each step of the optimizer is corrected by -lr (c - c_i), and `extras()` belongs in the
-    `FLModel` that is sent. This site's variate c_i is kept at the site, and changes only with an
-    update that counted: what came too late, was rejected or had weight 0 is as if it had not been.
-    Karimireddy et al. 2020, algorithm 1, option II (https://arxiv.org/abs/1910.06378).
+    It corrects each step of the optimizer by -lr (c - c_i); send its `extras()` in the `FLModel`.
+    This site's variate c_i is kept at the site, and changes only with an update that counted: a
+    late or rejected update, or one with weight 0, leaves it as it was. Karimireddy et al. 2020,
+    algorithm 1, option II (https://arxiv.org/abs/1910.06378).
 
     Args:
-        model: that is trained, at the received values.
+        model: the trained model, with the received values.
         optimizers: of the local steps, one or more; the learning rates of their steps are summed,
             so schedulers may change them.
-        client: whose round it is; None for this process's, as `flare.init()` made it.
+        client: of this round; None for this process's, as made by `flare.init()`.
 
     Raises:
         ClientError: outside a round.
@@ -79,14 +79,14 @@ class Scaffold:
                         parameter -= group["lr"] * (self._theirs[name] - self._ours[name])
 
     def extras(self) -> dict[str, dict[str, Any]]:
-        """What this site's variate has changed by, to be sent as `FLModel.extras`; keeps the new
-        one. Once, after training.
+        """The change of this site's variate, to send as `FLModel.extras`. Also keeps the new
+        variate. Call it once, after training.
 
-        c_i <- c_i - c + (x - y) / (sum of the learning rates). Without a step, at a site that has
-        no data, nothing changes and the update has weight 0.
+        c_i <- c_i - c + (x - y) / (sum of the learning rates). Without a step, at a site without
+        data, nothing changes and the update has weight 0.
 
         Raises:
-            ClientError: a parameter has changed that the optimizers have taken no step of.
+            ClientError: a parameter has changed, but the optimizers took no step of it.
         """
         import torch
 
@@ -101,8 +101,8 @@ class Scaffold:
                 changes[name] = torch.zeros_like(self._start[name])
             else:
                 raise ClientError(
-                    f"{name!r} has changed, but the optimizers given to Scaffold() took no step of it since it was made: give it "
-                    "those that train the model, after the received model is loaded"
+                    f"{name!r} has changed, but no optimizer given to Scaffold() has updated it since then: give Scaffold() the "
+                    "optimizers that train the model, after you load the received model"
                 )
             mine[name] = self._ours[name] + changes[name]
         if self._num_steps == 0:
@@ -117,8 +117,8 @@ class Scaffold:
 
 
 def own_variate(client: "Client", name: str) -> Mapping[str, Any]:
-    """This site's variate, as its last update that counted has left it: parameter name ->
-    tensor; empty before the first.
+    """This site's variate after its last update that counted: parameter name -> tensor; empty
+    before the first.
     """
     import torch
 
@@ -126,15 +126,13 @@ def own_variate(client: "Client", name: str) -> Mapping[str, Any]:
     if kept is None:
         return {}
     after = {parameter: value for parameter, value in kept.items() if beside(_BEFORE, parameter) in kept}
-    if scale == 1.0 or not after:  # an earlier version kept no more than this
+    if scale == 1.0 or not after:  # earlier versions kept only the variate after the round
         return after or kept
-    # The server has scaled the update down, and what it makes of the variate's change, too.
+    # The server has scaled down the update, and with it the variate's change.
     pairs = ((n, torch.as_tensor(kept[beside(_BEFORE, n)]), torch.as_tensor(value)) for n, value in after.items())
     return {parameter: before + scale * (value - before) for parameter, before, value in pairs}
 
 
 def keep_variate(client: "Client", name: str, *, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Keep what the variate is if this round's update counts, and what it is as long as that is
-    not known.
-    """
+    """Keep the variate for both cases: `after` if this round's update counts, `before` if not."""
     client.keep_with_update(name, {**after, **{beside(_BEFORE, n): value for n, value in before.items()}})

@@ -1,5 +1,5 @@
-"""SCAFFOLD's steps one by one, by the names that scripts written for NVFlare call. New scripts do
-better with `flare.Scaffold`.
+"""SCAFFOLD's single steps, under the names that scripts written for NVFlare call. In new scripts,
+use `flare.Scaffold` instead.
 
 The variates travel in `meta`, under `AlgorithmConstants.SCAFFOLD_CTRL_GLOBAL` and
 `SCAFFOLD_CTRL_DIFF`. Karimireddy et al. 2020, algorithm 1, option II
@@ -22,13 +22,13 @@ Controls = dict[str, torch.Tensor]
 
 
 class PTScaffoldHelper:
-    """A site's part in SCAFFOLD. Its own variate is kept at the site, so it survives the process,
-    and changes only with an update that counted.
+    """A site's part in SCAFFOLD. Its variate is kept at the site, so it outlives the process, and
+    changes only with an update that counted.
 
     ::
 
         helper.init(model)  # once
-        # in each round, once the model is loaded
+        # in each round, after loading the model
         helper.load_global_controls(input_model.meta["scaffold_c_global"])
         c_global, c_local = helper.get_params()
         helper.model_update(model, lr, c_global, c_local)  # after each step of the optimizer
@@ -43,12 +43,12 @@ class PTScaffoldHelper:
         self._num_steps = 0
 
     def init(self, model: torch.nn.Module) -> None:
-        """Start with variates of zero, for those parameters that require a gradient."""
+        """Start with zero variates for the parameters that require a gradient."""
         self._global = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
         self._local = dict(self._global)
 
     def load_global_controls(self, weights: Mapping[str, Any]) -> None:
-        """Take the received variate; what it lacks stays as it was."""
+        """Take the received variate; parameters that it lacks keep their old values."""
         self._check()
         self._global |= {n: torch.as_tensor(weights[n]).to(old) for n, old in self._global.items() if n in weights}
 
@@ -82,10 +82,10 @@ class PTScaffoldHelper:
         """End a round: c_i <- c_i - c + (x - y) / (steps * lr), where x is the received model and y
         the trained one.
 
-        Without a step, at a site that has no data, nothing changes and the update has weight 0.
+        Without a step, at a site without data, nothing changes and the update has weight 0.
 
         Raises:
-            ClientError: steps were taken, and the learning rate is 0.
+            ClientError: steps were taken, but the learning rate is 0.
         """
         client = fedpool.client._current()
         if self._num_steps == 0:
@@ -94,7 +94,9 @@ class PTScaffoldHelper:
             keep_variate(client, _KEPT, before=c_local_para, after=c_local_para)
             return
         if curr_lr == 0:
-            raise ClientError(f"SCAFFOLD needs a learning rate: {self._num_steps} steps were taken, the last with 0")
+            raise ClientError(
+                f"SCAFFOLD needs a learning rate above 0: {self._num_steps} steps were taken, the last with 0"
+            )
         trained, received = dict(model.named_parameters()), dict(model_global.named_parameters())
         self._change = {
             name: (received[name].detach().to(c) - trained[name].detach().to(c)) / (self._num_steps * curr_lr) - c
@@ -104,7 +106,7 @@ class PTScaffoldHelper:
         keep_variate(client, _KEPT, before=c_local_para, after=self._local)
 
     def get_delta_controls(self) -> Controls:
-        """What this site's variate has changed by in the round.
+        """The change of this site's variate in the round.
 
         Raises:
             ClientError: `terms_update` was not called.
@@ -116,7 +118,7 @@ class PTScaffoldHelper:
     def _check(self) -> None:
         if not self._global:
             raise ClientError(
-                "call init(model) of the SCAFFOLD helper first, with a model that has parameters to train"
+                "call the SCAFFOLD helper's init(model) first, with a model that has trainable parameters"
             )
 
 

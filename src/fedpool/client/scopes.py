@@ -1,9 +1,9 @@
-"""Which of a module's tensors travel, and under which names.
+"""Which of a module's tensors are exchanged, and under which names.
 
-A scope is given a module and the names that were received, and says for each name that travels
-which of the module's own it is. PEFT has two names for a tensor of an adapter: the module's own,
-`...lora_A.default.weight`, and the one without the adapter's name that `get_peft_model_state_dict`
-gives. Both fit: whichever was received is sent back.
+A scope gets a module and the received names, and maps each name in transit to the module's own.
+PEFT has two names for a tensor of an adapter: the module's own, `...lora_A.default.weight`, and the
+one from `get_peft_model_state_dict`, without the adapter's name. Both are accepted, and the update
+uses the received ones.
 """
 
 import sys
@@ -12,29 +12,31 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 Names = Mapping[str, str]
-"""Name under which a tensor travels -> the module's own name."""
+"""Name of a tensor in transit -> the module's own name."""
 
 Scope = Callable[[torch.nn.Module, Collection[str]], Names]
 
 
 def whole(module: torch.nn.Module, received: Collection[str]) -> Names:
-    """The state dict: parameters and persistent buffers."""
+    """The whole state dict: parameters and persistent buffers."""
     return {name: name for name in module.state_dict()}
 
 
 def trainable_params(module: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-    """Only the parameters that require a gradient: the adapters of a PEFT model."""
+    """The parameters that require a gradient: the adapters of a PEFT model."""
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def trainable(module: torch.nn.Module, received: Collection[str]) -> Names:
-    """The parameters that require a gradient; of a PEFT model in the form that was received."""
+    """The parameters that require a gradient; for a PEFT model, under the names that were
+    received.
+    """
     return _closest(_trained_forms(module), received)
 
 
 def automatic(module: torch.nn.Module, received: Collection[str]) -> Names:
-    """The adapters of a PEFT model, unless the whole of it was received; of another model
-    everything.
+    """The adapters of a PEFT model, unless the received model is the whole one; all of any other
+    model.
     """
     if not is_peft(module):
         return whole(module, received)
@@ -42,8 +44,8 @@ def automatic(module: torch.nn.Module, received: Collection[str]) -> Names:
 
 
 def prefixed(scope: Scope, prefix: str) -> Scope:
-    """A scope whose names travel with a prefix. A received name that lacks it fits, too, and
-    goes back without.
+    """A scope with prefixed names. Received names without the prefix are accepted, and sent back
+    without.
     """
 
     def names(module: torch.nn.Module, received: Collection[str]) -> Names:
@@ -54,15 +56,13 @@ def prefixed(scope: Scope, prefix: str) -> Scope:
 
 
 def is_peft(module: torch.nn.Module) -> bool:
-    """Whether a module is a model with adapters of PEFT's; PEFT is not imported for that."""
+    """Whether a module is a PEFT model; doesn't import PEFT."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(module, peft.PeftModel)
 
 
 def advice(module: torch.nn.Module) -> str:
-    """What to do when a received model does not fit, where the kind of module says something
-    about it.
-    """
+    """The remedy if a received model doesn't fit, or "" if the module's type suggests none."""
     if not is_peft(module):
         return ""
     return (
@@ -79,14 +79,14 @@ def _trained_forms(module: torch.nn.Module) -> list[Names]:
 
 
 def _saved_names(module: torch.nn.Module) -> Names:
-    """The names that PEFT saves the active adapter under; its values are the module's own
-    tensors, which tells which is which.
+    """The names under which PEFT saves the active adapter, mapped to the module's own. The saved
+    tensors are the module's, so identity matches them.
     """
     import peft
 
     state = module.state_dict()
     own = {id(value): name for name, value in state.items()}
-    # Embeddings that were resized have one name in both forms; to look for them PEFT would ask the
+    # Resized embeddings have the same name in both forms; to look for them, PEFT would query the
     # hub.
     saved = peft.get_peft_model_state_dict(
         module, state, adapter_name=str(module.active_adapter), save_embedding_layers=False
@@ -95,7 +95,7 @@ def _saved_names(module: torch.nn.Module) -> Names:
 
 
 def _closest(forms: list[Names], received: Collection[str]) -> Names:
-    """The form that differs least from what was received, the first of several; the first where
-    nothing was.
+    """The form that differs least from the received names: the first one on a tie or if none
+    were received.
     """
     return min(forms, key=lambda names: len(names.keys() ^ set(received)) if received else 0)

@@ -1,11 +1,11 @@
-"""The generators of the libraries that a script uses, seeded for each round."""
+"""Seeds the random generators of the script's libraries in each round."""
 
 import random
 import sys
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of the libraries that the script has imported: random, numpy, torch."""
+    """Seed random, and numpy and torch if the script has imported them."""
     random.seed(seed)
     for library in ("numpy", "torch"):
         if library in sys.modules:
@@ -13,11 +13,11 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_library(library: str, seed: int) -> None:
-    """Seed the generator of numpy or of torch, which has been imported."""
+    """Seed numpy or torch, which must be imported."""
     module = sys.modules[library]
     if library == "numpy":
         module.random.seed(seed % 2**32)
     elif module.accelerator.is_available():
         module.manual_seed(seed)
-    else:  # the same generator; manual_seed() would take a traceback for each device library, 3 ms together
+    else:  # the same generator; manual_seed() would take a traceback for each device library, 3 ms in total
         module.default_generator.manual_seed(seed)

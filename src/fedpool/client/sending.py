@@ -1,4 +1,4 @@
-"""What a script sends in a round: a message to its host, and a file of tensors beside it."""
+"""The update that a script sends in a round: a message to its host, and a file of tensors."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -16,10 +16,10 @@ from fedpool.tensors import beside
 
 
 def update_message(assignment: Assignment, model: FLModel, received: FLModel) -> dict[str, Any]:
-    """What the host is told of an update that has no params; for others see `write_params`.
+    """The message about an update without params; for others, merge the result of `write_params`.
 
     Raises:
-        ClientError: the model is empty, or its metrics or its meta cannot be sent.
+        ClientError: the model is empty, or its metrics or meta can't be sent.
     """
     if model.params is None and model.metrics is None:
         raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
@@ -33,14 +33,15 @@ def update_message(assignment: Assignment, model: FLModel, received: FLModel) ->
 
 
 def write_params(assignment: Assignment, model: FLModel, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the update's file, and keep here what is not exchanged; returns what the host is told.
+    """Write the update's file and keep the excluded parameters; returns the host's further fields.
 
     Args:
-        model: one that has params.
-        config: of the site.
+        assignment: the script's work in the round.
+        model: the script's model, with params.
+        config: the site's config.
 
     Raises:
-        ClientError: params or extras are not arrays by name, or are not what the recipe exchanges.
+        ClientError: params or extras aren't dicts of arrays, or aren't what the recipe exchanges.
     """
     assert model.params is not None
     params = model.params
@@ -55,10 +56,10 @@ def write_params(assignment: Assignment, model: FLModel, config: Mapping[str, An
         control = sent_control(model.meta, params, config) if assignment.task == "train" else None
         extras = model.extras if control is None else {**model.extras, CONTROL: control}
         beside_them = _beside(extras, excluded)
-        # Without a host there is nowhere to write: the params are checked and counted all the same.
+        # Without a host there is no file to write, but the params are still checked and counted.
         with explained(assignment.update or "update"), Path(assignment.update or "/dev/null").open("wb") as file:
             save_arrays(file, sent | beside_them)
-        # A DIFF of a parameter that stays here is not a value to go on from; FULL is.
+        # Training can't continue from the DIFF of a parameter, only from its FULL value.
         if excluded and model.params_type is not ParamsType.DIFF:
             keeping.keep(assignment, keeping.EXCLUDED, {name: params[name] for name in excluded})
     except TypeError as error:
@@ -67,13 +68,14 @@ def write_params(assignment: Assignment, model: FLModel, config: Mapping[str, An
 
 
 def number(what: str, value: Any) -> float:
-    """A Python float of any scalar: number, numpy scalar, 0-d or one-element array.
+    """A scalar as a Python float: a number, numpy scalar, 0-d or one-element array.
 
     Args:
-        what: it is, for the message.
+        what: its name in the message.
+        value: the scalar.
 
     Raises:
-        ClientError: it is not one number.
+        ClientError: it isn't one number.
     """
     try:
         return float(value.item() if hasattr(value, "item") else value)
@@ -82,7 +84,7 @@ def number(what: str, value: Any) -> float:
 
 
 def _beside(extras: Mapping[str, Mapping[str, Any]], excluded: Collection[str]) -> dict[str, Any]:
-    """What goes into the update's file beside the params."""
+    """The tensors in the update's file in addition to the params."""
     if not all(isinstance(values, Mapping) for values in extras.values()):
         raise ClientError("extras must be a dict of group -> dict of name -> array, such as Scaffold.extras() gives")
     return {

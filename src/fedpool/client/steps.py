@@ -1,7 +1,6 @@
-"""How far a site's local steps go, for FedNova: the norm of what each gradient counts for in the
-update.
+"""How far a site's local steps go, for FedNova: the norm of the gradients' weights in the update.
 
-This module imports torch only when it is used.
+This module imports torch only when needed.
 """
 
 import copy
@@ -18,29 +17,27 @@ _PROBES = (1.0, 2.0, -1.0, 0.0)
 _NUM_PROBES = 3
 _TOLERANCE = 1e-9
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable", "maximize")
-"""Settings of a group that bear on how a step is computed, or on its sign, and not on how far it
-goes.
-"""
+"""Settings of a group that change how a step is computed, or its sign, but not how far it goes."""
 
 
 class LocalSteps:
-    """How far a site's local steps go, for FedNova: with plain SGD their number, with momentum
-    more, with a falling rate less.
+    """How far a site's local steps go, for FedNova: plain SGD gives their number, momentum gives
+    more, a decaying learning rate less.
 
-    Counts in a hook of the optimizers' from here on; make one in each round. `count` is what
-    `meta["LOCAL_STEPS"]` wants: the L1 norm of how much each gradient counts in the update, in
-    steps of the initial learning rate (Wang et al. 2020, section 4,
-    https://arxiv.org/abs/2007.07481). It is what a gradient of 1 in every step comes to by the
-    optimizer's own update: momentum, Nesterov's, dampening, weight decay and schedules included.
-    Where groups of parameters differ, it is the mean of all elements.
+    It counts in a hook of the optimizers from when it is made; make one in each round. Send `count`
+    as `meta["LOCAL_STEPS"]`. It is the L1 norm of the weights that the gradients have in the
+    update, in steps of the initial learning rate (Wang et al. 2020, section 4,
+    https://arxiv.org/abs/2007.07481). To compute it, the optimizer's own update is applied to a
+    gradient of 1 in every step, so it includes momentum, Nesterov, dampening, weight decay and
+    schedules. If groups of parameters differ, it is the mean over all elements.
 
     Args:
-        optimizers: of the local steps; one, or more that train different parameters. They have to
+        optimizers: of the local steps: one, or several that train different parameters. They must
             be linear in the gradient.
 
     Raises:
-        ClientError: an optimizer is not, such as Adam, which scales its steps by the gradients:
-            then no such norm exists.
+        ClientError: an optimizer isn't linear. Adam, for example, scales its steps by the
+            gradients, so there is no such norm.
     """
 
     def __init__(self, *optimizers: "torch.optim.Optimizer") -> None:
@@ -56,7 +53,7 @@ class LocalSteps:
         parts = [part for shadow in self._shadows for part in shadow.parts()]
         total = sum(num_elements for num_elements, _ in parts)
         mean = sum(num_elements * steps for num_elements, steps in parts) / total if total else 0.0
-        return float(f"{mean:.12g}")  # ten steps of .1 are 10, and not what they add up to
+        return float(f"{mean:.12g}")  # so that ten steps of .1 are 10, without rounding errors
 
     def close(self) -> float:
         """Stop counting; returns the count."""
@@ -66,8 +63,8 @@ class LocalSteps:
 
 
 class _Shadow:
-    """A copy of an optimizer that moves one number for each group of parameters, always by a
-    gradient of 1.
+    """A copy of an optimizer that moves one number per group of parameters, always by a gradient
+    of 1.
     """
 
     def __init__(self, optimizer: "torch.optim.Optimizer") -> None:
@@ -75,8 +72,8 @@ class _Shadow:
         _check_linear(optimizer)
         self._copy = _copied(optimizer, (1.0,))
         for mine, group in zip(self._copy.param_groups, optimizer.param_groups, strict=True):
-            # A momentum of earlier rounds is no gradient of this one's, but while there is one the
-            # first gradient is dampened.
+            # Momentum from earlier rounds isn't a gradient of this one. But if there is any, the
+            # optimizer dampens the first gradient.
             if any(
                 optimizer.state[p].get("momentum_buffer") is not None for p in group["params"] if p in optimizer.state
             ):
@@ -85,14 +82,14 @@ class _Shadow:
         self._units = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
     def step(self) -> None:
-        """Follow a step that the optimizer has taken, by its settings of now."""
+        """Follow a step of the optimizer, with its current settings."""
         for index, (mine, group) in enumerate(zip(self._copy.param_groups, self._optimizer.param_groups, strict=True)):
             mine.update(_settings(group))
             self._units[index] = self._units[index] or float(group["lr"])  # a schedule may begin at 0
         self._copy.step()
 
     def parts(self) -> "list[tuple[int, float]]":
-        """Of each group: elements, and how far their steps went."""
+        """For each group: its number of elements, and how far their steps went."""
         found = []
         for mine, group, unit in zip(self._copy.param_groups, self._optimizer.param_groups, self._units, strict=True):
             (number,) = mine["params"]
@@ -102,8 +99,8 @@ class _Shadow:
 
 
 def _check_linear(optimizer: "torch.optim.Optimizer") -> None:
-    """Refuse an optimizer whose update is no weighted sum of its gradients: twice the gradients
-    must go twice as far.
+    """Refuse an optimizer whose update isn't a weighted sum of its gradients: doubling the
+    gradients must double the update.
     """
     import torch
 
@@ -111,8 +108,8 @@ def _check_linear(optimizer: "torch.optim.Optimizer") -> None:
     try:
         probe = _copied(optimizer, _PROBES)
         for group, settings in zip(probe.param_groups, optimizer.param_groups, strict=True):
-            # A rate of 0, as at the beginning of a schedule, would tell nothing; so would one that
-            # moves too far.
+            # With a rate of 0, as at the start of a schedule, or a huge one, the test would be
+            # meaningless.
             group["lr"] = 0.01
             for extra in ("weight_decay", "lr_decay"):
                 if settings.get(extra):
@@ -120,7 +117,7 @@ def _check_linear(optimizer: "torch.optim.Optimizer") -> None:
         for _ in range(_NUM_PROBES):
             probe.step()
         moved = [group["params"][0].detach() for group in probe.param_groups]
-    except Exception as error:  # whatever an optimizer that was made for other parameters raises
+    except Exception as error:  # an optimizer made for other parameters may raise any error
         raise ClientError(f"FedNova cannot tell how far {name} goes: {error}. {_REMEDY}") from error
     wanted = torch.tensor(_PROBES, dtype=torch.float64)
     if not all(torch.allclose(each, each[0] * wanted, rtol=_TOLERANCE, atol=_TOLERANCE) and each[0] for each in moved):
@@ -130,12 +127,12 @@ def _check_linear(optimizer: "torch.optim.Optimizer") -> None:
         )
 
 
-_REMEDY = "Use torch.optim.SGD, with momentum, Nesterov's, weight decay and schedules as you like, or another recipe"
+_REMEDY = "Use torch.optim.SGD, with any momentum, Nesterov momentum, weight decay and schedules, or another recipe"
 
 
 def _copied(optimizer: "torch.optim.Optimizer", gradients: tuple[float, ...]) -> Any:
-    """A copy of an optimizer with parameters of its own, as many numbers as gradients in each
-    group, and no state.
+    """A copy of an optimizer with its own parameters, one per group with an element per
+    gradient, and no state.
     """
     import torch
 
@@ -151,7 +148,7 @@ def _copied(optimizer: "torch.optim.Optimizer", gradients: tuple[float, ...]) ->
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a group of parameters, as a copy on the CPU wants them."""
+    """The settings of a group of parameters, for a copy on the CPU."""
     kept = {name: value for name, value in group.items() if name not in ("params", "param_names", "swap_params")}
     off = {name: False for name in _IMPLEMENTATION if name in kept}
     return {**kept, **off, "lr": float(group["lr"])}

@@ -1,9 +1,8 @@
-"""The writers of `nvflare.client.tracking`: what they are given goes through `fedpool.client.log`,
-whichever of them it is.
+"""The writers of `nvflare.client.tracking`, all of which write to `fedpool.client.log`.
 
-A script need not know who tracks its job. Numbers reach the trackers of the environment (`track`),
-each with its step and time, and show in the site's log and, with their last value, in the round's
-record; parameters, tags and text show in the site's log.
+A script doesn't have to know who tracks its job. Numbers reach the environment's trackers
+(`track`), with step and time; they also appear in the site's log, and their last values in the
+round's record. Parameters, tags and text appear in the site's log.
 """
 
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
 
 
 class SummaryWriter:
-    """Takes scalars as TensorBoard's writer does.
+    """Takes scalars like TensorBoard's writer.
 
     Args:
-        ctx: what `flare.init()` has returned; None for this process's client.
+        ctx: the value that `flare.init()` returned; None for this process's client.
     """
 
     def __init__(self, ctx: Any = None) -> None:
@@ -38,17 +37,17 @@ class SummaryWriter:
         log(tag, text_string, AnalyticsDataType.TEXT, ctx=self._ctx)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: nothing is buffered here."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
 class WandBWriter:
-    """Takes metrics as `wandb` does.
+    """Takes metrics like `wandb`.
 
     Args:
-        ctx: what `flare.init()` has returned; None for this process's client.
+        ctx: the value that `flare.init()` returned; None for this process's client.
     """
 
     def __init__(self, ctx: Any = None) -> None:
@@ -60,10 +59,10 @@ class WandBWriter:
 
 
 class MLflowWriter:
-    """Takes metrics, parameters, tags and texts as `mlflow` does.
+    """Takes metrics, parameters, tags and texts like `mlflow`.
 
     Args:
-        ctx: what `flare.init()` has returned; None for this process's client.
+        ctx: the value that `flare.init()` returned; None for this process's client.
     """
 
     def __init__(self, ctx: Any = None) -> None:
@@ -86,7 +85,7 @@ class MLflowWriter:
         log("params", values, AnalyticsDataType.PARAMETERS, ctx=self._ctx)
 
     def log_text(self, text: str, artifact_file_path: str) -> None:
-        """Write a text to the site's log, under the name of its file."""
+        """Write a text to the site's log, under its file name."""
         log(artifact_file_path, text, AnalyticsDataType.TEXT, ctx=self._ctx)
 
     def set_tag(self, key: str, tag: Any) -> None:
