@@ -1,4 +1,4 @@
-"""What all clients here share: a small model with batch normalisation, and a site's own part of
+"""The clients' shared code: a small model with batch normalisation, and each site's part of
 scikit-learn's digits.
 """
 
@@ -24,7 +24,7 @@ class Network(nn.Module):
 
 
 class Digits:
-    """The rows of one site, and the test rows that all share."""
+    """The rows of one site, and the test rows that all sites share."""
 
     def __init__(self, site_name: str) -> None:
         site = int(site_name.split("-")[1]) - 1

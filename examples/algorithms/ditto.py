@@ -1,4 +1,4 @@
-"""Ditto: beside its part in the global model, each site trains a personal one, which it keeps."""
+"""Ditto: in addition to the global model, each site trains a personal one, which it keeps."""
 
 import torch
 from digits import Digits, Network

@@ -1,4 +1,4 @@
-"""FedNova: sites train for as long as they like, and say how far they went."""
+"""FedNova: sites train for as long as they like, and report how far they went."""
 
 import torch
 from digits import Digits, Network
@@ -26,6 +26,6 @@ while flare.is_running():
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
-    # The weight of an update is its rows: what it counts for does not depend on how far it went.
+    # The weight of an update is its number of rows; it doesn't depend on how far the steps went.
     meta = {"NUM_STEPS_CURRENT_ROUND": len(digits.labels), "LOCAL_STEPS": steps.count}
     flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics, meta=meta))

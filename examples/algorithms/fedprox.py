@@ -1,4 +1,4 @@
-"""FedProx: the loss holds the model near the one that was received."""
+"""FedProx: an extra term in the loss keeps the model near the received one."""
 
 import torch
 from digits import Digits, Network

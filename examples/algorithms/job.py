@@ -1,5 +1,5 @@
-"""Every algorithm on three sites of this machine: `python job.py`, or one of them: `python
-job.py scaffold`.
+"""Every algorithm on three sites on this machine: `python job.py`; just one: `python job.py
+scaffold`.
 """
 
 import sys
@@ -40,8 +40,8 @@ ALGORITHMS = {
 def recipe(name: str, num_rounds: int = 3):
     """The recipe of one algorithm."""
     kind, script, parameters = ALGORITHMS[name]
-    torch.manual_seed(0)  # the initial weights, so that every run of this file gives the same bits
-    if kind is not CyclicRecipe:  # in which a round is one site's turn
+    torch.manual_seed(0)  # for the initial weights: every run of this file gives the same bits
+    if kind is not CyclicRecipe:  # where a round is one site's turn
         parameters = {"min_clients": NUM_SITES, **parameters}
     return kind(name=name, num_rounds=num_rounds, model=Network(), train_script=HERE / script, **parameters)
 

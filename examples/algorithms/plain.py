@@ -1,7 +1,7 @@
-"""A plain training loop: the client of every recipe that asks nothing of it (FedAvg, FedOpt,
-DiLoCo, cyclic, FedBN).
+"""A plain training loop, for the recipes that need nothing else of a client: FedAvg, FedOpt,
+DiLoCo, cyclic and FedBN.
 
-With FedBN the received model already has this site's own batch normalisation in it.
+With FedBN, the received model already has this site's own batch normalisation.
 """
 
 import torch

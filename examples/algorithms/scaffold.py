@@ -1,4 +1,4 @@
-"""SCAFFOLD: each step is corrected by how this site's gradients differ from everyone's."""
+"""SCAFFOLD: corrects each step by the difference between this site's gradients and everyone's."""
 
 import torch
 from digits import Digits, Network

@@ -1,5 +1,5 @@
-"""PyTorch's CIFAR-10 tutorial as a federated client. `python client.py --synthetic` runs it
-alone.
+"""PyTorch's CIFAR-10 tutorial as a federated client. To run it alone: `python client.py
+--synthetic`.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 import fedpool.client as flare
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--synthetic", action="store_true", help="made-up images instead of CIFAR-10")
-parser.add_argument("--download", action="store_true", help="download CIFAR-10 if it is not there")
-parser.add_argument("--data", default="~/data", help="folder of CIFAR-10")
+parser.add_argument("--synthetic", action="store_true", help="generated images instead of CIFAR-10")
+parser.add_argument("--download", action="store_true", help="download CIFAR-10 if it is missing")
+parser.add_argument("--data", default="~/data", help="folder with CIFAR-10")
 parser.add_argument("--num_sites", type=int, default=4)
 parser.add_argument("--epochs", type=int, default=1)
 parser.add_argument("--batch_size", type=int, default=32)

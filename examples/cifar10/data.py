@@ -1,4 +1,4 @@
-"""CIFAR-10 through torchvision, or images made up on the spot for machines that have neither."""
+"""CIFAR-10 from torchvision, or generated images for machines without the data or torchvision."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 
 def load_cifar10(root: str, *, download: bool) -> tuple[Dataset, Dataset]:
-    """Training and test set of CIFAR-10. Download it once, with `python client.py --download`,
-    before sites share it.
+    """Training and test set of CIFAR-10. Before sites share it, download it once with `python
+    client.py --download`.
     """
     from torchvision.datasets import CIFAR10
     from torchvision.transforms import Compose, Normalize, ToTensor
@@ -22,8 +22,8 @@ def load_cifar10(root: str, *, download: bool) -> tuple[Dataset, Dataset]:
 
 
 def make_synthetic(num_train: int = 2000, num_test: int = 500) -> tuple[Dataset, Dataset]:
-    """Ten classes, each a fixed random picture under noise: as easy as it looks, and the same at
-    every site.
+    """Ten classes, each a fixed random picture plus noise: easy to learn, and the same at every
+    site.
     """
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(10, 3, 32, 32, generator=generator)
@@ -36,5 +36,5 @@ def make_synthetic(num_train: int = 2000, num_test: int = 500) -> tuple[Dataset,
 
 
 def part_of(dataset: Dataset, site: int, num_sites: int) -> Subset:
-    """Every num_sites-th example, beginning with the site's number."""
+    """Every num_sites-th example, starting at the site's number."""
     return Subset(dataset, range(site, len(dataset), num_sites))

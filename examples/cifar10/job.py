@@ -1,5 +1,5 @@
-"""Federated averaging of a CIFAR-10 classifier. `--synthetic` runs it without the data (and
-without torchvision).
+"""Federated averaging of a CIFAR-10 classifier. `--synthetic` needs neither the data nor
+torchvision.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from model import Net
 from fedpool import FedAvgRecipe, SimEnv
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--synthetic", action="store_true", help="made-up images instead of CIFAR-10")
+parser.add_argument("--synthetic", action="store_true", help="generated images instead of CIFAR-10")
 parser.add_argument("--num_sites", type=int, default=4)
 parser.add_argument("--num_rounds", type=int, default=3)
 args = parser.parse_args()

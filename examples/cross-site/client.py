@@ -1,4 +1,4 @@
-"""A linear classifier of digits at a site that lacks some of them; it keeps its best local model
+"""A linear classifier of digits at a site that lacks some of them. It keeps its best local model
 and submits it when asked.
 """
 
@@ -13,10 +13,10 @@ site = int(flare.get_site_name().split("-")[1])
 
 digits = load_digits()
 labels = torch.tensor(digits.target)
-mine = labels % 3 != site % 3  # every site lacks every third digit, each other ones
+mine = labels % 3 != site % 3  # each site lacks every third digit, and each lacks different ones
 inputs = torch.tensor(digits.data, dtype=torch.float32)[mine] / 16
 labels = labels[mine]
-rows = torch.arange(len(labels)) % 5 > 0  # one in five is for scores
+rows = torch.arange(len(labels)) % 5 > 0  # one row in five is for scoring
 model = nn.Linear(64, 10)
 loss_function = nn.CrossEntropyLoss()
 
@@ -40,10 +40,10 @@ best_score, best_params = -1.0, None
 while flare.is_running():
     model.load_state_dict(flare.receive().params)
     score = accuracy()
-    if flare.is_evaluate():  # whoever's model it is
+    if flare.is_evaluate():  # score the global model or another site's
         meta = {"NUM_EVAL_EXAMPLES": int((~rows).sum())}
         flare.send(flare.FLModel(metrics={"accuracy": score}, meta=meta))
-    elif flare.is_submit_model():  # with no training before, there is no model of its own yet
+    elif flare.is_submit_model():  # without earlier training, the site has no model of its own yet
         if best_params is None:
             train()
             best_params = model.state_dict()

@@ -1,4 +1,4 @@
-"""Federated averaging over three sites, each without some of the digits; then every site scores
+"""Federated averaging over three sites that each lack some of the digits; then every site scores
 every model.
 """
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpool import FedAvgRecipe, SimEnv
 
-torch.manual_seed(0)  # the initial weights, so that every run of this file gives the same bits
+torch.manual_seed(0)  # for the initial weights: every run of this file gives the same bits
 recipe = FedAvgRecipe(
     name="cross-site",
     min_clients=3,

@@ -1,4 +1,4 @@
-"""A local Lightning script plus three lines. Each site trains on its own third of scikit-learn's
+"""A local Lightning script plus three lines. Each site trains on a third of scikit-learn's
 digits.
 """
 
@@ -19,7 +19,7 @@ args = parser.parse_args()
 
 
 class SiteData(pl.LightningDataModule):
-    """One site's images to train on, and those that every site scores on."""
+    """One site's training images, and the test images that all sites share."""
 
     def __init__(self, site: int) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class SiteData(pl.LightningDataModule):
         self.test = TensorDataset(images[1437:], labels[1437:])
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of 32, in another order in each epoch."""
+        """Batches of 32, in a different order in each epoch."""
         return DataLoader(self.train, batch_size=32, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        """All of them in one batch."""
+        """All test images in one batch."""
         return DataLoader(self.test, batch_size=len(self.test))
 
 
@@ -52,4 +52,4 @@ data = SiteData(site=int(flare.get_site_name().split("-")[1]) - 1)
 
 while flare.is_running():  # (3)
     trainer.validate(model, datamodule=data, verbose=False)  # scores the received model
-    trainer.fit(model, datamodule=data)  # starts from the received model, and sends at its end
+    trainer.fit(model, datamodule=data)  # starts from the received model, and sends at the end

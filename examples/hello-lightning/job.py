@@ -7,7 +7,7 @@ from model import Digits
 
 from fedpool import FedAvgRecipe, SimEnv
 
-torch.manual_seed(0)  # the initial weights, so that every run of this file gives the same bits
+torch.manual_seed(0)  # for the initial weights: every run of this file gives the same bits
 recipe = FedAvgRecipe(
     name="hello-lightning",
     min_clients=3,

@@ -27,5 +27,5 @@ class Digits(pl.LightningModule):
         self.log("accuracy", (self(images).argmax(1) == labels).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam; its state lives from round to round."""
+        """Adam; its state is kept between rounds."""
         return torch.optim.Adam(self.parameters(), lr=0.005)

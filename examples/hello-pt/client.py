@@ -1,5 +1,5 @@
-"""A local PyTorch training script plus six lines. Each site trains on its own third of
-scikit-learn's digits.
+"""A local PyTorch training script plus six lines. Each site trains on a third of scikit-learn's
+digits.
 """
 
 import argparse
@@ -41,7 +41,7 @@ while flare.is_running():  # (3)
     input_model = flare.receive()  # (4)
     model.load_state_dict(input_model.params)  # (5)
     score = accuracy()
-    if flare.is_evaluate():  # the last model is only scored
+    if flare.is_evaluate():  # the final model is only scored
         flare.send(flare.FLModel(metrics={"accuracy": score}))
         continue
 

@@ -206,7 +206,7 @@ def test_the_store_that_is_meant_is_said_first_and_found_by_one_rule(
         "there are no jobs in it",
     ]
     (home / "store").mkdir(parents=True)
-    assert first_lines()[1] == f"The jobs of the proof of concept, which is down: --store {home / 'store'}"
+    assert first_lines()[1] == f"The proof of concept is down. For its jobs: --store {home / 'store'}"
     monkeypatch.setenv("FEDPOOL_STORE", str(tmp_path / "runs"))
     assert first_lines()[0] == f"store: {tmp_path / 'runs'} (FEDPOOL_STORE)"
     assert first_lines("--store", str(tmp_path / "other"))[0] == f"store: {tmp_path / 'other'} (--store)"

@@ -1,5 +1,5 @@
-"""A docstring as the catalogue prints it: its text in markdown, its paper, and the sections that
-only the catalogue knows.
+"""A docstring as the catalogue prints it: its text in markdown, its paper, and the catalogue's own
+sections.
 
 Griffe finds the sections. API reference sections (`Args:`, `Raises:`) are left out. An indented
 block is code.
@@ -19,7 +19,7 @@ _CITATION = re.compile(r'(?P<who>.* et al\. \d{4}), "(?P<title>[^"]+)"(?P<place>
 
 @dataclass(frozen=True)
 class Section:
-    """`Name: title`, and the indented text below it, without the indentation."""
+    """A section `Name: title`: its title, and the text below it without the indentation."""
 
     title: str
     text: str
@@ -27,10 +27,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Described:
-    """What a docstring says."""
+    """The parts of a docstring."""
 
     summary: str
-    """Its first paragraph, in one line."""
+    """Its first paragraph, on one line."""
     rest: str
     """The other paragraphs, in markdown."""
     sections: Mapping[str, Section]
@@ -41,7 +41,7 @@ class Described:
         """The paper as a link, with authors, year and place; empty if none is cited.
 
         Raises:
-            ValueError: the section does not read as `Doe et al. 2020, "Title", place
+            ValueError: the section doesn't have the form `Doe et al. 2020, "Title", place
                 (https://...)`.
         """
         if "paper" not in self.sections:
@@ -56,7 +56,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Script:
-    """What a recipe's client script has to do, in markdown, and an example that does it."""
+    """The work of a recipe's client script, in markdown, and an example script."""
 
     text: str
     example: Path
@@ -76,7 +76,7 @@ def describe(docstring: str | None) -> Described:
 
 
 def describe_script(kind: type) -> Script:
-    """What a recipe asks of the client script, from its section `Client script: FILE`.
+    """The client script of a recipe, from its section `Client script: FILE`.
 
     Raises:
         ValueError: there is no such section.

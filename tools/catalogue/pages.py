@@ -1,10 +1,10 @@
-"""The pages of the recipe catalogue, `docs/recipes/`: one for each recipe, built from docstrings,
-fields and measured figures.
+"""The pages of the recipe catalogue, `docs/recipes/`: one per recipe, built from docstrings, fields
+and measured figures.
 
-A page takes the mechanism from the docstring of the recipe's module, and the paper from the section
-`Paper` there. The docstring of the recipe's class says when to use it, and its section `Client
-script: FILE` says what the script has to do. The docstring of the strategy says what the server
-does. An aggregator says in `Needs` how many updates it needs.
+A page takes the mechanism from the docstring of the recipe's module, and the paper from its section
+`Paper`. The docstring of the recipe's class says when to use it; its section `Client script: FILE`
+describes the script. The docstring of the strategy describes the update at the server. An
+aggregator's section `Needs` is the number of updates that it needs.
 """
 
 import inspect
@@ -51,14 +51,12 @@ def page_name(kind: type[Recipe]) -> str:
 
 
 def script(kind: type[Recipe]) -> Script:
-    """What a recipe asks of the client script; if that has no code, with the code of federated
-    averaging.
-    """
+    """A recipe's client script, with the code of federated averaging if the docstring has none."""
     found = describe_script(kind)
     if _CODE.search(found.text):
         return found
     code = _CODE.search(describe_script(FedAvgRecipe).text)
-    assert code, "federated averaging has its lines"
+    assert code, "federated averaging has code"
     return Script(f"{found.text}\n\n{code[0]}", found.example)
 
 

@@ -1,6 +1,4 @@
-"""The `fedpool` command: `fedpool poc`, `fedpool site`, `fedpool job`, `fedpool recipe`,
-`fedpool migrate`.
-"""
+"""The `fedpool` command: `fedpool poc`, `site`, `job`, `recipe` and `migrate`."""
 
 import os
 import sys
@@ -25,27 +23,27 @@ for command in (poc, site, job, recipe, migrate):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; an error of ours is one line on standard error, and exit code 1."""
+    """Run the command. A fedpool error is one line on standard error, with exit code 1."""
     bypass_proxies()
     try:
         try:
             app(arguments)
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone is no traceback
-    except BrokenPipeError:  # `| head` has read enough
+            sys.stdout.flush()  # here, so that a closed pipe causes no traceback
+    except BrokenPipeError:  # e.g. `| head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except FedpoolError as error:
         _complain(str(error))
     except ValidationError as error:
-        if not error.title.endswith("Settings"):  # nobody's input: a mistake of ours, whose traceback is wanted
+        if not error.title.endswith("Settings"):  # a bug in fedpool, not in the user's input: show the traceback
             raise
         problems = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
         _complain(
             f"a Prefect setting is invalid ({error.title}): {problems}: "
             "correct the PREFECT_ variable or the profile that sets it"
         )
-    except OSError as error:  # of a file, a disk or a connection: what the machine refuses is no mistake of ours
+    except OSError as error:  # from a file, a disk or a connection: a problem of the machine, not a bug
         _complain(str(refusal(error, str(error.filename or "a file"), "written") or error))
 
 

@@ -1,4 +1,4 @@
-"""What `fedpool job list` and `fedpool job show` print for people."""
+"""The output of `fedpool job list` and `fedpool job show` for people."""
 
 from collections.abc import Sequence
 
@@ -20,16 +20,15 @@ from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.report.tables import report_rows, untold
 
 _OTHER_COLUMNS = 48
-"""What the columns beside a job's id need to be readable; a terminal that is narrower breaks the
-lines itself.
+"""Width that the columns after the job's id need to be readable; narrower terminals wrap the
+lines.
 """
 
 
 def print_jobs(found: Sequence[JobSummary]) -> None:
-    """A line for each job; there is at least one."""
+    """Print a line for each job; needs at least one."""
     table = Table()
-    # An id is for the next command: it stays whole, however narrow the terminal is, and the others
-    # break their lines.
+    # The next command needs the whole id, however narrow the terminal is. The other columns wrap.
     longest = max(len(entry.job_id) for entry in found)
     table.add_column("job", no_wrap=True, min_width=longest)
     for header in ("recipe", "status", "rounds", "sites", "metrics"):
@@ -46,10 +45,14 @@ def print_jobs(found: Sequence[JobSummary]) -> None:
 def print_job(
     store: Store, summary: JobSummary, job: JobRecord, records: Sequence[RoundRecord], result: JobResult | None
 ) -> None:
-    """A job's rounds, what there is to say of it, and where its models lie.
+    """Print a job's rounds and findings, and the locations of its models.
 
     Args:
-        result: None of a job without one, which may still be running.
+        store: with the job.
+        summary: of the job.
+        job: its `job.json`.
+        records: of its rounds.
+        result: None if the job has none; it may still be running.
     """
     console = open_console()
     console.print(f"{summary.job_id}: {_status(summary)}", highlight=False)
@@ -62,7 +65,7 @@ def print_job(
     if result is None and has_ended_badly:
         print("it has no result: its process was lost before it could write one")
     if result is None and summary.status is None:
-        print("it has no result, and no reachable Prefect server knows of it: it is still running, or was lost")
+        print("it has no result, and no reachable Prefect server knows it: it is still running, or was lost")
     if has_ended_badly:
         console.print(f"resume it: fedpool job resume {summary.job_id}", highlight=False, soft_wrap=True)
     if result is not None:

@@ -1,4 +1,4 @@
-"""The command `fedpool migrate`: scripts written for NVFlare become fedpool's."""
+"""The command `fedpool migrate`, which turns scripts for NVFlare into scripts for fedpool."""
 
 import difflib
 import sys
@@ -16,11 +16,11 @@ from fedpool.migration.source import Source
 
 def migrate(
     *paths: Annotated[Path, Parameter(help="client scripts, and folders of them")],
-    diff: Annotated[bool, Parameter(help="print what would change, and change nothing", negative="")] = False,
-    write: Annotated[bool, Parameter(help="with --diff: change the files, too", negative="")] = False,
+    diff: Annotated[bool, Parameter(help="print the changes without making them", negative="")] = False,
+    write: Annotated[bool, Parameter(help="with --diff: also change the files", negative="")] = False,
 ) -> None:
-    """Rewrite the imports of scripts written for NVFlare, and say line by line what is left to
-    do by hand.
+    """Rewrite the imports of scripts for NVFlare, and list line by line what you have to do by
+    hand.
     """
     if not paths:
         raise MigrationError("name the scripts to migrate, or a folder of them: fedpool migrate client.py")
@@ -65,7 +65,7 @@ def _migrate(path: Path, *, diff: bool, write: bool) -> None:
 
 
 def _replace(path: Path, source: Source) -> None:
-    """Write a file anew, whole or not at all."""
+    """Write a file anew, completely or not at all."""
     target = path.resolve()
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:

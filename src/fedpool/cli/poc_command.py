@@ -1,4 +1,4 @@
-"""The command `fedpool poc`: a proof of concept, up and down, and what it prints."""
+"""The command `fedpool poc`: starts and stops a proof of concept."""
 
 import shlex
 import sys
@@ -15,19 +15,19 @@ from fedpool.deployments.terminal import open_console
 
 poc = App(name="poc", help="A proof of concept on this machine: server, coordinator, sites.")
 
-Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
+Home = Annotated[Path, Parameter(help="folder with logs, sites and store")]
 
 
 @poc.command
 def up(
     *,
     clients: Annotated[int, Parameter(help="number of sites")] = 2,
-    store: Annotated[str | None, Parameter(help="URL of the store; default: a folder in home")] = None,
+    store: Annotated[str | None, Parameter(help="URL of the store; default: a folder in --home")] = None,
     s3: Annotated[bool, Parameter(help="start an S3 server and use it as the store", negative="")] = False,
     database: Annotated[str | None, Parameter(help="database URL; default: in memory")] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Start what does not run yet, and wait until all of it answers."""
+    """Start the parts that aren't running, and wait until all of them answer."""
     proof = PocEnv(num_clients=clients, store=store, s3=s3, database=database, home=home)
     proof.up()
     _show(proof, proof.status())
@@ -35,8 +35,8 @@ def up(
 
 @poc.command
 def status(*, home: Home = DEFAULT_HOME) -> None:
-    """Say what is up and healthy, and where the UI is; ends with 1 when something is not, or
-    nothing is.
+    """Show which parts are up and healthy, and the address of the UI. Exits with 1 if a part
+    isn't healthy or nothing is up.
     """
     proof = PocEnv(home=home)
     services = proof.status()
@@ -49,14 +49,14 @@ def status(*, home: Home = DEFAULT_HOME) -> None:
 def logs(
     name: Annotated[str, Parameter(help="server, s3, coordinator, or a site")], *, home: Home = DEFAULT_HOME
 ) -> None:
-    """Print what a process has printed."""
+    """Print a process's output."""
     sys.stdout.write(PocEnv(home=home).log(name).read_text(errors="replace"))
 
 
 @poc.command
 def env(*, home: Home = DEFAULT_HOME) -> None:
-    """Print the variables by which the prefect command and other programs reach it: eval
-    "$(fedpool poc env)".
+    """Print the variables that prefect and other programs need to reach it: eval "$(fedpool poc
+    env)".
     """
     for name, value in PocEnv(home=home).environment().items():
         print(f"export {name}={shlex.quote(value)}")
@@ -64,7 +64,7 @@ def env(*, home: Home = DEFAULT_HOME) -> None:
 
 @poc.command
 def down(*, home: Home = DEFAULT_HOME) -> None:
-    """End all of it; the results stay."""
+    """Stop all parts; the results stay."""
     PocEnv(home=home).down()
 
 

@@ -1,7 +1,7 @@
-"""The command `fedpool recipe`: which recipes there are, and what each does. It needs no server,
-and does not load Prefect.
+"""The command `fedpool recipe`: lists the recipes and describes each. Needs no server, and doesn't
+load Prefect.
 
-It prints the pages of docs/recipes, which come with the package; `make catalogue` writes them.
+It prints the pages of docs/recipes, which are part of the package; `make catalogue` writes them.
 """
 
 import inspect
@@ -19,20 +19,18 @@ from rich.table import Table
 from fedpool.deployments.terminal import open_console
 from fedpool.errors import ConfigError
 
-recipe = App(name="recipe", help="Recipes: the algorithms that there are.")
+recipe = App(name="recipe", help="Recipes: the available algorithms.")
 
 _COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
 _FIELD_HEADER = re.compile(r"^\| field \| .*\n\| --- .*\n", re.MULTILINE)
-_FIELD = re.compile(
-    r"^\| (`\w+`) \| (.*?) \| (.*?) \| (.*) \|$", re.MULTILINE
-)  # four columns, which no other table has
+_FIELD = re.compile(r"^\| (`\w+`) \| (.*?) \| (.*?) \| (.*) \|$", re.MULTILINE)  # four columns, as in no other table
 _LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")
 
 
 @recipe.command(name="list")
 def list_() -> None:
-    """The recipes, each in one sentence."""
-    from fedpool.flows.recipes import built_in  # loads torch, which `fedpool --help` can do without
+    """List the recipes, each in one sentence."""
+    from fedpool.flows.recipes import built_in  # loads torch, which `fedpool --help` doesn't need
 
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
@@ -49,17 +47,17 @@ def show(
         str, Parameter(help="name of the recipe, such as FedOptRecipe or fedopt; or fields, or aggregators")
     ],
 ) -> None:
-    """What a recipe does, what the client script has to do for it, and its fields: its page of
-    docs/recipes.
+    """Show a recipe's page of docs/recipes: the algorithm, the client script that it needs, and
+    its fields.
     """
     Console().print(Markdown(_for_terminal(find_page(name)), hyperlinks=False))
 
 
 def find_page(name: str) -> str:
-    """The page of a recipe, by the name of its class or of the page, in whatever case.
+    """The page of a recipe, by the name of its class or page, in any case.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such page.
     """
     from fedpool.flows.recipes import BUILT_IN, class_name
 
@@ -77,8 +75,8 @@ def _pages() -> Mapping[str, Traversable]:
 
 
 def _for_terminal(page: str) -> str:
-    """A page without what only a browser has a use for, and with the fields as a list: a
-    terminal is too narrow for the table.
+    """A page for the terminal: without comments and local links, and with the fields as a list,
+    because their table is too wide.
     """
     text = _COMMENT.sub("", page).replace("\n# client.py\n", "\n")
     text = _FIELD.sub(r"- \1, \2, default \3: \4", _FIELD_HEADER.sub("", text)).replace(

@@ -1,4 +1,6 @@
-"""The command `fedpool site`: a data owner's worker, one run of it, and how it is registered."""
+"""The command `fedpool site`: a data owner's worker, a single run, and registration at the
+server.
+"""
 
 import json
 import sys
@@ -14,9 +16,9 @@ from fedpool.sites.config import SiteConfig
 
 site = App(name="site", help="A site: the data owner's side.")
 
-SiteName = Annotated[str | None, Parameter(help="name of the site, as recipes know it")]
+SiteName = Annotated[str | None, Parameter(help="name of the site, as used in recipes")]
 SiteFile = Annotated[Path | None, Parameter(help="TOML file with the site's settings")]
-SiteData = Annotated[Path | None, Parameter(help="folder of the site's data: flare.get_config()['data']")]
+SiteData = Annotated[Path | None, Parameter(help="folder with the site's data: flare.get_config()['data']")]
 SiteGpus = Annotated[str | None, Parameter(help='devices that scripts may use, e.g. "0,1"')]
 SiteFolder = Annotated[Path | None, Parameter(help="the site's own folder, where scripts run")]
 
@@ -45,9 +47,9 @@ def start(
     try:
         run_blocking(worker.start(printer=Console().print))
     except ServerError:
-        check_server()  # a server that does not answer is waited for; one that refuses is told in a sentence
+        check_server()  # the worker waits for a server that doesn't answer; this explains a refusal in one sentence
         raise
-    except KeyboardInterrupt:  # before the worker takes the signal in its own way
+    except KeyboardInterrupt:  # before the worker installs its own handler
         Console().print(f"site {settings.name} has stopped")
 
 
@@ -60,7 +62,7 @@ def run(
     gpus: SiteGpus = None,
     folder: SiteFolder = None,
 ) -> None:
-    """Do one round: the command of a process, docker or kubernetes pool, whose worker starts it;
+    """Do one round. This is the command that a process, docker or kubernetes pool's worker runs;
     see `fedpool site template`.
     """
     from fedpool.deployments.site_once import assigned_run, run_assigned
@@ -73,30 +75,30 @@ def run(
 def template(
     *,
     kind: Annotated[Literal["process", "docker", "kubernetes"], Parameter(name="--type", help="type of the work pool")],
-    name: Annotated[str, Parameter(help="name of the site, as recipes know it")],
-    image: Annotated[str | None, Parameter(help="image with fedpool and what scripts import")] = None,
+    name: Annotated[str, Parameter(help="name of the site, as used in recipes")],
+    image: Annotated[str | None, Parameter(help="image with fedpool and the packages that scripts import")] = None,
     data: Annotated[
         str | None,
         Parameter(help="the site's data, read-only: a folder, for kubernetes a claim; flare.get_config()['data']"),
     ] = None,
     keep: Annotated[
         str | None,
-        Parameter(help="where what scripts keep stays from round to round: a folder, for kubernetes a claim"),
+        Parameter(help="storage for tensors that scripts keep between rounds: a folder, for kubernetes a claim"),
     ] = None,
     config: Annotated[
         str | None, Parameter(help="the site's TOML file; for kubernetes a secret with the key site.toml")
     ] = None,
     env: Annotated[
-        list[str] | None, Parameter(help="NAME=VALUE, can be repeated; no secrets: the server shows the template")
+        list[str] | None, Parameter(help="NAME=VALUE, repeatable; not for secrets: the server shows the template")
     ] = None,
     env_secret: Annotated[str | None, Parameter(help="kubernetes secret with further variables")] = None,
     memory: Annotated[str | None, Parameter(help='limit, e.g. "4g", for kubernetes "4Gi"')] = None,
-    cpus: Annotated[float | None, Parameter(help="limit, in processors")] = None,
+    cpus: Annotated[float | None, Parameter(help="limit, as a number of processors")] = None,
     namespace: Annotated[str | None, Parameter(help="kubernetes namespace; default: default")] = None,
-    program: Annotated[str, Parameter(help="what runs fedpool there")] = "fedpool",
+    program: Annotated[str, Parameter(help="command that runs fedpool there")] = "fedpool",
 ) -> None:
-    """Print the base job template of a site's work pool, which leaves nothing for a deployment
-    to change.
+    """Print the base job template of a site's work pool, in which a deployment can change
+    nothing.
     """
     from fedpool.deployments.templates import base_job_template, parse_env
 
@@ -123,9 +125,7 @@ def register(
     *,
     pool: Annotated[str, Parameter(help="work pool that runs the site's rounds")],
 ) -> None:
-    """Tell the server of a site that has no worker of its own type, but a process, docker or
-    kubernetes pool.
-    """
+    """Register a site at the server whose rounds run in a process, docker or kubernetes pool."""
 
     async def register() -> None:
         from fedpool.deployments.api import open_client

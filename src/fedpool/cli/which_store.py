@@ -1,5 +1,5 @@
-"""Which store a command means: one rule for all of them, and the first line of what they print
-says which.
+"""Which store a command uses. All commands follow one rule, and their first line of output names
+the store.
 """
 
 import os
@@ -16,10 +16,12 @@ _DEFAULT = Path("fedpool-runs")
 
 @dataclass(frozen=True, slots=True)
 class MeantStore:
-    """A store, and why it is the one.
+    """A store, and why it was chosen.
 
     Attributes:
-        hint: where else jobs may be, or nothing.
+        store: the store.
+        why: the reason.
+        hint: another place with jobs, or nothing.
     """
 
     store: Store
@@ -32,15 +34,15 @@ class MeantStore:
 
 
 def meant_store(url: str | None, home: Path) -> MeantStore:
-    """The store that is meant: the one that is given, else that of `FEDPOOL_STORE`, else that of
-    the proof of concept that is up, else the folder `fedpool-runs` here.
+    """The store of a command: the one that is given, else that of `FEDPOOL_STORE`, else that of the
+    running proof of concept, else the folder `fedpool-runs` here.
 
     Args:
-        url: what `--store` says.
+        url: the value of `--store`.
         home: folder of the proof of concept.
 
     Raises:
-        ConfigError: it cannot be opened.
+        ConfigError: the store can't be opened.
     """
     proof = PocEnv(home=home)
     for given, why in ((url, "--store"), (os.environ.get(STORE_VARIABLE), STORE_VARIABLE)):
@@ -49,7 +51,7 @@ def meant_store(url: str | None, home: Path) -> MeantStore:
     if proof.is_up():
         return MeantStore(proof.open_store(), f"of the proof of concept in {proof.home}")
     left = proof.home / "store"
-    down = f"The jobs of the proof of concept, which is down: --store {left}" if left.is_dir() else ""
+    down = f"The proof of concept is down. For its jobs: --store {left}" if left.is_dir() else ""
     return MeantStore(Store(_DEFAULT.absolute()), "the folder of simulations here", down)
 
 
@@ -59,4 +61,4 @@ def _open(url: str, proof: PocEnv) -> Store:
     except ConfigError:
         known = None
     store = Store(url)
-    return known if known is not None and known.url == store.url else store  # it has the keys
+    return known if known is not None and known.url == store.url else store  # the known one has the keys
