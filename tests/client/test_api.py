@@ -719,7 +719,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(first is flare._client, flare._client._params_format(), len(caught), caught[0].message, caught[0].filename)
 """
     last = run_script(code).splitlines()[-1]
-    assert last == "True numpy 1 flare.init() was called already: this call changes nothing <string>"
+    assert last == "True numpy 1 flare.init() was already called: this call changes nothing <string>"
 
 
 def test_the_module_functions_are_the_clients_methods() -> None:

@@ -64,7 +64,7 @@ print(names)
 
     def test_something_else_is_refused_by_name(self, serve: Callable[..., MemoryHost]) -> None:
         serve()
-        with pytest.raises(ClientError, match=r"ctx must be what flare\.init\(\) has returned, got str"):
+        with pytest.raises(ClientError, match=r"ctx must be the value that flare\.init\(\) returned, got str"):
             flare.is_running(ctx="mine")  # type: ignore[arg-type]  # the mistake that is tested
 
     def test_a_config_file_is_not_read_and_a_warning_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ print(names)
 
     def test_a_second_init_returns_the_same(self, serve: Callable[..., MemoryHost]) -> None:
         serve()
-        with pytest.warns(UserWarning, match="called already"):
+        with pytest.warns(UserWarning, match="already called"):
             assert flare.init() is flare._client
 
 
@@ -121,7 +121,7 @@ class TestDecorators:
 
     def test_a_function_without_a_parameter_is_an_error(self, serve: Callable[..., MemoryHost]) -> None:
         serve()
-        with pytest.raises(ClientError, match="needs a first parameter, for the received model"):
+        with pytest.raises(ClientError, match="needs a first parameter for the received model"):
             flare.train(lambda: None)()
 
 

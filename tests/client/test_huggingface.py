@@ -520,7 +520,7 @@ class TestPeftModels:
 
     def test_adapter_is_for_peft_models_only(self, serve: Callable[..., MemoryHost], tmp_path: Path) -> None:
         serve()
-        with pytest.raises(ClientError, match='params_scope="adapter" is for PEFT models, and this is a BertFor'):
+        with pytest.raises(ClientError, match='params_scope="adapter" is for PEFT models, but this is a BertFor'):
             flare.patch(new_trainer(tmp_path, new_model()), params_scope="adapter")
 
 
@@ -596,7 +596,7 @@ class TestPatch:
         trainer = new_trainer(tmp_path, new_model())
         flare.patch(trainer)
         with pytest.raises(
-            ClientError, match="this trainer was patched already, with other options: strict=False after strict=True"
+            ClientError, match="this trainer was already patched with other options: strict=False after strict=True"
         ):
             flare.patch(trainer, strict=False)
 
@@ -607,7 +607,7 @@ class TestPatch:
         first, second = new_trainer(tmp_path, new_model()), new_trainer(tmp_path, new_model())
         flare.patch(first)
         with pytest.raises(
-            ClientError, match="another trainer was patched already, with other options: params_scope='all' after"
+            ClientError, match="another trainer was already patched with other options: params_scope='all' after"
         ):
             flare.patch(second, params_scope="all")
         with pytest.warns(UserWarning, match=r"flare\.patch\(\) was called for a second trainer"):

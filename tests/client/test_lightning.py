@@ -654,7 +654,7 @@ class TestPatch:
         serve()
         trainer = new_trainer(package, tmp_path)
         flare.patch(trainer)
-        with pytest.raises(ClientError, match=f"patched already, with other options: {message}; call"):
+        with pytest.raises(ClientError, match=f"already patched with other options: {message}; call"):
             flare.patch(trainer, **option)
 
     def test_it_exports_the_client_api_patch_and_logger(self) -> None:

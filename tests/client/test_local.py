@@ -232,7 +232,7 @@ def test_a_model_that_other_optimizers_have_trained_is_refused(tmp_path: Path, m
     control = flare.Scaffold(model, torch.optim.SGD(other.parameters(), lr=0.1))
     with torch.no_grad():
         model.weight += 1
-    with pytest.raises(ClientError, match="'weight' has changed, but the optimizers given to Scaffold"):
+    with pytest.raises(ClientError, match="'weight' has changed, but no optimizer given to Scaffold"):
         control.extras()
 
 

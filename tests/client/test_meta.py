@@ -97,7 +97,7 @@ def test_a_difference_of_controls_sent_in_it_goes_beside_the_parameters(
     [
         ("scaffold", {"other": np.ones(1)}, r"names 'other', which is not among the params: layer\.weight"),
         ("scaffold", 3, "must be a dict of name -> array, got int"),
-        ("", {}, "is of SCAFFOLD, and this job's recipe is not: use ScaffoldRecipe"),
+        ("", {}, "is for SCAFFOLD, but this job has another recipe: use ScaffoldRecipe"),
     ],
 )
 def test_controls_that_cannot_be_sent_are_refused(algorithm: str, changes: Any, words: str, tmp_path: Path) -> None:

@@ -339,7 +339,10 @@ def test_a_loop_works_whichever_calls_are_left_to_rank_0(script: str, tmp_path: 
 def test_a_rank_that_waits_for_rank_0_when_that_has_ended_says_so(tmp_path: Path) -> None:
     _, ran = run_session(tmp_path, RANK_0_LEAVES, [Assignment(0, 1, update=str(tmp_path / "update"))])
     assert ran.returncode != 0
-    assert "ClientError: rank 1 waits in flare.is_running() or flare.receive() for rank 0, which is gone" in ran.stderr
+    assert (
+        "ClientError: rank 1 is waiting in flare.is_running() or flare.receive() for rank 0, which is gone"
+        in ran.stderr
+    )
     assert "calling flare.is_running() on every rank" in ran.stderr
 
 
