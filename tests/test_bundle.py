@@ -275,7 +275,7 @@ def test_the_limit_is_64_mib() -> None:
 
 def test_a_bundle_with_another_hash_is_not_unpacked(tmp_path: Path) -> None:
     data, _ = zip_of({"client.py": b""})
-    with pytest.raises(IntegrityError, match=f"the bundle has sha256 .* its job says {'0' * 64}"):
+    with pytest.raises(IntegrityError, match=f"the bundle has sha256 .* but its job names {'0' * 64}"):
         unpack_bundle(data, tmp_path, sha256="0" * 64)
     assert list(tmp_path.iterdir()) == []
 

@@ -44,7 +44,7 @@ def test_a_script_of_nvflare_is_told_the_command_that_migrates_it(
     script: str, others: dict[str, str], where: str, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        RecipeError, match=rf"{where}.*, and nothing of fedpool: change its imports by `fedpool migrate \w+\.py`"
+        RecipeError, match=rf"{where}.*, and nothing from fedpool: change its imports with `fedpool migrate \w+\.py`"
     ):
         built(tmp_path, script, others)
 
@@ -61,7 +61,7 @@ def test_a_script_of_nvflare_is_told_the_command_that_migrates_it(
 )
 def test_a_script_in_which_nothing_names_fedpool_is_noted(script: str, tmp_path: Path) -> None:
     (note,) = built(tmp_path, script).notes
-    assert note.startswith("neither client.py nor anything that travels with it names fedpool: ")
+    assert note.startswith("neither client.py nor a file that travels with it names fedpool: ")
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,13 @@ def test_nothing_is_imported_for_a_script_that_sets_a_variable_first(script: str
     assert bundle.imports == ()
     (note,) = bundle.notes
     assert "imports transformers after that" in note
-    assert "nothing is imported for it beforehand" in note
+    assert "nothing is imported in advance" in note
 
 
 def test_the_note_says_where(tmp_path: Path) -> None:
     assert built(tmp_path, SETS["assigned"]).notes == (
         "client.py line 2 sets os.environ['HF_HOME'], and client.py line 3 imports transformers after that: nothing is "
-        "imported for it beforehand, so each site takes longer to start",
+        "imported in advance, so each site takes longer to start",
     )
     assert built(tmp_path, SETS["in a module beside it"]).notes[0].startswith("settings.py line 2 sets")
     assert (

@@ -143,7 +143,7 @@ def test_a_broken_checkpoint_is_refused(name: str, kind: str, tmp_path: Path) ->
 
 def test_a_checkpoint_that_holds_no_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "model.pt")
-    with pytest.raises(RecipeError, match="holds a list, not a state dict"):
+    with pytest.raises(RecipeError, match="contains a list, not a state dict"):
         initial_model(tmp_path / "model.pt")
 
 
@@ -293,9 +293,7 @@ def test_numpys_files_are_understood(tmp_path: Path) -> None:
     np.save(tmp_path / "model.npy", np.array([1.0, 2.0]))
     assert plain(initial_model(tmp_path / "model.npz")) == {"w": [1.0, 2.0], "b": [3.0]}
     assert plain(initial_model({"w": np.zeros(2)}, tmp_path / "model.npy")) == {"w": [1.0, 2.0]}
-    with pytest.raises(
-        RecipeError, match=r"one array, which has no name: save it by name, numpy\.savez\(path, w=array\)"
-    ):
+    with pytest.raises(RecipeError, match=r"one array without a name: save it with one, numpy\.savez\(path, w=array\)"):
         initial_model(tmp_path / "model.npy")
 
 
@@ -334,9 +332,9 @@ def test_a_class_is_found_beside_the_client_script(tmp_path: Path) -> None:
         ({"class_path": "Net"}, "cannot be imported"),
         (
             {"class_path": "torch.nn.Linear", "args": {"in_features": 2}},
-            "cannot be made here: TypeError: .*out_features",
+            "cannot be created here: TypeError: .*out_features",
         ),
-        ({"class_path": "torch.nn.Linear", "in_features": 2}, "also in_features: put its arguments in 'args'"),
+        ({"class_path": "torch.nn.Linear", "in_features": 2}, "also in_features: put the class's arguments in 'args'"),
         ({"class_path": "torch.nn.Linear", "args": [2, 1]}, r"model\['args'\] is a list"),
     ],
 )
@@ -349,7 +347,7 @@ def test_a_path_of_a_class_that_does_not_work_is_refused(form: dict[str, Any], w
 def test_a_model_that_needs_cuda_when_it_is_made_is_refused_with_the_remedy() -> None:
     form = {"class_path": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 1, "device": "cuda"}}
     with pytest.raises(
-        RecipeError, match=r"cannot be made here: .*give a model that is made on the CPU, or a state dict"
+        RecipeError, match=r"cannot be created here: .*give a model that can be created on the CPU, or a state dict"
     ):
         initial_model(form)
 

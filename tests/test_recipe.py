@@ -323,7 +323,7 @@ def test_one_pattern_of_excluded_vars_needs_no_list(fields: dict[str, Any]) -> N
     [
         ("(", "is not a regular expression"),
         ("tail", "matches no parameter: body.w, head.w"),
-        ("w$", "leave no parameter to train"),
+        ("w$", "leaves no parameter to train"),
     ],
 )
 def test_excluded_vars_that_cannot_work_are_refused(patterns: str, words: str, fields: dict[str, Any]) -> None:

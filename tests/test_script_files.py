@@ -49,7 +49,7 @@ HERE = "import os\nfrom pathlib import Path\nHERE = Path(__file__).resolve().par
 def test_small_configuration_that_is_named_beside_the_script_travels(expression: str, tmp_path: Path) -> None:
     bundle = built(tmp_path, {"client.py": f"{HERE}open({expression})\n", "conf/a.json": "{}", "conf/b.json": "{}"})
     assert names(bundle) == ["client.py", "conf/a.json"]
-    assert bundle.notes == ("conf/a.json travels with client.py, which names it",)
+    assert bundle.notes == ("conf/a.json travels with client.py, because the script names it",)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,9 @@ def test_modules_of_a_folder_that_the_script_puts_on_its_path_travel_with_their_
     assert bundle.entry == "apps/client.py"
     assert names(bundle) == ["apps/client.py", "common.py", "lib/net.py", "lib/parts.py"]
     assert "numpy" in bundle.imports and "common" not in bundle.imports
-    assert bundle.notes == ("../common.py, ../lib/net.py, ../lib/parts.py travel with client.py, which names them",)
+    assert bundle.notes == (
+        "../common.py, ../lib/net.py, ../lib/parts.py travel with client.py, because the script names them",
+    )
 
 
 def test_a_module_may_put_the_folder_on_the_path(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """fedpool: federated learning as Prefect flows.
 
-Names are resolved when first used (PEP 562), so that a client script, which imports
-`fedpool.client`, pays for nothing else.
+Names are resolved on first use (PEP 562), so a client script, which imports `fedpool.client`,
+doesn't pay for the rest.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from fedpool.filters import ElementwiseFilter, Filter, FilterContext
-    from fedpool.flows.recipes import *  # noqa: F403  # for type checkers: which they are is said there, and only there
+    from fedpool.flows.recipes import *  # noqa: F403  # for type checkers; only that module lists the names
     from fedpool.model import FLModel, ParamsType
     from fedpool.recipe import Recipe
     from fedpool.store import Store

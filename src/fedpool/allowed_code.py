@@ -1,6 +1,4 @@
-"""Who may run the code that came with a job: nobody, unless whoever runs this process has said
-so, by the code's hash.
-"""
+"""Permission to run code that a job brought: refused, unless the user allowed the code's hash."""
 
 import os
 import re
@@ -13,21 +11,21 @@ VARIABLE = "FEDPOOL_ALLOWED_CODE"
 ANY = "any"
 _NONE = "none"
 _MAX_SHOWN = 20
-"""Files of the code that a message names."""
+"""The most files that a message names."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for before the code of a job is run.
+    """A request to run the code of a job.
 
     Attributes:
-        job_id: of the job.
+        job_id: the job.
         wanted: the class of its recipe, `module:Class`.
-        modules: that would be imported.
-        files: that the code consists of.
-        sha256: of the code.
-        path: where it lies, a zip.
+        modules: the modules to import.
+        files: the files of the code.
+        sha256: the hash of the code.
+        path: the zip that contains it.
     """
 
     job_id: str
@@ -40,32 +38,32 @@ class Request:
     def __str__(self) -> str:
         more = f" and {len(self.files) - _MAX_SHOWN} more" if len(self.files) > _MAX_SHOWN else ""
         what = f"{self.wanted} ({', '.join(self.files[:_MAX_SHOWN])}{more})"
-        # Whoever wrote the job chose the names: they are not to move the cursor of a terminal.
+        # The job's author chose these names. They must not move the cursor of a terminal.
         shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in what)
         return f"job {self.job_id} brings code for {shown}, sha256 {self.sha256}, in {self.path}"
 
 
 Permission = Callable[[Request], None]
-"""Refuses with a `ConfigError`."""
+"""Raises a `ConfigError` to refuse."""
 
 
 def is_allowed(sha256: str) -> bool:
-    """Whether `FEDPOOL_ALLOWED_CODE` of this process allows code.
+    """Whether this process's `FEDPOOL_ALLOWED_CODE` allows the code.
 
     Raises:
-        ConfigError: its value is not one.
+        ConfigError: the variable's value is invalid.
     """
     return allows(os.environ.get(VARIABLE, ""), sha256, what=VARIABLE)
 
 
 def allows(value: str, sha256: str, *, what: str) -> bool:
-    """Whether a setting allows code: it has hashes with commas between them, `any`, or `none`.
+    """Whether a setting allows the code: its value is comma-separated hashes, `any` or `none`.
 
     Args:
-        what: the setting, for the message.
+        what: the setting's name, for the message.
 
     Raises:
-        ConfigError: its value is not one.
+        ConfigError: the value is invalid.
     """
     if (value := value.strip()) in ("", _NONE):
         return False
@@ -73,14 +71,14 @@ def allows(value: str, sha256: str, *, what: str) -> bool:
 
 
 def check_hashes(what: str, values: Sequence[str], *, or_else: str = "") -> frozenset[str]:
-    """The hashes of code that may be run.
+    """The hashes of the code that may run.
 
     Args:
-        what: the variable or the option that has them, for the message.
-        or_else: what else it may be.
+        what: the variable or option that they come from, for the message.
+        or_else: the other permitted values, for the message.
 
     Raises:
-        ConfigError: one is not a sha256.
+        ConfigError: a value isn't a sha256.
     """
     hashes = frozenset(value.strip() for value in values)
     for value in sorted(hashes):
@@ -90,13 +88,13 @@ def check_hashes(what: str, values: Sequence[str], *, or_else: str = "") -> froz
 
 
 def by_environment(request: Request) -> None:
-    """Allow what `FEDPOOL_ALLOWED_CODE` says.
+    """Allow the code that `FEDPOOL_ALLOWED_CODE` names.
 
     Raises:
-        ConfigError: it does not allow this code, or its value is not one.
+        ConfigError: the variable doesn't allow this code, or its value is invalid.
     """
     if not is_allowed(request.sha256):
         raise ConfigError(
             f"{request}. It is not allowed to run here: review it, then set {VARIABLE}={request.sha256} in the environment of "
-            "this process; for the jobs of a deployment, in that of the coordinator's worker"
+            "this process (for a deployment's jobs: of the coordinator's worker)"
         )

@@ -1,8 +1,7 @@
-"""torch tensors and numpy arrays on one side, the bytes of safetensors on the other; neither
-framework is imported early.
+"""Conversion between torch tensors or numpy arrays and the bytes of safetensors.
 
-A script without torch must not pay for it, and bfloat16 in numpy needs `ml_dtypes`, so every import
-here is made where the first value asks for it.
+Each import of a framework is in the function that needs it: a script without torch must not pay for
+torch, and bfloat16 in numpy needs `ml_dtypes`.
 """
 
 import math
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 ParamsFormat = Literal["torch", "numpy"]
 CHUNK_ELEMENTS = 1 << 14
-"""Most elements that are summed at once; see `chunks`. Every store's blocks are multiples of it."""
+"""The most elements that are summed at once; see `chunks`. Stores use multiples of it as blocks."""
 
 _TORCH = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
@@ -32,7 +31,7 @@ _FROM_SAFETENSORS = {code: name for name, code in _TORCH.items()}
 
 
 def torch_dtype(code: str) -> "torch.dtype":
-    """The torch dtype of a safetensors dtype name."""
+    """The torch dtype for a safetensors dtype name."""
     import torch
 
     dtype: torch.dtype = getattr(torch, _FROM_SAFETENSORS[code])
@@ -40,7 +39,7 @@ def torch_dtype(code: str) -> "torch.dtype":
 
 
 def numpy_dtype(code: str) -> "np.dtype[Any]":
-    """The numpy dtype of a safetensors dtype name; bfloat16 is that of `ml_dtypes`."""
+    """The numpy dtype for a safetensors dtype name; bfloat16 comes from `ml_dtypes`."""
     import numpy as np
 
     if code == "BF16":
@@ -52,7 +51,7 @@ def numpy_dtype(code: str) -> "np.dtype[Any]":
 
 
 def is_torch(value: Any) -> bool:
-    """Whether value is a torch tensor, without importing torch to find out."""
+    """Whether value is a torch tensor. Doesn't import torch to find out."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -61,7 +60,7 @@ def describe(name: str, value: Any) -> TensorSpec:
     """dtype and shape of a torch tensor, numpy array or numpy scalar.
 
     Raises:
-        TypeError: value is none of these, or of a dtype that cannot travel.
+        TypeError: value is none of these, or its dtype can't be exchanged.
     """
     import numpy as np
 
@@ -77,9 +76,7 @@ def describe(name: str, value: Any) -> TensorSpec:
 
 
 def as_bytes(value: Any) -> memoryview:
-    """The elements of a torch tensor or numpy array in C order, as bytes; a view where the
-    layout allows it.
-    """
+    """The elements of a torch tensor or numpy array in C order, as bytes; a view if possible."""
     import numpy as np
 
     if is_torch(value):
@@ -105,14 +102,14 @@ def save_arrays(file: Writable, params: Mapping[str, Any]) -> None:
     """Write params (torch tensors or numpy arrays of any shape) as safetensors.
 
     Raises:
-        TypeError: a value is no array or of a dtype that cannot travel.
+        TypeError: a value isn't an array, or its dtype can't be exchanged.
     """
     spec = {name: describe(name, value) for name, value in params.items()}
     write_tensors(file, spec, (as_bytes(params[name]) for name in file_order(spec)))
 
 
 def save_and_hash(file: Writable, params: Mapping[str, Any]) -> Digest:
-    """`save_arrays`, with sha256 and size of what was written."""
+    """Like `save_arrays`; returns the sha256 and size of the written bytes."""
     spec = {name: describe(name, value) for name, value in params.items()}
     return write_and_hash(file, spec, (as_bytes(params[name]) for name in file_order(spec)))
 
@@ -120,9 +117,8 @@ def save_and_hash(file: Writable, params: Mapping[str, Any]) -> Digest:
 def load_arrays(path: str | Path, params_format: ParamsFormat) -> dict[str, Any]:
     """All tensors of a local safetensors file, in the order of their names.
 
-    torch tensors are views of a private memory map: reading costs nothing until they are touched,
-    sites on one machine share the pages, and writing to them does not reach the file. numpy arrays
-    are copies.
+    torch tensors are views of a private memory map: they are read only when touched, sites on one
+    machine share the pages, and writes don't reach the file. numpy arrays are copies.
     """
     if params_format == "torch":
         from safetensors import safe_open
@@ -157,11 +153,11 @@ def dtype_limits(code: str) -> tuple[float, float]:
 
 
 def chunks(value: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
-    """A block along its last dimension, in parts of which a sum is taken for itself.
+    """A block along its last dimension, in the parts that are summed separately.
 
-    Whoever adds up such sums in order has the same bits whatever the blocks are that a store is
-    read in. `torch.sum` splits nothing as small as this over its threads; products of matrices and
-    vectors it does, and their bits change with it.
+    Such sums, added in order, have the same bits whatever the block size of the store. `torch.sum`
+    doesn't split an input as small as this over its threads. Products of matrices and vectors are
+    split, so their bits depend on the number of threads.
     """
     import torch
 
@@ -179,11 +175,11 @@ def difference_norm(
     """L2 norm of an update's difference to a model over all floating point parameters, in float64.
 
     Args:
-        base: the model; None when the update is the difference.
-        model: the model, where it has holes.
-        holes: names of the tensors in which the model need not be finite. Where neither it nor the
-            update is, there is no difference; where the update is, it is one to 0, which is what
-            the mean takes such a place for.
+        base: the model; None if the update already is the difference.
+        model: the model, if it has holes.
+        holes: the tensors in which the model needn't be finite. An element that is finite in
+            neither the model nor the update has no difference. If it is finite in the update only,
+            the difference is taken to 0, as the mean does.
     """
     import torch
 

@@ -1,6 +1,4 @@
-"""The file system that a store lies on: opened from a URL, its errors made ours, its failures
-waited out.
-"""
+"""The file system of a store: opened from a URL, with errors translated and failures retried."""
 
 import logging
 import time
@@ -27,24 +25,25 @@ class Backend:
     """A folder in any fsspec file system.
 
     Args:
-        url: a folder or an fsspec URL such as `s3://bucket/prefix`.
+        url: a folder, or an fsspec URL such as `s3://bucket/prefix`.
         storage_options: passed to fsspec.
 
     Raises:
-        ConfigError: there is no file system for such a URL, or its package is missing.
+        ConfigError: fsspec has no file system for this URL, or the file system's package is
+            missing.
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
         protocol = fsspec.core.split_protocol(str(url))[0] or "file"
         if protocol not in ("file", "local"):
-            # Others write here too: what was not there a moment ago may be there now.
+            # Other processes write here too, so a cached listing may be out of date.
             storage_options = {"use_listings_cache": False, **storage_options}
             bypass_proxies()
         self.is_s3 = protocol in s3.PROTOCOLS
         if self.is_s3:
             storage_options = s3.with_defaults(storage_options)
         self.storage_options: Mapping[str, Any] = storage_options
-        """How it was opened; they may hold secrets."""
+        """The options that it was opened with. They may contain secrets."""
         try:
             self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
         except (ImportError, ValueError) as error:
@@ -57,18 +56,16 @@ class Backend:
         self._said: set[str] = set()
 
     def full(self, path: str) -> str:
-        """The path as the file system, or a person, knows it."""
+        """The full path, as the file system and people know it."""
         return f"{self.root.rstrip('/')}/{path}"
 
     def address(self, path: str) -> str:
-        """The path as anybody can open it: of a local store the file's, of any other a URL."""
+        """The path as anyone can open it: a file path for a local store, otherwise a URL."""
         return self.full(path) if self.is_local else str(self.fs.unstrip_protocol(self.full(path)))
 
     @contextmanager
     def errors(self, path: str, doing: Doing = "read") -> Iterator[None]:
-        """Make what a backend raises, in classes of its own, an error of ours that names the
-        object and, if known, the remedy.
-        """
+        """Turn a backend's errors into fedpool's, which name the object and any known remedy."""
         full = self.address(path)
         try:
             yield
@@ -77,18 +74,16 @@ class Backend:
         except Exception as error:
             reason = error if self.is_local else s3.with_reason(error, self.fs, self.root)
             if refused := refusal(reason, full, doing):
-                # fsspec would hand out this file system, and its credentials, for as long as the
+                # fsspec would reuse this file system, and its credentials, for as long as the
                 # process lives.
                 type(self.fs).clear_instance_cache()
-                raise refused from None  # the sentence says it; the backend's tracebacks would bury it
+                raise refused from None  # the backend's tracebacks would bury the message
             if isinstance(error, FileNotFoundError) and doing != "written":
                 raise
             raise StoreError(f"{full} cannot be {doing}: {type(error).__name__}: {error}") from error
 
     def patiently(self, path: str, work: Callable[[], T], doing: Doing = "read") -> T:
-        """Have a remote file system do something again while it fails; a local one, or one that
-        refuses, tells at once.
-        """
+        """Retry a failing operation, unless the file system is local or refuses it."""
         told = False
         for pause_s in pauses(0.0 if self.is_local else self.patience_s, 0.2, 5.0):
             try:
@@ -106,7 +101,7 @@ class Backend:
         raise AssertionError("the last try returns or raises")
 
     def say(self, text: str) -> None:
-        """Log what a user should know about the store's file system, once."""
+        """Log a warning about the store's file system, once."""
         if text not in self._said:
             self._said.add(text)
             _LOG.warning("%s", text)

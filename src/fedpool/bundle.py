@@ -1,8 +1,7 @@
-"""The client bundle: the client script and the files that it needs (see `script_files`), as a
-content-addressed zip.
+"""The client bundle: a content-addressed zip of the client script and the files that it needs.
 
-What is not found in the source, such as modules that are imported by a computed name, needs
-`include=`. Same files, same bytes: names are sorted, times fixed.
+`script_files` finds those files in the source. Others, such as modules imported by a computed name,
+need `include=`. The same files give the same bytes: names are sorted and times are fixed.
 """
 
 import compileall
@@ -21,8 +20,8 @@ from fedpool.refusals import explained
 from fedpool.script_files import ScriptFiles, find_files
 
 _CANNOT_UNPACK = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
-"""A damaged or encrypted member, one that is packed in an unknown way, a name that no file can
-have, or that another has.
+"""Errors from a member that is damaged, encrypted, packed in an unknown way, or has an impossible
+or duplicate name.
 """
 MAX_BUNDLE_BYTES = 64 << 20
 """Unpacked size limit: code travels in the bundle, data stays at its site."""
@@ -36,12 +35,11 @@ class Bundle:
 
     Attributes:
         entry: the script's name inside the zip.
-        sha256: of the zip.
-        imports: dotted names that the script and its modules import from outside the bundle, and
-            that a session preloads; none when the script sets environment variables before an
-            import.
+        sha256: hash of the zip.
+        imports: dotted names that the script and its modules import from outside the bundle, for a
+            session to preload; empty if the script sets environment variables before an import.
         data: the zip's bytes.
-        notes: what whoever runs the script should know of it, a line each.
+        notes: notes for the person who runs the script, one line each.
     """
 
     entry: str
@@ -67,19 +65,19 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
         raise RecipeError(
             f"train_script {str(script)!r} is not a file (looked in {Path.cwd()}): give the path of the client script"
         )
-    path = path.resolve()  # as Python does: a linked script imports from beside its target
+    path = path.resolve()  # like Python, which imports from the folder of a link's target
     folder = path.parent
     found = find_files(path)
     contents = {file.relative_to(found.root).as_posix(): data for file, data in found.modules.items()}
     others = {folder / name for item in include for name in _included(folder, item)} | set(found.named)
     names = {file.relative_to(found.root).as_posix(): file for file in others}
     sizes = {name: len(data) for name, data in contents.items()}
-    sizes |= {name: file.stat().st_size for name, file in names.items()}  # before any of it is read
+    sizes |= {name: file.stat().st_size for name, file in names.items()}  # before reading any of them
     size = sum(sizes.values())
     if size > MAX_BUNDLE_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
         raise RecipeError(
-            f"the bundle of {path.name} would hold {size / 2**20:.1f} MiB, over the limit of {MAX_BUNDLE_BYTES >> 20} MiB "
+            f"the bundle of {path.name} would be {size / 2**20:.1f} MiB, over the limit of {MAX_BUNDLE_BYTES >> 20} MiB "
             f"(largest: {largest}, {sizes[largest] / 2**20:.1f} MiB): leave data at the site and give its path in train_args"
         )
     contents |= {name: file.read_bytes() for name, file in names.items()}
@@ -99,21 +97,21 @@ def _notes(script: Path, found: ScriptFiles) -> Iterator[str]:
     outside = [file for file in found.modules if not file.is_relative_to(script.parent)]
     if with_it := sorted(os.path.relpath(file, script.parent) for file in [*found.named, *outside]):
         verb, them = ("travels", "it") if len(with_it) == 1 else ("travel", "them")
-        yield f"{', '.join(with_it)} {verb} with {script.name}, which names {them}"
+        yield f"{', '.join(with_it)} {verb} with {script.name}, because the script names {them}"
     if found.early_setting:
-        yield (f"{found.early_setting}: nothing is imported for it beforehand, so each site takes longer to start")
+        yield (f"{found.early_setting}: nothing is imported in advance, so each site takes longer to start")
 
 
 def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
     """Unpack a bundle into an empty folder.
 
     Raises:
-        IntegrityError: the bytes do not have that hash, or a name points outside the folder.
-        StoreRefused: the folder cannot be written to.
+        IntegrityError: the bytes have another hash, or a name points outside the folder.
+        StoreRefused: the folder isn't writable.
     """
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise IntegrityError(f"the bundle has sha256 {found}, its job says {sha256}")
+        raise IntegrityError(f"the bundle has sha256 {found}, but its job names {sha256}")
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except zipfile.BadZipFile as error:
@@ -125,7 +123,7 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
             name = PurePosixPath(entry.filename)
             outside = name.is_absolute() or ".." in name.parts or "\\" in entry.filename
             if outside or not name.parts or entry.filename.endswith("/"):
-                raise IntegrityError(f"the bundle holds {entry.filename!r}, which is not a file inside its folder")
+                raise IntegrityError(f"the bundle contains {entry.filename!r}, which is not a file inside its folder")
             target = folder / name
             try:
                 with explained(target):
@@ -133,9 +131,9 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
                     target.write_bytes(archive.read(entry))
             except _CANNOT_UNPACK as error:
                 raise IntegrityError(
-                    f"the bundle holds {entry.filename!r}, which cannot be unpacked: {error}"
+                    f"the bundle contains {entry.filename!r}, which cannot be unpacked: {error}"
                 ) from None
-    compileall.compile_dir(folder, quiet=2)  # here, once, and not in each of a thousand scripts
+    compileall.compile_dir(folder, quiet=2)  # once here, rather than in each of a thousand scripts
 
 
 def _included(folder: Path, item: str) -> Iterator[Path]:
@@ -154,7 +152,7 @@ def _included(folder: Path, item: str) -> Iterator[Path]:
 
 
 def zip_files(files: dict[str, bytes]) -> bytes:
-    """A zip of files by their names: the same files, the same bytes."""
+    """A zip of files by their names. The same files give the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in sorted(files):

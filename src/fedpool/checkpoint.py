@@ -1,6 +1,4 @@
-"""Checkpoints and models as people have them: wrapped, nested, prefixed, in numpy's files or by
-the path of a class.
-"""
+"""Usual forms of checkpoints and models: wrapped, nested, prefixed, numpy files, class paths."""
 
 import importlib
 import sys
@@ -12,9 +10,9 @@ from fedpool.arrays import load_arrays
 from fedpool.errors import RecipeError
 
 _NESTED = ("state_dict", "model_state_dict", "model")
-"""Under which a training loop keeps the state dict beside its optimizer's."""
+"""Keys under which training loops save the state dict, next to the optimizer's."""
 _WRAPPERS = ("module", "_orig_mod")
-"""What DataParallel and torch.compile put before the names of what they wrap."""
+"""Prefixes that DataParallel and torch.compile add to names."""
 _CLASS = ("class_path", "path")
 
 
@@ -23,18 +21,18 @@ def load_checkpoint(path: Path, *, only: str | None = None) -> Mapping[str, Any]
     `weights_only=True`.
 
     Args:
-        only: name for the array in an `.npy` file, which has none of its own; None: there is no
-            name.
+        only: the name to give to the array in an `.npy` file, which has no name itself; None: there
+            is no such name.
 
     Raises:
-        RecipeError: it is not a file, cannot be read, or holds no state dict.
+        RecipeError: the path isn't a file, or the file can't be read or contains no state dict.
     """
     if not path.is_file():
         raise RecipeError(f"checkpoint {str(path)!r} is not a file (looked in {Path.cwd()})")
     kind = {".safetensors": "safetensors", ".npz": "numpy arrays", ".npy": "a numpy array"}.get(path.suffix, "tensors")
     try:
         loaded = _read(path)
-    except Exception as error:  # the libraries raise whatever their parsers meet in a broken file
+    except Exception as error:  # on a broken file the libraries' parsers raise errors of any type
         raise RecipeError(
             f"checkpoint {str(path)!r} cannot be read as {kind}: {type(error).__name__}: {error}. "
             "Save a state dict: torch.save(model.state_dict(), path), numpy.savez(path, **arrays), or safetensors"
@@ -42,19 +40,17 @@ def load_checkpoint(path: Path, *, only: str | None = None) -> Mapping[str, Any]
     if path.suffix == ".npy":
         if only is None:
             raise RecipeError(
-                f"checkpoint {str(path)!r} holds one array, which has no name: save it by name, numpy.savez(path, w=array)"
+                f"checkpoint {str(path)!r} contains one array without a name: save it with one, numpy.savez(path, w=array)"
             )
         return {only: loaded}
     params = unwrap(loaded)
     if not isinstance(params, Mapping):
-        raise RecipeError(f"checkpoint {str(path)!r} holds a {type(params).__name__}, not a state dict")
+        raise RecipeError(f"checkpoint {str(path)!r} contains a {type(params).__name__}, not a state dict")
     return params
 
 
 def unwrap(loaded: Any) -> Any:
-    """The state dict inside what a training loop has saved, such as `{"model": state_dict,
-    "optimizer": ...}`.
-    """
+    """The state dict in a checkpoint such as `{"model": state_dict, "optimizer": ...}`."""
     while isinstance(loaded, Mapping):
         inner = next((loaded[key] for key in _NESTED if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
@@ -64,9 +60,7 @@ def unwrap(loaded: Any) -> Any:
 
 
 def fit_names(params: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
-    """A state dict under the names of a model, where the two differ in nothing but the prefixes
-    of wrappers.
-    """
+    """A state dict under a model's names, if the names differ only in the prefixes of wrappers."""
     if set(params) == set(names):
         return params
     wanted = {_bare(name): name for name in names}
@@ -85,23 +79,23 @@ def _bare(name: str) -> str:
 
 
 def is_class_path(model: Mapping[str, Any]) -> bool:
-    """Whether a mapping is the path of a class, and not a state dict."""
+    """Whether a mapping is the path of a class rather than a state dict."""
     return any(isinstance(model.get(key), str) for key in _CLASS)
 
 
 def make_model(form: Mapping[str, Any], folder: Path | None) -> Any:
-    """The instance that `{"class_path": "package.module.Net", "args": {...}}` asks for.
+    """The instance that `{"class_path": "package.module.Net", "args": {...}}` describes.
 
     Args:
-        folder: where the class may also be found: the client script's.
+        folder: another folder to find the class in: the client script's.
 
     Raises:
-        RecipeError: the form has something else, or the class cannot be imported or made.
+        RecipeError: the form has unknown keys, or the class can't be imported or instantiated.
     """
     path = next(form[key] for key in _CLASS if key in form)
     arguments = form.get("args") or {}
     if unknown := sorted(map(str, form.keys() - {*_CLASS, "args"})):
-        raise RecipeError(f"model has class_path, but also {', '.join(unknown)}: put its arguments in 'args'")
+        raise RecipeError(f"model has class_path and also {', '.join(unknown)}: put the class's arguments in 'args'")
     if not isinstance(arguments, Mapping):
         raise RecipeError(f"model['args'] is a {type(arguments).__name__}: give a dict of the arguments by name")
     module, _, name = path.rpartition(".")
@@ -109,15 +103,15 @@ def make_model(form: Mapping[str, Any], folder: Path | None) -> Any:
         kind = getattr(_import(module, folder), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(
-            f"model's class_path {path!r} cannot be imported ({error}): write it as 'package.module.Class', and run where "
-            "that can be imported, or beside the client script"
+            f"model's class_path {path!r} cannot be imported ({error}): write it as 'package.module.Class', and make it "
+            "importable where you run, or put its module beside the client script"
         ) from error
     try:
         return kind(**arguments)
     except Exception as error:  # it is the user's class
         raise RecipeError(
-            f"model {path}(**{dict(arguments)!r}) cannot be made here: {type(error).__name__}: {error}. The recipe needs only "
-            "its initial values: give a model that is made on the CPU, or a state dict"
+            f"model {path}(**{dict(arguments)!r}) cannot be created here: {type(error).__name__}: {error}. The recipe needs "
+            "only its initial values: give a model that can be created on the CPU, or a state dict"
         ) from error
 
 

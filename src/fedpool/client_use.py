@@ -1,6 +1,4 @@
-"""Whether a client script takes part in rounds at all: by fedpool's client API, itself or
-through what travels with it.
-"""
+"""Whether a client script takes part in rounds: it, or a file with it, must use fedpool."""
 
 import ast
 from collections.abc import Collection, Mapping
@@ -9,35 +7,35 @@ from fedpool.errors import RecipeError
 
 
 def missing_client(entry: str, trees: Mapping[str, ast.Module], contents: Collection[bytes]) -> str | None:
-    """What to tell of a script in which nothing names fedpool; None of any other.
+    """A warning if neither the script nor a file that travels with it names fedpool, else None.
 
-    It is not an error, because something that is installed may take part for it.
+    It isn't an error, because an installed package may use fedpool on the script's behalf.
 
     Args:
         entry: name of the script's file.
-        trees: file -> its source, parsed; the script and its modules.
-        contents: of all that travels.
+        trees: file -> its parsed source, for the script and its modules.
+        contents: the contents of all files that travel.
 
     Raises:
-        RecipeError: the script holds nothing that runs, or begins by importing the client API of
-            NVFlare and not fedpool's.
+        RecipeError: the script contains no code, or imports NVFlare's client API, and nothing
+            names fedpool.
     """
     if all(_is_text(statement) for statement in trees[entry].body):
         raise RecipeError(
-            f"train_script {entry} is empty: write a loop with fedpool.client into it, as the README has it"
+            f"train_script {entry} is empty: write a loop with fedpool.client into it, like the one in the README"
         )
     if any(b"fedpool" in content for content in contents):
         return None
     for name, tree in trees.items():
-        for statement in tree.body:  # what runs in any case: not under a condition, nor in a function
+        for statement in tree.body:  # unconditional statements only
             if found := _imported_from_nvflare(statement):
                 raise RecipeError(
-                    f"{name} line {statement.lineno} imports {found}, and nothing of fedpool: change its imports by "
+                    f"{name} line {statement.lineno} imports {found}, and nothing from fedpool: change its imports with "
                     f"`fedpool migrate {name}`"
                 )
     return (
-        f"neither {entry} nor anything that travels with it names fedpool: unless something that is installed calls "
-        "fedpool.client for it, it takes no part in the rounds, and the job fails"
+        f"neither {entry} nor a file that travels with it names fedpool: unless an installed package calls fedpool.client "
+        "for it, the script takes no part in rounds and the job fails"
     )
 
 

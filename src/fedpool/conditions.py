@@ -1,6 +1,4 @@
-"""`stop_cond`: a metric compared with a number, such as "accuracy >= 0.8"; and what follows from
-it for the key metric.
-"""
+"""`stop_cond`: a metric compared with a number, such as "accuracy >= 0.8"."""
 
 import math
 import operator
@@ -18,29 +16,27 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 _LESS_IS_BETTER = re.compile(r"(?:.*[\W_])?(?:loss|error|err|mse|rmse|mae|nll|perplexity|ppl)", re.IGNORECASE)
 _NEGATED = re.compile(r"(?:neg|negative|minus)(?:[\W_]|$)|-", re.IGNORECASE)
 MODE_FIELDS = frozenset({"key_metric", "key_metric_mode", "stop_cond"})
-"""Fields of a recipe that decide on the mode."""
+"""The recipe fields that determine the mode."""
 Mode = Literal["max", "min"]
 _PATTERN = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class StopCondition:
-    """`metric comparison threshold`, true of a round's metrics or not."""
+    """`metric comparison threshold`, which holds for a round's metrics or doesn't."""
 
     metric: str
     comparison: str
     threshold: float
 
     def holds(self, metrics: Mapping[str, float | None]) -> bool:
-        """Whether the metrics satisfy it; a metric that is absent or not a number does not."""
+        """Whether the metrics satisfy it. A metric that is missing or not a number doesn't."""
         value = metrics.get(self.metric)
         return value is not None and _OPERATORS[self.comparison](value, self.threshold)
 
     @property
     def mode(self) -> Mode | None:
-        """Which of two values is nearer to satisfying it: the larger or the smaller one; None
-        for `==`, which does not say.
-        """
+        """Whether larger or smaller values are better; None for `==`, which doesn't say."""
         return "max" if ">" in self.comparison else "min" if "<" in self.comparison else None
 
     def __str__(self) -> str:
@@ -52,7 +48,7 @@ def parse_condition(text: str) -> StopCondition:
     """Parse "accuracy >= 0.8", with or without spaces.
 
     Raises:
-        RecipeError: it is not a metric, one of >= <= == > <, and a finite number.
+        RecipeError: the text isn't a metric, one of >= <= == > <, and a finite number.
     """
     match = _PATTERN.fullmatch(text)
     try:
@@ -65,18 +61,17 @@ def parse_condition(text: str) -> StopCondition:
 
 
 def choose_mode(metric: str, mode: Mode, condition: StopCondition | None, given: Collection[str]) -> Mode:
-    """Whether more or less of the key metric is better: as the user says, else as the condition on
-    it says.
+    """Whether a higher or a lower key metric is better: the user's choice, else the condition's.
 
-    Warns where neither does and the metric's name says otherwise.
+    Warns if neither says and the metric's name suggests that lower is better.
 
     Args:
         metric: the key metric.
         mode: the field `key_metric_mode`.
-        given: names of the fields that the user chose.
+        given: names of the fields that the user set.
 
     Raises:
-        RecipeError: user and condition contradict each other.
+        RecipeError: the user's choice and the condition contradict each other.
     """
     follows = condition.mode if condition and condition.metric == metric else None
     if "key_metric_mode" in given:
@@ -89,13 +84,11 @@ def choose_mode(metric: str, mode: Mode, condition: StopCondition | None, given:
         warnings.warn(
             f"key_metric={metric!r} without key_metric_mode: the highest {metric} counts as the best; "
             'give key_metric_mode="min" if less of it is better, or "max" to confirm',
-            stacklevel=5,  # who builds the recipe
+            stacklevel=5,  # the line that builds the recipe
         )
     return follows or mode
 
 
 def _sounds_worse(metric: str) -> bool:
-    """Whether more of a metric is likely to be worse, going by its name: a loss or an error that
-    is not negated.
-    """
+    """Whether the name suggests that lower is better: a loss or an error that isn't negated."""
     return bool(_LESS_IS_BETTER.fullmatch(metric)) and not _NEGATED.match(metric)

@@ -1,4 +1,4 @@
-"""sha256 and size of files, and whether they are those that a manifest gives."""
+"""sha256 and size of files, and checks against a manifest."""
 
 import hashlib
 from typing import IO
@@ -8,7 +8,7 @@ from fedpool.tensors import Digest
 
 
 def hash_file(file: IO[bytes]) -> Digest:
-    """sha256 and size of a file from its beginning."""
+    """sha256 and size of a file, read from its start."""
     file.seek(0)
     digest = hashlib.sha256()
     size = 0
@@ -19,7 +19,7 @@ def hash_file(file: IO[bytes]) -> Digest:
 
 
 def check_digest(file: IO[bytes], expected: Digest, *, where: str) -> None:
-    """Raise `IntegrityError` unless the file's bytes are those that the manifest describes."""
+    """Raise `IntegrityError` if the file's bytes aren't those that the manifest describes."""
     found = hash_file(file)
     if found != expected:
         raise IntegrityError(

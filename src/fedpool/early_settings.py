@@ -1,11 +1,10 @@
-"""Whether a script sets environment variables before it imports something: then that import must
-not be done for it beforehand.
+"""Whether a script sets environment variables before an import, which then can't be done early.
 
-Many libraries read their variables as they are imported (`HF_HOME`, `KERAS_BACKEND`). A script that
-is forked from a process which has imported them already would set them too late. What a script does
-is found in its source, in the order in which it would happen: a module's statements as they come,
-those of a module of the bundle where it is first imported. What is in a function counts where
-module code calls the function, by its name; all that functions import counts last.
+Many libraries read their variables when they are imported (`HF_HOME`, `KERAS_BACKEND`). A script
+forked from a process that has already imported them would set these variables too late. The source
+is read in the order in which it would run: a module's statements in sequence, and a module of the
+bundle at its first import. A function's settings count at the point where module code calls it by
+name. Imports inside functions count last.
 """
 
 import ast
@@ -26,15 +25,13 @@ _READ_WHEN_USED = frozenset(
         "WORLD_SIZE",
     }
 )
-"""Variables that scripts often set, and that are read later than at an import, or by no import
-at all.
-"""
+"""Variables that scripts often set, but that no import reads, or that are read only later."""
 
 _SETTERS = frozenset({"__setitem__", "clear", "pop", "popitem", "setdefault", "update"})
 _ENVIRONS = ("environ", "environb")
 _FUNCTIONS_THAT_SET = ("putenv", "unsetenv", "load_dotenv")
 Aliases = Mapping[str, str]
-"""Name in a file -> what it stands for: a name of `_ENVIRONS` or of `_FUNCTIONS_THAT_SET`."""
+"""Name in a file -> its meaning: a name from `_ENVIRONS` or `_FUNCTIONS_THAT_SET`."""
 Resolve = Callable[[str, ast.Import | ast.ImportFrom], Iterable[tuple[str, Sequence[str]]]]
 
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -53,13 +50,13 @@ class _Import:
 
 
 def setting_before_import(entry: str, trees: Mapping[str, ast.Module], resolve: Resolve) -> str | None:
-    """Why a script's imports must be left to it, in words; None when they need not.
+    """Why a script's imports can't be done in advance, in words; None if they can.
 
     Args:
         entry: name of the script's file.
-        trees: file -> its source, parsed; the script and the modules of its bundle.
-        resolve: what an import statement in a file imports: dotted names, each with the files of
-            the bundle that this runs; none for what is installed.
+        trees: file -> its parsed source, for the script and the modules of its bundle.
+        resolve: maps an import statement in a file to the dotted names that it imports, each with
+            the files of the bundle that this runs (none for installed modules).
     """
     reader = _Reader(trees, resolve)
     imported: set[str] = set()
@@ -82,18 +79,18 @@ class _Reader:
         self._trees = trees
         self._resolve = resolve
         self._read: set[str] = set()
-        self._inside: list[tuple[str, ast.AST]] = []  # functions, with their files
+        self._inside: list[tuple[str, ast.AST]] = []  # files and their functions
         self._aliases = self._find_aliases()
         self._setting_functions = self._find_setting_functions()
 
     def module(self, name: str) -> Iterator[_Setting | _Import]:
-        """What a module of the bundle does when it is first imported."""
+        """The effects of a bundle module's first import."""
         if name not in self._read and name in self._trees:
             self._read.add(name)
             yield from self._statements(name, self._trees[name])
 
     def in_functions(self) -> Iterator[_Setting | _Import]:
-        """What the functions of the modules read so far may do later, settings first."""
+        """The possible effects of functions in the modules read so far, settings first."""
         for name, function in self._inside:
             for node in ast.walk(function):
                 yield from self._settings(name, node)
@@ -126,9 +123,7 @@ class _Reader:
         return _settings(name, node, self._aliases[name])
 
     def _find_aliases(self) -> dict[str, dict[str, str]]:
-        """Other names that files have for the environment and for what sets it: by assignment or
-        import, also from each other.
-        """
+        """Each file's aliases of the environment and its setters, by assignment or import."""
         found: dict[str, dict[str, str]] = {name: {} for name in self._trees}
         nodes = [
             (name, node)
@@ -162,7 +157,7 @@ class _Reader:
                     yield alias.asname or alias.name, known[alias.name]
 
     def _find_setting_functions(self) -> set[str]:
-        """Names of functions that set variables, or call one that does."""
+        """Names of functions that set variables, or call such a function."""
         functions = [
             (name, node)
             for name, tree in self._trees.items()
@@ -196,7 +191,7 @@ class _Reader:
 
 
 def _settings(name: str, node: ast.AST, aliases: Aliases) -> Iterator[_Setting]:
-    """What a node itself sets in the environment, in a file with such aliases."""
+    """The variables that a node itself sets, in a file with these aliases."""
     targets: Sequence[ast.AST] = ()
     keys: Sequence[ast.AST | None] = ()
     if isinstance(node, ast.Assign | ast.Delete):
@@ -216,7 +211,7 @@ def _settings(name: str, node: ast.AST, aliases: Aliases) -> Iterator[_Setting]:
         if isinstance(target, ast.Subscript) and _is_environ(target.value, aliases):
             keys = [*keys, target.slice]
         elif _is_environ(target, aliases) and (isinstance(node, ast.AugAssign) or isinstance(target, ast.Attribute)):
-            # Another value for a name of the environment leaves the environment as it is.
+            # Assigning another value to a name of the environment doesn't change the environment.
             keys = [*keys, *_keys(getattr(node, "value", None))]
     for key in keys:
         known = key.value if isinstance(key, ast.Constant) else None
@@ -226,7 +221,7 @@ def _settings(name: str, node: ast.AST, aliases: Aliases) -> Iterator[_Setting]:
 
 
 def _keys(values: ast.AST | None) -> list[ast.AST | None]:
-    """The keys of a dict as it is written; a single unknown one for any other expression."""
+    """The keys of a dict literal; for any other expression a single unknown key."""
     return list(values.keys) if isinstance(values, ast.Dict) else [None] if values is not None else []
 
 
@@ -237,7 +232,7 @@ def _is_environ(node: ast.AST, aliases: Aliases) -> bool:
 
 
 def _called(call: ast.Call) -> str:
-    """The last name of what is called."""
+    """The last name of the called function."""
     function = call.func
     return (
         function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
@@ -245,6 +240,6 @@ def _called(call: ast.Call) -> str:
 
 
 def _is_ours(module: str) -> bool:
-    """Whether a module is of Python itself or of fedpool: read no variables that a script sets."""
+    """Whether a module is Python's or fedpool's, so its import reads no variable of a script."""
     root = module.partition(".")[0]
     return root in sys.stdlib_module_names or root == "fedpool"

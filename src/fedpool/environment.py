@@ -1,6 +1,4 @@
-"""Where a recipe runs, as the recipe sees it; see `fedpool.deployments` for the environments
-that there are.
-"""
+"""Where a recipe runs, as the recipe sees it; `fedpool.deployments` has the environments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +15,16 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """How a job begins: anew, where it was left, or from a model of another one.
+    """How a job begins: anew, from its last committed round, or from a model of another job.
 
     Attributes:
-        resume: id of a job that was begun before: it goes on from its last committed round. One
-            that has completed is left as it is.
-        fork: make a new job instead, which starts from a model of the job that `resume` names.
-        from_round: the round whose global model a fork starts from; None: its newest.
+        resume: id of an existing job, which continues from its last committed round. A completed
+            job is left as it is.
+        fork: create a new job instead, which starts from a model of the job that `resume` names.
+        from_round: the round whose global model a fork starts from; None: the newest.
 
     Raises:
-        RecipeError: they do not fit together.
+        RecipeError: the values don't fit together.
     """
 
     resume: str | None = None
@@ -38,7 +36,7 @@ class Begin:
             raise RecipeError("fork and from_round need resume: the id of the job to start from")
         if self.from_round is not None and not self.fork:
             raise RecipeError(
-                f"from_round={self.from_round} without fork=True: a job goes on from its last committed round"
+                f"from_round={self.from_round} without fork=True: a resumed job continues from its last committed round"
             )
 
 
@@ -46,9 +44,7 @@ ANEW = Begin()
 
 
 class Environment(Protocol[R_co]):
-    """Where a recipe runs; what it returns is a handle on the job, a `fedpool.Run` in those that
-    there are.
-    """
+    """Where a recipe runs. In fedpool's own, the handle on the job is a `fedpool.Run`."""
 
     def execute(self, recipe: "Recipe", begin: Begin = ANEW, *, wait: bool = True) -> R_co:
         """Run the recipe."""
@@ -56,7 +52,7 @@ class Environment(Protocol[R_co]):
 
 
 class DeployingEnvironment(Environment[R_co], Protocol[R_co]):
-    """An environment that can run a recipe later and again."""
+    """An environment that can also run a recipe later and repeatedly."""
 
     def deploy(
         self,
@@ -70,13 +66,13 @@ class DeployingEnvironment(Environment[R_co], Protocol[R_co]):
 
 
 def check_environment(env: object, asked: Literal["execute", "deploy"]) -> None:
-    """Refuse what a recipe cannot be given to.
+    """Refuse an object that isn't a suitable environment.
 
     Args:
-        asked: what it has to be able to do.
+        asked: the method that it needs.
 
     Raises:
-        RecipeError: it is not an environment, or not one that can do this.
+        RecipeError: it isn't an environment, or lacks the method.
     """
     if isinstance(env, type) and hasattr(env, asked):
         raise RecipeError(f"env is the class {env.__name__}: give an instance, {env.__name__}(...)")

@@ -1,4 +1,4 @@
-"""`exclude_vars`: which parameters stay at the sites."""
+"""`exclude_vars`: the parameters that stay at the sites."""
 
 import re
 from collections.abc import Collection
@@ -7,7 +7,7 @@ from fedpool.errors import RecipeError
 
 
 def excluded(patterns: Collection[str], names: Collection[str]) -> set[str]:
-    """The names in which one of the patterns is found."""
+    """The names in which a pattern is found."""
     return {name for name in names for pattern in patterns if re.search(pattern, name)}
 
 
@@ -15,7 +15,7 @@ def check_excluded(patterns: Collection[str], names: Collection[str]) -> None:
     """Check patterns against the parameters of a model.
 
     Raises:
-        RecipeError: a pattern that is not a regular expression or fits no parameter, or nothing is
+        RecipeError: a pattern isn't a regular expression or matches no parameter, or nothing is
             left to train.
     """
     for pattern in patterns:
@@ -26,4 +26,4 @@ def check_excluded(patterns: Collection[str], names: Collection[str]) -> None:
         if not found:
             raise RecipeError(f"exclude_vars {pattern!r} matches no parameter: {', '.join(sorted(names)[:8])}")
     if excluded(patterns, names) >= set(names):
-        raise RecipeError(f"exclude_vars {list(patterns)} leave no parameter to train together")
+        raise RecipeError(f"exclude_vars {list(patterns)} leaves no parameter to train together")

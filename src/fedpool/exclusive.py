@@ -1,13 +1,12 @@
-"""Locks and exclusive moves on local file systems, also on those that lack some of the calls: FUSE,
-NFS, FAT.
+"""Locks and exclusive moves on local file systems, even those that lack some calls: FUSE, NFS, FAT.
 
-Where a call is not supported the next best one takes its place, and `told` gets a sentence on what
-that means. docs/store.md says what is left of each guarantee.
+If a call isn't supported, the next best one is used, and `told` gets a sentence about the
+consequences. docs/store.md lists the remaining guarantees.
 
-Locks are those of the system, on folders themselves. Lock files, such as those of `filelock`, would
-not do: a job's folder holds what the job has written and nothing else; a scratch folder is removed
-by whoever has its lock; a reader looks whether a folder is held without taking it, also where it
-may not write; and without locks (NFS, FUSE) the work goes on, with a warning.
+Folders themselves are locked, with the system's locks. Lock files, such as those of `filelock`,
+wouldn't do. A job's folder contains only the job's own files. A scratch folder is removed by the
+process that holds its lock. Readers check whether a folder is locked without locking it, even if
+they can't write to it. Without locks (NFS, FUSE) the work continues, with a warning.
 """
 
 import ctypes
@@ -29,9 +28,9 @@ Told = Callable[[str], None]
 NOT_SUPPORTED = frozenset(
     {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.ENOLCK, errno.EXDEV, errno.EMLINK}
 )
-"""How file systems say that they lack a call, or that it does not work between these two files."""
+"""Error numbers of calls that a file system lacks, or that don't work between two given files."""
 
-# A lock on a folder of NFS: it would have to be open for writing, which no folder can be.
+# Locking on NFS needs a descriptor that is open for writing, which a folder's can't be.
 _NO_LOCK = NOT_SUPPORTED | {errno.EBADF, errno.EINVAL}
 _NO_RENAME = NOT_SUPPORTED | {errno.EINVAL}
 _NO_SYNC = NOT_SUPPORTED | {errno.EINVAL}
@@ -42,12 +41,12 @@ _RENAME_NOREPLACE = 1
 
 @contextmanager
 def locked(folder: Path, told: Told, *, wait: bool = False) -> Iterator[bool | None]:
-    """Lock a folder for a while; whoever is killed lets go of it.
+    """Lock a folder for a while. The lock of a killed process is released.
 
     Args:
-        wait: until whoever has it lets go.
+        wait: wait until the lock is free.
 
-    Yields: whether it is ours; None where the file system has no locks.
+    Yields: whether the folder is locked by this call; None if the file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -57,7 +56,7 @@ def locked(folder: Path, told: Told, *, wait: bool = False) -> Iterator[bool | N
 
 
 def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool | None:
-    """Lock an open folder until it is closed, or its process ends; see `locked`."""
+    """Lock an open folder until it is closed or its process ends; see `locked`."""
     try:
         _lock(descriptor, wait)
     except BlockingIOError:
@@ -66,14 +65,15 @@ def lock(descriptor: int, where: str, told: Told, *, wait: bool = False) -> bool
         if error.errno not in _NO_LOCK:
             raise
         told(
-            f"{where} cannot be locked: its file system has no locks ({error.strerror}); make sure that only one process uses it"
+            f"{where} cannot be locked, because its file system has no locks ({error.strerror}): "
+            "make sure that only one process uses it"
         )
         return None
     return True
 
 
 def _lock(descriptor: int, wait: bool) -> None:
-    for pause_s in pauses(_LOOK_S, _LOOK_PAUSE_S):  # whoever looks whether it is locked has it for an instant
+    for pause_s in pauses(_LOOK_S, _LOOK_PAUSE_S):  # `is_locked` holds the lock for an instant
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -85,9 +85,7 @@ def _lock(descriptor: int, wait: bool) -> None:
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Whether somebody has locked a folder; None where nobody can tell: it is not there, or its
-    file system has no locks.
-    """
+    """Whether a folder is locked; None if it doesn't exist or its file system has no locks."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -107,35 +105,31 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def sync(descriptor: int, where: str, told: Told) -> None:
-    """Have the bytes of an open file on disk, and let go of its cached pages, as far as the file
-    system can.
-    """
+    """Flush an open file to disk and drop its cached pages, as far as the file system can."""
     try:
         os.fdatasync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
-        told(
-            f"{where} cannot be synced: its file system does not support it ({error.strerror}); it is on disk when it is"
-        )
+        told(f"{where} cannot be synced on its file system ({error.strerror}): a power failure may lose it")
 
 
 def move(local: Path, target: Path, told: Told) -> None:
-    """Move a file to where nothing is.
+    """Move a file to a path that must be free.
 
     Raises:
-        FileExistsError: something is there.
+        FileExistsError: the path is taken.
     """
     try:
-        os.link(local, target)  # it fails where a rename would overwrite
+        os.link(local, target)  # fails if the target exists, unlike a rename
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
         if error.errno not in (errno.EXDEV, errno.EMLINK):
             told(
                 f"{target.parent} has no hard links ({error.strerror}): "
-                "objects are moved into place by a rename that does not overwrite"
+                "objects are moved into place with a rename that does not overwrite"
             )
             with suppress(_RenameMissing):
                 _rename_noreplace(local, target)
@@ -145,9 +139,7 @@ def move(local: Path, target: Path, told: Told) -> None:
 
 
 def _copy(local: Path, target: Path, told: Told) -> None:
-    """Copy under a name of its own, because the file may come from another file system, then
-    move that.
-    """
+    """Copy next to the target, because the file may be on another file system; move the copy."""
     partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     try:
         shutil.copyfile(local, partial)
@@ -167,8 +159,8 @@ def _rename(partial: Path, target: Path, told: Told) -> None:
         _rename_noreplace(partial, target)
     except _RenameMissing as error:
         told(
-            f"{target.parent} has no rename that does not overwrite ({error.strerror}): objects are reserved by an empty file "
-            "first; one that a crash leaves empty has to be removed by hand"
+            f"{target.parent} has no rename that does not overwrite ({error.strerror}): objects are first reserved "
+            "with an empty file. If a crash leaves such a file, remove it by hand"
         )
         with target.open("xb"):
             pass
@@ -176,7 +168,7 @@ def _rename(partial: Path, target: Path, told: Told) -> None:
 
 
 class _RenameMissing(OSError):
-    """The file system has no rename that fails where something is."""
+    """The file system has no rename that fails if the target exists."""
 
 
 def _rename_noreplace(local: Path, target: Path) -> None:
