@@ -55,7 +55,7 @@ def test_a_value_without_a_name_is_told_the_first_field(kind: Any, first: str, f
         kind("x", **(fields if kind is FedAvgRecipe else {}))
     kind = kind.__name__
     assert str(refused.value) == (
-        f"{kind} takes its fields by name, got 'x' without one: write {kind}({first}=...), if you mean {first}"
+        f"{kind} takes its fields by name, got 'x' without one: write {kind}({first}=...) if you mean {first}"
     )
 
 
@@ -70,7 +70,7 @@ def test_a_folder_that_is_a_file_or_lies_in_one_is_refused(kind: Any, field: str
 
 def test_a_field_that_is_like_no_other_names_those_that_there_are(fields: dict[str, Any]) -> None:
     words = refusal(FedAvgRecipe, fields | {"xyzzy": 1})
-    assert "xyzzy: there is no such field: there are name, model, train_script" in words
+    assert "xyzzy: there is no such field: use one of name, model, train_script" in words
 
 
 def test_a_field_that_an_evaluation_has_not_is_not_offered(fields: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def test_all_problems_are_listed_without_a_link_or_a_code(fields: dict[str, Any]
         "  train_args: must be a valid string, or must be a valid tuple, got 3",
         "  min_clients: must be greater than or equal to 1, got 0",
         "  seed: must be a valid integer, got 'x'",
-        "  num_rounds: is required, and was not given",
+        "  num_rounds: is required, but was not given",
         "  num_round: did you mean num_rounds? There is no such field",
     ]
 
@@ -109,7 +109,7 @@ def test_a_secret_is_not_shown() -> None:
 
 def test_a_frozen_value_says_what_to_do_instead(fields: dict[str, Any]) -> None:
     recipe = FedAvgRecipe(**fields)
-    with pytest.raises(RecipeError, match="a FedAvgRecipe is frozen: build another with num_rounds=5"):
+    with pytest.raises(RecipeError, match="a FedAvgRecipe is frozen: build a new one with num_rounds=5"):
         recipe.num_rounds = 5  # type: ignore[misc]  # the mistake that is tested
 
 

@@ -146,7 +146,7 @@ def test_an_error_bears_the_name_of_its_filter_and_that_of_the_file_stays_the_fi
     back = passage(update).take_back((Scaling(), Failing()), update)
     with pytest.raises(FilterError, match="filter Failing: ValueError: no key"):
         back.read_block("w", 0, 3)
-    with pytest.raises(FilterError, match=r"filter Short: w: 8 bytes where F32 \[3\] has 12"):
+    with pytest.raises(FilterError, match=r"filter Short: w: 8 bytes, but F32 \[3\] has 12"):
         passage(update).send((Short(),), update).read_block("w", 0, 3)
 
     def lost(name: str, start: int, stop: int) -> bytearray:

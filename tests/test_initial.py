@@ -355,7 +355,7 @@ def test_a_model_that_needs_cuda_when_it_is_made_is_refused_with_the_remedy() ->
 def test_a_model_on_the_meta_device_needs_a_checkpoint(tmp_path: Path) -> None:
     net, empty = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1, device="meta")
     with pytest.raises(
-        RecipeError, match=r"params\['weight'\] is on the meta device, .*give their values as initial_ckpt"
+        RecipeError, match=r"params\['weight'\] is on the meta device, .*give a checkpoint as initial_ckpt"
     ):
         initial_model(empty)
     torch.save(net.state_dict(), tmp_path / "ckpt.pt")
@@ -369,9 +369,9 @@ def quantised() -> Any:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (lambda: torch.nn.LazyLinear(2).weight, "has no shape yet, because its module is lazy: run one batch"),
-        (lambda: torch.ones(2).to_sparse(), r"is sparse \(torch\.sparse_coo\): make it dense, to_dense\(\)"),
-        (quantised, r"is quantised \(torch\.quint8\): exchange the model as it was before"),
+        (lambda: torch.nn.LazyLinear(2).weight, "has no shape yet, because its module is lazy: run a batch"),
+        (lambda: torch.ones(2).to_sparse(), r"is sparse \(torch\.sparse_coo\): make it dense with to_dense\(\)"),
+        (quantised, r"is quantised \(torch\.quint8\): exchange the model from before quantisation"),
         (lambda: torch.ones(2, dtype=torch.complex64), r"is complex .*torch\.view_as_real\(\)"),
         (lambda: torch.ones(2).to(torch.float8_e4m3fn), r"dtype torch\.float8_e4m3fn: convert it to one of"),
         (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), "is a nested tensor"),

@@ -1,6 +1,4 @@
-"""How a recipe is run: by an environment, which gives a handle on the job, or as a deployment of
-one.
-"""
+"""Running a recipe: in an environment, which returns a handle on the job, or as a deployment."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -15,7 +13,7 @@ R = TypeVar("R")
 
 
 class Executable:
-    """What a user does with a recipe, of which this is a base."""
+    """A recipe's methods for users; a base of `Recipe`."""
 
     def execute(
         self,
@@ -29,17 +27,17 @@ class Executable:
         """Run the recipe in an environment; returns its handle on the job, a `Run`.
 
         Args:
-            env: where.
+            env: the environment.
             wait: block until the job has ended; False returns at once.
-            resume: id of a job that was begun before: it goes on from its last committed round. One
-                that has completed is left as it is.
-            fork: make a new job instead, which starts from a model of the job that `resume` names,
-                with this recipe.
-            from_round: the round whose global model a fork starts from; None: its newest.
+            resume: id of an existing job, which continues from its last committed round. A
+                completed job is left as it is.
+            fork: create a new job instead, with this recipe, which starts from a model of the job
+                that `resume` names.
+            from_round: the round whose global model a fork starts from; None: the newest.
 
         Raises:
-            RecipeError: the job that is to go on was begun with another recipe or at other sites;
-                no environment was given.
+            RecipeError: the job to resume was begun with another recipe or at other sites; no
+                environment was given.
         """
         check_environment(env, "execute")
         return env.execute(cast("Recipe", self), Begin(resume, fork, from_round), wait=wait)
@@ -51,14 +49,13 @@ class Executable:
         schedule: str | timedelta | Sequence[str | timedelta] | None = None,
         **options: Any,
     ) -> str:
-        """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new
-        job of.
+        """Register the recipe as the deployment `federated-job/NAME`; each run is a new job.
 
         Args:
-            env: where: `PocEnv` or `ProdEnv`.
-            schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule
+            env: `PocEnv` or `ProdEnv`.
+            schedule: when it runs automatically: a cron line ("0 2 * * 0"), a recurrence rule
                 ("FREQ=WEEKLY"), an interval, or a list of those.
-            options: more of the environment's, such as `warm_start`.
+            options: the environment's other options, such as `warm_start`.
 
         Returns: the deployment's name, for `prefect deployment run`.
         """

@@ -1,8 +1,7 @@
-"""What everything has in common that a user builds out of fields: a recipe, an environment, a
-site's settings.
+"""What users build from fields: recipes, environments and site settings.
 
-Fields that do not fit are refused in fedpool's words. pydantic's own text names a link and a type
-code, which help nobody who has mistyped a name.
+Invalid fields are refused in fedpool's words: pydantic's text has a link and a type code, which
+don't help someone who mistyped a name.
 """
 
 import difflib
@@ -20,9 +19,9 @@ _MAX_VALUE = 200
 
 
 class FieldsError(ValidationError, RecipeError):
-    """Fields that do not fit: all of them, each with its name, its value and the remedy."""
+    """Invalid fields: all of them, each with its name, its value and the remedy."""
 
-    # pydantic's errors are made by `from_exception_data`, which has no place for a text of ours.
+    # `from_exception_data` creates pydantic's errors, and has no parameter for our text.
     text: str
 
     def __str__(self) -> str:
@@ -39,8 +38,8 @@ class Checked(BaseModel):
     """Base of the models that a user builds.
 
     Raises:
-        FieldsError (a RecipeError, a ValueError and a pydantic.ValidationError): fields that do not
-            fit.
+        FieldsError (a RecipeError, a ValueError and a pydantic.ValidationError): a field is
+            invalid.
     """
 
     def __init__(self, /, **data: Any) -> None:
@@ -49,7 +48,7 @@ class Checked(BaseModel):
         except ValidationError as error:
             raise fields_error(type(self), error, data) from None
 
-    if not TYPE_CHECKING:  # nor may type checkers accept what is refused here; and signatures are those of the fields
+    if not TYPE_CHECKING:  # type checkers must refuse positional values too, and show the fields as the signature
 
         def __new__(cls, *values: Any, **data: Any) -> Self:
             if values:
@@ -57,22 +56,22 @@ class Checked(BaseModel):
                 first = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
                 raise RecipeError(
                     f"{cls.__name__} takes its fields by name, got {_brief(values[0])} without one: "
-                    f"write {cls.__name__}({first}=...), if you mean {first}"
+                    f"write {cls.__name__}({first}=...) if you mean {first}"
                 )
             return super().__new__(cls)
 
-    # By this pydantic knows that the method is no more than its own, and validates nested and
-    # restored models without it.
+    # Tells pydantic that this `__init__` only wraps its own, so nested and restored models are
+    # validated without it.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
-    if not TYPE_CHECKING:  # type checkers must go on to refuse unknown and frozen attributes
+    if not TYPE_CHECKING:  # type checkers must still refuse unknown and frozen attributes
 
         def __setattr__(self, name: str, value: Any) -> None:
             try:
                 super().__setattr__(name, value)
             except ValidationError as error:
                 kind = type(self).__name__
-                text = f"{kind}.{name} cannot be set, because a {kind} is frozen: build another with {name}={value!r}"
+                text = f"{kind}.{name} cannot be set, because a {kind} is frozen: build a new one with {name}={value!r}"
                 raise _fields_error(error, text) from None
 
     @classmethod
@@ -84,11 +83,11 @@ class Checked(BaseModel):
 
 
 def fields_error(kind: type[BaseModel], error: ValidationError, data: Mapping[str, Any]) -> FieldsError:
-    """What pydantic says of the fields of a model, in words of ours.
+    """Pydantic's errors about a model's fields, in fedpool's words.
 
     Args:
         kind: the model.
-        data: what it was to be built from.
+        data: the values that it was built from.
     """
     found = list(describe_problems(kind, error, data))
     head = kind.__name__
@@ -112,11 +111,11 @@ def _fields_error(error: ValidationError, text: str) -> FieldsError:
 
 
 def describe_problems(kind: type[BaseModel], error: ValidationError, data: Mapping[str, Any]) -> Iterator[str]:
-    """One sentence for each place at which something does not fit: where, what, and the value.
+    """One sentence for each invalid place: where, what is wrong, and the value.
 
     Args:
         kind: the model.
-        data: what it was to be built from.
+        data: the values that it was built from.
     """
     at: dict[str, list[str]] = {}
     values: dict[str, str] = {}
@@ -126,7 +125,7 @@ def describe_problems(kind: type[BaseModel], error: ValidationError, data: Mappi
         if entry["type"] == "extra_forbidden":
             at.setdefault(where, []).append(_unknown(name, kind.model_fields) if where == name else "is not known here")
         elif entry["type"] == "missing":
-            at.setdefault(where, []).append("is required, and was not given")
+            at.setdefault(where, []).append("is required, but was not given")
         elif entry["type"] == "value_error":
             at.setdefault(where, []).append(str(entry["ctx"]["error"]))
         else:
@@ -136,22 +135,22 @@ def describe_problems(kind: type[BaseModel], error: ValidationError, data: Mappi
     for where, said in at.items():
         what = ", or ".join(dict.fromkeys(said)) + (f", got {values[where]}" if where in values else "")
         begins = re.match(rf"(a |an |the )?{re.escape(where)}\b", what)
-        # A check of ours names its field by itself.
+        # fedpool's own checks already name the field.
         yield what if not where or begins else f"{where}: {what}"
 
 
 def one_or_many(value: Any) -> Any:
-    """A text as a tuple of it, and nothing as none."""
+    """A string as a tuple of one; None as an empty tuple."""
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
 def none_is_empty(value: Any) -> Any:
-    """Nothing as an empty mapping."""
+    """None as an empty mapping."""
     return {} if value is None else value
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """What was probably meant by a name that is not known; None when nothing is like it."""
+    """The known name closest to an unknown one; None if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[found[0]] if found else None
@@ -160,13 +159,11 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 def _unknown(name: str, fields: Mapping[str, FieldInfo]) -> str:
     if (meant := nearest(name, fields)) is not None:
         return f"did you mean {meant}? There is no such field"
-    return f"there is no such field: there are {', '.join(fields)}"
+    return f"there is no such field: use one of {', '.join(fields)}"
 
 
 def _where(loc: Sequence[int | str], data: Mapping[str, Any]) -> str:
-    """Place of a problem in what was given, without the names of the types that pydantic has
-    tried there.
-    """
+    """Where in the given values a problem is, without the names of types that pydantic tried."""
     where = str(loc[0]) if loc else ""
     value: Any = data.get(where)
     for part in loc[1:]:

@@ -1,8 +1,8 @@
-"""A recipe's filters as a field: objects where a recipe is written, their JSON where one is read.
+"""A recipe's filters as a field: objects in a new recipe, JSON in a stored one.
 
-What is read names classes, `module:Class`. Only fedpool's own are imported for that, those that an
-installed package registers, and none beside; a class of the user's must have been loaded
-(`fedpool.user_code`), which takes permission.
+The JSON names classes, `module:Class`. Only fedpool's own classes and those that installed packages
+register are imported. A class of the user's must already be loaded (`fedpool.user_code`), which
+takes permission.
 """
 
 import sys
@@ -17,9 +17,7 @@ from fedpool.errors import RecipeError
 from fedpool.filters import Filter, described, type_of_filter
 
 GROUP = "fedpool.filters"
-"""The entry point group by which an installed package registers a filter: `name =
-"package.module:Class"`.
-"""
+"""The entry point group of installed packages' filters: `name = "package.module:Class"`."""
 
 
 def is_registered(full: str) -> bool:
@@ -28,10 +26,10 @@ def is_registered(full: str) -> bool:
 
 
 def read_filters(value: Any) -> tuple[Filter, ...]:
-    """The filters of a recipe: one, or a list, of filters or of their JSON.
+    """The filters of a recipe: one or a list, each a filter or its JSON.
 
     Raises:
-        RecipeError: something else, or a class that this process does not know.
+        RecipeError: a value is neither, or its class isn't known to this process.
     """
     if value is None:
         return ()
@@ -47,13 +45,11 @@ def _read(value: Any) -> Filter:
         return value
     full = str(value.get("type", "")) if isinstance(value, Mapping) else ""
     if not full:
-        raise RecipeError(
-            f"filters has {str(value)[:100]!r}, which is not a Filter: give objects of classes that extend it"
-        )
+        raise RecipeError(f"filters has {str(value)[:100]!r}, which is not a Filter: give instances of its subclasses")
     kind = _find(full)
     if kind is None:
         raise RecipeError(
-            f"filter {full!r} is not known here: its module has to come with the job, or be installed and registered ({GROUP})"
+            f"filter {full!r} is not known here: its module must come with the job, or be installed and registered ({GROUP})"
         )
     return kind(**{str(name): each for name, each in value.items() if name != "type"})
 
@@ -82,4 +78,4 @@ Filters = Annotated[
     PlainSerializer(lambda filters: list(described(filters))),
     WithJsonSchema(_SCHEMA),
 ]
-"""The type of the field."""
+"""The field's type."""

@@ -1,11 +1,10 @@
-"""Filters: what is done to an update between a site's host and the gate.
+"""Filters change updates on their way between a site's host and the gate.
 
-`outgoing` runs at the site, in its host and not in its script, on what is about to be hashed and
-put into the store; `incoming` undoes at the coordinator what can be undone, before the gate looks
-at a value. What travels may have other names, dtypes and shapes than the model; after `incoming` it
-has the model's. Both are given tensors that are read block by block, and give such tensors, so that
-memory stays bounded (the idea is pfl-research's `Postprocessor`,
-https://github.com/apple/pfl-research).
+`outgoing` runs in the site's host (not in its script), before the update is hashed and stored.
+`incoming` runs at the coordinator, before the gate checks any value, and undoes what can be undone.
+The transmitted tensors may have other names, dtypes and shapes than the model; after `incoming`
+they have the model's. Both methods take and return tensors that are read block by block, so memory
+stays bounded. The idea is pfl-research's `Postprocessor` (https://github.com/apple/pfl-research).
 """
 
 import hashlib
@@ -28,9 +27,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class BlockRange:
-    """Which elements of which tensor a block holds: `start` to `stop` of `name`, flattened in C
-    order.
-    """
+    """The elements of a block: `start` to `stop` of the tensor `name`, flattened in C order."""
 
     name: str
     start: int
@@ -39,15 +36,15 @@ class BlockRange:
 
 @dataclass(frozen=True, slots=True)
 class FilterContext:
-    """All that a filter may know of where it runs.
+    """The only information that a filter gets about where it runs.
 
     Attributes:
-        site: whose update it is.
+        site: the update's site.
         round: from 0.
-        seed: for whatever is random, in [0, 2**63): a function of the job's seed, site, round and
-            the filter's place among the recipe's. The coordinator knows it, so noise that is to
+        seed: for random numbers, in [0, 2**63): a function of the job's seed, the site, the round
+            and the filter's position in the recipe. The coordinator knows it, so noise that should
             hide something from the coordinator needs another source.
-        base: the round's global model, which site and coordinator have.
+        base: the round's global model, which the site and the coordinator both have.
     """
 
     site: str
@@ -56,17 +53,14 @@ class FilterContext:
     base: Tensors
 
     def model_spec(self, name: str) -> TensorSpec | None:
-        """dtype and shape of the parameter that a tensor is of, or lies beside; None when the
-        model has none of that name.
-        """
+        """dtype and shape of the parameter that a tensor is, or lies beside, or None."""
         return self.base.spec.get(split_beside(name)[1] if is_beside(name) else name)
 
     def draw(self, block: BlockRange, sample: "Callable[[int, torch.Generator], torch.Tensor]") -> "torch.Tensor":
-        """Random numbers for the elements of a block: the same ones whatever blocks a store is read
-        in.
+        """Random numbers for the elements of a block, independent of the block size of the store.
 
         Args:
-            sample: (how many, generator) -> as many numbers, such as `lambda n, g: torch.randn(n,
+            sample: (count, generator) -> that many numbers, such as `lambda n, g: torch.randn(n,
                 generator=g)`.
         """
         import torch
@@ -82,54 +76,51 @@ class FilterContext:
 
 
 class Filter(Checked):
-    """Base of filters: a frozen pydantic model, whose fields have descriptions, as a recipe's have.
+    """Base of filters: a frozen pydantic model, whose fields have descriptions, like a recipe's.
 
-    Both methods give the same for the same arguments, read what they need of the update block by
-    block, and are called from several threads at once. Whatever they raise is told with the
-    filter's name: the site fails, or the update is rejected.
+    Both methods must give the same result for the same arguments, read the update block by block,
+    and support calls from several threads at once. Their exceptions are reported with the filter's
+    name: the site fails, or the update is rejected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     growth: ClassVar[float] = 1.0
-    """How many times larger than the largest update of the model what travels may be; more is
-    refused unread.
-    """
+    """Limit on the transmitted size, as a multiple of the largest update without filters."""
 
     def outgoing(self, update: Tensors, context: FilterContext) -> Tensors:
-        """What travels, of an update: parameters or their difference to `context.base`, and what
-        lies beside them.
+        """The tensors to transmit.
+
+        Args:
+            update: parameters or their difference to `context.base`, and the tensors beside them.
         """
         return update
 
     def incoming(self, update: Tensors, context: FilterContext) -> Tensors:
-        """The update again, with the names and shapes of the model, of what has travelled."""
+        """The original update, with the model's names and shapes, from the transmitted tensors."""
         return update
 
 
 class ElementwiseFilter(Filter):
-    """Base of filters that look at each value for itself: floating point tensors, those beside
-    parameters too; others pass.
+    """Base of filters that handle each value of floating point tensors separately.
+
+    That includes tensors beside parameters. Tensors of other dtypes pass unchanged.
     """
 
     def wire_dtype(self, name: str, spec: TensorSpec) -> str:
-        """dtype in which a tensor travels, by its safetensors name.
+        """dtype in which a tensor is transmitted, as a safetensors name.
 
         Args:
-            spec: of the parameter of the model that it is of, or lies beside.
+            spec: the model's parameter that the tensor is, or lies beside.
         """
         return spec.dtype
 
     def outgoing_values(self, values: "torch.Tensor", block: BlockRange, context: FilterContext) -> "torch.Tensor":
-        """What travels, of a block: flat, as long as it, and of a dtype that becomes
-        `wire_dtype`.
-        """
+        """A block's values to transmit: flat, of the same length, convertible to `wire_dtype`."""
         return values
 
     def incoming_values(self, values: "torch.Tensor", block: BlockRange, context: FilterContext) -> "torch.Tensor":
-        """The block again, of what has travelled; it takes the model's dtype if `wire_dtype` has
-        changed that.
-        """
+        """The original block; converted to the model's dtype if `wire_dtype` changed that."""
         return values
 
     def outgoing(self, update: Tensors, context: FilterContext) -> Tensors:
@@ -173,7 +164,7 @@ class ComputedTensors:
     """Tensors whose blocks are computed when they are read.
 
     Attributes:
-        spec: of what comes of it.
+        spec: dtypes and shapes of the computed tensors.
         read: (name, start, stop) -> the bytes of those elements; see `Tensors.read_block`.
     """
 
@@ -191,18 +182,16 @@ def type_of_filter(filter: Filter) -> str:
 
 
 def described(filters: Sequence[Filter]) -> tuple[dict[str, Any], ...]:
-    """Filters as JSON holds them, in manifests and records too: the class under `type`, and the
-    fields.
-    """
+    """Filters as JSON, also for manifests and records: the class under `type`, and the fields."""
     return tuple({"type": type_of_filter(filter), **filter.model_dump(mode="json")} for filter in filters)
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Whose update passes the filters, and in which round.
+    """The passage of one update through the filters: its site and round.
 
     Attributes:
-        seed: of the job.
+        seed: the job's.
         base: the round's global model.
     """
 
@@ -212,20 +201,20 @@ class Passage:
     base: Tensors
 
     def send(self, filters: Sequence[Filter], update: Tensors) -> Tensors:
-        """What travels: each filter's `outgoing`, in order.
+        """The tensors to transmit: the result of each filter's `outgoing`, in order.
 
         Raises:
-            FilterError: a filter failed; also from reading a block.
+            FilterError: a filter failed; reading a block also raises this.
         """
         for index, filter in enumerate(filters):
             update = _guarded(filter, filter.outgoing, update, self._context(index))
         return update
 
     def take_back(self, filters: Sequence[Filter], update: Tensors) -> Tensors:
-        """The update again: each filter's `incoming`, in reverse order.
+        """The original update: the result of each filter's `incoming`, in reverse order.
 
         Raises:
-            FilterError: a filter failed; also from reading a block.
+            FilterError: a filter failed; reading a block also raises this.
         """
         for index, filter in reversed(list(enumerate(filters))):
             update = _guarded(filter, filter.incoming, update, self._context(index))
@@ -237,7 +226,7 @@ class Passage:
 
 
 class _Below(Exception):
-    """What a filter reads could not be read: that is no error of the filter's."""
+    """The filter's input could not be read, which isn't the filter's error."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -250,7 +239,7 @@ def _guarded(
     update: Tensors,
     context: FilterContext,
 ) -> Tensors:
-    """What a filter makes of an update, its errors with its name."""
+    """A filter's result for an update. The filter's errors get its name."""
 
     def below(name: str, start: int, stop: int) -> BlockBytes:
         try:
@@ -264,7 +253,7 @@ def _guarded(
         if len(data) != wanted:
             raise FilterError(
                 type(filter).__name__,
-                f"{name}: {len(data)} bytes where {spec[name]} has {wanted} from {start} to {stop}",
+                f"{name}: {len(data)} bytes, but {spec[name]} has {wanted} for elements {start} to {stop}",
             )
         return data if not data.readonly else memoryview(bytearray(data))
 
@@ -276,7 +265,7 @@ def _guarded(
 def _checked(spec: Spec) -> Spec:
     for name, entry in spec.items():
         if entry.dtype not in ITEM_SIZES:
-            raise ValueError(f"{name} has dtype {entry.dtype!r}: there are {', '.join(ITEM_SIZES)}")
+            raise ValueError(f"{name} has dtype {entry.dtype!r}: use one of {', '.join(ITEM_SIZES)}")
     return dict(spec)
 
 

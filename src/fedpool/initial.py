@@ -1,6 +1,4 @@
-"""The initial model of a job: whatever the user has (a module, a state dict, a checkpoint) as
-plain tensors, checked.
-"""
+"""A job's initial model: a user's module, state dict or checkpoint as plain tensors, checked."""
 
 import os
 import re
@@ -21,18 +19,17 @@ _CHUNK_BYTES = 1 << 20
 
 
 class InitialModel:
-    """The tensors that round 0 starts from: a safetensors file of the recipe's own that has no name
-    any more.
+    """The tensors that round 0 starts from, in the recipe's own unlinked safetensors file.
 
-    Training the user's module further does not change it, and a large model is not in memory twice.
+    Training the user's module further doesn't change them, and a large model isn't in memory twice.
 
     Args:
         spec: name -> dtype and shape.
         digest: sha256 and size of the file.
         file: open; it may be closed and removed afterwards.
-        holes: names of the tensors that hold NaN or infinity; see `fedpool.tasks.holes`.
-        unusable: what of those cannot be meant -> why: NaN, or infinity in a parameter that is
-            trained.
+        holes: names of the tensors that contain NaN or infinity; see `fedpool.tasks.holes`.
+        unusable: those of them that can't be intended -> why: NaN, or infinity in a trained
+            parameter.
     """
 
     _unusable: Mapping[str, str] = {}
@@ -55,28 +52,27 @@ class InitialModel:
 
     @property
     def num_parameters(self) -> int:
-        """Elements over all tensors."""
+        """Number of elements of all tensors."""
         return sum(entry.num_elements for entry in self.spec.values())
 
     @property
     def holes(self) -> frozenset[str]:
-        """Names of the tensors that hold NaN or infinity."""
+        """Names of the tensors that contain NaN or infinity."""
         return self._holes
 
     def check_finite(self, left_out: Collection[str]) -> None:
-        """Check that no tensor that is exchanged holds what every update would be rejected for, or
-        what nobody can mean.
+        """Check that all values to exchange are finite, or infinities that may be intended.
 
         Args:
-            left_out: names of those that are not exchanged.
+            left_out: names of the tensors that aren't exchanged.
 
         Raises:
-            RecipeError: one does; names it and the remedy.
+            RecipeError: a tensor has such values; the message has its name and the remedy.
         """
         for name, why in self._unusable.items():
             if name not in left_out:
                 raise RecipeError(
-                    f"model: {name} holds {why}: give finite values, or keep it at the sites, "
+                    f"model: {name} holds {why}: give finite values, or keep the tensor at the sites with "
                     f"exclude_vars={'^' + re.escape(name) + '$'!r}"
                 )
 
@@ -94,19 +90,19 @@ class InitialModel:
 
 
 def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: Path | None = None) -> InitialModel:
-    """The initial model of whatever the user gave.
+    """Make an initial model from what the user gave.
 
     Args:
         model: a `torch.nn.Module`, a state dict (torch tensors or numpy arrays), the path of a
             checkpoint (see `load_checkpoint`), or `{"class_path": "package.module.Net", "args":
             {...}}`.
-        checkpoint: path of a checkpoint whose values replace those of `model`; its keys and shapes
-            must fit. The prefixes that DataParallel and torch.compile give to names do not matter.
-        folder: where a class path may also lead: the client script's folder.
+        checkpoint: path of a checkpoint whose values replace those of `model`. Names and shapes
+            must match, apart from the prefixes that DataParallel and torch.compile add to names.
+        folder: another folder to find a class path in: the client script's.
 
     Raises:
-        RecipeError: nothing of the above, values that cannot be exchanged, a checkpoint that cannot
-            be read, or one that does not fit.
+        RecipeError: the model is none of these, its values can't be exchanged, or the checkpoint
+            can't be read or doesn't fit.
     """
     if isinstance(model, Mapping) and is_class_path(model):
         model = make_model(model, folder)
@@ -119,8 +115,8 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
     for name, value in params.items():
         if is_torch(value) and value.is_meta:
             raise RecipeError(
-                f"model: params[{name!r}] is on the meta device, where it has a shape and no values: give their values as "
-                "initial_ckpt, or make the model on the CPU (net.to_empty(device='cpu'), then initialise it)"
+                f"model: params[{name!r}] is on the meta device, where it has a shape but no values: give a checkpoint as "
+                "initial_ckpt, or create the model on the CPU (net.to_empty(device='cpu'), then initialise it)"
             )
     with (
         explained(tempfile.gettempdir()),
@@ -128,7 +124,7 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
     ):
         try:
             digest = save_and_hash(file, {str(name): value for name, value in params.items()})
-        except (RuntimeError, NotImplementedError) as error:  # a kind of tensor that has no bytes of its own
+        except (RuntimeError, NotImplementedError) as error:  # some kinds of tensors have no bytes of their own
             raise RecipeError(
                 f"model: its values cannot be read ({type(error).__name__}: {error}): give a state dict of plain tensors"
             ) from error
@@ -136,7 +132,7 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
         kinds = {str(name): kind for name, value in params.items() if (kind := _not_finite(value))}
         trained = _trained(model)
         unusable = {
-            name: f"{kind}, and is trained" if name in trained else kind
+            name: f"{kind} and is trained" if name in trained else kind
             for name, kind in kinds.items()
             if kind == "NaN" or name in trained
         }
@@ -144,7 +140,7 @@ def initial_model(model: Any, checkpoint: str | Path | None = None, *, folder: P
 
 
 def _params(model: Any) -> Mapping[str, Any]:
-    """The state dict of whatever the user gave."""
+    """The user's model as a state dict."""
     if isinstance(model, str | Path):
         return load_checkpoint(Path(model))
     if isinstance(model, type):
@@ -165,14 +161,14 @@ def _params(model: Any) -> Mapping[str, Any]:
 
 
 def _trained(model: Any) -> frozenset[str]:
-    """Names of the parameters of a module that gradients move; of anything else nobody knows."""
+    """Names of a module's trainable parameters; for anything else they aren't known."""
     if not hasattr(model, "named_parameters"):
         return frozenset()
     return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _not_finite(value: Any) -> str | None:
-    """What a tensor holds that is not a finite number, in words; None when all of it is."""
+    """The kind of a tensor's non-finite values, in words; None if all are finite."""
     import numpy as np
 
     if is_torch(value):
@@ -197,22 +193,22 @@ def _describe(params: Mapping[str, Any], what: str) -> dict[str, TensorSpec]:
 
 
 def _unusable(value: Any) -> str | None:
-    """Why a torch tensor cannot be exchanged, with the remedy; None when it can."""
+    """Why a torch tensor can't be exchanged, with the remedy; None if it can."""
     import torch
     from torch.nn.parameter import is_lazy
 
     if is_lazy(value):
-        return "has no shape yet, because its module is lazy: run one batch through the model first"
+        return "has no shape yet, because its module is lazy: run a batch through the model first"
     if hasattr(value, "full_tensor"):
-        return "is sharded over processes: gather it with full_tensor()"
+        return "is sharded across processes: gather it with full_tensor()"
     if value.is_nested:
-        return "is a nested tensor: pad it, to_padded_tensor()"
+        return "is a nested tensor: pad it with to_padded_tensor()"
     if value.layout is not torch.strided:
-        return f"is sparse ({value.layout}): make it dense, to_dense()"
+        return f"is sparse ({value.layout}): make it dense with to_dense()"
     if value.is_quantized:
-        return f"is quantised ({value.dtype}): exchange the model as it was before, or dequantize() it"
+        return f"is quantised ({value.dtype}): exchange the model from before quantisation, or dequantize() it"
     if value.is_complex():
-        return f"is complex ({value.dtype}): exchange its real and imaginary parts, torch.view_as_real()"
+        return f"is complex ({value.dtype}): exchange its real and imaginary parts with torch.view_as_real()"
     return None
 
 

@@ -1,6 +1,4 @@
-"""One look at the values of tensors: what the gate has to know of an update, taken in the pass
-that hashes it.
-"""
+"""Inspection of the values of tensors, for the gate, in the same pass that hashes them."""
 
 import hashlib
 import math
@@ -14,27 +12,23 @@ from fedpool.tensors import ITEM_SIZES, BlockBytes, Digest, TensorReader, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What one pass over a file of tensors has seen."""
+    """The results of one pass over a file of tensors."""
 
     digest: Digest
     not_finite: Mapping[str, str]
-    """name -> where its first NaN or infinity is, of the tensors that hold any, in the order of
-    the file.
-    """
+    """name -> place of its first NaN or infinity, for tensors that contain any, in file order."""
     extremes: Mapping[str, tuple[float, float]]
-    """name -> lowest and highest finite value, of the tensors that are not boolean and have one."""
+    """name -> lowest and highest finite value, for non-boolean tensors that have one."""
     blocks: Mapping[tuple[str, int, int], bytes] | None = None
-    """(name, start, stop) -> sha256 of that block, where somebody else could swap the file after
-    this.
-    """
+    """(name, start, stop) -> sha256 of that block, if the file could be replaced later."""
 
 
 def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: bool = False) -> Inspection:
-    """Hash every byte of a file of tensors and look at every value, in one pass.
+    """Hash every byte and inspect every value of a file of tensors, in one pass.
 
     Args:
-        keep_blocks: also keep a hash of each block, so that a later reader can tell that it reads
-            the same.
+        keep_blocks: also keep a hash of each block, so a later reader can check that it reads the
+            same bytes.
     """
     digest = hashlib.sha256(reader.head)
     size = len(reader.head)
@@ -51,7 +45,7 @@ def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: b
 
 
 def inspect_values(tensors: Tensors, block_elements: int) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
-    """Look at every value; returns `not_finite` and `extremes` of an `Inspection`."""
+    """Inspect every value; returns `not_finite` and `extremes` of an `Inspection`."""
     seen = _Seen()
     for name, start, stop in blocks_of(tensors.spec, block_elements):
         seen.look(name, tensors.spec[name].dtype, start, tensors.read_block(name, start, stop))
@@ -59,7 +53,7 @@ def inspect_values(tensors: Tensors, block_elements: int) -> tuple[dict[str, str
 
 
 def write_and_inspect(file: Writable, tensors: Tensors, block_elements: int) -> Inspection:
-    """Write tensors as a file, and see of it what `inspect_tensors` would, in one pass."""
+    """Write tensors to a file and inspect them like `inspect_tensors`, in one pass."""
     seen, spec = _Seen(), tensors.spec
 
     def blocks() -> Iterator[BlockBytes]:
@@ -73,14 +67,14 @@ def write_and_inspect(file: Writable, tensors: Tensors, block_elements: int) -> 
 
 
 class _Seen:
-    """What was seen of the values of tensors so far; see `Inspection`."""
+    """The results so far; see `Inspection`."""
 
     def __init__(self) -> None:
         self.not_finite: dict[str, str] = {}
         self.extremes: dict[str, tuple[float, float]] = {}
 
     def look(self, name: str, code: str, start: int, data: BlockBytes) -> None:
-        """Look at a block of a tensor of some dtype."""
+        """Inspect a block of a tensor."""
         if code == "BOOL":
             return
         low, high = _extremes(data, code)
@@ -96,10 +90,10 @@ class _Seen:
 
 
 def not_finite_names(reader: TensorReader, block_elements: int, among: Collection[str] | None = None) -> list[str]:
-    """Names of the tensors of a file that hold NaN or infinity, sorted.
+    """Names of the tensors in a file that contain NaN or infinity, sorted.
 
     Args:
-        among: the tensors to read; None for all of them.
+        among: the tensors to read; None: all.
     """
     found: set[str] = set()
     for name, start, stop in blocks_of(reader.spec, block_elements):
@@ -111,20 +105,18 @@ def not_finite_names(reader: TensorReader, block_elements: int, among: Collectio
 
 
 def _extremes(data: BlockBytes, code: str) -> tuple[float, float]:
-    """Lowest and highest value of a block of numbers; a NaN is both, if there is one."""
+    """Lowest and highest value of a block of numbers; both are NaN if the block contains one."""
     if "F" in code:
         low, high = torch_block(data, code).aminmax()
         return low.item(), high.item()
-    import numpy as np  # torch cannot do this for all of its unsigned integers
+    import numpy as np  # torch can't do this for all of its unsigned integers
 
     integers = np.frombuffer(data, f"{code[0].lower()}{ITEM_SIZES[code]}")
     return int(integers.min()), int(integers.max())
 
 
 def _finite_extremes(data: BlockBytes, code: str) -> tuple[float, float] | None:
-    """Lowest and highest finite value of a block of floating point numbers; None when it has
-    none.
-    """
+    """Lowest and highest finite value of a floating point block; None if there is none."""
     value = torch_block(data, code)
     finite = value[value.isfinite()]
     if not finite.numel():

@@ -1,22 +1,21 @@
-"""When a field is left out of JSON, so that values of earlier versions keep their bytes: for
-pydantic's `exclude_if`.
+"""Conditions to leave a field out of JSON, for pydantic's `exclude_if`.
+
+Values from earlier versions, which lack the field, so keep their bytes.
 """
 
 from collections.abc import Collection
 
 
 def is_none(value: object) -> bool:
-    """For `exclude_if`: a field that an earlier version lacks, or that there is no use for, is
-    left out.
-    """
+    """Leave out None."""
     return value is None
 
 
 def is_empty(value: Collection[object]) -> bool:
-    """See `is_none`."""
+    """Leave out an empty collection."""
     return not value
 
 
 def is_false(value: object) -> bool:
-    """See `is_none`."""
+    """Leave out False."""
     return value is False

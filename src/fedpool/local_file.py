@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 class LocalFile:
-    """Reads byte ranges of a file: (start, stop) -> the bytes in between; a range past its end
-    comes back short.
+    """Reads byte ranges of a file: (start, stop) -> bytes. A range ends at the end of the file.
 
-    Stays open for as long as it is used, because opening a file costs as much as reading a block.
+    The file stays open as long as this object lives, because opening a file costs as much as
+    reading a block.
 
     Args:
-        path: of the file.
-        may_stay_open: limits how many do, for who has many: a round of a thousand updates must not
-            need a thousand file descriptors. The others are opened anew for each range.
+        path: the file's path.
+        may_stay_open: limits how many files stay open, so a round of a thousand updates doesn't
+            need a thousand file descriptors. Files beyond the limit are reopened for each range.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
 
     def __init__(self, path: str | Path, may_stay_open: threading.Semaphore | None = None) -> None:
@@ -55,8 +55,8 @@ def _open(path: str | Path) -> int:
 def _read(descriptor: int, start: int, stop: int) -> memoryview:
     import numpy as np
 
-    # Memory as it comes: a bytearray would be filled with zeros first, while all other threads wait
-    # for the interpreter.
+    # Uninitialised memory: a bytearray would first be zeroed, while all other threads wait for the
+    # interpreter.
     data = np.empty(stop - start, np.uint8).data
     filled = 0
     while filled < len(data):

@@ -1,8 +1,8 @@
-"""The loopback never goes through a proxy.
+"""Keep the loopback off proxies.
 
 httpx, websockets and botocore take their proxies from the environment, and use them even for a
-server on this very machine, which no proxy can reach. Prefect makes its clients in many places and
-lets nobody configure them, so the environment says it.
+server on this machine, which no proxy can reach. Prefect creates its clients in many places and
+doesn't let callers configure them, so the environment has to exclude the loopback.
 """
 
 import ipaddress
@@ -13,11 +13,10 @@ _HOSTS = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 def bypass_proxies(*hosts: str | None) -> None:
-    """Have this process, and those that it starts, reach the loopback directly, by `NO_PROXY`.
-    Harmless when repeated.
+    """Make this process and its children reach the loopback directly, with `NO_PROXY`. Idempotent.
 
     Args:
-        hosts: further ones, of which those that are of the loopback count, such as 127.0.1.1.
+        hosts: more hosts; those that are loopback addresses, such as 127.0.1.1, are added.
     """
     proxies = getproxies_environment()
     known = [host.strip() for host in proxies.pop("no", "").split(",") if host.strip()]
@@ -25,7 +24,7 @@ def bypass_proxies(*hosts: str | None) -> None:
         return
     wanted = [*_HOSTS, *(host for host in hosts if host is not None and _is_loopback(host))]
     if missing := [host for host in dict.fromkeys(wanted) if host not in known]:
-        # Where both are set, the one in small letters counts; some programs read only one of them.
+        # If both variables are set, the lower-case one counts; some programs read only one of them.
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*known, *missing])
 
 

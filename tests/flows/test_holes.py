@@ -97,7 +97,7 @@ def test_infinity_in_a_parameter_that_is_trained_is_told_when_the_recipe_is_buil
     net = Net()
     with torch.no_grad():
         net.fc.weight[0, 1] = float("inf")
-    with pytest.raises(RecipeError, match=r"model: fc\.weight holds infinity, and is trained: give finite values, or"):
+    with pytest.raises(RecipeError, match=r"model: fc\.weight holds infinity and is trained: give finite values, or"):
         FedAvgRecipe(**fields, model=net)
     net.fc.weight.requires_grad_(False)  # frozen, it may be meant
     assert FedAvgRecipe(**fields, model=net).model.holes == {"fc.weight", "mask"}

@@ -74,7 +74,7 @@ def test_the_file_can_be_named_by_the_environment(file: Path, monkeypatch: pytes
     ("text", "message"),
     [
         ("name = ", "cannot be read: Invalid value"),
-        ("gpus = '0'", "name: is required, and was not given"),
+        ("gpus = '0'", "name: is required, but was not given"),
         ("name = '../x'", r"name: .*'../x' cannot be part of a path"),
         ("name = 'nul'", "'nul' is the name of a device"),
         ("name = 'a'\nmax_wait_s = 0", "max_wait_s: must be greater than 0, got 0"),

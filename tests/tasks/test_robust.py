@@ -267,11 +267,11 @@ def test_an_aggregator_is_frozen_and_shows_what_it_was_built_with() -> None:
     rule, krum = Bulyan(num_byzantine=2), cast(Any, Krum)
     assert repr(rule) == "Bulyan(num_byzantine=2, even_median='element')"
     assert hash(rule) == hash(Bulyan(num_byzantine=2)) and rule != Bulyan(num_byzantine=2, even_median="midpoint")
-    with pytest.raises(RecipeError, match=r"is frozen: build another with num_byzantine=3"):
+    with pytest.raises(RecipeError, match=r"is frozen: build a new one with num_byzantine=3"):
         rule.num_byzantine = 3  # type: ignore[misc]  # it is what is tested
     with pytest.raises(RecipeError, match=r"takes its fields by name, got 2 .*Krum\(num_byzantine=\.\.\.\)"):
         krum(2)
-    with pytest.raises(RecipeError, match="Krum: num_byzantine: is required, and was not given"):
+    with pytest.raises(RecipeError, match="Krum: num_byzantine: is required, but was not given"):
         krum()
 
 
