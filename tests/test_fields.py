@@ -64,7 +64,7 @@ def test_a_folder_that_is_a_file_or_lies_in_one_is_refused(kind: Any, field: str
     file = tmp_path / "notes.txt"
     file.touch()
     assert f"{field} '{file}' is a file. Give a folder" in refusal(kind, {field: file})
-    assert f"'{file}/jobs' cannot be there: {file} is a file. Give a folder" in refusal(kind, {field: file / "jobs"})
+    assert f"'{file}/jobs' cannot exist: {file} is a file. Give a folder" in refusal(kind, {field: file / "jobs"})
     assert getattr(kind(**{field: tmp_path / "new" / "jobs"}), field) == tmp_path / "new" / "jobs"
 
 

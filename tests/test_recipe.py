@@ -479,8 +479,8 @@ def test_a_fork_needs_to_know_of_what(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "nul"}, "name 'nul' is the name of a device under Windows"),
-        ({"name": "con.x"}, "is the name of a device under Windows"),
+        ({"name": "nul"}, "name 'nul' is the name of a device on Windows"),
+        ({"name": "con.x"}, "is the name of a device on Windows"),
         ({"name": "a."}, "name 'a.' ends with a dot"),
         ({"per_site_config": {"a": {}, "A": {}}}, "site 'a' and site 'A' differ only in case"),
         ({"aggregation_weights": {"a": 1}, "per_site_config": {"A": {}}}, "differ only in case"),

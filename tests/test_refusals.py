@@ -109,7 +109,7 @@ def test_a_bucket_that_is_not_there_is_named(aws: pytest.MonkeyPatch, s3_server:
 
 @pytest.mark.parametrize(
     ("endpoint", "words"),
-    [("127.0.0.1:9000", "the endpoint is not a URL"), ("https://{host}", "it does not speak TLS; name the file")],
+    [("127.0.0.1:9000", "the endpoint is not a URL"), ("https://{host}", "it does not speak TLS; set AWS_CA_BUNDLE")],
     ids=["no URL", "TLS where there is none"],
 )
 def test_an_endpoint_that_cannot_be_one_is_told(
@@ -245,9 +245,9 @@ def answering(status: int, code: str, more: str = "") -> Iterator[_ErrorServer]:
             403,
             "AccessDenied",
             "",
-            "the credentials are valid but do not allow it (AccessDenied); allow it in the policy",
+            "the credentials are valid, but do not allow it (AccessDenied); allow it in the policy",
         ),
-        (403, "RequestTimeTooSkewed", "", "the clock of this machine and that of the store differ too much"),
+        (403, "RequestTimeTooSkewed", "", "the clocks of this machine and of the store differ too much"),
         (400, "ExpiredToken", "", "the credentials have expired (ExpiredToken); get new ones"),
         (
             400,

@@ -360,7 +360,7 @@ def test_every_error_of_the_store_is_of_fedpools_tree() -> None:
 @pytest.mark.parametrize("name", ["nul", "CON", "con.txt", "aux.", "Com1", "lpt9.log", "a.", "site-1."])
 def test_a_new_name_that_windows_would_change_is_refused_though_a_stored_one_is_read(name: str) -> None:
     assert check_name("site", name) == name
-    with pytest.raises(RecipeError, match=f"site '{name}' .*give it another name"):
+    with pytest.raises(RecipeError, match=f"site '{name}' .*choose another name"):
         check_new_names("site", [name])
 
 

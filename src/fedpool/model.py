@@ -1,7 +1,7 @@
 """`FLModel`, the value that a client script receives and sends, and `ParamsType`.
 
-Names and argument order are those of `nvflare.client`, so that a script written for it works after
-its import line is changed. This module imports nothing but the standard library.
+Names and argument order are those of `nvflare.client`, so a script written for NVFlare works after
+its import line is changed. This module imports only the standard library.
 """
 
 import sys
@@ -11,58 +11,44 @@ from enum import StrEnum
 from typing import Any
 
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
-"""The key of `FLModel.meta` under which a script reports its local steps: the weight of its
-update.
-"""
+"""Key of `FLModel.meta` for a script's number of local steps, the weight of its update."""
 
 NUM_EVAL_EXAMPLES = "NUM_EVAL_EXAMPLES"
-"""The key under which it reports on how many examples its metrics are: their weight. Without it
-they weigh as the update does.
-"""
+"""Key of `FLModel.meta` for the metrics' weight, a number of examples. Default: the update's."""
 
 LOCAL_STEPS = "LOCAL_STEPS"
-"""The key of `FLModel.meta` under which a script reports how far its local steps went, for
-FedNova; see `LocalSteps`.
-"""
+"""Key of `FLModel.meta` for how far the local steps went, for FedNova; see `LocalSteps`."""
 
 ALGORITHM = "algorithm"
-"""The key of `get_config()` that says which algorithm a recipe wants of the local steps, if it
-wants any: one of the next two.
-"""
+"""Key of `get_config()` for the algorithm of the local steps, if a recipe needs one: see below."""
 
 SCAFFOLD = "scaffold"
 FEDNOVA = "fednova"
 
 FEDPROX_MU = "fedprox_mu"
-"""The key of `get_config()` that holds the weight of FedProx's term."""
+"""Key of `get_config()` for the weight of FedProx's term."""
 
 CONTROL = "control"
-"""The group of `FLModel.extras` that holds SCAFFOLD's control variates."""
+"""Group of `FLModel.extras` with SCAFFOLD's control variates."""
 
 SCAFFOLD_CONTROLS = "scaffold_c_global"
 SCAFFOLD_DIFFERENCE = "scaffold_c_diff"
-"""The keys of `FLModel.meta` by which NVFlare's scripts receive them and send what they have
-changed by.
-"""
+"""Keys of `FLModel.meta` for the control variates and their changes in NVFlare's scripts."""
 
 SUBMIT_MODEL_NAME = "submit_model_name"
-"""The key of a received `FLModel.meta` that says which model a site is to submit."""
+"""Key of a received `FLModel.meta` for the name of the model that the site should submit."""
 
 VALIDATE_TYPE = "validate_type"
-"""The key that says what a model is scored for."""
+"""Key of a received `FLModel.meta` for the purpose of a validation."""
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value can weigh something: a finite number from 0, and no whole number beyond
-    what a float can hold.
-    """
+    """Whether a value can be a weight: a finite number from 0, no integer too large for a float."""
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= sys.float_info.max
 
 
 class ParamsType(StrEnum):
-    """What `FLModel.params` holds: the parameters themselves, or their difference to the
-    received global model.
-    """
+    """Content of `FLModel.params`: the parameters, or their difference to the received model."""
 
     FULL = "FULL"
     DIFF = "DIFF"
@@ -73,19 +59,18 @@ class FLModel:
     """A model, or the metrics of one, on its way between the coordinator and a client script.
 
     Attributes:
-        params_type: `FULL` or `DIFF`; `FULL` when params are given without it.
+        params_type: `FULL` or `DIFF`; `FULL` if params are given without it.
         params: parameter name -> torch tensor or numpy array, of any shape.
         optimizer_params: kept for compatibility; never leaves the site.
-        metrics: metric name -> number. Sent with params, they are the score of the *received*
-            global model.
+        metrics: metric name -> number. If sent with params, they score the *received* global model.
         start_round, current_round, total_rounds: rounds are numbered from 0.
-        meta: free values; `meta["NUM_STEPS_CURRENT_ROUND"]` is the weight of the update.
-        extras: group -> parameter name -> tensor or array: what an algorithm exchanges beside the
-            parameters.
+        meta: any values; `meta["NUM_STEPS_CURRENT_ROUND"]` is the weight of the update.
+        extras: group -> parameter name -> tensor or array: what an algorithm exchanges in addition
+            to the parameters.
 
     Raises:
         ValueError: `params_type` without `params`, an unknown `params_type`, or a negative round.
-        TypeError: `metrics` or `meta` is not a dict.
+        TypeError: `metrics` or `meta` isn't a dict.
     """
 
     params_type: ParamsType | str | None = None
@@ -103,7 +88,7 @@ class FLModel:
             self.params_type = ParamsType(self.params_type)
             if self.params is None:
                 raise ValueError(
-                    f"params_type={self.params_type.value} describes params, but params is None: give both"
+                    f"params_type={self.params_type.value} describes params, but params is None: give both, or neither"
                 )
         elif self.params is not None:
             self.params_type = ParamsType.FULL
@@ -118,7 +103,7 @@ class FLModel:
                 raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
 
     def summary(self) -> dict[str, Any]:
-        """What the model holds, without the tensors: counts for params, values for the rest."""
+        """The model without its tensors: counts for params, values for the rest."""
         shown = {
             "params_type": self.params_type,
             "params": None if self.params is None else len(self.params),

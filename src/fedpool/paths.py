@@ -1,22 +1,21 @@
-"""Where a job's objects lie in the store: built here and nowhere else, and every name that came
-from outside is checked here.
+"""Paths of a job's objects in the store, built only here, from names that are checked.
 
-Layout (all safetensors and JSON, nothing pickled)::
+Layout (all safetensors and JSON, no pickles)::
 
     {root}/{job_id}/job.json
     {root}/{job_id}/bundle-{sha256}.zip
-    {root}/{job_id}/code-{sha256}.zip              where the recipe is of a class of the user's
+    {root}/{job_id}/code-{sha256}.zip              if the recipe's class is the user's own
     {root}/{job_id}/rounds/00000/global.safetensors
-    {root}/{job_id}/rounds/00000/assignments/{site}.json                   none in simulation
+    {root}/{job_id}/rounds/00000/assignments/{site}.json                   not in simulation
     {root}/{job_id}/rounds/00000/sites/{site}/update.safetensors, update.json
-    {root}/{job_id}/rounds/00000/sites/{site}/scalars.json     all that its script logged, where
-                                                               a job is tracked
-    {root}/{job_id}/rounds/00000/attempts/1/...    the same, of sites that were asked again
-    {root}/{job_id}/rounds/00000/state.safetensors what the strategy carries into the next round
+    {root}/{job_id}/rounds/00000/sites/{site}/scalars.json     everything that the script logged,
+                                                               if the job is tracked
+    {root}/{job_id}/rounds/00000/attempts/1/...    the same, for sites that were asked again
+    {root}/{job_id}/rounds/00000/state.safetensors the strategy's state for the next round
     {root}/{job_id}/rounds/00000/round.json
-    {root}/{job_id}/cross_site.json                where models were scored across sites
-    {root}/{job_id}/logs/{site}.log                text; in simulation only, not in the record
-    {root}/{job_id}/tracked.json                   where the job is tracked; none in simulation
+    {root}/{job_id}/cross_site.json                if models were scored across sites
+    {root}/{job_id}/logs/{site}.log                text; only in simulation, not in the record
+    {root}/{job_id}/tracked.json                   where the job is tracked; not in simulation
     {root}/{job_id}/tensorboard/{run}/events.out.tfevents.*    TensorBoard's files, not in the
                                                                record
     {root}/{job_id}/result.json
@@ -34,15 +33,15 @@ from fedpool.errors import RecipeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-"""What Windows takes for a device, whatever follows the first dot."""
+"""Names that Windows takes for devices, with any extension."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_name(what: str, name: str) -> str:
-    """Return name if it may be part of a path in the store.
+    """Return name if it can be part of a path in the store.
 
     Raises:
-        RecipeError: it is empty, longer than 128, or has other characters than letters, digits,
+        RecipeError: it is empty, longer than 128, or has characters other than letters, digits,
             `.`, `_` and `-`.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -54,34 +53,32 @@ def check_name(what: str, name: str) -> str:
 
 
 def check_new_names(what: str, names: Iterable[str]) -> None:
-    """Check names that are given anew: each must be a folder of its own on every file system, not
-    only on this one.
+    """Check new names: each must give a folder of its own on every file system, not just this one.
 
-    Names in a job that is there already are checked by `check_name` alone: they have worked where
-    they are.
+    Names in existing jobs only need `check_name`, because they have worked where they are.
 
     Raises:
-        RecipeError: a name cannot be part of a path, is that of a device under Windows, ends with a
-            dot, which Windows drops, or differs from another only in case, which some file systems
-            do not tell apart.
+        RecipeError: a name can't be part of a path, is that of a Windows device, ends with a dot,
+            which Windows drops, or differs from another only in case, which some file systems
+            ignore.
     """
     seen: dict[str, str] = {}
     for name in names:
         check_name(what, name)
         if _RESERVED.fullmatch(name):
-            raise RecipeError(f"{what} {name!r} is the name of a device under Windows: give it another name")
+            raise RecipeError(f"{what} {name!r} is the name of a device on Windows: choose another name")
         if name.endswith("."):
-            raise RecipeError(f"{what} {name!r} ends with a dot, which Windows drops: give it another name")
+            raise RecipeError(f"{what} {name!r} ends with a dot, which Windows drops: choose another name")
         other = seen.setdefault(name.lower(), name)
         if other != name:
             raise RecipeError(
                 f"{what} {other!r} and {what} {name!r} differ only in case, and would share a folder on some file systems: "
-                "give one of them another name"
+                "rename one of them"
             )
 
 
 def check_folder(what: str, path: Path) -> Path:
-    """Refuse a folder that cannot be there, because it, or one that it is to lie in, is a file.
+    """Refuse a folder that can't exist, because it, or a folder above it, is a file.
 
     Args:
         what: the field that names it, for the message.
@@ -89,8 +86,8 @@ def check_folder(what: str, path: Path) -> Path:
     places = (path.absolute(), *path.absolute().parents)
     nearest = next(place for place in places if os.path.exists(place))  # noqa: PTH110 (that of Path raises where it may not look)
     if not nearest.is_dir():
-        where = "is a file" if nearest == places[0] else f"cannot be there: {nearest} is a file"
-        raise RecipeError(f"{what} {str(path)!r} {where}. Give a folder, which need not exist yet")
+        where = "is a file" if nearest == places[0] else f"cannot exist: {nearest} is a file"
+        raise RecipeError(f"{what} {str(path)!r} {where}. Give a folder; it need not exist yet")
     return path
 
 
@@ -120,27 +117,27 @@ class JobPaths:
 
     @property
     def pruned(self) -> str:
-        """Says that updates were removed after the job had ended; written once."""
+        """Says that updates were removed after the job ended; written once."""
         return f"{self.job_id}/pruned.json"
 
     @property
     def cross_site(self) -> str:
-        """Every site's scores of every model; only with the result is it the job's."""
+        """Every site's scores of every model; part of the job only once there is a result."""
         return f"{self.job_id}/cross_site.json"
 
     @property
     def result(self) -> str:
-        """What the job came to; its presence says that the job ended."""
+        """The job's result; it exists once the job has ended."""
         return f"{self.job_id}/result.json"
 
     @property
     def tracked(self) -> str:
-        """Asks the sites for all that their scripts log, by being there."""
+        """Its existence asks the sites for everything that their scripts log."""
         return f"{self.job_id}/tracked.json"
 
     @property
     def tensorboard(self) -> str:
-        """Folder of TensorBoard's files, where nobody names another."""
+        """Folder of TensorBoard's files, by default."""
         return f"{self.job_id}/tensorboard"
 
     def bundle(self, sha256: str) -> str:
@@ -150,7 +147,7 @@ class JobPaths:
         return f"{self.job_id}/bundle-{sha256}.zip"
 
     def code(self, sha256: str) -> str:
-        """The recipe's class and what it imports, where it is the user's."""
+        """The user's recipe class and the modules that it imports."""
         if not _SHA256.fullmatch(sha256):
             raise RecipeError(f"code hash {sha256!r} is not a sha256 in hex")
         return f"{self.job_id}/code-{sha256}.zip"
@@ -160,17 +157,15 @@ class JobPaths:
         return f"{self.round(round)}/global.safetensors"
 
     def state(self, round: int) -> str:
-        """What the strategy carries from the round into the next one, beside the global model."""
+        """The strategy's state that the round leaves to the next one."""
         return f"{self.round(round)}/state.safetensors"
 
     def kept(self, site: str) -> str:
-        """Folder of what a simulated site keeps for itself; a real one keeps it in a folder of
-        its own.
-        """
+        """Folder for state that a simulated site keeps; a real site has a folder of its own."""
         return f"{self.job_id}/kept/{check_name('site', site)}"
 
     def log(self, site: str) -> str:
-        """What a simulated site's script printed; a real one's is in its Prefect runs."""
+        """Output of a simulated site's script; a real site's is in its Prefect runs."""
         return f"{self.job_id}/logs/{check_name('site', site)}.log"
 
     def record(self, round: int) -> str:
@@ -178,11 +173,11 @@ class JobPaths:
         return f"{self.round(round)}/round.json"
 
     def sites(self, round: int, attempt: int = 0) -> str:
-        """The folder of what sites sent in the round, in one attempt."""
+        """The folder of what sites sent in one attempt of the round."""
         return f"{self._attempt(round, attempt)}/sites"
 
     def assignment(self, round: int, site: str, attempt: int = 0) -> str:
-        """What a site that is not in this process is asked to do in the round."""
+        """The assignment of a site in another process."""
         return f"{self._attempt(round, attempt)}/assignments/{check_name('site', site)}.json"
 
     def update(self, round: int, site: str, attempt: int = 0) -> str:
@@ -194,13 +189,11 @@ class JobPaths:
         return f"{self.sites(round, attempt)}/{self.site_manifest(site)}"
 
     def scalars(self, round: int, site: str, attempt: int = 0) -> str:
-        """All that a site's script has logged in the round; not in simulation."""
+        """Everything that a site's script logged in the round; not in simulation."""
         return f"{self.sites(round, attempt)}/{check_name('site', site)}/scalars.json"
 
     def ending(self, round: int, site: str, attempt: int = 0) -> str:
-        """How a site's script failed at the end of the job, after this round, which was its
-        last; not in simulation.
-        """
+        """How a site's script failed at the end of the job, after its last round; not simulated."""
         return f"{self.sites(round, attempt)}/{check_name('site', site)}/ending.json"
 
     def round(self, round: int) -> str:
@@ -210,7 +203,5 @@ class JobPaths:
         return f"{self.job_id}/rounds/{round:05d}"
 
     def _attempt(self, round: int, attempt: int) -> str:
-        """Each attempt has a folder of its own: what an earlier one still writes can be taken
-        for nothing else.
-        """
+        """Each attempt has its own folder, so late writes of an earlier one can't be mistaken."""
         return f"{self.round(round)}/attempts/{attempt}" if attempt else self.round(round)

@@ -1,4 +1,4 @@
-"""How long, and how often, something is tried again."""
+"""How long, and how often, an operation is retried."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 def pauses(
     limit_s: float, pause_s: float, longest_s: float | None = None, *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[float]:
-    """The pauses after tries, for a loop that tries, and then sleeps in its own way, with or
-    without asyncio.
+    """Pauses between tries, for a loop that sleeps in its own way, with or without asyncio.
 
-    The loop has at least one try, and one at the limit or just after it. What follows the loop is
-    for when all were in vain.
+    There is at least one try, and one at the limit or just after it. Code after the loop handles
+    failure.
 
         for pause_s in pauses(60, 0.2):
             if is_there():
@@ -22,8 +21,8 @@ def pauses(
     Args:
         limit_s: seconds from the first try to the last one.
         pause_s: seconds from one try to the next.
-        longest_s: the pauses double until they are that long; None: all are alike.
-        clock: what seconds are counted by.
+        longest_s: pauses double up to this length; None: all have the same length.
+        clock: measures the seconds.
 
     Yields: seconds to pause; 0 after the last try.
     """

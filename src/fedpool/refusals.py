@@ -1,7 +1,6 @@
-"""Why a store or a disk refuses, in one sentence: what, where, and the remedy. Only what waiting
-does not heal is here.
+"""Permanent refusals of a store or a disk, in one sentence: what, where, and the remedy.
 
-Client scripts import this: what few errors need is imported where they are told.
+Client scripts import this module, so modules that only a few errors need are imported there.
 """
 
 import errno
@@ -16,9 +15,7 @@ from fedpool.s3 import chain, error_code
 
 Doing = Literal["read", "written", "removed"]
 
-_KEYS = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or storage_options) to valid keys, and start this process again"
-)
+_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or storage_options) to valid keys, and restart this process"
 _REGION = "set AWS_DEFAULT_REGION to the region of the bucket"
 _ALLOW = "allow it in the policy of these credentials"
 
@@ -28,17 +25,17 @@ _CODES: Mapping[str, tuple[str, str]] = {
     "SignatureDoesNotMatch": ("the secret key does not belong to the access key", _KEYS),
     "ExpiredToken": (
         "the credentials have expired",
-        "get new ones (AWS_SESSION_TOKEN and the keys with it), and start this process again",
+        "get new ones (AWS_SESSION_TOKEN and its keys), and restart this process",
     ),
-    "TokenRefreshRequired": ("the credentials have expired", "get new ones, and start this process again"),
+    "TokenRefreshRequired": ("the credentials have expired", "get new ones, and restart this process"),
     "InvalidToken": ("the store does not accept AWS_SESSION_TOKEN", "unset it, or get new credentials"),
     "RequestTimeTooSkewed": (
-        "the clock of this machine and that of the store differ too much",
+        "the clocks of this machine and of the store differ too much",
         "set the clock of this machine",
     ),
     "NoSuchBucket": ("there is no such bucket", "create it, or correct the store's URL"),
-    "InvalidBucketName": ("this cannot be the name of a bucket", "correct the store's URL"),
-    "AccessDenied": ("the credentials are valid but do not allow it", _ALLOW),
+    "InvalidBucketName": ("the bucket's name is invalid", "correct the store's URL"),
+    "AccessDenied": ("the credentials are valid, but do not allow it", _ALLOW),
     "AllAccessDisabled": ("all access to the bucket is disabled", "ask its owner"),
     "AccountProblem": ("there is a problem with the account that owns the bucket", "ask its owner"),
     "AuthorizationHeaderMalformed": ("the region is not that of the bucket", _REGION),
@@ -48,38 +45,38 @@ _CODES: Mapping[str, tuple[str, str]] = {
     "307": ("the bucket is in another region, or at another endpoint", _REGION),
     "401": ("the store does not accept the credentials", _KEYS),
     "403": ("the store does not accept the credentials", f"{_KEYS}; if they are, {_ALLOW}"),
-    "MethodNotAllowed": ("what answers is not an S3 server", "correct AWS_ENDPOINT_URL_S3"),
-    "405": ("what answers is not an S3 server", "correct AWS_ENDPOINT_URL_S3"),
-    "NotImplemented": ("what answers does not know this request of S3", "correct AWS_ENDPOINT_URL_S3"),
-    "501": ("what answers does not know this request of S3", "correct AWS_ENDPOINT_URL_S3"),
+    "MethodNotAllowed": ("the endpoint is not an S3 server", "correct AWS_ENDPOINT_URL_S3"),
+    "405": ("the endpoint is not an S3 server", "correct AWS_ENDPOINT_URL_S3"),
+    "NotImplemented": ("the endpoint does not know this S3 request", "correct AWS_ENDPOINT_URL_S3"),
+    "501": ("the endpoint does not know this S3 request", "correct AWS_ENDPOINT_URL_S3"),
     "QuotaExceeded": ("the quota of the bucket is used up", "raise it, or free space"),
     "XMinioStorageFull": ("the store is full", "free space on it"),
 }
-"""Error codes of S3 -> what is wrong, and the remedy."""
+"""Error codes of S3 -> the problem, and the remedy."""
 
 _BOTOCORE: Mapping[str, tuple[str, str]] = {
     "NoCredentialsError": ("there are no S3 credentials in the environment of this process", _KEYS),
-    "PartialCredentialsError": ("the S3 credentials are not complete", _KEYS),
-    "CredentialRetrievalError": ("the S3 credentials could not be fetched", "check the profile that they come from"),
-    "ProfileNotFound": ("there is no such profile of AWS", "correct AWS_PROFILE"),
-    "SSOTokenLoadError": ("the single sign-on of AWS has expired", "log in again: aws sso login"),
-    "UnauthorizedSSOTokenError": ("the single sign-on of AWS has expired", "log in again: aws sso login"),
-    "TokenRetrievalError": ("the single sign-on of AWS has expired", "log in again: aws sso login"),
+    "PartialCredentialsError": ("the S3 credentials are incomplete", _KEYS),
+    "CredentialRetrievalError": ("the S3 credentials could not be fetched", "check the profile that provides them"),
+    "ProfileNotFound": ("there is no such AWS profile", "correct AWS_PROFILE"),
+    "SSOTokenLoadError": ("the AWS single sign-on has expired", "log in again: aws sso login"),
+    "UnauthorizedSSOTokenError": ("the AWS single sign-on has expired", "log in again: aws sso login"),
+    "TokenRetrievalError": ("the AWS single sign-on has expired", "log in again: aws sso login"),
     "NoRegionError": ("no region is known", _REGION),
-    "InvalidRegionError": ("this cannot be the name of a region", "correct AWS_DEFAULT_REGION"),
-    "ParamValidationError": ("this cannot be an address in S3", "correct the store's URL"),
+    "InvalidRegionError": ("the region's name is invalid", "correct AWS_DEFAULT_REGION"),
+    "ParamValidationError": ("this is not a valid S3 address", "correct the store's URL"),
     "SSLError": (
         "its certificate cannot be verified, or it does not speak TLS",
-        "name the file of its authority in AWS_CA_BUNDLE, or correct AWS_ENDPOINT_URL_S3",
+        "set AWS_CA_BUNDLE to the file of its certificate authority, or correct AWS_ENDPOINT_URL_S3",
     ),
 }
-"""Classes of botocore's errors -> what is wrong, and the remedy."""
+"""Classes of botocore's errors -> the problem, and the remedy."""
 
 
 _BROKEN = ("TLSV1_UNRECOGNIZED_NAME", "UNEXPECTED_EOF_WHILE_READING")
-"""Reasons of OpenSSL that, like alerts, tell of the moment."""
+"""OpenSSL's reasons that, like alerts, are temporary."""
 _OF_CERTIFICATES = ("CERTIFICATE", "UNKNOWN_CA")
-"""Words in the alerts with which the other side refuses a certificate of ours."""
+"""Words in alerts by which the other side refuses our certificate."""
 
 
 def _whose(path: str) -> str:
@@ -106,10 +103,10 @@ def _full(path: str) -> str:
 
 _ERRNOS: Mapping[int, Callable[[str], tuple[str, str]]] = {
     errno.ENOSPC: lambda path: (_full(path), "free space there, or choose another folder"),
-    errno.EDQUOT: lambda path: ("the disk quota is used up", "free space there, or have the quota raised"),
+    errno.EDQUOT: lambda path: ("the disk quota is used up", "free space there, or ask for a higher quota"),
     errno.EROFS: lambda path: (
         "the file system is read-only",
-        "choose another folder, or mount it so that it can be written to",
+        "choose another folder, or mount it writable",
     ),
     errno.EACCES: lambda path: (
         f"{_whose(path)} is not allowed to",
@@ -120,15 +117,15 @@ _ERRNOS: Mapping[int, Callable[[str], tuple[str, str]]] = {
     errno.ENFILE: lambda path: ("this machine has too many files open", "raise its limit: sysctl fs.file-max"),
     errno.EFBIG: lambda path: ("the file is larger than the file system or a limit allows", "raise it: ulimit -f"),
 }
-"""Numbers of a local file system's errors -> what is wrong, and the remedy."""
+"""Error numbers of a local file system -> the problem, and the remedy."""
 
 
 def refusal(error: BaseException, where: str, doing: Doing) -> StoreRefused | None:
-    """What to tell a user of an error that waiting does not heal; None for any other.
+    """An error that waiting can't fix, as a message for users; None for other errors.
 
     Args:
-        where: the object or folder, as a person knows it.
-        doing: what was tried with it.
+        where: the object or folder, as people know it.
+        doing: the failed operation.
     """
     causes = chain(error)
     found = next((f for cause in causes if (f := _of_s3(cause))), None)
@@ -138,10 +135,10 @@ def refusal(error: BaseException, where: str, doing: Doing) -> StoreRefused | No
 
 @contextmanager
 def explained(where: str | Path, doing: Doing = "written") -> Iterator[None]:
-    """Make an error of a disk that waiting does not heal one of ours.
+    """Turn a disk's error that waiting can't fix into one of fedpool's.
 
     Raises:
-        StoreRefused: the disk is full, read-only, or not ours to use.
+        StoreRefused: the disk is full or read-only, or this user may not use it.
     """
     try:
         yield
@@ -171,11 +168,10 @@ def _of_s3(error: BaseException) -> tuple[str, str] | None:
 
 
 def _is_final(error: Any) -> bool:
-    """Whether a connection by TLS will fail again: one of the certificates is no good, or the other
-    side does not speak TLS.
+    """Whether a TLS connection would fail again: a bad certificate, or a server without TLS.
 
-    Other alerts tell of the moment, as a load balancer's do while what is behind it starts; so does
-    a connection that breaks.
+    Other alerts are temporary, such as those of a load balancer whose servers are starting. So are
+    broken connections.
     """
     import ssl
 
@@ -188,9 +184,7 @@ def _is_final(error: Any) -> bool:
 
 
 def _unknown_host(error: Any) -> str | None:
-    """The host of an endpoint that has no address; None when it could be reached, or nobody can
-    tell.
-    """
+    """The host of an endpoint, if it can't be resolved; otherwise None."""
     import socket
 
     inner = error.kwargs.get("error")
@@ -207,10 +201,10 @@ def _unknown_host(error: Any) -> str | None:
 def _of_a_disk(error: BaseException, where: str) -> tuple[str, str] | None:
     import ssl
 
-    if isinstance(error, ssl.SSLError):  # an OSError, whose errno is a number of OpenSSL's
+    if isinstance(error, ssl.SSLError):  # an OSError whose errno is an OpenSSL number
         return None
     if isinstance(error, OSError) and (explain := _ERRNOS.get(error.errno or 0)):
         return explain(str(error.filename or where))
-    if isinstance(error, PermissionError):  # of a backend with errors of its own
-        return f"the store does not allow it ({error})", "check the credentials, and what they allow"
+    if isinstance(error, PermissionError):  # from a backend with its own errors
+        return f"the store does not allow it ({error})", "check the credentials and their permissions"
     return None

@@ -1,6 +1,4 @@
-"""What a store on S3 needs beside its address: settings that every S3 server understands, the
-reason of a bare refusal.
-"""
+"""S3 settings that every S3 server understands, and the reasons for bare refusals."""
 
 import os
 from collections.abc import Mapping
@@ -13,18 +11,18 @@ _CHECKSUMS = {
     "request_checksum_calculation": "AWS_REQUEST_CHECKSUM_CALCULATION",
     "response_checksum_validation": "AWS_RESPONSE_CHECKSUM_VALIDATION",
 }
-"""Settings of botocore, and their variables. By default it sends and compares checksums that
-many servers do not know, or send of the whole object with a range of it. Every object here has
-its sha256 in a manifest: they add nothing.
+"""botocore's settings and their variables.
+
+By default botocore sends checksums, and compares those that it gets. Many servers don't know them,
+or send the checksum of the whole object with a range of it. They add nothing here, because every
+object has its sha256 in a manifest.
 """
 
 _WITHOUT_REASON = ("301", "307", "400", "401", "403", "Forbidden", "Bad Request", "BadRequest")
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for s3fs with checksums only where S3 requires them, unless the options or the
-    environment say otherwise.
-    """
+    """Options for s3fs: by default, checksums only if S3 requires them."""
     config = dict(options.get("config_kwargs") or {})
     for setting, variable in _CHECKSUMS.items():
         if variable not in os.environ:
@@ -33,23 +31,24 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def error_code(error: BaseException) -> tuple[str, Mapping[str, Any]] | None:
-    """Code and fields of what an S3 server has answered; None when it is not the answer of one."""
+    """Code and fields of an S3 server's error response; None for other errors."""
     response = getattr(error, "response", None)
     fields = response.get("Error") if isinstance(response, Mapping) else None
     return (str(fields.get("Code", "")), fields) if isinstance(fields, Mapping) else None
 
 
 def put_new(file_system: Any, local: Path, target: str, *, conditional: bool) -> bool:
-    """Write an object; where the server has conditional writes, only if there is none.
+    """Write an object. If the server has conditional writes, write it only if there is none yet.
 
     Args:
-        file_system: of fsspec; of S3 if conditional.
-        conditional: ask the server for it. Many that do not know of it write all the same.
+        file_system: an fsspec file system; S3 if conditional.
+        conditional: request a conditional write. Many servers ignore the condition and write
+            anyway.
 
-    Returns: whether to ask it the next time.
+    Returns: whether to request it again next time.
 
     Raises:
-        FileExistsError: the server says that there is one.
+        FileExistsError: the server says that the object exists.
     """
     if conditional:
         try:
@@ -69,21 +68,19 @@ def put_new(file_system: Any, local: Path, target: str, *, conditional: bool) ->
 
 
 def with_reason(error: BaseException, file_system: Any, root: str) -> BaseException:
-    """The error itself or, where it came without a reason because the request was a HEAD, that
-    of a request which gets one.
-    """
+    """The error, or that of another request if this one has no reason because it was a HEAD."""
     code = next((found[0] for cause in chain(error) if (found := error_code(cause))), None)
     if code not in _WITHOUT_REASON:
         return error
     try:
         file_system.call_s3("list_objects_v2", Bucket=root.partition("/")[0], MaxKeys=1)
-    except Exception as reason:  # noqa: BLE001  # each backend has errors of its own, and this one is the answer
+    except Exception as reason:  # noqa: BLE001  # backends have their own errors, and this one has the reason
         return reason
     return error
 
 
 def chain(error: BaseException) -> list[BaseException]:
-    """An error, and what it came of."""
+    """An error and its causes."""
     found: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in found:

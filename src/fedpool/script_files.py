@@ -1,10 +1,9 @@
-"""The files that a client script needs and that travel with it: found in its source, without
-running it.
+"""The files that travel with a client script, found in its source without running it.
 
 They are the script; the modules that it imports from its own folder, or from a folder that it puts
-on `sys.path` relative to its `__file__`, and what those import; and small files of code and
-configuration in its own folder that it names relative to `__file__`. Data never travel by being
-named: whatever else a script needs is to be named in the recipe, by `include`.
+on `sys.path` relative to its `__file__`; the modules that those import; and small code and
+configuration files in its own folder that it names relative to `__file__`. Naming data doesn't make
+them travel: list other files in the recipe's `include`.
 """
 
 import ast
@@ -20,37 +19,34 @@ from fedpool.errors import RecipeError
 from fedpool.script_paths import ScriptPaths
 
 NAMED_SUFFIXES = frozenset({".cfg", ".ini", ".json", ".py", ".toml", ".txt", ".yaml", ".yml"})
-"""Of files that travel because the script names them: code and configuration."""
+"""Suffixes of files that travel because the script names them: code and configuration."""
 MAX_NAMED_BYTES = 64 << 10
-"""Size of such a file: a larger one may be data."""
+"""Size limit of such a file: a larger one may be data."""
 
 _SECRET = re.compile(
     r"secret|passw|credential|token(?!iz)|(?<![a-z])key|(api|auth|private|ssh)_?key|(?<![a-z])auth(?![a-z])|service.?account"
     r"|^kaggle\.json$",
     re.IGNORECASE,
 )
-"""Names of files, and of folders above them, that may hold one; such files do not travel either."""
+"""Names of files that may contain secrets, and of folders that may. Such files don't travel."""
 
 _SETTING_WORDS = (b"environ", b"putenv", b"unsetenv", b"load_dotenv")
-"""Without any of them a script sets no environment variable, and need not be looked through for
-it.
-"""
+"""A script without these words sets no environment variables, so it needn't be searched."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScriptFiles:
-    """What was found.
+    """The files that were found.
 
     Attributes:
-        root: folder that holds all of it.
-        modules: path of each file of code -> its bytes.
+        root: folder that contains all of them.
+        modules: path of each code file -> its bytes.
         named: small files that the script names.
-        imports: dotted names of what is imported from elsewhere.
-        early_setting: why nothing must be imported for the script beforehand; see
+        imports: dotted names of imports from elsewhere.
+        early_setting: why nothing may be imported for the script in advance; see
             `fedpool.early_settings`.
-        trees: name of each file of code, relative to `root` -> its source, parsed.
-        importable: path of each file of code -> its name relative to the folder on `sys.path` that
-            it is found from.
+        trees: name of each code file, relative to `root` -> its parsed source.
+        importable: path of each code file -> its name relative to its folder on `sys.path`.
     """
 
     root: Path
@@ -63,19 +59,19 @@ class ScriptFiles:
 
 
 def find_files(script: Path, folders: Sequence[Path] = ()) -> ScriptFiles:
-    """Find what a script, or a module, needs.
+    """Find the files that a script or a module needs.
 
     Args:
-        script: its path, links followed.
-        folders: that its modules are found in, the first before what is installed: that is the
-            module's; none: its own folder.
+        script: its path, with links resolved.
+        folders: search path of its modules. The first, the module's own, takes precedence over
+            installed packages. By default the script's folder.
 
     Raises:
-        RecipeError: a module does not compile.
+        RecipeError: a module doesn't compile.
     """
     folder = folders[0] if folders else script.parent
     finder = _Finder(script, (folder, *folders[1:]))
-    while not finder.find():  # a folder on sys.path was found after modules had been looked for
+    while not finder.find():  # a pass found another folder on sys.path
         pass
     root = Path(os.path.commonpath([path.parent for path in finder.modules]))
     named = {path for path in finder.named if path not in finder.modules and _travels(path, folder)}
@@ -101,19 +97,17 @@ class _Finder:
         self._script = script
         self._folder = folders[0]
         self._folders: dict[Path, bool] = {folder: folder == self._folder for folder in folders}
-        """The folders that modules are found in, and whether before what is installed."""
+        """Search folders of modules, and whether they have priority over installed packages."""
         self._packages: dict[Path, tuple[str, ...]] = {}
 
     def find(self) -> bool:
-        """Read everything; False when that has shown another folder to look in, so that it has
-        to be done again.
-        """
+        """Read everything; False if that revealed another folder, so it has to be repeated."""
         self.modules: dict[Path, bytes] = {}
         self.trees: dict[Path, ast.Module] = {}
         self.named: set[Path] = set()
         self.imports: set[str] = set()
         num_folders = len(self._folders)
-        # Importing a module of a package runs the packages that it is in, too.
+        # Importing a module also runs the packages that contain it.
         above = self._script.relative_to(self._folder).parents
         packages = [self._folder / parent / "__init__.py" for parent in above if parent.parts]
         pending = [(file, self._folder) for file in (self._script, *packages) if file.is_file()]
@@ -138,15 +132,13 @@ class _Finder:
         return len(self._folders) == num_folders
 
     def importable(self) -> dict[Path, str]:
-        """Name of each file of code, relative to the folder that it is found from."""
+        """Name of each code file, relative to its search folder."""
         return {
             file: "/".join((*package, file.name)) for file, package in self._packages.items() if file in self.modules
         }
 
     def imported_modules(self, file: Path, node: ast.AST) -> Iterator[str]:
-        """Dotted names of what a statement imports; `from a import b` gives `a.b`, which may be
-        a module or not.
-        """
+        """Dotted names that a statement imports; `from a import b` gives `a.b`, a module or not."""
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -160,9 +152,7 @@ class _Finder:
                 yield base
 
     def local_files(self, module: str) -> Iterator[tuple[Path, Path]]:
-        """The files that importing a module would run, with the folder that they are found from;
-        none when it is installed.
-        """
+        """The files that an import runs, with their search folders; none for installed modules."""
         for folder, first in self._folders.items():
             files = list(_module_files(folder, module))
             if files and (first or not _is_installed(module, folder)):
@@ -180,12 +170,10 @@ def _parse(name: str, source: bytes) -> ast.Module:
 
 
 def _module_files(folder: Path, module: str) -> Iterator[Path]:
-    """The files of a folder that importing `module` would run; none when it is not a module of
-    the folder.
-    """
+    """The files in a folder that importing `module` would run; none if the folder lacks it."""
     here = folder
     for part in module.split("."):
-        # In Python's order: a package, a module, a folder without __init__.
+        # Python's order: a package, a module, a folder without __init__.
         if (here / part / "__init__.py").is_file():
             here = here / part
             yield here / "__init__.py"
@@ -199,7 +187,7 @@ def _module_files(folder: Path, module: str) -> Iterator[Path]:
 
 
 def _is_installed(module: str, folder: Path) -> bool:
-    """Whether a module is found elsewhere than in a folder."""
+    """Whether a module is found outside a folder."""
     try:
         spec = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
@@ -209,10 +197,8 @@ def _is_installed(module: str, folder: Path) -> bool:
 
 
 def _travels(path: Path, folder: Path) -> bool:
-    """Whether a file that the script names goes with it: code or configuration in its folder,
-    small, and not a secret.
-    """
-    # Where a link leads counts as well as what it is called.
+    """Whether a file that the script names travels: small code or configuration, no secret."""
+    # A link's target counts as well as its name.
     for place in (path, path.resolve()):
         if not place.is_relative_to(folder) or place.suffix.lower() not in NAMED_SUFFIXES:
             return False
