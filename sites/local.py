@@ -9,7 +9,6 @@ import asyncio
 import contextvars
 import os
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,24 +16,17 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import ClassVar
 
-from fedpool.bundle import unpack_bundle
 from fedpool.errors import SiteError
 from fedpool.filter_field import read_filters
 from fedpool.filters import Filter
 from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.paths import JobPaths
-from fedpool.refusals import explained
-from fedpool.site_order import in_order
+from fedpool.sites.local_sessions import LocalSessions
 from fedpool.sites.output import LogLine
-from fedpool.sites.scratch import Scratch
-from fedpool.sites.script_process import ProcessLauncher
-from fedpool.sites.script_session import ScriptSession
-from fedpool.sites.session import Session, Work
-from fedpool.sites.site_log import SiteLog
+from fedpool.sites.session import Session
+from fedpool.sites.site_log import SiteLogs
 from fedpool.sites.site_round import Delivery, SiteFolder, run_site_round
 from fedpool.sites.sites import SIMULATED, Traits
-from fedpool.sites.sockets import make_socket_folder
-from fedpool.sites.zygote import Zygote
 from fedpool.store import Store
 
 
@@ -63,28 +55,17 @@ class LocalSites:
     # No __dict__: Prefect would walk an object with one when it stores a flow's parameters.
     __slots__ = (
         "_cancel",
-        "_commands",
         "_endings",
         "_executor",
         "_filters",
-        "_folder",
-        "_gpus",
-        "_imports",
-        "_index",
         "_job",
         "_keep_alive",
-        "_launchers",
         "_logs",
-        "_origin",
-        "_scratch",
         "_sessions",
         "_show",
         "_slots",
-        "_sockets",
         "_store",
         "_under_way",
-        "_workdir",
-        "_zygote",
         "names",
         "num_slots",
     )
@@ -105,43 +86,33 @@ class LocalSites:
         origin: str = "",
     ) -> None:
         self.names = tuple(names)
-        self._index = {name: index for index, name in enumerate(in_order(names))}
         self.num_slots = num_slots
         self._keep_alive = keep_alive
-        self._gpus = tuple(gpus)
-        self._workdir = workdir
         self._cancel = threading.Event()
         self._endings: dict[str, str] = {}
-        self._sessions: dict[str, Session] = {}
-        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(num_slots):
-            self._slots.put(slot)
-        # A thread for every site that is asked: those that nobody waits for any more do not hold up
-        # the others.
+        self._slots = _free_slots(num_slots)
+        # A thread for every site: one that nobody waits for any more does not hold up the others.
         self._executor = ThreadPoolExecutor(len(self.names), thread_name_prefix="fedpool-site")
         self._under_way: dict[str, Future[Delivery]] = {}
-        self._sockets = make_socket_folder()
-        self._scratch = Scratch(workspace, ".fedpool-sites-")
-        self._folder = self._scratch.path
-        self._imports = tuple(imports)
-        self._origin = origin
+        self._sessions = LocalSessions(
+            names,
+            threads=threads,
+            gpus=gpus,
+            workspace=workspace,
+            workdir=workdir,
+            imports=imports,
+            commands=commands,
+            origin=origin,
+        )
         self._show = show
-        self._logs: dict[str, SiteLog] = {}
-        self._commands = dict(commands)
-        self._launchers = {
-            command: ProcessLauncher(command, threads=threads, imports=imports) for command in set(commands.values())
-        }
-        self._zygote = None if commands.keys() >= set(names) else Zygote(threads=threads)
+        self._logs: SiteLogs | None = None
         self._filters: tuple[Filter, ...] = ()
         self._job: ClientJob | None = None
         self._store: Store | None = None
 
     def preload(self) -> None:
-        """Begin to import, in another process, what the scripts need; returns at once. To be
-        called once.
-        """
-        if self._zygote is not None:
-            self._zygote.preload(self._imports)
+        """Begin to import, in another process, what scripts need; returns at once. Call it once."""
+        self._sessions.preload()
 
     @property
     def cancelled(self) -> bool:
@@ -156,16 +127,16 @@ class LocalSites:
     def cancel(self) -> None:
         """Kill every script at once; whoever waits for one gets a `SiteError`. From any thread."""
         self._cancel.set()
-        for session in list(self._sessions.values()):
-            session.kill()
+        self._sessions.kill()
 
     def open(self, job: ClientJob, store: Store) -> None:
         """See `Sites.open`."""
         with store.open(JobPaths(job.job_id).bundle(job.bundle_sha256)) as file:
             data = file.read()
-        unpack_bundle(data, self._folder / "bundle", sha256=job.bundle_sha256)
+        self._sessions.open(job, data)
         self._filters = read_filters(job.filters)
         self._job, self._store = job, store
+        self._logs = SiteLogs(job.job_id, store, self._show)
 
     async def announce(self, site: str, round: int, attempt: int) -> bool:
         """See `Sites.announce`: a local site is always ready."""
@@ -203,31 +174,25 @@ class LocalSites:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """End all scripts, in parallel, then the process that forked them; remove the sites'
-        folders. Idempotent.
-        """
+        """End all scripts, in parallel, and what forked them; remove their folders. Idempotent."""
         grace_s = 0.0 if self.cancelled else 10.0
         for site, work in self._under_way.items():
-            if not work.done() and (session := self._sessions.get(site)) is not None:
+            if not work.done() and (session := self._sessions.living.get(site)) is not None:
                 session.kill()
         wait(self._under_way.values())
         ends = [
             # What scripts still print is logged from these threads, and the loggers find their
             # Prefect settings in the context.
             self._executor.submit(contextvars.copy_context().run, self._end, site, session, grace_s)
-            for site, session in self._sessions.items()
+            for site, session in self._sessions.living.items()
         ]
         for end in ends:
             end.result()
         self._executor.shutdown()
-        self._sessions.clear()
-        if self._zygote is not None:
-            self._zygote.close()
-        self._scratch.remove()
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._sessions.close()
 
     def _perform(self, assignment: SiteAssignment, deadline: float | None, log: LogLine, part: "_Part") -> Delivery:
-        assert self._job is not None and self._store is not None, "open() comes first"
+        assert self._logs is not None, "open() comes first"
         site = assignment.site
         if self.cancelled:
             raise SiteError(site, assignment.round, "the job was cancelled")
@@ -237,84 +202,52 @@ class LocalSites:
         try:
             if deadline is not None and time.monotonic() >= deadline:
                 raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
-            session = self._sessions.get(site) or self._new_session(site, slot)
+            session = self._sessions.session_of(site, slot)
             if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
                 raise SiteError(site, assignment.round, "the job was cancelled")
-            kept = Path(self._store.full(JobPaths(self._job.job_id).kept(site)))
-            delivery = run_site_round(
-                self._job,
-                assignment,
-                session=session,
-                store=self._store,
-                folder=SiteFolder(self._folder / "sites" / site, kept),
-                deadline=deadline,
-                log=self._logging(assignment, log),
-                trusted=self._store.is_local,
-                apart=False,
-                filters=self._filters,
-            )
+            delivery = self._run(assignment, session, deadline, log)
             if not self._keep_alive:
                 self._end(site, session)
             return delivery
         except SiteError as error:
             if self.cancelled:
                 raise SiteError(site, assignment.round, "the job was cancelled") from error
-            self._log_of(site).write(assignment.round, f"failed: {error.cause.splitlines()[0]}")  # the rest was printed
+            cause = error.cause.splitlines()[0]  # the rest was printed
+            self._logs.of(site).write(assignment.round, f"failed: {cause}")
             raise
         finally:
             if not self._keep_alive:
-                self._sessions.pop(site, None)
+                self._sessions.living.pop(site, None)
             part.give_up()
+
+    def _run(self, assignment: SiteAssignment, session: Session, deadline: float | None, log: LogLine) -> Delivery:
+        assert self._job is not None and self._store is not None and self._logs is not None
+        site = assignment.site
+        kept = Path(self._store.full(JobPaths(self._job.job_id).kept(site)))
+        return run_site_round(
+            self._job,
+            assignment,
+            session=session,
+            store=self._store,
+            folder=SiteFolder(self._sessions.folder_of(site), kept),
+            deadline=deadline,
+            log=self._logs.writer(site, assignment.round, log),
+            trusted=self._store.is_local,
+            apart=False,
+            filters=self._filters,
+        )
 
     def _end(self, site: str, session: Session, grace_s: float = 10.0) -> None:
         how = session.end(grace_s)
         if how is not None and not self.cancelled:
             self._endings[site] = how
 
-    def _log_of(self, site: str) -> SiteLog:
-        assert self._job is not None and self._store is not None
-        path = Path(self._store.full(JobPaths(self._job.job_id).log(site)))
-        return self._logs.setdefault(site, SiteLog(path))
 
-    def _logging(self, assignment: SiteAssignment, log: LogLine) -> LogLine:
-        """Pass on lines to the site's log file, to the terminal if it is to show them, and to
-        `log`.
-        """
-        file = self._log_of(assignment.site)
-
-        def write(line: str) -> None:
-            problem = file.write(assignment.round, line)
-            for each in (problem, line):
-                if each is not None:
-                    if self._show is not None:
-                        self._show(assignment.site, each)
-                    log(each)
-
-        return write
-
-    def _new_session(self, site: str, slot: int) -> Session:
-        assert self._job is not None
-        folder, sockets = self._folder / "sites" / site, self._sockets / str(self.names.index(site))
-        for made in (folder, sockets):
-            with explained(made):
-                made.mkdir(parents=True, exist_ok=True)
-        environment = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
-        work = Work(
-            job_id=self._job.job_id,
-            site=site,
-            script=self._folder / "bundle" / self._job.entry,
-            arguments=self._job.site_arguments.get(site, self._job.arguments),
-            config={**self._job.config, **self._job.site_config.get(site, {})},
-            environment=environment,
-            site_index=self._index[site],
-            num_sites=len(self.names),
-            origin=self._origin,
-        )
-        launcher = self._launchers[self._commands[site]] if site in self._commands else self._zygote
-        assert launcher is not None
-        session = ScriptSession(work, launcher, folder=sockets, workdir=self._workdir)
-        self._sessions[site] = session
-        return session
+def _free_slots(num_slots: int) -> queue.SimpleQueue[int]:
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(num_slots):
+        slots.put(slot)
+    return slots
 
 
 class _Part:
@@ -337,9 +270,7 @@ class _Part:
         return None
 
     def give_up(self) -> None:
-        """Let others have the slot: the part is done, or nobody waits for it any more.
-        Idempotent.
-        """
+        """Let others have the slot: the part is done, or nobody waits for it. Idempotent."""
         with self._lock:
             self._given_up = True
             slot, self._slot = self._slot, None

@@ -1,10 +1,15 @@
-"""The log file of a simulated site, in the job's folder: what its script printed, and why its
+"""The log files of simulated sites, in the job's folder: what a site's script printed, and why its
 rounds failed.
 """
 
 import threading
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+
+from fedpool.paths import JobPaths
+from fedpool.sites.output import LogLine
+from fedpool.store import Store
 
 MAX_BYTES = 8 << 20
 """Of a log file. The one before it stays, so that the last 8 MiB are always there."""
@@ -27,9 +32,7 @@ class SiteLog:
         self._failed = False
 
     def write(self, round: int, line: str) -> str | None:
-        """Add a line, with the time and the round; returns what is to be told when that failed
-        for the first time.
-        """
+        """Add a line, with the time and the round; returns what to tell when that first fails."""
         text = f"{datetime.now():%Y-%m-%d %H:%M:%S} round {round}: {line}\n".encode("utf-8", "replace")
         with self._lock:
             if self._failed:
@@ -50,3 +53,37 @@ class SiteLog:
                 return
         self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         self._path.write_bytes(text)
+
+
+class SiteLogs:
+    """The log files of a job's sites. Thread-safe.
+
+    Args:
+        job_id: of the job.
+        store: a local one, which holds the files.
+        show: see `LocalSites`.
+    """
+
+    def __init__(self, job_id: str, store: Store, show: Callable[[str, str], None] | None) -> None:
+        self._paths = JobPaths(job_id)
+        self._store = store
+        self._show = show
+        self._logs: dict[str, SiteLog] = {}
+
+    def of(self, site: str) -> SiteLog:
+        """A site's log file."""
+        return self._logs.setdefault(site, SiteLog(Path(self._store.full(self._paths.log(site)))))
+
+    def writer(self, site: str, round: int, log: LogLine) -> LogLine:
+        """Passes lines on to the site's file, to `show` if there is one, and to `log`."""
+        file = self.of(site)
+
+        def write(line: str) -> None:
+            problem = file.write(round, line)
+            for each in (problem, line):
+                if each is not None:
+                    if self._show is not None:
+                        self._show(site, each)
+                    log(each)
+
+        return write
