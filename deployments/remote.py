@@ -5,51 +5,41 @@ Everything that can be known to be missing is said before anything is submitted.
 """
 
 import asyncio
-import hashlib
-import json
-import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-import httpx
 from pydantic import ConfigDict, Field
 
 from fedpool.deployments.api import open_client
 from fedpool.deployments.blocking import run_blocking
 from fedpool.deployments.handle import Run
 from fedpool.deployments.job_runs import check_has_ended
-from fedpool.deployments.overlap import Overlap, chosen, described, limit
+from fedpool.deployments.overlap import Overlap, chosen
 from fedpool.deployments.progress import show
+from fedpool.deployments.recipe_deployment import make_deployment
+from fedpool.deployments.remote_checks import check, probe
 from fedpool.deployments.schedules import parse_schedule
 from fedpool.deployments.terminal import open_console
 from fedpool.deployments.tracked import Tracked
 from fedpool.environment import ANEW, Begin
-from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
 from fedpool.flows.own_code import check_travels
-from fedpool.flows.recipes import flow_name
-from fedpool.flows.staging import check_unchanged, has_completed, stage, start_of
+from fedpool.flows.staging import Start, check_unchanged, has_completed, stage, start_of
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
 from fedpool.tasks.job_record import EnvironmentRecord
-from fedpool.tasks.prefect_internals import form_schema
 from fedpool.tasks.track import check_places
 
 if TYPE_CHECKING:
-    from prefect.client.orchestration import PrefectClient
     from prefect.schedules import Schedule
 
 COORDINATOR_POOL = "fedpool-coordinator"
-_AD_HOC = "execute"
-"""Prefix of the deployments that `execute` uses, one for each form; a recipe's own deployment is
-left alone.
-"""
 
 
 class RemoteEnv(Tracked):
@@ -110,17 +100,11 @@ class RemoteEnv(Tracked):
                 was submitted.
             KeyboardInterrupt: Ctrl-C; the job is cancelled first.
         """
-        bypass_proxies()
-        names = self.site_names(recipe)
-        recipe.check_sites(names)
-        check_travels(recipe)
+        names = self._checked_names(recipe)
         console = open_console(quiet=not self.progress)
         for note in recipe.bundle.notes:
             console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-        self.prepare(recipe)
-        store = self.open_store()
-        probe(store)
-        check_places(self.track, is_local=store.is_local)
+        store = self._ready_store(recipe)
         start = start_of(recipe, store, begin)
         recipe, job_id = start.recipe, start.job_id
         if start.resumes:
@@ -128,33 +112,8 @@ class RemoteEnv(Tracked):
             if has_completed(store, job_id):
                 return Run(job_id, store, work=lambda: None, cancel=lambda: None)
 
-        async def submit() -> UUID:
-            from prefect.states import Scheduled
-
-            from fedpool.tasks.reach import clock_ahead
-
-            async with open_client(self.server_remedy) as client:
-                await check(client, names, self.coordinator_pool)
-                if start.resumes:
-                    await check_has_ended(client, job_id)
-                    await asyncio.to_thread(store.remove, JobPaths(job_id).result)
-                else:
-                    await asyncio.to_thread(
-                        partial(stage, parent=start.parent, environment=self.recorded()), recipe, job_id, store, names
-                    )
-                deployment = await _deploy(client, recipe, None, pool=self.coordinator_pool, parameters={})
-                run = await client.create_flow_run_from_deployment(
-                    deployment,
-                    name=job_id,
-                    parameters=self._parameters(recipe, store, names) | {"job_id": job_id},
-                    # Due now by the server's clock: by one that is ahead it would be due later, and
-                    # wait without a word.
-                    state=Scheduled(scheduled_time=datetime.now(UTC) - await clock_ahead(client)),
-                )
-                return run.id
-
         with self._applied():
-            run_id = run_blocking(submit())
+            run_id = run_blocking(self._submit(start, store, names))
         run = Run(job_id, store, work=lambda: self._follow(run_id, store, job_id), cancel=lambda: self._cancel(run_id))
         if wait:
             show(run, recipe, len(names), console)
@@ -185,42 +144,88 @@ class RemoteEnv(Tracked):
         Raises:
             RecipeError, ConfigError, ServerError, StoreError: as `execute`.
         """
+        names = self._checked_names(recipe)
+        overlap = chosen(overlap, scheduled=schedule is not None)
+        schedules = [parse_schedule(entry) for entry in ([] if schedule is None else _listed(schedule))]
+        store = self._ready_store(recipe)
+        with self._applied():
+            run_blocking(self._register(recipe, store, names, schedules, warm_start=warm_start, overlap=overlap))
+        return f"federated-job/{recipe.name}"
+
+    def _checked_names(self, recipe: Recipe) -> tuple[str, ...]:
+        """The sites' names, once it is known that the recipe can run there."""
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
         check_travels(recipe)
-        overlap = chosen(overlap, scheduled=schedule is not None)
-        schedules = [parse_schedule(entry) for entry in ([] if schedule is None else _listed(schedule))]
+        return names
+
+    def _ready_store(self, recipe: Recipe) -> Store:
+        """The store, once it is known that it can be written to."""
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
         check_places(self.track, is_local=store.is_local)
-        template = new_job_id(recipe.name)
+        return store
 
-        async def register() -> None:
-            async with open_client(self.server_remedy) as client:
-                await check(client, names, self.coordinator_pool)
+    async def _submit(self, start: Start, store: Store, names: tuple[str, ...]) -> UUID:
+        """Stage or take up a job, and have the coordinator's pool run it; returns its run's id."""
+        from prefect.states import Scheduled
+
+        from fedpool.tasks.reach import clock_ahead
+
+        recipe, job_id = start.recipe, start.job_id
+        async with open_client(self.server_remedy) as client:
+            await check(client, names, self.coordinator_pool)
+            if start.resumes:
+                await check_has_ended(client, job_id)
+                await asyncio.to_thread(store.remove, JobPaths(job_id).result)
+            else:
                 await asyncio.to_thread(
-                    partial(stage, template=True, environment=self.recorded()), recipe, template, store, names
+                    partial(stage, parent=start.parent, environment=self.recorded()), recipe, job_id, store, names
                 )
-                parameters = self._parameters(recipe, store, names) | {
-                    "template": template,
-                    "warm_start": warm_start,
-                    "cancel_earlier": overlap == "cancel",
-                }
-                await _deploy(
-                    client,
-                    recipe,
-                    recipe.name,
-                    pool=self.coordinator_pool,
-                    parameters=parameters,
-                    schedules=schedules,
-                    overlap=overlap,
-                )
+            deployment = await make_deployment(client, recipe, None, pool=self.coordinator_pool, parameters={})
+            run = await client.create_flow_run_from_deployment(
+                deployment,
+                name=job_id,
+                parameters=self._parameters(recipe, store, names) | {"job_id": job_id},
+                # Due now by the server's clock: by one that is ahead it would be due later, and
+                # wait without a word.
+                state=Scheduled(scheduled_time=datetime.now(UTC) - await clock_ahead(client)),
+            )
+            return run.id
 
-        with self._applied():
-            run_blocking(register())
-        return f"federated-job/{recipe.name}"
+    async def _register(
+        self,
+        recipe: Recipe,
+        store: Store,
+        names: tuple[str, ...],
+        schedules: Sequence["Schedule"],
+        *,
+        warm_start: bool,
+        overlap: Overlap | None,
+    ) -> None:
+        """Stage a template, and make the deployment whose runs begin from it."""
+        template = new_job_id(recipe.name)
+        async with open_client(self.server_remedy) as client:
+            await check(client, names, self.coordinator_pool)
+            await asyncio.to_thread(
+                partial(stage, template=True, environment=self.recorded()), recipe, template, store, names
+            )
+            parameters = self._parameters(recipe, store, names) | {
+                "template": template,
+                "warm_start": warm_start,
+                "cancel_earlier": overlap == "cancel",
+            }
+            await make_deployment(
+                client,
+                recipe,
+                recipe.name,
+                pool=self.coordinator_pool,
+                parameters=parameters,
+                schedules=schedules,
+                overlap=overlap,
+            )
 
     @contextmanager
     def _applied(self) -> Iterator[None]:
@@ -263,95 +268,6 @@ class RemoteEnv(Tracked):
 
         with self._applied():
             run_blocking(wait())
-
-
-def probe(store: Store) -> None:
-    """Write an object to the store and remove it again.
-
-    Raises:
-        StoreError: it cannot be written to; says where and why.
-    """
-    path = f".fedpool-probe-{secrets.token_hex(6)}"
-    try:
-        store.write_bytes(path, b"probe")
-        store.remove(path)
-    except StoreRefused:
-        raise
-    except StoreError as error:
-        raise StoreError(
-            f"{error}: check the address of the store, {store.url}, and that its credentials are in the environment"
-        ) from None
-
-
-async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool: str) -> None:
-    """Check that server, pools, workers and sites are there, and that no pool is paused.
-
-    Raises:
-        ServerError: the server does not answer.
-        ConfigError: a pool, an online worker, or a site is missing, a pool is paused, or a site's
-            protocol is too old; all of it in one message.
-    """
-    from prefect.exceptions import PrefectHTTPStatusError
-
-    from fedpool.tasks.reach import pool_problem, read_pools, site_problems
-
-    try:
-        start = f"prefect worker start --type process --pool {coordinator_pool}"
-        pools = await read_pools(client, [coordinator_pool])
-        problem = pool_problem(pools.get(coordinator_pool), coordinator_pool, start)
-        problems = [problem] if problem else []
-        for found in (await site_problems(client, sites)).values():
-            problems += found
-    except PrefectHTTPStatusError as error:
-        raise ServerError(f"the Prefect server at {client.api_url} refused: {error}") from error
-    except (httpx.HTTPError, RuntimeError) as error:
-        raise ServerError(f"the Prefect server at {client.api_url} does not answer: {error}") from error
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-async def _deploy(
-    client: "PrefectClient",
-    recipe: Recipe,
-    name: str | None,
-    *,
-    pool: str,
-    parameters: dict[str, Any],
-    schedules: Sequence["Schedule"] = (),
-    overlap: Overlap | None = None,
-) -> UUID:
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
-
-    from fedpool.flows.deployed import deployed, entrypoint_of
-
-    flow, entrypoint = deployed(type(recipe)), entrypoint_of(type(recipe))
-    schema = form_schema(flow)
-    most, options = limit(overlap)
-    deployment: UUID = await client.create_deployment(
-        flow_id=await client.create_flow(flow),
-        name=name or _ad_hoc_name(type(recipe), entrypoint, schema),
-        work_pool_name=pool,
-        entrypoint=entrypoint,
-        parameters=parameters,
-        parameter_openapi_schema=schema,
-        enforce_parameter_schema=True,
-        schedules=[DeploymentScheduleCreate.from_schedule(schedule) for schedule in schedules],
-        concurrency_limit=most,
-        concurrency_options=options,
-        description=f"{type(recipe).__name__} of {recipe.name}. {described(overlap)}",
-        tags=["fedpool"],
-    )
-    return deployment
-
-
-def _ad_hoc_name(kind: type[Recipe], entrypoint: str, schema: Mapping[str, Any]) -> str:
-    """The name of the deployment by which `execute` runs a class of recipes. Classes of one name
-    may have different forms.
-    """
-    name = f"{_AD_HOC}-{kind.__name__}"
-    if flow_name(kind) is not None:
-        return name
-    return f"{name}-{hashlib.sha256(json.dumps([entrypoint, schema], sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -11,7 +11,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from fedpool import ConfigError, CrossSiteEvalRecipe, FedAvgRecipe, FedEvalRecipe, IntegrityError, RecipeError, Store
-from fedpool.deployments.remote import probe
+from fedpool.deployments.remote_checks import probe
 from fedpool.deployments.schedules import parse_schedule
 from fedpool.errors import StoreError
 from fedpool.flows.deployed import form_fields

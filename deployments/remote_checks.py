@@ -1,0 +1,60 @@
+"""What has to be there before a job is submitted to sites behind work pools: all that is missing is
+said at once.
+"""
+
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import httpx
+
+from fedpool.errors import ConfigError, ServerError, StoreError, StoreRefused
+from fedpool.store import Store
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import PrefectClient
+
+
+def probe(store: Store) -> None:
+    """Write an object to the store and remove it again.
+
+    Raises:
+        StoreError: it cannot be written to; says where and why.
+    """
+    path = f".fedpool-probe-{secrets.token_hex(6)}"
+    try:
+        store.write_bytes(path, b"probe")
+        store.remove(path)
+    except StoreRefused:
+        raise
+    except StoreError as error:
+        raise StoreError(
+            f"{error}: check the address of the store, {store.url}, and that its credentials are in the environment"
+        ) from None
+
+
+async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool: str) -> None:
+    """Check that server, pools, workers and sites are there, and that no pool is paused.
+
+    Raises:
+        ServerError: the server does not answer.
+        ConfigError: a pool, an online worker, or a site is missing, a pool is paused, or a site's
+            protocol is too old; all of it in one message.
+    """
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    from fedpool.tasks.reach import pool_problem, read_pools, site_problems
+
+    try:
+        start = f"prefect worker start --type process --pool {coordinator_pool}"
+        pools = await read_pools(client, [coordinator_pool])
+        problem = pool_problem(pools.get(coordinator_pool), coordinator_pool, start)
+        problems = [problem] if problem else []
+        for found in (await site_problems(client, sites)).values():
+            problems += found
+    except PrefectHTTPStatusError as error:
+        raise ServerError(f"the Prefect server at {client.api_url} refused: {error}") from error
+    except (httpx.HTTPError, RuntimeError) as error:
+        raise ServerError(f"the Prefect server at {client.api_url} does not answer: {error}") from error
+    if problems:
+        raise ConfigError("\n".join(problems))
