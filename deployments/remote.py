@@ -43,9 +43,7 @@ COORDINATOR_POOL = "fedpool-coordinator"
 
 
 class RemoteEnv(Tracked):
-    """What the proof of concept and production have in common: a Prefect server, a store, a
-    coordinator's pool, sites' pools.
-    """
+    """What a proof of concept and production share: a Prefect server, a store, work pools."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -127,8 +125,7 @@ class RemoteEnv(Tracked):
         warm_start: bool = False,
         overlap: Overlap | None = None,
     ) -> str:
-        """Register the recipe as the deployment `federated-job/NAME`, which each run makes a new
-        job of.
+        """Register the recipe as the deployment `federated-job/NAME`; each run of it is a new job.
 
         Args:
             schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule

@@ -1,13 +1,10 @@
-"""The command `fedpool job`: what ran and what runs; how a job is verified, replayed, pruned,
-resumed and cancelled.
-"""
+"""The command `fedpool job`: what ran, what runs, and what can be done to a job."""
 
 import json
 import runpy
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from fedpool.cli.job_report import print_job, print_jobs
+from fedpool.cli.job_report import print_job, print_jobs, print_replayed, print_verified
+from fedpool.cli.which_server import meant_server
 from fedpool.cli.which_store import meant_store
 from fedpool.deployments import job_runs, stored_jobs
 from fedpool.deployments.blocking import run_blocking
@@ -23,7 +21,7 @@ from fedpool.deployments.code_permission import permission
 from fedpool.deployments.endings import read_endings
 from fedpool.deployments.fate import with_client
 from fedpool.deployments.handle import JobStatus
-from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
+from fedpool.deployments.poc import DEFAULT_HOME
 from fedpool.errors import ConfigError, ServerError
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
@@ -54,7 +52,7 @@ Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 @job.command(name="list")
 def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """The jobs of a store, newest first."""
-    found = stored_jobs.list_jobs(_store(store, home, quiet=as_json), partial(_server, home))
+    found = stored_jobs.list_jobs(_store(store, home, quiet=as_json), partial(meant_server, home))
     if as_json:
         print(json.dumps([asdict(entry) for entry in found], indent=2))
         return
@@ -68,7 +66,7 @@ def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = 
 def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """A job's rounds and models."""
     place = _store(store, home, quiet=as_json)
-    summary, records, result = stored_jobs.read_job(place, job_id, partial(_server, home))
+    summary, records, result = stored_jobs.read_job(place, job_id, partial(meant_server, home))
     described = JobRecord.read(place, JobPaths(job_id).job)
     if as_json:
         endings = {} if result is None else read_endings(place, job_id, result, records)
@@ -99,14 +97,7 @@ def verify(
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
-    print(
-        f"{job_id}: {found.num_rounds} rounds and {found.num_updates} updates verified: "
-        "every hash holds, and every aggregate comes out the same, to the byte"
-    )
-    if found.num_pruned:
-        print(f"{found.num_pruned} updates were not kept: the aggregates of their rounds are taken on trust")
-    if found.status is None:
-        print("it has no result yet: it is still running, or its coordinator was lost")
+    print_verified(job_id, found)
 
 
 @job.command(name="logs")
@@ -117,7 +108,7 @@ def job_logs(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """What a job's runs have logged, from the Prefect server."""
-    with _server(home):
+    with meant_server(home):
         for name, line in run_blocking(with_client(lambda client: job_runs.read_logs(client, job_id, at))):
             print(f"{name}: {line}")
 
@@ -132,7 +123,7 @@ def cancel(
     """Ask a job to stop: its sites stop training, and it says that it was cancelled; ends with 1
     if it has not in time.
     """
-    with _server(home):
+    with meant_server(home):
         run_id = run_blocking(with_client(lambda client: job_runs.cancel(client, job_id)))
         print(f"{job_id}: asked to stop", flush=True)
         timeout_s = _CANCEL_WAIT_S if wait else _CANCEL_LOOK_S
@@ -185,10 +176,7 @@ def replay(
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
-    print(f"round {found.round} of {job_id}, from {', '.join(found.sites)}: sha256 {found.sha256}")
-    print(
-        f"the round moved the model by {found.moved:.6g} (L2); this one lies {found.distance:.6g} from what was committed"
-    )
+    print_replayed(job_id, found)
 
 
 def _aggregator(text: str | None) -> "str | dict[str, Any] | None":
@@ -240,7 +228,7 @@ def resume(
     described = JobRecord.read(place, JobPaths(job_id).job)
     recipe = recipe_of(job_id, place, allow=permission(allow_code))
     env = environment_of(described, place, home)
-    with _server(home) if isinstance(env, ProdEnv) else nullcontext():
+    with meant_server(home) if isinstance(env, ProdEnv) else nullcontext():
         run = recipe.execute(env, resume=job_id, fork=fork, from_round=from_round)
     print(f"{run.job_id}: {run.get_status()}")
     if run.get_status() is not JobStatus.COMPLETED:
@@ -278,30 +266,7 @@ def stage_(
 
 
 def _store(url: str | None, home: Path, *, quiet: bool = False) -> Store:
-    """The store that is meant, and the line that says which; on standard error where a program
-    reads the output.
-    """
+    """The store of a command; prints which one, on standard error if a program reads the output."""
     meant = meant_store(url, home)
     print(meant, file=sys.stderr if quiet else sys.stdout, flush=True)
     return meant.store
-
-
-@contextmanager
-def _server(home: Path) -> Iterator[None]:
-    """The server that is configured, else that of the proof of concept that is up.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    if PREFECT_API_URL.value():
-        yield
-        return
-    proof = PocEnv(home=home)
-    if not proof.is_up():
-        raise ConfigError(
-            f"no Prefect server is known: set PREFECT_API_URL, or bring one up in {proof.home}: fedpool poc up"
-        )
-    with temporary_settings({PREFECT_API_URL: proof.api_url}):
-        yield

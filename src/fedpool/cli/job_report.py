@@ -1,6 +1,7 @@
-"""The output of `fedpool job list` and `fedpool job show` for people."""
+"""The output of `fedpool job list`, `show`, `verify` and `replay` for people."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,10 @@ from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.matrix import matrix_metrics
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.report.tables import report_rows, untold
+
+if TYPE_CHECKING:  # they load torch
+    from fedpool.flows.replay import Replayed
+    from fedpool.flows.verify import Verified
 
 _OTHER_COLUMNS = 48
 """Width that the columns after the job's id need to be readable; narrower terminals wrap the
@@ -70,6 +75,26 @@ def print_job(
         console.print(f"resume it: fedpool job resume {summary.job_id}", highlight=False, soft_wrap=True)
     if result is not None:
         _print_result(store, summary.job_id, records, result, console)
+
+
+def print_verified(job_id: str, found: "Verified") -> None:
+    """Print the result of a verification."""
+    print(
+        f"{job_id}: {found.num_rounds} rounds and {found.num_updates} updates verified: "
+        "every hash holds, and every aggregate comes out the same, to the byte"
+    )
+    if found.num_pruned:
+        print(f"{found.num_pruned} updates were not kept: the aggregates of their rounds are taken on trust")
+    if found.status is None:
+        print("it has no result yet: it is still running, or its coordinator was lost")
+
+
+def print_replayed(job_id: str, found: "Replayed") -> None:
+    """Print the result of a replay."""
+    print(f"round {found.round} of {job_id}, from {', '.join(found.sites)}: sha256 {found.sha256}")
+    print(
+        f"the round moved the model by {found.moved:.6g} (L2); this one lies {found.distance:.6g} from what was committed"
+    )
 
 
 def _rounds(records: Sequence[RoundRecord]) -> Table:
