@@ -1,19 +1,20 @@
-"""How fast every aggregator is, beside what the machine can do: read the same files and add them up
-with torch.
+"""The speed of every aggregator, compared with a limit of the machine: reading the same files and
+adding them up with torch.
 
-Eight updates of 300 MB in local files, aggregated through the store as a round does it: read block
-by block, combined in float64, the next model written and hashed. Rates are bytes of updates in a
-second; `of limit` is the rate over that of the limit, which reads each file and adds it to a sum in
-float32, and writes nothing. Memory is the peak beyond what the process has after its imports, in
-models. Every measurement is a process of its own, which does it twice and counts the second: memory
-that a virtual machine touches for the first time costs several times what it costs later, and who
-writes a model touches most. Repeats go through all of them in turn. Linux only.
+Eight updates of 300 MB in local files are aggregated through the store like in a round: read block
+by block, combined in float64, and the next model written and hashed. Rates are bytes of updates per
+second; `of limit` is the rate divided by that of the limit, which reads each file and adds it to a
+sum in float32, and writes nothing. Memory is the peak beyond that of the process after its imports,
+in models. Every measurement is a process of its own that runs twice and counts the second run:
+memory that a virtual machine touches for the first time costs several times what it costs later,
+and aggregators that write a model touch the most. Repeats go through all aggregators in turn. Linux
+only.
 
     python benchmarks/aggregate.py
     python benchmarks/aggregate.py --megabytes 30 --repeat 1
 
-Exits with 1 when the mean reaches less than .7 of the limit or any aggregator takes two models of
-memory (--judge).
+With --judge, exits with 1 if the mean reaches less than .7 of the limit or any aggregator takes two
+models of memory.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def make_files(folder: Path, megabytes: float) -> None:
 
 
 def limit(folder: Path) -> Callable[[], None]:
-    """What the machine can do: read every update into memory, and add it to a sum."""
+    """The limit of the machine: read every update into memory, and add it to a sum."""
     import torch
 
     size = (folder / "1.safetensors").stat().st_size // 4
@@ -125,12 +126,12 @@ def ours(name: str, folder: Path) -> Callable[[], None]:
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
-    """Seconds, and bytes of memory beyond what there was before."""
+    """Seconds, and the peak of memory in bytes beyond what the process had before."""
     import torch
 
     torch.set_num_threads(1)
     run = limit(folder) if name == LIMIT else ours(name, folder)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     for _ in range(2):
         started = time.perf_counter()
@@ -152,8 +153,8 @@ def main() -> int:
     """Measure, print the table and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=300.0, help="size of the model (default 300)")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements of each, of which the median counts")
-    parser.add_argument("--judge", action="store_true", help="exit with 1 when a bound is missed")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each; the median counts")
+    parser.add_argument("--judge", action="store_true", help="exit with 1 if a bound is missed")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

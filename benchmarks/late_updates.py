@@ -1,15 +1,16 @@
-"""What late updates are worth: accuracy in the same virtual time, by what becomes of them.
+"""The value of late updates: accuracy after the same virtual time, by the rule for late updates.
 
 The oracle's digits (see benchmarks/oracle.py): 10 sites, a Dirichlet(.1) label split, 5 local
-epochs; site k of 1 to 10 needs k units of virtual time for them. In 500 units a rule has 50 rounds,
-of 10 units, if it waits for all, and 100, of 5, if a round closes with 5 updates, which are those
-of the same 5 sites: the others have no part in the model, unless late updates count. A figure is
-the mean test accuracy of the last 5 models, and of the seeds.
+epochs, for which site k of 1 to 10 needs k units of virtual time. In 500 units, a rule that waits
+for all sites has 50 rounds of 10 units; a rule that closes a round after 5 updates has 100 rounds
+of 5 units. Those 5 updates are always from the same sites, so the other sites have no part in the
+model unless late updates count. A figure is the mean test accuracy of the last 5 models, averaged
+over the seeds.
 
     python benchmarks/late_updates.py
     python benchmarks/late_updates.py --rules fold --seeds 1
 
-Exits with 1 when a figure is more than .02 from the one that is known: folded .8785, dropped .7494,
+Exits with 1 if a figure differs by more than .02 from the known one: folded .8785, dropped .7494,
 all .8713.
 """
 
@@ -38,7 +39,7 @@ _QUORUM: Mapping[str, Any] = {"min_clients": 5, "quorum_grace": 0.0}
 
 @dataclass(frozen=True)
 class Rule:
-    """What a round waits for, how many rounds that makes, and the accuracy that is known of it."""
+    """A rule's fields, its number of rounds, and its known accuracy."""
 
     known: float
     num_rounds: int
@@ -54,8 +55,8 @@ RULES: Mapping[str, Rule] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one job came to: accuracy, virtual time of its last training round, late updates that
-    counted, the final weights.
+    """A job's accuracy, virtual time of the last training round, number of late updates that
+    counted, and final weights.
     """
 
     accuracy: float
@@ -99,7 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", default=",".join(RULES), help=f"comma-separated: {','.join(RULES)}")
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help=f"seeds 0 to N-1; only {NUM_SEEDS} are judged")
-    parser.add_argument("--threads", type=int, default=2, help="sites that really train at once (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="sites that train at once in real time (default 2)")
     args = parser.parse_args()
     failed = False
     print("| late updates | rounds | late ones that counted | virtual time | known | accuracy |")

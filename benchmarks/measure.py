@@ -1,4 +1,4 @@
-"""Run one engine once and measure it from outside: time, rounds, memory."""
+"""Run one engine once and measure its time, rounds and memory from outside."""
 
 import contextlib
 import os
@@ -21,19 +21,19 @@ ENGINES_FOLDER = Path(__file__).resolve().parent / "engines"
 MARKER = "BENCH_MARKER"
 STAMPS = "BENCH_STAMPS"
 ENDING_S = 10.0
-"""How long an engine's daemons may outlive it before they are stopped, so that they do not
-burden the next run.
+"""How long an engine's daemons may outlive it. Then they are stopped, to not burden the next
+run.
 """
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A framework, as it is run here.
+    """A framework, and how to run it.
 
     Attributes:
-        script: of the folder engines.
+        script: in the folder engines.
         peer: name of its virtual environment, or None for the interpreter that runs this script.
-        per_site: one process a site over all rounds, instead of `--threads` at a time.
+        per_site: one process per site over all rounds, instead of `--threads` at a time.
         max_sites: more would take hours.
         arguments: further ones for the script.
     """
@@ -58,12 +58,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one run cost.
+    """The cost of one run.
 
     Attributes:
-        start_s: until the first site received its first model.
-        score: what that site measured on the last model it received.
-        other_cores: how many cores were busy with anything else, on average.
+        start_s: time until the first site received its first model.
+        score: that site's score of the last model that it received.
+        other_cores: average number of cores that were busy with other work.
     """
 
     total_s: float
@@ -76,16 +76,16 @@ class Sample:
 
 
 class EngineError(Exception):
-    """An engine did not finish its job; the message holds the end of its output."""
+    """An engine didn't finish its job; the message ends with the end of its output."""
 
 
 def run_engine(engine: Engine, case: Case, python: Path, num_threads: int, timeout_s: float) -> Sample:
     """Run a case once.
 
     Raises:
-        EngineError: the engine failed, ran out of time or left out a site in a round.
+        EngineError: the engine failed, timed out or left out a site in a round.
     """
-    folder = Path(tempfile.mkdtemp(prefix="fpb-"))  # short: Ray puts sockets in it, whose paths are limited
+    folder = Path(tempfile.mkdtemp(prefix="fpb-"))  # short, because Ray puts sockets there, and their paths are limited
     try:
         return _run_in(folder, engine, case, python, num_threads, timeout_s)
     finally:
@@ -121,7 +121,7 @@ def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads:
             machine_s = machine_cpu_s() - started_cpu_s
     except subprocess.TimeoutExpired:
         code = f"none after {timeout_s:.0f} s"
-    finally:  # also when the user interrupts: the engine is in a session of its own
+    finally:  # also when the user interrupts, because the engine has its own session
         _end(memory, patience_s=ENDING_S if process.returncode == 0 else 0)
         process.wait()
     received = [line.split() for line in stamps.read_text().splitlines()] if stamps.exists() else []
@@ -143,8 +143,8 @@ def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads:
 
 
 def _environment(folder: Path, marker: str) -> dict[str, str]:
-    """The environment of an engine: the user's, less their settings for these frameworks;
-    nothing phones home.
+    """The environment of an engine: the user's, without settings for these frameworks and
+    without telemetry.
     """
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith(("FEDPOOL_", "PREFECT_", "RAY_", "FLWR_", "NVFLARE_"))
@@ -161,13 +161,13 @@ def _environment(folder: Path, marker: str) -> dict[str, str]:
         "PREFECT_HOME": str(folder / "prefect"),
         "FLWR_HOME": str(folder / "flwr"),
         "RAY_TMPDIR": str(folder),
-        "TMPDIR": str(folder),  # nothing of an engine that was killed stays behind
+        "TMPDIR": str(folder),  # so that a killed engine leaves nothing behind
     }
 
 
 def _end(memory: PeakMemory, *, patience_s: float) -> None:
-    """Wait for the engine's processes, then stop those that are left: only what this run started
-    is among them.
+    """Wait for the engine's processes, then stop those that are left. Only this run's processes
+    are affected.
     """
     deadline = time.monotonic() + patience_s
     while (left := memory.members()) and time.monotonic() < deadline:

@@ -1,8 +1,7 @@
-"""Peak memory of everything that one command starts, as summed PSS, and its processor time. Linux
-only.
+"""Peak memory, as summed PSS, and processor time of everything that one command starts. Linux only.
 
 PSS (proportional set size) counts a page that n processes share as 1/n in each, so the sum counts
-every page once: resident sizes would charge a forked process for memory that it does not use.
+every page once. Resident sizes would charge a forked process for memory that it doesn't use.
 """
 
 import os
@@ -15,21 +14,21 @@ PROC = Path("/proc")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 INTERVAL_S = 0.05
 MAX_LOAD = 0.05
-"""Share of one core that sampling may take: reading one torch process costs 3-4 ms, and would
-slow what it measures.
+"""Share of one core for sampling: reading one torch process takes 3-4 ms, which would slow it
+down.
 """
 
 
 class PeakMemory:
     """Samples a process tree from a thread, as a context manager.
 
-    The tree is the root, its descendants, and whatever carries `marker` in its environment: daemons
-    leave their parent. A process once seen stays in the tree, because some overwrite their
-    environment to change their title.
+    The tree is the root, its descendants, and every process with `marker` in its environment,
+    because daemons leave their parent. A process stays in the tree once seen, because some
+    overwrite their environment to change their title.
 
     Attributes:
-        peak_bytes: the largest sum seen.
-        num_processes: how many processes made up that sum.
+        peak_bytes: the largest sum so far.
+        num_processes: the number of processes in that sum.
     """
 
     def __init__(self, root: int, *, marker: str) -> None:
@@ -37,7 +36,7 @@ class PeakMemory:
         self.num_processes = 0
         self._marker = marker.encode()
         status = _status(PROC / str(root))
-        self._seen = {root: status[1]} if status else {}  # pid -> start time: pids are used again
+        self._seen = {root: status[1]} if status else {}  # pid -> start time, because pids are reused
         self._cpu_s: dict[tuple[int, str], float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
@@ -54,13 +53,13 @@ class PeakMemory:
 
     @property
     def cpu_s(self) -> float:
-        """Processor time of the tree, as last sampled; a process that lived between two samples
-        is missing.
+        """Processor time of the tree at the last sample; lacks processes that lived between two
+        samples.
         """
         return sum(self._cpu_s.values())
 
     def members(self) -> set[int]:
-        """The pids of the tree now, zombies left out."""
+        """The current pids of the tree, without zombies."""
         table = {}
         for entry in PROC.iterdir():
             if entry.name.isdigit() and (status := _status(entry)):
@@ -90,14 +89,14 @@ class PeakMemory:
 
 
 def machine_cpu_s() -> float:
-    """Processor time that the machine has spent since it started, on everything."""
+    """Processor time that the machine has spent on everything since it started."""
     user, nice, system, _, _, irq, softirq, steal = map(int, _read(PROC / "stat").split()[1:9])
     return (user + nice + system + irq + softirq + steal) / _TICKS_PER_S
 
 
 def _status(entry: Path) -> tuple[int, str, float] | None:
-    """Parent, start time and processor seconds of a process; None once it has ended."""
-    fields = _read(entry / "stat").rpartition(b")")[2].split()  # the name before ")" may hold anything
+    """Parent, start time and processor seconds of a process; None if it has ended."""
+    fields = _read(entry / "stat").rpartition(b")")[2].split()  # the name before ")" may contain anything
     if not fields or fields[0] in b"ZX":
         return None
     return int(fields[1]), fields[19].decode(), (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
@@ -111,7 +110,7 @@ def _pss_bytes(pid: int) -> int:
 
 
 def _read(path: Path) -> bytes:
-    """The file, or nothing when its process has ended or belongs to somebody else."""
+    """The file's content; empty if its process has ended or belongs to another user."""
     try:
         return path.read_bytes()
     except OSError:

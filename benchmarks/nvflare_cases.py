@@ -1,5 +1,5 @@
-"""What `nvflare_scripts.py` knows of single scripts of NVFlare's: their arguments, their data,
-and why some cannot run here.
+"""Settings for `nvflare_scripts.py`: arguments and data of NVFlare's scripts, and why some can't
+run here.
 """
 
 import json
@@ -21,7 +21,7 @@ _GPU = re.compile(
     r'|init_process_group\("nccl"\)|optim="paged_',
     re.MULTILINE,
 )
-"""How scripts ask for a GPU, whether there is one or not."""
+"""Lines with which scripts ask for a GPU even if there is none."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Case:
         pattern: of the path in the checkout.
         arguments: of the script; `{data}` is the folder that `prepare` fills.
         prepare: makes the data that a script expects.
-        beside: folders of the checkout that its modules lie in, beside its own.
-        model: an expression in one of its modules, "net:Net()"; without it the model is what it has
-            when it runs alone.
-        images: how many the made-up data set has; 0 takes a few.
-        shape: of the one array that scripts exchange which use nothing but NumPy.
+        beside: folders of the checkout with its modules, in addition to its own.
+        model: an expression in one of its modules, such as "net:Net()"; if empty, the model that
+            the script has when it runs alone.
+        images: size of the generated data set; 0 gives a few images.
+        shape: of the one array that NumPy scripts exchange.
         gpu: whether it needs one.
-        reason: why it is not run.
+        reason: why it isn't run.
     """
 
     pattern: str
@@ -53,7 +53,7 @@ class Case:
 
 
 def case_of(path: str) -> Case:
-    """The first case that fits; one without settings when none does."""
+    """The first case that matches a path; if none does, one without settings."""
     return next((case for case in CASES if fnmatch(path, case.pattern)), Case(path))
 
 
@@ -63,13 +63,13 @@ def _site_indices(data: Path) -> None:
 
 
 def _folders(data: Path) -> None:
-    """Folders that scripts save their best models in, by an absolute path."""
+    """Make the folders, with absolute paths, in which scripts save their best models."""
     for site in range(1, NUM_SITES + 1):
         Path(f"/tmp/nvflare/data/site-{site}").mkdir(parents=True, exist_ok=True)
 
 
 def _transactions(data: Path) -> None:
-    """A graph of transactions: its features, its edges, and which are illicit."""
+    """Make a graph of transactions: features, edges, and which are illicit."""
     import pandas
 
     generator, size = np.random.default_rng(0), 60
@@ -84,7 +84,7 @@ def _transactions(data: Path) -> None:
 
 
 def _texts(data: Path) -> None:
-    """The language model, and data sets of its words as `datasets` saves them."""
+    """Make the language model, and data sets of its words as `datasets` saves them."""
     from datasets import Dataset
 
     _language_model(data)
@@ -93,7 +93,9 @@ def _texts(data: Path) -> None:
 
 
 def _language_model(data: Path) -> None:
-    """A language model of some thousand parameters, its tokenizer, and sentences for each site."""
+    """Make a language model of some thousand parameters, its tokenizer, and sentences for each
+    site.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -123,7 +125,7 @@ def _language_model(data: Path) -> None:
             (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
 
 
-SERVER = "needs code of the server's that the example brings along: "
+SERVER = "needs server code that is part of the example: "
 DOWNLOAD = "needs data that the example downloads"
 HUB = "needs a hub"
 _BRIEF = "--train_idx_root {data} --aggregation_epochs 1 --num_workers 0"
@@ -154,13 +156,13 @@ CASES = (
     Case("*/hello-pt-cse/*", prepare=_folders),
     Case("*/e2e/jobs/cifar10/*", "--data-root {data} --sites site-1,site-2", beside=(f"{_E2E}/app_server/custom",)),
     Case("*/automodel_*_client.py", "--backend mock --train_file none", lambda _: None, model=_LAYER),
-    Case("*/pt_client_api_torchrun_cpu/*", reason="insists that receive() gives None to ranks above 0"),
+    Case("*/pt_client_api_torchrun_cpu/*", reason="requires that receive() returns None at ranks above 0"),
     Case("*/auto-fl-research/tasks/cifar10/client.py", _BRIEF + " --scaffold", _site_indices, ("research/auto-fl-research",)),
     Case("*/hello-lr/client.py", reason=SERVER + "it sends gradients and a Hessian, not a model"),
     Case("*/newton_raphson_train.py", reason=SERVER + "it sends gradients and a Hessian, not a model"),
     Case("*/kaplan_meier_train*.py", reason=SERVER + "it sends histograms, not a model"),
     Case("*kaplan-meier-he/client*.py", reason=SERVER + "it sends histograms, not a model"),
-    Case("*/fedbpt_train.py", reason=SERVER + "it sends what an evolution strategy asks for"),
+    Case("*/fedbpt_train.py", reason=SERVER + "it sends the values of an evolution strategy"),
     Case("*/sklearn-kmeans/client.py", reason=SERVER + "it starts from settings, and sends centres and counts"),
     Case("*/kmeans_fl.py", reason=SERVER + "it starts from settings, and sends centres and counts"),
     Case("*/sklearn-svm/client.py", reason=SERVER + "it starts from settings, and sends support vectors"),
@@ -183,21 +185,23 @@ CASES = (
     Case("docs/*", reason="is a fragment of the documentation"),
     _CIFAR10,
 )  # fmt: skip
-"""What is known of single scripts; the first that fits counts."""
+"""Settings of single scripts; the first case that matches counts."""
 
 
 def reason_of(path: str, text: str, modules: set[str], missing: list[str]) -> str:
-    """Why a script cannot run here; empty when it can.
+    """Why a script can't run here; empty if it can.
 
     Args:
+        path: in the checkout.
+        text: of the script.
         modules: all that it imports.
-        missing: those of them that are not installed, and not its own.
+        missing: the imported modules that are neither installed nor its own.
     """
     case = case_of(path)
     if case.reason:
         return case.reason
     if modules & {"tensorflow", "jax", "flwr"}:
-        return "is of another framework"
+        return "uses another framework"
     if "torch.utils.tensorboard" in text and find_spec("tensorboard") is None:
         missing = [*missing, "tensorboard"]
     if missing:
@@ -225,5 +229,5 @@ def kind_of(modules: set[str], text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Say how far it is."""
+    """Print progress."""
     print(text, file=sys.stderr, flush=True)

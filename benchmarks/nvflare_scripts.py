@@ -1,5 +1,5 @@
-"""Run the client scripts of NVFlare's examples after `fedpool migrate`, untouched otherwise, and
-print what became of each.
+"""Run the client scripts of NVFlare's examples after `fedpool migrate`, with no other changes, and
+print the outcome of each.
 
 ::
 
@@ -7,12 +7,12 @@ print what became of each.
     pip install datasets opacus pandas tensorboard torch_geometric trl
     python benchmarks/nvflare_scripts.py NVFlare
 
-Copies are migrated in a scratch folder, and each is run in `SimEnv`, two sites and two rounds. Its
-initial model is what the script itself has when it runs alone, or one small array where NumPy is
-all that it uses. Images are made up: `synthetic/` holds a stand-in for torchvision. Where a script
-takes its data or its model by arguments, it is given tiny ones (`nvflare_cases.py`). A script that
-cannot run here is listed with the reason. Keep the checkout out of /tmp/nvflare, where some of the
-scripts write.
+Copies are migrated in a scratch folder, and each runs in `SimEnv` with two sites and two rounds.
+The initial model is the one that the script has when it runs alone, or one small array if it uses
+only NumPy. Images are generated: `synthetic/` has a stand-in for torchvision. A script that takes
+its data or its model by arguments gets tiny ones (`nvflare_cases.py`). A script that can't run here
+is listed with the reason. Keep the checkout out of /tmp/nvflare, because some of the scripts write
+there.
 """
 
 import argparse
@@ -54,10 +54,10 @@ class Settings:
     """How to run one script.
 
     Attributes:
-        model: "numpy", one array of a known name; "alone", what the script sends when it runs
-            alone; or an expression of `Case`.
-        algorithm: "scaffold", "fedprox" or none.
-        python_path: where its modules lie, beside its own folder.
+        model: "numpy", one array with a known name; "alone", the model that the script sends when
+            it runs alone; or an expression of `Case`.
+        algorithm: "scaffold", "fedprox" or "".
+        python_path: the folders with its modules, in addition to its own.
     """
 
     script: Path
@@ -73,9 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Found:
-    """A script and what became of it: `ran`, `left` (something to do by hand), `failed`, or `not
-    run`.
-    """
+    """A script and its outcome: `ran`, `left` (something to do by hand), `failed`, or `not run`."""
 
     path: str
     kind: str
@@ -84,17 +82,19 @@ class Found:
 
 
 def main() -> None:
-    """Run all that match, print a line for each and a table, and end with 1 if one failed."""
+    """Run all matching scripts, print a line for each and a table, and exit with 1 if one
+    failed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="folder of NVFlare's repository")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of paths in it, in the order to run")
-    parser.add_argument("--json", type=Path, help="also write the outcomes here, one after the other")
+    parser.add_argument("--json", type=Path, help="also write the outcomes to this file, as they become known")
     parser.add_argument(
-        "--resume", action="store_true", help="do not run again what has run by the outcomes in the file of --json"
+        "--resume", action="store_true", help="skip the scripts that have run according to the file of --json"
     )
     arguments = parser.parse_args()
     if arguments.resume and not arguments.json:
-        parser.error("--resume needs the file of --json")
+        parser.error("--resume needs --json FILE")
     found = []
     before = _outcomes(arguments.json) if arguments.resume else {}
     _CONTEXT.set_forkserver_preload(["fedpool.deployments.sim", "fedpool.flows.job", "torch", "prefect.flow_engine"])
@@ -111,8 +111,8 @@ def main() -> None:
 
 
 def _scripts(checkout: Path, patterns: Sequence[str]) -> Iterator[str]:
-    """Client scripts: they import NVFlare's client and take part in rounds; those of the first
-    pattern first.
+    """The client scripts: those that import NVFlare's client and take part in rounds, in the
+    order of the patterns.
     """
     paths = list(_client_scripts(checkout))
     for pattern, *earlier in (patterns[number::-1] for number in range(len(patterns))):
@@ -132,7 +132,7 @@ def _client_scripts(checkout: Path) -> Iterator[str]:
 
 
 def _outcomes(file: Path) -> dict[str, Found]:
-    """Which scripts have run, by an earlier file of outcomes."""
+    """The scripts that ran according to an earlier file of outcomes."""
     found = [Found(**fields) for fields in json.loads(file.read_text())] if file.exists() else []
     return {each.path: each for each in found if each.outcome == "ran"}
 
@@ -159,7 +159,7 @@ def _check(checkout: Path, path: str, scratch: Path) -> Found:
     data.mkdir()
     if case.prepare:
         case.prepare(data)
-    stand_in = [] if kind == "Hugging Face" else [SYNTHETIC]  # transformers would use much more of torchvision
+    stand_in = [] if kind == "Hugging Face" else [SYNTHETIC]  # transformers uses much more of torchvision
     own = os.pathsep.join(map(str, [*stand_in, *(scratch / str(n) for n in range(1, len(folders)))]))
     settings = Settings(
         script,
@@ -180,15 +180,13 @@ def _check(checkout: Path, path: str, scratch: Path) -> Found:
 
 
 def _by_one_array(text: str) -> bool:
-    """Whether a script looks its parameters up by the name of the one array that NVFlare's NumPy
-    recipes exchange.
-    """
+    """Whether a script uses the name of the one array that NVFlare's NumPy recipes exchange."""
     return "NUMPY_KEY" in text or '"numpy_key"' in text
 
 
 def _in_a_process(target: Callable[["Settings"], None], settings: "Settings") -> str:
-    """Call a function in a process that has imported what takes long; what it ended with, empty
-    when all went well.
+    """Call a function in a process that has imported the slow modules; returns the error, or ""
+    on success.
     """
     log = settings.data / f"{target.__name__}.log"
     process = _CONTEXT.Process(target=_logged, args=(log, target, settings))
@@ -215,8 +213,8 @@ def _logged(log: Path, target: Callable[["Settings"], None], settings: "Settings
 
 
 def _alone(settings: "Settings") -> None:
-    """Run a script alone until it loads the received model, or sends, and keep its model as it
-    is then.
+    """Run a script alone until it loads the received model or sends, and keep its model at that
+    point.
     """
     import torch
 
@@ -232,13 +230,13 @@ def _alone(settings: "Settings") -> None:
         return assignment and dataclasses.replace(assignment, update=str(target))
 
     def load_kept(self: torch.nn.Module, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(state_dict).__name__ == "InitialParams":  # what a script receives when it is alone
+        if type(state_dict).__name__ == "InitialParams":  # a script that runs alone receives these
             with target.open("wb") as file:
                 save_arrays(file, self.state_dict())
             os._exit(0)
         return load(self, state_dict, *args, **kwargs)
 
-    # This process is for the one script.
+    # This process only runs this script.
     hosts.Standalone.next = next_kept  # type: ignore[method-assign]
     torch.nn.Module.load_state_dict = load_kept  # type: ignore[method-assign]
     torch.nn.Module.load_state_dict.wrapped_by_fedpool = True  # type: ignore[attr-defined]
@@ -248,7 +246,7 @@ def _alone(settings: "Settings") -> None:
 
 
 def _built(settings: "Settings") -> None:
-    """Keep the model that an expression of one of the script's modules gives."""
+    """Keep the model that an expression in one of the script's modules gives."""
     from fedpool.arrays import save_arrays
 
     sys.path[:0] = [str(settings.script.parent), *settings.python_path.split(os.pathsep)]
@@ -259,7 +257,7 @@ def _built(settings: "Settings") -> None:
 
 
 def _imported(text: str) -> set[str]:
-    """The packages that a script imports, the standard library and NVFlare aside."""
+    """The packages that a script imports, without the standard library and NVFlare."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -277,7 +275,7 @@ def _there(name: str, folders: list[Path]) -> bool:
 
 
 def _migrate(folder: Path) -> list[str]:
-    """`fedpool migrate` of a folder; its lines on what is left."""
+    """Run `fedpool migrate` on a folder; returns its lines about the changes left to do."""
     from fedpool.cli.migrate_command import migrate
 
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -287,7 +285,7 @@ def _migrate(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _server() -> Iterator[None]:
-    """One Prefect server for all jobs, named in the environment of all processes to come."""
+    """One Prefect server for all jobs, set in the environment of all further processes."""
     from fedpool.deployments.server import private_server
 
     with private_server() as server:
@@ -297,7 +295,7 @@ def _server() -> Iterator[None]:
 
 
 def _run_job(settings: "Settings") -> None:
-    """Run the job, and see that every site's update was accepted in both rounds."""
+    """Run the job, and check that every site's update was accepted in both rounds."""
     import numpy as np
 
     from fedpool import FedAvgRecipe, FedProxRecipe, ScaffoldRecipe, SimEnv
@@ -310,7 +308,7 @@ def _run_job(settings: "Settings") -> None:
         name="check",
         min_clients=NUM_SITES,
         num_rounds=2,
-        model=model or array,  # a script that sends back what it gets has no model of its own
+        model=model or array,  # a script that sends back the received model has none of its own
         train_script=settings.script,
         train_args=settings.arguments,
         cross_site_eval=settings.cross_site_eval,
@@ -325,7 +323,7 @@ def _run_job(settings: "Settings") -> None:
 
 
 def _table(found: list[Found]) -> Iterator[str]:
-    """Outcomes by kind, as Markdown; then what each script that did not run lacks."""
+    """Outcomes by kind, as Markdown; then the details of each script."""
     outcomes = ("ran", "left", "failed", "not run")
     yield f"| kind | scripts | {' | '.join(outcomes)} |"
     yield "|---|" + "---:|" * (len(outcomes) + 1)

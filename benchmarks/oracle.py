@@ -1,25 +1,25 @@
-"""Every algorithm against a framework-free implementation: the same cases, the same weights.
+"""Compares every algorithm with a framework-free implementation: the same cases, the same weights.
 
 The oracle's figures come from plain numpy on the scikit-learn digits: softmax regression from
 zeros, 10 sites, a Dirichlet(alpha) label split, 50 rounds, SGD with batch 16 and lr .1, weights =
-rows. A figure is the test accuracy of the global model, the mean of the last 5 rounds and of the
+rows. A figure is the test accuracy of the global model, averaged over the last 5 rounds and the
 seeds. Server optimizers: beta1 .9, beta2 .99, tau 1e-3. SCAFFOLD is option II. Cyclic trains one
-epoch a site, and a round of its figure is a turn of every site. A hostile site sends its update
-times -10. Robust rules: trim .2 a side, Krum f = 2, multi-Krum m = 6.
+epoch per site, and a round of its figure is one turn of every site. A hostile site sends its update
+times -10. Robust rules: trim .2 per side, Krum f = 2, multi-Krum m = 6.
 
-Sites draw what the oracle draws, so seed 0 must come to the oracle's final model, and all seeds to
-its accuracies. With hostile sites all updates count alike. Where the oracle does not do as the
-paper, a row says so by a field: FedAdagrad's beta1 is .9, SCAFFOLD weighs the model and not the
-variates, Bulyan's median is a midpoint, the geometric median has no weights.
+Sites draw the oracle's random numbers, so seed 0 must give the oracle's final model, and all seeds
+its accuracies. With hostile sites, all updates have the same weight. Where the oracle differs from
+the paper, the row has a field for it: FedAdagrad's beta1 is .9, SCAFFOLD weights the model but not
+the variates, Bulyan's median is a midpoint, the geometric median has no weights.
 
 Run it from the root of the repository; the whole table is 90 jobs of some 10 s each on two cores:
 
     python benchmarks/oracle.py
     python benchmarks/oracle.py --rows fedavg-1,krum --seeds 1
 
-Exits with 1 when a row is out of tolerance: 1e-9 for the weights of seed 0's final model, what was
-rounded off for accuracies. A number of rounds other than 50 has no figure to be held against: such
-a run prints its accuracies, judges nothing and exits with 0.
+Exits with 1 if a row is out of tolerance: 1e-9 for the weights of seed 0's final model, the
+rounding of the oracle's figures for accuracies. The oracle has figures only for 50 rounds: a run
+with another number of rounds prints its accuracies, judges nothing and exits with 0.
 """
 
 import argparse
@@ -54,19 +54,17 @@ NUM_SITES = 10
 NUM_ROUNDS = 50  # of the oracle's figures
 NUM_SEEDS = 5  # of the oracle's mean accuracies
 TOLERANCES = (0.00005 + 1e-12, 5e-7, 1e-9)
-"""Of the mean accuracy, given to four digits; of seed 0's accuracy, given to six; and of its
+"""For the mean accuracy, given to four digits; for seed 0's accuracy, given to six; and for its
 final model.
 """
 WITH_TORCH = (ScaffoldRecipe, FedProxRecipe)
-NUM_SCORED = 5  # the last models, whose mean accuracy is the figure
+NUM_SCORED = 5  # the number of last models whose mean accuracy is the figure
 CLIENT = Path(__file__).resolve().parent / "oracle_client" / "client.py"
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of the oracle's final model: the sum of its absolute values, and two of its
-    (65, 10) weights.
-    """
+    """The oracle's final model: the sum of its absolute values, and two of its (65, 10) weights."""
 
     total: float
     weight_20_3: float
@@ -74,20 +72,20 @@ class Model:
 
     @classmethod
     def of(cls, weight: np.ndarray) -> "Model":
-        """The same of ours, (10, 65)."""
+        """The same values of our (10, 65) weight."""
         return cls(float(np.abs(weight).sum()), float(weight[3, 20]), float(weight[0, 64]))
 
     def difference(self, other: "Model") -> float:
-        """The largest difference, relative to what is larger than 1."""
+        """The largest difference, relative for values above 1."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return max(abs(one - two) / max(1.0, abs(two)) for one, two in pairs)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a recipe, a label split, the local work, and what the oracle came to.
+    """One row of the table: a recipe, a label split, the local work, and the oracle's figures.
 
-    `mean` is its accuracy over five seeds, to four digits; `first` and `model` are the accuracy and
+    `mean` is the accuracy over five seeds, to four digits; `first` and `model` are the accuracy and
     the final model of seed 0.
     """
 
@@ -104,7 +102,7 @@ class Case:
 
 
 def hostile(name: str, mean: float, first: float, model: Model, num_hostile: int = 2, **fields: Any) -> Case:
-    """A row with hostile sites among ten that are alike."""
+    """A row with hostile sites among ten sites with the same mix of labels."""
     return Case(name, mean, first, model, fields=fields, alpha=100, num_hostile=num_hostile)
 
 
@@ -217,7 +215,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one job came to."""
+    """The result of one job."""
 
     accuracy: float
     model: Model
@@ -225,8 +223,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A case and what fedpool came to, seed by seed; `judged` is false where the oracle has no
-    figure for so many rounds.
+    """A case and fedpool's outcome for each seed; `judged` is false if the oracle has no figure
+    for the number of rounds.
     """
 
     case: Case
@@ -240,7 +238,7 @@ class Row:
 
     @property
     def differences(self) -> tuple[float, float, float]:
-        """Ours from the oracle's: the mean accuracy, where all of its seeds were run; accuracy
+        """Our figures minus the oracle's: the mean accuracy if all seeds were run, and accuracy
         and final model of seed 0.
         """
         first = self.outcomes[0]
@@ -249,7 +247,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether the row is out of tolerance; NaN is."""
+        """Whether the row is out of tolerance; so is NaN."""
         pairs = zip(self.differences, TOLERANCES, strict=True)
         return self.judged and not all(abs(difference) <= tolerance for difference, tolerance in pairs)
 
@@ -263,19 +261,19 @@ class Row:
 
 
 def header(rows: Sequence[Row]) -> list[str]:
-    """Names of the columns: accuracies of seed 0, how far its final model is, and the means of
-    all seeds where all were run.
+    """Names of the columns: accuracies of seed 0, difference of its final model, and the means
+    of all seeds if all were run.
     """
     means = ["oracle, 5 seeds", "ours, 5 seeds"] if len(rows[0].outcomes) == NUM_SEEDS else []
     return ["case", "oracle", "ours", "final model differs by", *means, "ok"]
 
 
 def run_job(case: Case, *, seed: int, num_rounds: int, num_threads: int) -> Outcome:
-    """Run one job in simulation and return the mean test accuracy of its last `NUM_SCORED` global
-    models, and the last model.
+    """Simulate one job, and return the mean accuracy of its last `NUM_SCORED` global models and the
+    last model.
 
-    A site scores the model it receives, so entry r of the metrics belongs to global model r; the
-    evaluation round at the end scores the last one.
+    A site scores the model that it receives, so entry r of the metrics belongs to global model r;
+    the evaluation round at the end scores the last one.
     """
     arguments = f"--alpha {case.alpha} --seed {seed} --sites {NUM_SITES} --epochs {case.epochs}"
     arguments += f" --hostile {case.num_hostile}" + " --alike" * (case.num_hostile > 0)
@@ -318,7 +316,7 @@ def as_markdown(rows: list[Row]) -> str:
 def case_names(text: str) -> list[str]:
     """Return the names in a comma-separated list.
 
-    Raises argparse.ArgumentTypeError for a name that is no case.
+    Raises argparse.ArgumentTypeError for an unknown name.
     """
     names = text.split(",")
     if unknown := [name for name in names if name not in CASES]:
@@ -329,7 +327,7 @@ def case_names(text: str) -> list[str]:
 def at_least_one(text: str) -> int:
     """Return the number in `text`.
 
-    Raises argparse.ArgumentTypeError for anything but a whole number from 1.
+    Raises argparse.ArgumentTypeError if it isn't a whole number from 1.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
@@ -343,7 +341,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=at_least_one, default=5, help="seeds 0 to N-1 (default 5)")
     parser.add_argument("--rounds", type=at_least_one, default=NUM_ROUNDS, help="only 50, the default, is judged")
     parser.add_argument("--threads", type=at_least_one, default=2, help="sites that train at once (default 2)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file")
     args = parser.parse_args()
 
     rows = []

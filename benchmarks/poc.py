@@ -1,9 +1,8 @@
-"""Run one job as a proof of concept, every site a process of its own, and print what a round costs
-beside its training.
+"""Run one job as a proof of concept, with a process per site, and print each round's overhead.
 
-Training is a sleep of 3 s, so that sites do not compete for the processors. A round's time is the
-time between the moments at which the first site receives two successive rounds; its overhead is
-that time less 3 s.
+Training is a sleep of 3 s, so that sites don't compete for the processors. A round's time is the
+time between the first site receiving it and receiving the next round; its overhead is that time
+minus 3 s.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 from measure import Case, Engine, EngineError, Sample, run_engine
 from tables import report_overheads
 
-TRAINING_S = 3.0  # as engines/sleeping.py does
+TRAINING_S = 3.0  # as in engines/sleeping.py
 ENGINES = {
     "fedpool": Engine("poc_fedpool_job.py", arguments=("--look-ahead", "4")),
     "fedpool-no-look-ahead": Engine("poc_fedpool_job.py", arguments=("--look-ahead", "0")),
@@ -30,7 +29,7 @@ def main() -> None:
     """Run every engine with every number of sites, print the table, and exit with 1 if one
     failed.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # through the clean-up: engines have daemons
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # runs the clean-up, because engines have daemons
     arguments = _arguments()
     pythons = _pythons(arguments.engines, arguments.peer_venvs)
     results: dict[Case, dict[str, list[Sample]]] = {}
@@ -39,7 +38,7 @@ def main() -> None:
         case = Case("poc", "sleep", num_sites, arguments.rounds)
         names = [name for name in arguments.engines if name != "nvflare" or num_sites <= arguments.nvflare_sites]
         results[case] = {name: [] for name in names}
-        for repeat in range(arguments.repeat):  # engine after engine, so that a slow minute hits all of them
+        for repeat in range(arguments.repeat):  # engine after engine, so that a slow minute affects all of them
             for name in names:
                 _note(f"{num_sites} sites: {name}, run {repeat + 1} of {arguments.repeat}")
                 try:
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def _pythons(names: Sequence[str], peer_venvs: Path) -> dict[str, Path]:
-    """The interpreter of each engine; exits with the remedy when one is missing."""
+    """The interpreter of each engine; exits with the remedy if one is missing."""
     pythons = {}
     for name in names:
         peer = ENGINES[name].peer
@@ -76,17 +75,17 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of every engine; the table holds their medians")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of every engine; the table has their medians")
     parser.add_argument("--peers", action="store_true", help="also NVFlare and Flower")
     parser.add_argument(
-        "--nvflare-sites", type=int, default=4, help="NVFlare runs up to this number: it starts two processes a site"
+        "--nvflare-sites", type=int, default=4, help="most sites for NVFlare, which starts two processes per site"
     )
     parser.add_argument("--engines", type=lambda text: text.split(","), help=f"only these, of {','.join(ENGINES)}")
     parser.add_argument(
         "--peer-venvs",
         type=Path,
         default=Path(__file__).resolve().parents[1] / ".venvs",
-        help="holds nvflare/ and flower/",
+        help="folder with the virtual environments nvflare/ and flower/",
     )
     parser.add_argument("--timeout-s", type=float, default=900)
     parser.add_argument("--json", type=Path, help="write every run's figures to this file")
@@ -96,7 +95,7 @@ def _arguments() -> argparse.Namespace:
     if unknown := set(arguments.engines) - ENGINES.keys():
         parser.error(f"no engine is named {', '.join(sorted(unknown))}: choose from {', '.join(ENGINES)}")
     if arguments.rounds < 3:
-        parser.error("--rounds must be at least 3: the first round, which starts sessions, is left out of the median")
+        parser.error("--rounds must be at least 3, because the median excludes the first round, which starts sessions")
     arguments.peer_venvs = arguments.peer_venvs.absolute()
     return arguments
 

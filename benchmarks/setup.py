@@ -1,12 +1,12 @@
-"""What `make demo` costs on a fresh machine: time, processor time and disk until the first round is
-committed.
+"""The cost of `make demo` on a fresh machine until the first round is committed: time, processor
+time and disk.
 
     python benchmarks/setup.py [REVISION ...]
 
 Clones each revision of this checkout (HEAD by default) into an empty folder, with empty caches of
-pip and uv, and runs its `make demo`, one after the other. The processor time is that of make and of
-all processes below it, those that have ended included. What a package registry near you keeps is
-not part of it: compare revisions of one run.
+pip and uv, and runs its `make demo`, one revision after the other. The processor time is that of
+make and all processes below it, including those that have ended. The cache of a package registry
+near you affects the figures, so compare only revisions of one run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def processor_s(process: psutil.Process) -> float:
-    """Processor seconds of a process, of what it waited for, and of what lives below it."""
+    """Processor seconds of a process, its children that have ended, and its running descendants."""
     total = 0.0
     for each in (process, *process.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
@@ -34,7 +34,7 @@ def processor_s(process: psutil.Process) -> float:
 
 
 def measure(revision: str, folder: Path) -> tuple[float, float, float]:
-    """Seconds, processor seconds and GB on disk when the first round of `make demo` is there.
+    """Seconds, processor seconds and GB on disk when `make demo` has committed its first round.
 
     Raises:
         RuntimeError: the command ended without one.

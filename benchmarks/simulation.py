@@ -1,8 +1,8 @@
-"""Run one job with a bare loop, fedpool and other frameworks, and print what each costs.
+"""Run one job with a bare loop, fedpool and other frameworks, and print the cost of each.
 
-Every engine is a process of its own, measured from outside: total time from its start to its exit,
-the time between the moments at which the first site receives two successive rounds, and the peak
-summed PSS of all its processes.
+Every engine is a process of its own, measured from outside: total time from start to exit, the time
+between the first site receiving one round and the next, and the peak summed PSS of all its
+processes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ENGINES = {
 
 
 def main() -> None:
-    """Run the cases asked for, print a table for each, and exit with 1 if an engine failed."""
+    """Run the chosen cases, print a table for each, and exit with 1 if an engine failed."""
     arguments = _arguments()
     pythons = _pythons(arguments.engines, arguments.peer_venvs)
     cases = [Case("digits", "digits", arguments.sites, arguments.rounds)]
@@ -40,7 +40,7 @@ def main() -> None:
     for case in cases:
         names = [name for name in arguments.engines if case.num_sites <= ENGINES[name].max_sites]
         results[case] = {name: [] for name in names}
-        for repeat in range(arguments.repeat):  # engine after engine, so that a slow minute hits all of them
+        for repeat in range(arguments.repeat):  # engine after engine, so that a slow minute affects all of them
             for name in names:
                 _note(f"{case.title}, {case.num_sites} sites: {name}, run {repeat + 1} of {arguments.repeat}")
                 try:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _pythons(names: Sequence[str], peer_venvs: Path) -> dict[str, Path]:
-    """The interpreter of each engine; exits with the remedy when one is missing."""
+    """The interpreter of each engine; exits with the remedy if one is missing."""
     pythons = {}
     for name in names:
         peer = ENGINES[name].peer
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2, help="sites that train at the same time")
-    parser.add_argument("--repeat", type=int, default=1, help="runs of every engine; the table holds their medians")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of every engine; the table has their medians")
     parser.add_argument("--peers", action="store_true", help="also NVFlare and Flower")
     parser.add_argument("--large", action="store_true", help="also a model of 300 MB")
     parser.add_argument("--many", action="store_true", help=f"also {MANY_SITES[0]} and {MANY_SITES[-1]} sites")
@@ -89,7 +89,7 @@ def _arguments() -> argparse.Namespace:
         "--peer-venvs",
         type=Path,
         default=Path(__file__).resolve().parents[1] / ".venvs",
-        help="holds nvflare/ and flower/",
+        help="folder with the virtual environments nvflare/ and flower/",
     )
     parser.add_argument("--timeout-s", type=float, default=1800)
     parser.add_argument("--json", type=Path, help="write every run's figures to this file")
@@ -99,7 +99,7 @@ def _arguments() -> argparse.Namespace:
     if unknown := set(arguments.engines) - ENGINES.keys():
         parser.error(f"no engine is named {', '.join(sorted(unknown))}: choose from {', '.join(ENGINES)}")
     if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2: a round's time is the time between two")
+        parser.error("--rounds must be at least 2, because a round's time is measured between two rounds")
     arguments.peer_venvs = arguments.peer_venvs.absolute()
     return arguments
 

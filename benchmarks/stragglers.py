@@ -1,6 +1,6 @@
-"""Run a job with one slow site by several rules, and print how long 10 rounds take by each.
+"""Run a job with one slow site under several rules, and print how long 10 rounds take with each.
 
-Training is a sleep, so that sites do not compete for the processors: .3 s, and ten times as much at
+Training is a sleep, so that sites don't compete for the processors: .3 s, and ten times as long at
 the slow site.
 """
 
@@ -68,8 +68,8 @@ def main() -> None:
 
 
 def run(rule: str, num_rounds: int) -> tuple[float, int]:
-    """Seconds from the first round's beginning to the last one's end, and how many rounds went
-    on without the slow site.
+    """Seconds from the start of the first round to the end of the last, and the number of rounds
+    that closed without the slow site.
     """
     slow_s = {"no slow site": TRAINING_S, "hung site, grace of 50 %": 1e6}.get(rule, SLOW * TRAINING_S)
     with tempfile.TemporaryDirectory(prefix="fedpool-stragglers-") as folder:

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Sequence
 from measure import Case, Sample
 
 SCORE_TOLERANCE = 0.01
-"""Room for another order of summing; another weight, seed or split shows."""
+"""Allows for a different order of summing, but not for a different weight, seed or split."""
 
 
 def report(case: Case, results: dict[str, list[Sample]]) -> Iterable[str]:
-    """The lines of a case's table: medians over the runs, and how many times fedpool's figure
-    each is.
-    """
+    """The lines of a case's table: medians over the runs, and their ratios to fedpool's."""
     yield f"\n{case.title}: {case.num_sites} sites, {case.num_rounds} round{'s' * (case.num_rounds > 1)}\n"
     unit = "ms a site" if case.num_rounds == 1 else "round s"
     reference = _figures(case, results.get("fedpool", []))
@@ -46,8 +44,8 @@ def report_growth(
 
 
 def report_overheads(results: dict[Case, dict[str, list[Sample]]], *, training_s: float) -> Iterable[str]:
-    """What a round costs beside its training. The first round, which starts the sites' scripts,
-    is left out of the median.
+    """The overhead of a round. The median excludes the first round, which starts the sites'
+    scripts.
     """
     header = ("engine", "sites", "overhead s", "worst", "first round", "start s", "total s", "processes", "PSS GB")
     rows: list[tuple[str, ...]] = [(*header, "score", "other cores")]
@@ -74,11 +72,11 @@ def report_overheads(results: dict[Case, dict[str, list[Sample]]], *, training_s
             wrong |= any(abs(sample.score - (case.num_rounds - 1)) > SCORE_TOLERANCE for sample in samples)
     yield from _table(rows)
     if wrong:
-        yield "\nA score is not the number of rounds: an engine did not do the work."
+        yield "\nA score differs from the number of rounds: an engine did not do the work."
 
 
 def _figures(case: Case, samples: Sequence[Sample]) -> dict[str, float]:
-    """Medians over the runs; nothing when there were none."""
+    """Medians over the runs; empty if there were none."""
     if not samples:
         return {}
     total_s, peak_bytes = _medians(samples)
@@ -96,7 +94,7 @@ def _medians(samples: Sequence[Sample]) -> tuple[float, float]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """A Markdown table, names to the left and numbers to the right."""
+    """A Markdown table, with names aligned left and numbers right."""
     widths = [max(2, *map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     for row in (rows[0], rule, *rows[1:]):

@@ -1,11 +1,10 @@
-"""What the scalars of a round cost the round: jobs that log nothing and jobs that log and are
-tracked, in turn.
+"""The cost of a round's scalars: compares jobs that log nothing with jobs that log and are tracked.
 
     python benchmarks/tracking.py [--scalars 1000] [--rounds 30] [--repeat 3] [--track tensorboard]
 
-Two simulated sites at a time log half of the scalars of a round each, and train nothing: a round is
-what fedpool costs. Printed are the medians of all rounds but the first three of a job, in
-milliseconds, and their difference.
+Two simulated sites log half of a round's scalars each, and train nothing, so a round's time is
+fedpool's own. The table has the medians of all but a job's first three rounds, in milliseconds, and
+their difference.
 """
 
 import argparse
@@ -37,7 +36,7 @@ WARM_UP = 3
 
 
 def round_ms(folder: Path, scalars: int, rounds: int, track: list[str]) -> list[float]:
-    """Milliseconds of each round of a job, as its records say; each site logs `scalars`."""
+    """Milliseconds of each round of a job, from its records; each site logs `scalars`."""
     (folder / "client.py").write_text(SCRIPT)
     recipe = FedAvgRecipe(
         name="scalars",
@@ -54,8 +53,8 @@ def round_ms(folder: Path, scalars: int, rounds: int, track: list[str]) -> list[
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="What the scalars of a round cost the round.")
-    parser.add_argument("--scalars", type=int, default=1000, help="of a round, by both sites together")
+    parser = argparse.ArgumentParser(description="The cost of a round's scalars.")
+    parser.add_argument("--scalars", type=int, default=1000, help="per round, from both sites together")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--track", nargs="*", default=["tensorboard"])
@@ -74,7 +73,7 @@ def main() -> None:
                     found[name] += round_ms(Path(folder), scalars, arguments.rounds, track)
     base = median(found["nothing logged"])
     for name, times in found.items():
-        print(f"{name:26} {median(times):7.1f} ms a round, {median(times) - base:+6.1f} ms")
+        print(f"{name:26} {median(times):7.1f} ms per round, {median(times) - base:+6.1f} ms")
 
 
 if __name__ == "__main__":

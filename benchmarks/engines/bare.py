@@ -1,4 +1,4 @@
-"""Engine: a loop in one process, one site after the other. What the work costs without any
+"""Engine: a loop in one process, one site after the other: the cost of the work without a
 framework.
 """
 

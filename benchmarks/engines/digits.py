@@ -1,12 +1,12 @@
-"""The "digits" workload: a small classifier on the digits that come inside scikit-learn, so nothing
+"""The "digits" workload: a small classifier for the digits that scikit-learn contains, so nothing
 is downloaded.
 
-scikit-learn keeps them as compressed text, whose reading would be most of what a cold site does:
-measure.py leaves them beside the stamps as an array, for every engine alike.
+scikit-learn stores them as compressed text, and reading that would dominate a cold site's time. So
+measure.py puts them next to the stamps as an array, for every engine alike.
 
-Rows 0-1436 train and are dealt to the sites one by one (site i of n holds i, i + n, ...); rows
-1437-1796 test. The order of the batches depends only on the site and the round: every engine must
-reach the same accuracy.
+Rows 0-1436 are for training and are dealt to the sites one by one (site i of n has i, i + n, ...);
+rows 1437-1796 are for testing. The order of the batches depends only on the site and the round, so
+every engine must reach the same accuracy.
 """
 
 import os
@@ -35,7 +35,7 @@ class Network(nn.Sequential):
 
 
 def build_model() -> nn.Module:
-    """The model that round 0 starts from; the same in every process."""
+    """The initial model; the same in every process."""
     return Network()
 
 

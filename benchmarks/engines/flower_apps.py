@@ -1,4 +1,4 @@
-"""The two halves of the Flower engines."""
+"""The client app and the server app of the Flower engines."""
 
 import time
 
@@ -11,7 +11,7 @@ from shared import WORKLOADS, stamp
 
 
 def build_client(workload_name: str, num_sites: int) -> ClientApp:
-    """The app that a site runs: score the model received, train it, return it."""
+    """The app that a site runs: score the received model, train it, return it."""
     app = ClientApp()
 
     @app.train()
@@ -43,7 +43,7 @@ def build_server(workload_name: str, num_sites: int, num_rounds: int) -> ServerA
     def main(grid: Grid, context: Context) -> None:
         strategy = FedAvg(
             fraction_evaluate=0,
-            min_train_nodes=num_sites,  # else it samples from the nodes that happen to have connected
+            min_train_nodes=num_sites,  # else it samples from the nodes that are already connected
             min_available_nodes=num_sites,
             weighted_by_key="num-steps",
         )

@@ -1,5 +1,5 @@
-"""Engine: a Flower app in its Ray simulation, with one Ray actor for each site that may train at
-the same time.
+"""Engine: a Flower app in its Ray simulation, with one Ray actor per site that may train at
+once.
 """
 
 from flower_apps import build_client, build_server

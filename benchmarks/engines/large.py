@@ -1,8 +1,7 @@
-"""The "large" workload: 300 MB of float32 weights and no data. What it costs is what moving a model
-costs.
+"""The "large" workload: 300 MB of float32 weights and no data, so its cost is that of moving a
+model.
 
-Every site adds 1 to every weight, so after r rounds the average is r everywhere and a wrong sum
-shows.
+Every site adds 1 to every weight, so after r rounds the average is r everywhere. A wrong sum shows.
 """
 
 import torch
@@ -23,7 +22,7 @@ class Weights(nn.Module):
 
 
 def build_model() -> nn.Module:
-    """The model that round 0 starts from."""
+    """The initial model."""
     return Weights()
 
 

@@ -1,6 +1,6 @@
 """Engine: an NVFlare job in its `SimEnv`.
 
-With as many threads as sites, NVFlare keeps one process a site over all rounds; with fewer it
+With as many threads as sites, NVFlare keeps one process per site over all rounds; with fewer, it
 starts a process for every site in every round. simulation.py measures both.
 """
 

@@ -1,5 +1,5 @@
-"""Engine: a fedpool job in `PocEnv`: a Prefect server, a coordinator's worker and a worker
-process per site.
+"""Engine: a fedpool job in `PocEnv`: a Prefect server, the coordinator's worker and a worker per
+site.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from fedpool import FedAvgRecipe, PocEnv
 
 
 def main() -> None:
-    """Bring the proof of concept up, run the job, bring it down."""
+    """Start the proof of concept, run the job, stop the proof of concept."""
     arguments = job_arguments()
     recipe = FedAvgRecipe(
         name="bench",

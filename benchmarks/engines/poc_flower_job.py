@@ -1,7 +1,7 @@
 """Engine: a Flower app on its deployment engine: a SuperLink and a SuperNode per site, insecure, on
-the loopback.
+the loopback interface.
 
-They run as they do by default: a SuperNode starts a process for every message, so for every round.
+All run with Flower's defaults: a SuperNode starts a process for every message, so in every round.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ STARTUP_S = 60.0
 
 
 def main() -> None:
-    """Start the processes, run the app, end them."""
+    """Start the processes, run the app, stop the processes."""
     arguments = job_arguments()
     workspace = Path(arguments.workspace)
     app = _write_app(workspace / "app", arguments)
-    # They find each other's programs on PATH; the app imports its modules from here.
+    # Flower's processes find their programs on PATH; the app imports its modules from here.
     os.environ |= {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(HERE), "HOME": str(workspace)}
     port = _free_port()
     home = Path(os.environ["FLWR_HOME"])
@@ -100,7 +100,7 @@ def _wait_for(port: int) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         if time.monotonic() > deadline:
-            sys.exit(f"the SuperLink did not listen in {STARTUP_S:g} s")
+            sys.exit(f"the SuperLink was not listening after {STARTUP_S:g} s")
         time.sleep(0.2)
 
 

@@ -1,5 +1,5 @@
-"""Engine: an NVFlare job in its `PocEnv`: a server, and for every site a client process and one
-that runs the job.
+"""Engine: an NVFlare job in its `PocEnv`: a server, and for every site a client and a job
+process.
 """
 
 import os
@@ -10,13 +10,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Run the job, which brings the proof of concept up; bring it down."""
+    """Run the job, which starts the proof of concept, then stop it."""
     from shared import WORKLOADS, job_arguments
 
     arguments = job_arguments()
     workspace = Path(arguments.workspace)
     workspace.mkdir()
-    # It starts `python3` and keeps a configuration in the home folder; its sites import the
+    # NVFlare runs `python3` and keeps a configuration in the home folder; its sites import the
     # script's modules from here.
     os.environ |= {
         "HOME": str(workspace),

@@ -1,5 +1,5 @@
-"""What every engine's scripts share: their arguments, the workloads, and the stamps from which
-round times are read.
+"""The shared code of the engines' scripts: arguments, workloads, and the stamps that give round
+times.
 """
 
 import argparse
@@ -16,19 +16,19 @@ import torch
 
 WORKLOADS: dict[str, ModuleType] = {"digits": digits, "large": large, "sleep": sleeping}
 STAMPS = "BENCH_STAMPS"
-"""Environment variable that names the file of the stamps; not FEDPOOL_..., which `PocEnv` keeps
-from its sites.
+"""Environment variable with the stamps' file. Not FEDPOOL_..., which `PocEnv` hides from its
+sites.
 """
 
 
 def job_arguments() -> argparse.Namespace:
-    """The arguments that simulation.py and poc.py give to an engine."""
+    """The arguments that simulation.py and poc.py pass to an engine."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--sites", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True, help="sites that train at the same time")
-    parser.add_argument("--workspace", required=True, help="an empty folder for whatever the engine writes")
+    parser.add_argument("--workspace", required=True, help="an empty folder for the engine's files")
     parser.add_argument("--cold-sites", action="store_true", help="keep no site alive between rounds")
     parser.add_argument(
         "--look-ahead", type=int, default=2, help="rounds that fedpool announces ahead, in a proof of concept"
@@ -37,18 +37,18 @@ def job_arguments() -> argparse.Namespace:
 
 
 def stamp(site: int, received_at: float, score: float) -> None:
-    """Note that a site received a round's model at that time, and how the model scored there.
+    """Note when a site received a round's model, and how the model scored there.
 
-    The sites do it, and not the server, because this is the one moment that every engine shows to
-    user code.
+    Sites do this, not the server, because it is the one moment that every engine shows to user
+    code.
     """
     with Path(os.environ[STAMPS]).open("a", encoding="utf-8") as file:
-        file.write(f"{site} {received_at} {score}\n")  # one short write: lines of several processes do not mix
+        file.write(f"{site} {received_at} {score}\n")  # one short write, so lines of several processes don't mix
 
 
 def serve(flare: Any) -> None:
-    """The client script of the engines that have this client API: fedpool and NVFlare run the
-    same lines.
+    """The client script of the engines with this client API: fedpool and NVFlare run the same
+    lines.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=WORKLOADS, required=True)

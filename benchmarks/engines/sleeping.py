@@ -1,8 +1,7 @@
-"""The "sleep" workload: training that takes 3 s and no processor. A round's time less 3 s is what
-the framework adds.
+"""The "sleep" workload: training takes 3 s and no processor. The rest of a round's time is the
+framework's.
 
-Every site adds 1 to every weight, so after r rounds the average is r everywhere and a wrong sum
-shows.
+Every site adds 1 to every weight, so after r rounds the average is r everywhere. A wrong sum shows.
 """
 
 import time
@@ -26,7 +25,7 @@ class Network(nn.Sequential):
 
 
 def build_model() -> nn.Module:
-    """The model that round 0 starts from."""
+    """The initial model."""
     return Network()
 
 

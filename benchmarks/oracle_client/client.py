@@ -1,11 +1,11 @@
-"""Softmax regression on one site's digits: a local training script and the lines that make it a
+"""Softmax regression on one site's digits: a local training script plus the lines that make it a
 federated client.
 
-It reports the accuracy of the global model it received, on the shared test rows, and trains from
-there: in plain numpy, or with torch where the recipe's algorithm has a helper for torch (FedProx,
-SCAFFOLD). The batch order is the oracle's: one generator for the whole job draws a permutation of a
-site's rows for each epoch, round after round and site after site, and a site skips those that are
-not its own. So its model is the oracle's, weight for weight.
+It reports the accuracy of the received global model on the shared test rows, and trains from there:
+in plain numpy, or with torch for the algorithms that have a helper for torch (FedProx, SCAFFOLD).
+The batch order is the oracle's: one generator for the whole job draws a permutation of a site's
+rows for each epoch, round after round and site after site. A site skips the permutations of the
+other sites, so its model is the oracle's, weight for weight.
 """
 
 import argparse
@@ -20,15 +20,15 @@ import fedpool.client as flare
 
 
 class Orders:
-    """The oracle's permutations: one for each epoch of each site, in turn, as long as the job
-    lasts.
+    """The oracle's permutations for the whole job: one for each epoch of each site, turn after
+    turn.
 
     Args:
         seed: of the oracle's run.
         sizes: rows of each site.
-        epochs: permutations that a site takes in its turn.
-        num_hostile: sites, the first ones, that draw noise of the model's shape after their
-            permutations. The attack that is tried here has no use for it.
+        epochs: permutations per turn of a site.
+        num_hostile: number of sites, the first ones, that draw noise of the model's shape after
+            their permutations. The attack in this benchmark doesn't use it.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], epochs: int, num_hostile: int) -> None:
@@ -39,8 +39,8 @@ class Orders:
         self._turn = 0
 
     def of_turn(self, turn: int) -> list[np.ndarray]:
-        """Return the permutations of a turn, numbered from 0 over sites and rounds: no earlier
-        one than the last.
+        """Return the permutations of a turn. Turns count from 0 over sites and rounds, and must
+        not decrease.
         """
         while self._turn < turn:
             self._draw()
@@ -59,8 +59,8 @@ def train(weight: np.ndarray, data: Digits, orders: list[np.ndarray], *, batch_s
     """Return the (10, 65) weight after an epoch of SGD on the mean cross-entropy in each of the
     orders.
 
-    The gradient is written out: at this size autograd would cost more than the arithmetic. `weight`
-    is left as it was.
+    The gradient is written out, because at this size autograd would cost more than the arithmetic.
+    `weight` isn't changed.
     """
     weight = weight.copy()
     targets = np.eye(NUM_CLASSES)
@@ -73,8 +73,8 @@ def train(weight: np.ndarray, data: Digits, orders: list[np.ndarray], *, batch_s
 
 
 def batches(data: Digits, orders: list[np.ndarray], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the features and labels of each batch of each epoch; the last of an epoch is what
-    remains.
+    """Yield the features and labels of each batch of each epoch; the last batch of an epoch may
+    be smaller.
     """
     for order in orders:
         for start in range(0, len(order), batch_size):
@@ -85,8 +85,8 @@ def batches(data: Digits, orders: list[np.ndarray], batch_size: int) -> Iterator
 def train_with_torch(
     weight: np.ndarray, data: Digits, orders: list[np.ndarray], *, batch_size: int, lr: float
 ) -> tuple[np.ndarray, Mapping[str, Any]]:
-    """Return the trained weight, and what goes beside it: the same steps as `train`, with what
-    the recipe asks for.
+    """Return the trained weight and the extras: the steps of `train`, with the additions of the
+    recipe's algorithm.
     """
     model = torch.nn.Linear(weight.shape[1], NUM_CLASSES, bias=False, dtype=torch.float64)
     received = {"weight": torch.tensor(weight)}
@@ -116,16 +116,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the batch order")
     parser.add_argument("--cyclic", action="store_true", help="a round of the job is one site's turn")
     parser.add_argument("--sites", type=int, default=10, help="number of sites, named site-1 to site-N")
-    parser.add_argument("--epochs", type=int, default=5, help="local epochs a round")
+    parser.add_argument("--epochs", type=int, default=5, help="local epochs per round")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument(
-        "--hostile", type=int, default=0, help="so many sites, the first ones, send their update times -10"
+        "--hostile", type=int, default=0, help="number of sites, the first ones, that send their update times -10"
     )
-    parser.add_argument("--alike", action="store_true", help="all updates count alike; otherwise, by their rows")
-    parser.add_argument(
-        "--torch", action="store_true", help="train with torch, for the recipes that have helpers for it"
-    )
+    parser.add_argument("--alike", action="store_true", help="weight all updates alike, not by their rows")
+    parser.add_argument("--torch", action="store_true", help="train with torch, for recipes with a helper for torch")
     args = parser.parse_args()
 
     flare.init()
@@ -151,7 +149,7 @@ def main() -> None:
             trained, extras = train(weight, data, mine, **work), {}
         if site < args.hostile:
             trained = weight - 10 * (trained - weight)
-        meta = {} if args.alike else {"NUM_STEPS_CURRENT_ROUND": len(rows[site])}  # the weight of this update: its rows
+        meta = {} if args.alike else {"NUM_STEPS_CURRENT_ROUND": len(rows[site])}  # weight: the number of rows
         flare.send(flare.FLModel(params={"weight": trained}, metrics=metrics, meta=meta, extras=extras))
 
 

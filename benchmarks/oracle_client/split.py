@@ -1,10 +1,10 @@
-"""The digits data set cut over sites by label, with a Dirichlet law: the same rows for the same
-arguments, anywhere.
+"""The digits data set, split over sites by label with a Dirichlet distribution: the same rows for
+the same arguments on every machine.
 
-The law is that of https://arxiv.org/abs/1909.06335: a large alpha gives every site the same mix of
-labels, a small one gives each site a few labels. Every site computes the whole split and keeps its
-own part, so nothing has to be distributed. That serves a benchmark, where the data is public; real
-sites hold their own rows.
+The split is that of https://arxiv.org/abs/1909.06335: a large alpha gives every site the same mix
+of labels, a small one gives each site only a few labels. Every site computes the whole split and
+keeps its own part, so nothing has to be distributed. That works in a benchmark, where the data is
+public; real sites have their own rows.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MAX_DRAWS = 1_000
 
 @dataclass(frozen=True)
 class Digits:
-    """Features (rows, 65) as float64, the last column the constant 1 for the bias, and labels
+    """Features (rows, 65) as float64, where the last column is 1 for the bias, and labels
     (rows,).
     """
 
@@ -41,12 +41,12 @@ def load_train_and_test() -> tuple[Digits, Digits]:
 
 
 def split_rows(labels: np.ndarray, *, alpha: float, num_sites: int, seed: int, min_rows: int = 10) -> list[np.ndarray]:
-    """Return the row numbers of each site: every row goes to exactly one.
+    """Return the row numbers of each site; every row goes to exactly one site.
 
-    Each class's shuffled rows are cut by proportions drawn from Dirichlet(alpha). The whole split
+    Each class's shuffled rows are cut in proportions drawn from Dirichlet(alpha). The whole split
     is drawn again until every site has at least `min_rows` rows.
 
-    Raises ValueError when no draw in `MAX_DRAWS` does.
+    Raises ValueError if none of `MAX_DRAWS` draws does.
     """
     rng = np.random.default_rng(seed)
     for _ in range(MAX_DRAWS):

@@ -69,7 +69,9 @@ print(names)
 
     def test_a_config_file_is_not_read_and_a_warning_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(flare, "_client", None)
-        with pytest.warns(UserWarning, match=r"init\(\) does not read config_file='client.json': the recipe and the site"):
+        with pytest.warns(
+            UserWarning, match=r"init\(\) does not read config_file='client.json': the recipe and the site"
+        ):
             assert flare.init(config_file="client.json") is flare._client
 
     def test_a_second_init_returns_the_same(self, serve: Callable[..., MemoryHost]) -> None:

@@ -1,7 +1,7 @@
-"""A stand-in for torchvision, for `nvflare_scripts.py` alone: made-up images under the names that
+"""A stand-in for torchvision, only for `nvflare_scripts.py`: generated images under the names that
 NVFlare's examples use.
 
-It downloads nothing, and no figure of accuracy means anything with it.
+It downloads nothing, and accuracies with it mean nothing.
 """
 
 from torchvision import datasets, transforms

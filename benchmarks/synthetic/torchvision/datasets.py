@@ -1,4 +1,4 @@
-"""Data sets of a few random images, with the constructors of torchvision's."""
+"""Data sets of a few random images, with torchvision's constructors."""
 
 import os
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class _Images(torch.utils.data.Dataset[tuple[Any, int]]):
 
 
 class CIFAR10(_Images):
-    """Images of 32 by 32 pixels in three colours."""
+    """Colour images of 32 by 32 pixels."""
 
     classes = tuple("0123456789")
 
@@ -59,7 +59,7 @@ class MNIST(_Images):
 
 
 class FakeData(_Images):
-    """As torchvision's: random images of a size that is given, channels first."""
+    """Like torchvision's: random images of a given size, channels first."""
 
     def __init__(
         self,

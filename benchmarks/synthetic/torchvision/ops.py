@@ -1,4 +1,4 @@
-"""Names that torchmetrics imports and none of the examples uses: each is an empty class."""
+"""Names that torchmetrics imports but no example uses: each is an empty class."""
 
 
 def __getattr__(name: str) -> type:

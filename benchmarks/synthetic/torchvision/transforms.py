@@ -1,4 +1,4 @@
-"""Those transforms that NVFlare's examples use."""
+"""The transforms that NVFlare's examples use."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +19,7 @@ class Compose:
 
 
 class ToTensor:
-    """An array of bytes, channels last or none, to a tensor of floats from 0 to 1, channels
-    first.
-    """
+    """Bytes, with channels last or no channels, to floats from 0 to 1 with channels first."""
 
     def __call__(self, image: Any) -> torch.Tensor:
         tensor = torch.as_tensor(image).float() / 255
@@ -49,7 +47,7 @@ class Pad:
 
 
 class RandomCrop:
-    """A square from somewhere in the image."""
+    """A random square of the image."""
 
     def __init__(self, size: int, padding: int = 0) -> None:
         self.size, self.pad = size, Pad(padding)
