@@ -116,7 +116,7 @@ def test_loaded_names_are_sorted(kind: ParamsFormat, tmp_path: Path) -> None:
 def test_a_broken_file_read_as_numpy_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "broken"
     path.write_bytes(b"no tensors here")
-    with pytest.raises(IntegrityError, match="broken is not a sound safetensors file"):
+    with pytest.raises(IntegrityError, match="broken is not a valid safetensors file"):
         load_arrays(path, "numpy")
 
 

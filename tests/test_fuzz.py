@@ -82,7 +82,7 @@ def test_a_file_of_tensors_is_read_whole_or_refused(data: bytes) -> None:
     try:
         reader = TensorReader(lambda start, stop: bytearray(data[start:stop]), len(data), where="fuzz")
     except IntegrityError as error:
-        assert "fuzz is not a sound safetensors file" in str(error)
+        assert "fuzz is not a valid safetensors file" in str(error)
         return
     seen = inspect_tensors(reader, 5)
     # What is read is all that there is: nothing hides between or behind the tensors.

@@ -372,7 +372,7 @@ def test_config_is_for_all_sites_and_a_sites_own_values_win_over_it(fields: dict
 
 def test_config_that_cannot_work_is_refused(fields: dict[str, Any]) -> None:
     assert "config holds NaN or infinity" in refusal(fields, config={"lr": float("inf")})
-    assert "config['train_args'] is not a command line: give the recipe train_args=..." in refusal(
+    assert "config['train_args'] would not be used as a command line: give the recipe train_args=..." in refusal(
         fields, config={"train_args": "--lr 1"}
     )
     assert "config" in refusal(fields, config={"data": Path("a")})
@@ -381,7 +381,7 @@ def test_config_that_cannot_work_is_refused(fields: dict[str, Any]) -> None:
         (ScaffoldRecipe, "algorithm", "give it another name"),
     ):
         more = {"fedprox_mu": 0.1} if kind is FedProxRecipe else {}
-        with pytest.raises(ValueError, match=rf"config\['{name}'\] is what the recipe's algorithm .*: {remedy}"):
+        with pytest.raises(ValueError, match=rf"config\['{name}'\] is set by the recipe's algorithm: {remedy}"):
             kind(**{**fields, **more, "config": {name: 1}})
 
 
@@ -484,7 +484,7 @@ def test_a_fork_needs_to_know_of_what(fields: dict[str, Any]) -> None:
         ({"name": "a."}, "name 'a.' ends with a dot"),
         ({"per_site_config": {"a": {}, "A": {}}}, "site 'a' and site 'A' differ only in case"),
         ({"aggregation_weights": {"a": 1}, "per_site_config": {"A": {}}}, "differ only in case"),
-        ({"over_sample": 1}, "over_sample=1 without clients_per_round: say how many updates a round takes"),
+        ({"over_sample": 1}, "over_sample=1 without clients_per_round: set how many updates a round takes"),
         ({"over_sample": -1}, "over_sample"),
         ({"quorum_grace": -0.1}, "quorum_grace"),
         ({"quorum_grace": float("nan")}, "quorum_grace"),

@@ -190,7 +190,7 @@ def test_tensors_of_another_size_than_the_manifest_says_are_refused(store: Store
     with store.staged("job/model") as file:
         digest = save_and_hash(file, {"w": np.arange(10, dtype=np.float32)})
     for size in (digest.size - 1, digest.size + 1):
-        with pytest.raises(IntegrityError, match="job/model is not a sound safetensors file"):
+        with pytest.raises(IntegrityError, match="job/model is not a valid safetensors file"):
             store.tensors("job/model", size)
 
 

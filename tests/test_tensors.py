@@ -155,7 +155,7 @@ def test_buffers_that_do_not_add_up_to_the_spec_are_an_error_of_ours() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        pytest.param(b"", "header claims 0 bytes of a file of 0", id="an empty file"),
+        pytest.param(b"", "header claims 0 bytes, but the file has 0", id="an empty file"),
         pytest.param(b"1234567", "of a file of 7", id="less than the length of the header"),
         pytest.param((99).to_bytes(8, "little") + b"{}", "claims 99 bytes", id="a header longer than the file"),
         pytest.param((2**63).to_bytes(8, "little") + b"{}", "claims", id="a header of absurd length"),
@@ -207,7 +207,7 @@ def test_buffers_that_do_not_add_up_to_the_spec_are_an_error_of_ours() -> None:
         ),
         pytest.param(
             file_with({"w": {"dtype": "U8", "shape": [2], "data_offsets": [3, 5]}}, b"12345"),
-            "hole at byte 0",
+            "gap at byte 0",
             id="a hole",
         ),
         pytest.param(
@@ -225,7 +225,7 @@ def test_buffers_that_do_not_add_up_to_the_spec_are_an_error_of_ours() -> None:
 def test_bytes_that_are_no_sound_file_are_refused_with_the_reason(data: bytes, words: str) -> None:
     with pytest.raises(IntegrityError, match=words) as refused:
         reader_of(data)
-    assert str(refused.value).startswith("the file is not a sound safetensors file")
+    assert str(refused.value).startswith("the file is not a valid safetensors file")
 
 
 def test_a_header_over_the_limit_is_not_even_read() -> None:

@@ -71,7 +71,7 @@ def test_an_operation_that_goes_on_failing_is_an_error_that_names_the_object(sto
     faults.plan(Fault("fail", match="there", operations=("write",)))
     store.patience_s = 0.1
     with pytest.raises(
-        StoreError, match=r"store/there cannot be written: OSError: .*/store/there is out of reach: by plan"
+        StoreError, match=r"store/there cannot be written: OSError: .*/store/there is out of reach, as planned"
     ):
         store.write_bytes("there", b"data")
 
@@ -149,7 +149,7 @@ def test_a_stall_takes_its_time_and_no_harm(store: Store, faults: Faults) -> Non
 
 
 EXPECTED = {
-    "raise": "the client raises, by plan",
+    "raise": "the client raises, as planned",
     "exit": "the script ended with exit code 3",
     "kill": "the script was killed by SIGKILL",
     "hang": "sent no update before the round's deadline",
@@ -186,7 +186,7 @@ def test_a_client_misbehaves_by_its_plan(how: str, run_job: Callable[..., Run]) 
 
 def test_a_plan_that_says_what_no_client_does_is_named(run_job: Callable[..., Run]) -> None:
     run = run_job(train_script=MISBEHAVING_CLIENT, train_args=[json.dumps({"site-1": {"0": "sulk"}})])
-    with pytest.raises(JobFailed, match="the plan says 'sulk', which is not one of raise, exit"):
+    with pytest.raises(JobFailed, match="the plan has 'sulk', which is not one of raise, exit"):
         run.get_result()
 
 

@@ -1,8 +1,7 @@
-"""The paths that a script's source names relative to its own place: worked out from the source,
-without running it.
+"""Paths that a script's source names relative to its own location, computed without running it.
 
-Understood are literals, `__file__`, names that are assigned once, `/`, `+`, f-strings, and the
-usual functions of `os.path` and `pathlib`. What depends on anything else has no value here.
+Supported are literals, `__file__`, names that are assigned once, `/`, `+`, f-strings, and the usual
+functions of `os.path` and `pathlib`. Expressions that depend on anything else have no value here.
 """
 
 import ast
@@ -28,7 +27,7 @@ class ScriptPaths:
 
     Args:
         file: the module's path.
-        tree: its source.
+        tree: its parsed source.
     """
 
     def __init__(self, file: Path, tree: ast.Module) -> None:
@@ -38,17 +37,13 @@ class ScriptPaths:
         self._values: dict[str, tuple[_Value, bool] | None] = {}
 
     def existing_files(self) -> Iterator[Path]:
-        """Files that expressions of the module stand for, by the names that it has for them:
-        links are not followed.
-        """
+        """Files that the module's expressions name. Links are not followed."""
         for node in ast.walk(self._tree):
             if isinstance(node, ast.expr) and (path := self._path(node)) is not None and path.is_file():
                 yield path
 
     def search_folders(self) -> Iterator[tuple[Path, bool]]:
-        """Folders that the module adds to `sys.path`, and whether before what is there;
-        absolute.
-        """
+        """Absolute paths of folders added to `sys.path`, and whether they go in front."""
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_sys_path(node.func.value):
                 added = node.args[-1:] if node.func.attr in ("insert", "append") else []
@@ -62,21 +57,19 @@ class ScriptPaths:
                     yield path.resolve(), first
 
     def _path(self, node: ast.expr) -> Path | None:
-        """What an expression stands for, if it is built on `__file__` and is there; normalised."""
+        """An expression's normalised path, if it is built on `__file__` and exists."""
         found = self._value(node)
         if found is None or not found[1] or "\0" in str(found[0]):
             return None
         path = Path(os.path.normpath(found[0]))
         try:
             path.stat()
-        except OSError:  # it is not there, or its name is longer than one can be
+        except OSError:  # the path doesn't exist, or is too long
             return None
         return path
 
     def _value(self, node: ast.expr) -> tuple[_Value, bool] | None:
-        """Value of an expression, and whether it is built on `__file__`; None where that cannot
-        be told.
-        """
+        """An expression's value, and whether it is built on `__file__`; None if it isn't known."""
         try:
             return self._evaluate(node)
         except (TypeError, ValueError, IndexError, RecursionError):
@@ -90,7 +83,7 @@ class ScriptPaths:
                 return str(self._file), True
             case ast.Name(id=name) if name in self._names:
                 if name not in self._values:
-                    self._values[name] = None  # should it be defined by itself
+                    self._values[name] = None  # in case its definition refers to itself
                     self._values[name] = self._value(self._names[name])
                 return self._values[name]
             case ast.JoinedStr(values=parts):

@@ -1,6 +1,4 @@
-"""What a recipe passes on to client scripts: command lines, and the values of
-`flare.get_config()`; checked when it is built.
-"""
+"""The command lines and `flare.get_config()` values that a recipe passes to client scripts."""
 
 import json
 import shlex
@@ -11,17 +9,17 @@ from fedpool.errors import RecipeError
 from fedpool.paths import check_name
 
 _ARGUMENTS = "train_args"
-"""The key of a site's values that replaces the command line there."""
+"""The key in a site's values that replaces the command line for this site."""
 
 
 def split_arguments(arguments: str | Sequence[str], where: str) -> tuple[str, ...]:
-    """A command line in words, as a shell would split it.
+    """Split a command line into words, as a shell would.
 
     Args:
-        where: what to call it in an error.
+        where: its name, for the error message.
 
     Raises:
-        RecipeError: its quotes do not match.
+        RecipeError: its quotes don't match.
     """
     if not isinstance(arguments, str):
         return tuple(str(argument) for argument in arguments)
@@ -34,10 +32,10 @@ def split_arguments(arguments: str | Sequence[str], where: str) -> tuple[str, ..
 
 
 def site_arguments(per_site_config: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """site -> command line of its own, by the sites' values.
+    """Site -> command line, for the sites whose values set one.
 
     Raises:
-        RecipeError: a site's name or a value cannot be.
+        RecipeError: a site's name or a value is invalid.
     """
     found: dict[str, tuple[str, ...]] = {}
     for site, config in per_site_config.items():
@@ -58,23 +56,25 @@ def check_values(
     """Check the values for all sites.
 
     Args:
-        where: what to call them in an error.
-        sets_itself: names of the values that the recipe's algorithm gives.
+        where: their name, for the error message.
+        sets_itself: names of the values that the recipe's algorithm sets.
         known: names of the recipe's fields.
 
     Raises:
-        RecipeError: a value cannot be, or something else says it already.
+        RecipeError: a value is invalid, or is set elsewhere.
     """
     _check_json(where, config)
     if _ARGUMENTS in config:
-        raise RecipeError(f"{where}[{_ARGUMENTS!r}] is not a command line: give the recipe {_ARGUMENTS}=...")
+        raise RecipeError(
+            f"{where}[{_ARGUMENTS!r}] would not be used as a command line: give the recipe {_ARGUMENTS}=..."
+        )
     for name in sorted(set(config) & set(sets_itself)):
         remedy = f"give the recipe {name}=..." if name in known else "give it another name"
-        raise RecipeError(f"{where}[{name!r}] is what the recipe's algorithm tells the client script: {remedy}")
+        raise RecipeError(f"{where}[{name!r}] is set by the recipe's algorithm: {remedy}")
 
 
 def _check_json(where: str, config: Mapping[str, Any]) -> None:
     try:
         json.dumps(config, allow_nan=False)
     except ValueError:
-        raise RecipeError(f"{where} holds NaN or infinity, which JSON cannot: {config}") from None
+        raise RecipeError(f"{where} holds NaN or infinity, which JSON cannot represent: {config}") from None

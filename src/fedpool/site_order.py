@@ -1,6 +1,4 @@
-"""The order of sites, wherever one matters: natural order, in which `site-10` comes after
-`site-2`.
-"""
+"""The order of sites, wherever it matters: natural order, in which `site-2` precedes `site-10`."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -13,10 +11,8 @@ Key = tuple[tuple[str | int, ...], str]
 
 
 def natural_key(name: str) -> Key:
-    """What to sort the names of sites by: runs of digits count as numbers; `site-01` comes
-    before `site-1`.
-    """
-    parts = _NUMBERS.split(name)  # text, digits, text, ...: text is only ever compared with text
+    """Sort key for site names. Runs of digits count as numbers; `site-01` precedes `site-1`."""
+    parts = _NUMBERS.split(name)  # text, digits, text, ...: so text is only compared with text
     return tuple(int(part) if number % 2 else part for number, part in enumerate(parts)), name
 
 
@@ -26,7 +22,5 @@ def in_order(sites: Iterable[str]) -> list[str]:
 
 
 def by_site(items: Collection[T], site: Callable[[T], str]) -> list[T]:
-    """Whatever belongs to sites in their natural order; what belongs to one site stays in its
-    order.
-    """
+    """Items sorted by their sites, in natural order. Items of one site keep their order."""
     return sorted(items, key=lambda item: natural_key(site(item)))

@@ -1,4 +1,4 @@
-"""Starting quickly: importing torch, Prefect and ourselves is most of what a small job costs."""
+"""Quick starts: importing torch, Prefect and fedpool is most of what a small job costs."""
 
 import gc
 from collections.abc import Iterator
@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """No garbage collection inside: imports make objects that stay, and looking for garbage
-    among them takes a quarter longer.
-    """
+    """No garbage collection inside: imports create lasting objects, which are slow to scan."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,27 +1,24 @@
-"""What comes from a script, made fit for every log, database, terminal and JSON file.
+"""Make text from scripts fit for every log, database, terminal and JSON file.
 
-PostgreSQL refuses a NUL in a text, and with it the state of a run whose message holds one. JSON has
-no lone surrogates. A terminal obeys what it should show. All text of scripts and sites passes here
-before it goes anywhere.
+PostgreSQL refuses a NUL in a text, and so a run's state whose message contains one. JSON has no
+lone surrogates. A terminal obeys control characters. All text from scripts and sites passes through
+here before it goes anywhere.
 """
 
 import re
 
 MAX_TEXT = 16_384
-"""Characters of one text, such as the cause of a failure: a traceback has room, a state of
-Prefect's stays small.
-"""
+"""Character limit of a text, such as a failure's cause: enough for a traceback."""
 
 _UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _LEFT_OUT = "\n... {} characters left out ...\n"
 
 
 def storable(text: str, limit: int = MAX_TEXT) -> str:
-    r"""The text, its control characters escaped as Python writes them (`\x00`), and no longer than
-    limit; lines and tabs stay.
+    r"""The text, cut to limit, with control characters other than lines and tabs escaped (`\x00`).
 
-    Of a longer one the beginning and, because that is where a traceback says what went wrong, more
-    of the end are kept. Harmless when repeated.
+    A longer text keeps its beginning and, because a traceback ends with the error, more of its end.
+    Idempotent.
     """
     text = _UNFIT.sub(lambda found: repr(found[0])[1:-1], text)
     if len(text) <= limit:

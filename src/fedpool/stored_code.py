@@ -1,4 +1,4 @@
-"""The code that a job has brought, as it lies in the store."""
+"""The code that a job brought, in the store."""
 
 import hashlib
 
@@ -10,10 +10,10 @@ from fedpool.user_code import Code
 
 
 def stored_code(job_id: str, store: Store, named: NamedCode) -> Code:
-    """The code that a job has brought.
+    """The code that a job brought.
 
     Raises:
-        IntegrityError: it is not there, or not what its hash says.
+        IntegrityError: it is missing, or doesn't match its hash.
     """
     path = JobPaths(job_id).code(named.sha256)
     try:

@@ -1,6 +1,4 @@
-"""An initial model that lies in a store already: of it the header is read, and the rest only by
-who needs it.
-"""
+"""An initial model that is already in a store: only its header is read until the rest is needed."""
 
 import hashlib
 import tempfile
@@ -23,19 +21,19 @@ _CHUNK_BYTES = 16 << 20
 class StoredModel(InitialModel):
     """The tensors of a safetensors object.
 
-    Its bytes are checked against the digest when they are used, and not before.
+    Its bytes are checked against the digest when they are used, not before.
 
     Args:
-        digest: what the object's record says of it.
-        may_have_holes: names of the tensors that may hold infinity; None: all of them may.
+        digest: the digest in the object's record.
+        may_have_holes: names of the tensors that may contain infinity; None: all.
 
     Raises:
         FileNotFoundError: there is no such object.
-        IntegrityError: its header is not that of a safetensors file of that size.
+        IntegrityError: the object has no valid safetensors header for its size.
     """
 
     def __init__(self, store: Store, path: str, digest: Digest, may_have_holes: Collection[str] | None) -> None:
-        # Not InitialModel's, which holds a file of its own open.
+        # InitialModel's __init__ isn't called, because it holds a file of its own open.
         self.spec = store.tensors(path, digest.size).spec
         self.digest = digest
         self._store = store
@@ -44,7 +42,7 @@ class StoredModel(InitialModel):
 
     @cached_property
     def holes(self) -> frozenset[str]:
-        """Names of the tensors that hold NaN or infinity; reads those that may."""
+        """Names of the tensors that contain NaN or infinity; reads those that may."""
         reader = self._store.tensors(self._path, self.digest.size)
         return frozenset(not_finite_names(reader, self._store.block_elements, self._may_have_holes))
 
@@ -53,7 +51,7 @@ class StoredModel(InitialModel):
         """name -> torch tensor, memory-mapped.
 
         Raises:
-            IntegrityError: the object is not what its record says.
+            IntegrityError: the object doesn't match its record.
         """
         with tempfile.TemporaryDirectory(prefix="fedpool-") as folder:
             return load_arrays(self._store.fetch(self._path, Path(folder), self.digest), "torch")
@@ -62,7 +60,7 @@ class StoredModel(InitialModel):
         """Copy the object's bytes.
 
         Raises:
-            IntegrityError: the object is not what its record says.
+            IntegrityError: the object doesn't match its record.
         """
         found = hashlib.sha256()
         for start in range(0, self.digest.size, _CHUNK_BYTES):

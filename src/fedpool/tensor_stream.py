@@ -1,6 +1,4 @@
-"""The safetensors format, written: a stream from a spec and the tensors' bytes, hashed on its
-way.
-"""
+"""Writing safetensors files: a stream from a spec and the tensors' bytes, hashed on the way."""
 
 import hashlib
 import json
@@ -13,7 +11,7 @@ from fedpool.tensors import Digest, Spec, file_order
 
 
 class Writable(Protocol):
-    """The one method of a file that a stream of tensors needs."""
+    """The only file method that a stream of tensors needs."""
 
     def write(self, data: Any, /) -> Any:
         """Append bytes."""
@@ -24,9 +22,7 @@ _BATCH_BYTES = 4 << 20
 
 
 class _Hashing:
-    """A file that hashes what passes through it, batch by batch on a thread of its own while the
-    caller computes the next.
-    """
+    """A file that hashes a batch of bytes on a thread while the caller computes the next."""
 
     def __init__(self, file: Writable) -> None:
         self._file = file
@@ -73,7 +69,7 @@ class _Hashing:
 
 
 def write_and_hash(file: Writable, spec: Spec, buffers: Iterable[Any]) -> Digest:
-    """`write_tensors`, with sha256 and size of what was written."""
+    """Like `write_tensors`; returns the sha256 and size of the written bytes."""
     with _Hashing(file) as hashing:
         write_tensors(hashing, spec, buffers)
         return hashing.close()
@@ -83,10 +79,9 @@ def write_tensors(file: Writable, spec: Spec, buffers: Iterable[Any]) -> None:
     """Write a safetensors file as a stream.
 
     Args:
-        file: anything with `write(bytes-like)`.
-        spec: what is written.
-        buffers: the tensors' bytes, in `file_order(spec)`, in as many bytes-like pieces as the
-            caller likes.
+        file: an object with `write(bytes-like)`.
+        spec: the tensors to write.
+        buffers: the tensors' bytes, in `file_order(spec)`, in any number of bytes-like pieces.
     """
     header: dict[str, Any] = {}
     offset = 0

@@ -1,13 +1,13 @@
-"""The safetensors format, read in blocks; `fedpool.tensor_stream` writes it. No framework, no whole
-model in memory.
+"""Reading the safetensors format in blocks, without a framework or a whole model in memory.
 
-The safetensors library (used where a script loads a whole model) writes a file only from a complete
-dict and reads only whole tensors from a local path. The coordinator aggregates block by block from
-any store, so this module holds the format itself: 8 bytes of header length (little endian), a JSON
-header, the tensors' bytes (https://huggingface.co/docs/safetensors). Same tensors, same bytes:
-names are ordered by (item size descending, name), which also aligns every tensor.
+`fedpool.tensor_stream` writes it. The safetensors library, which scripts use to load whole models,
+can write a file only from a complete dict, and read only whole tensors from a local path. The
+coordinator aggregates block by block from any store, so this module implements the format: 8 bytes
+of header length (little endian), a JSON header, the tensors' bytes
+(https://huggingface.co/docs/safetensors). The same tensors give the same bytes: names are ordered
+by (item size descending, name), which also aligns every tensor.
 
-Legend: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive elements of one
+Terms: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive elements of one
 tensor, flattened in C order.
 """
 
@@ -26,7 +26,7 @@ ITEM_SIZES: Mapping[str, int] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Bytes per element of every dtype that may travel."""
+"""Bytes per element, for every dtype that can be exchanged."""
 
 MAX_HEADER_BYTES = 64 << 20
 
@@ -34,9 +34,7 @@ _SEPARATOR = "::"
 
 
 def beside(group: str, name: str) -> str:
-    """Name of the tensor that lies beside a parameter, in a group: a control variate, a server's
-    momentum.
-    """
+    """Name of a group's tensor beside a parameter: a control variate, a server's momentum."""
     return f"{group}{_SEPARATOR}{name}"
 
 
@@ -53,7 +51,7 @@ def split_beside(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """dtype (safetensors name) and shape of one tensor."""
+    """dtype (safetensors name) and shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,14 +63,12 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor's bytes."""
+        """Size of the tensor in bytes."""
         return self.num_elements * ITEM_SIZES[self.dtype]
 
     @property
     def kind(self) -> str:
-        """`float`, `int` or `bool`: what a dtype may be swapped for without changing what the
-        value means.
-        """
+        """`float`, `int` or `bool`. Dtypes of one kind can replace each other."""
         return "float" if "F" in self.dtype else "bool" if self.dtype == "BOOL" else "int"
 
     def __str__(self) -> str:
@@ -83,30 +79,29 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def is_trained(name: str, spec: TensorSpec) -> bool:
-    """Whether gradients move a parameter: not integers and booleans, and not the running statistics
-    of torch's normalisations.
+    """Whether gradients change a parameter: not integers, booleans or torch's running statistics.
 
-    A step beyond the mean, as momentum takes it, would make a variance negative.
+    For those a step beyond the mean, like momentum's, could make a variance negative.
     """
     return spec.kind == "float" and name.rpartition(".")[2] not in _STATISTICS
 
 
 Spec = Mapping[str, TensorSpec]
 BlockBytes = bytearray | memoryview
-"""The bytes of a block, which may be written to: an array can stand on them."""
+"""The bytes of a block. They are writable, so an array can use them as its memory."""
 ReadRange = Callable[[int, int], BlockBytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a manifest says of an object's bytes: sha256 in hex, size in bytes."""
+    """An object's bytes according to a manifest: sha256 in hex, size in bytes."""
 
     sha256: str
     size: int
 
 
 def file_order(spec: Spec) -> list[str]:
-    """The names in the order in which their bytes lie in the file."""
+    """The names in the order of their bytes in the file."""
     return sorted(spec, key=lambda name: (-ITEM_SIZES[spec[name].dtype], name))
 
 
@@ -123,7 +118,7 @@ def blocks_of(spec: Spec, num_elements: int) -> Iterator[tuple[str, int, int]]:
 
 
 class Tensors(Protocol):
-    """Named tensors that are read block by block: a file's, or what a filter makes of others."""
+    """Named tensors that are read block by block, from a file or computed by a filter."""
 
     @property
     def spec(self) -> Spec:
@@ -131,26 +126,23 @@ class Tensors(Protocol):
         ...
 
     def read_block(self, name: str, start: int, stop: int) -> BlockBytes:
-        """The bytes of elements `start` to `stop` of the flattened tensor `name`, little endian;
-        they may be written to.
-        """
+        """Bytes of elements `start` to `stop` of the flattened tensor, little endian, writable."""
         ...
 
 
 class TensorReader:
-    """Random access to the tensors of a safetensors file, block by block, through a function that
-    reads byte ranges.
+    """Block-wise access to the tensors in a safetensors file, by a function that reads byte ranges.
 
-    Does not check the file's hash: that is the gate's duty, and the store's.
+    Doesn't check the file's hash: the gate and the store do.
 
     Args:
         read_range: (start, stop) -> the bytes in between.
-        size: of the file in bytes.
-        where: what to call the file in errors.
-        max_header: length of the longest header that is read.
+        size: size of the file in bytes.
+        where: name of the file, for error messages.
+        max_header: length of the longest header to read.
 
     Raises:
-        IntegrityError: the header is not that of a safetensors file of that size.
+        IntegrityError: the file has no valid safetensors header for its size.
     """
 
     def __init__(self, read_range: ReadRange, size: int, *, where: str, max_header: int = MAX_HEADER_BYTES) -> None:
@@ -160,17 +152,17 @@ class TensorReader:
         self._size = size
         self.where = where
         self.head = b""
-        """Header length and header: what comes before the tensors' bytes."""
+        """Header length and header: the bytes before the tensors."""
         self._offsets: dict[str, int] = {}
         self.spec: dict[str, TensorSpec] = {}
-        """In the order of the file: after `head`, its blocks are all of it."""
+        """In file order: `head` and these tensors' blocks are the whole file."""
         self._parse()
 
     def _parse(self) -> None:
         total = self._size
         length = int.from_bytes(self._read_range(0, 8), "little") if total >= 8 else 0
         if total < 8 or length > min(total - 8, self._max_header):
-            raise self._bad(f"its header claims {length} bytes of a file of {total}")
+            raise self._bad(f"its header claims {length} bytes, but the file has {total}")
         self.head = bytes(self._read_range(0, 8 + length))
         try:
             header = json.loads(self.head[8:])
@@ -196,18 +188,17 @@ class TensorReader:
             self._offsets[name] = 8 + length + start
             spans.append((start, end))
         self.spec = {name: self.spec[name] for name in sorted(self.spec, key=lambda name: self._offsets[name])}
-        # Tensors that overlap or leave holes would let a file hold bytes that no check ever looks
-        # at.
+        # Tensors that overlap or leave gaps could hide bytes that no check looks at.
         position = 0
         for start, end in sorted(spans):
             if start != position:
-                raise self._bad(f"its tensors overlap or leave a hole at byte {position}")
+                raise self._bad(f"its tensors overlap or leave a gap at byte {position}")
             position = end
         if 8 + length + position != total:
-            raise self._bad(f"it has {total} bytes where its header describes {8 + length + position}")
+            raise self._bad(f"it has {total} bytes, but its header describes {8 + length + position}")
 
     def _bad(self, why: str) -> IntegrityError:
-        return IntegrityError(f"{self.where} is not a sound safetensors file: {why}")
+        return IntegrityError(f"{self.where} is not a valid safetensors file: {why}")
 
     def read_block(self, name: str, start: int, stop: int) -> BlockBytes:
         """The bytes of elements `start` to `stop` of the flattened tensor `name`."""
@@ -217,13 +208,11 @@ class TensorReader:
         if len(block) != (stop - start) * item:
             raise self._bad(f"it ended inside {name!r}")
         if self._blocks is not None and hashlib.sha256(block).digest() != self._blocks.get((name, start, stop)):
-            raise IntegrityError(f"{self.where} was changed after it had been checked: {name!r} differs")
+            raise IntegrityError(f"{self.where} was changed after it was checked: {name!r} differs")
         return block
 
     def checked(self, blocks: Mapping[tuple[str, int, int], bytes]) -> Self:
-        """The same file, every block of which must be the one that was seen before; see
-        `Inspection.blocks`.
-        """
+        """The same file, whose blocks must match their earlier hashes; see `Inspection.blocks`."""
         other = copy(self)
         other._blocks = blocks
         return other

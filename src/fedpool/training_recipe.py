@@ -1,6 +1,4 @@
-"""`TrainingRecipe`, the base of the recipes that train: what rounds, sampling, the gate and
-scores need to know.
-"""
+"""`TrainingRecipe`, the base of recipes that train: fields for rounds, sampling, gate, scores."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -15,14 +13,14 @@ from fedpool.weights import check_weights
 
 
 class TrainingRecipe(Recipe):
-    """What every recipe has that trains. Frozen; unknown fields are refused.
+    """The fields that all recipes that train have. Frozen; unknown fields are refused.
 
-    Subclasses add their algorithm's parameters and give its `strategy`.
+    Subclasses add their algorithm's parameters and provide its `strategy`.
     """
 
-    num_rounds: int = Field(description="rounds to run", ge=1, le=100_000)
+    num_rounds: int = Field(description="training rounds", ge=1, le=100_000)
     clients_per_round: int | None = Field(
-        default=None, description="sites drawn for each round, as a function of the seed; empty: all of them", ge=1
+        default=None, description="sites drawn for each round, as a function of the seed; empty: all", ge=1
     )
     over_sample: int = Field(
         default=0,
@@ -37,10 +35,10 @@ class TrainingRecipe(Recipe):
     )
     exclude_vars: tuple[str, ...] = Field(
         default=(),
-        description="regular expressions; parameters in whose names one is found are not exchanged and stay at the site",
+        description="regular expressions; parameters whose names match one are not exchanged and stay at the site",
     )
     stop_cond: str | None = Field(
-        default=None, description='stop early once this holds of the global model, e.g. "accuracy >= 0.8"'
+        default=None, description='stop early once the global model satisfies this, e.g. "accuracy >= 0.8"'
     )
     patience: int | None = Field(
         default=None, description="stop early after this many rounds without a better key metric", ge=1
@@ -52,16 +50,16 @@ class TrainingRecipe(Recipe):
         allow_inf_nan=False,
     )
     clip_updates: bool = Field(
-        default=False, description="scale an update of a larger norm down to max_update_norm, instead of rejecting it"
+        default=False, description="scale an update with a larger norm down to max_update_norm instead of rejecting it"
     )
     max_rejections: int | None = Field(
         default=None,
-        description="rejected updates in a row after which a site is in quarantine, until one of its updates passes the gate",
+        description="rejected updates in a row after which a site is quarantined, until one of its updates passes the gate",
         ge=1,
     )
     keep_updates: Literal["all", "last", "none"] = Field(
         default="all",
-        description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
+        description="the rounds whose updates stay in the store afterwards: all, the last, or none; hashes always stay",
     )
     final_evaluation: bool = Field(
         default=True,
@@ -95,17 +93,17 @@ class TrainingRecipe(Recipe):
             )
         if self.over_sample and self.clients_per_round is None:
             raise RecipeError(
-                f"over_sample={self.over_sample} without clients_per_round: say how many updates a round takes"
+                f"over_sample={self.over_sample} without clients_per_round: set how many updates a round takes"
             )
         if self.clip_updates and self.max_update_norm is None:
-            raise RecipeError("clip_updates without max_update_norm: say to what norm updates are scaled down")
+            raise RecipeError("clip_updates without max_update_norm: set the norm that updates are scaled down to")
         if self.cross_site_eval and not self.final_evaluation:
-            raise RecipeError("cross_site_eval scores the final model, too: leave out final_evaluation=False")
+            raise RecipeError("cross_site_eval includes the final evaluation: leave out final_evaluation=False")
         return self
 
     @property
     def sample_size(self) -> int | None:
-        """How many sites are drawn for a round; None for all of them."""
+        """Number of sites drawn for a round; None: all."""
         return None if self.clients_per_round is None else self.clients_per_round + self.over_sample
 
     @property

@@ -1,4 +1,4 @@
-"""What a job asks of its recipe about training, whether it trains or not."""
+"""A recipe's training settings that every job reads, even if its recipe doesn't train."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
@@ -7,11 +7,10 @@ from fedpool.conditions import StopCondition
 
 
 class TrainingTerms:
-    """Fields of the recipes that train, and constants of the others. A recipe of either kind has
-    them all.
+    """Fields of the recipes that train, and constants of the others. Every recipe has all of them.
 
-    They are declared for type checkers alone: at run time a property would be in the way of the
-    field of its name.
+    They are declared only for type checkers: at run time a property would hide the field of the
+    same name.
     """
 
     if TYPE_CHECKING:

@@ -1,6 +1,4 @@
-"""How a file becomes a remote object that nobody else has written, though requests fail and
-answers are lost.
-"""
+"""Upload a file as a new remote object, even if requests fail and answers are lost."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,10 @@ _CHUNK_BYTES = 16 << 20
 
 
 class Upload:
-    """The upload of one file, to be called until it succeeds; what an earlier call of its own left
-    there is no other's.
+    """The upload of a file: call it until it succeeds. It recognises what its earlier calls left.
 
     Args:
-        file_system: of fsspec.
+        file_system: an fsspec file system.
         local: the file.
         target: path of the object in the file system.
     """
@@ -27,23 +24,23 @@ class Upload:
         self._tried = False
 
     def __call__(self, *, conditional: bool) -> bool:
-        """Try once; see `s3.put_new` for `conditional` and what is returned.
+        """Try once; see `s3.put_new` for `conditional` and the return value.
 
         Raises:
-            FileExistsError: there is an object of somebody else's.
+            FileExistsError: another writer's object exists.
         """
         if self._fs.exists(self._target):
             if not self._tried or not self._is_beginning():
                 raise FileExistsError(self._target)
             if self._size_there() == self._size():
                 return conditional
-            self._fs.rm_file(self._target)  # our own, and cut short
+            self._fs.rm_file(self._target)  # our own, but truncated
         self._tried = True
         try:
             return s3.put_new(self._fs, self._local, self._target, conditional=conditional)
         except FileExistsError:
-            # Another writer was faster, or the answer to a request of ours was lost, and the
-            # backend has repeated it.
+            # Another writer was faster, or the answer to our request was lost and the backend
+            # repeated the request.
             if self._size_there() != self._size() or not self._is_beginning():
                 raise
             return conditional
@@ -55,9 +52,7 @@ class Upload:
         return int(self._fs.info(self._target)["size"])
 
     def _is_beginning(self) -> bool:
-        """Whether the object is what a try of ours may have left: another coordinator's record
-        may be as long as ours.
-        """
+        """Whether our own try may have left the object: another writer's may be as long as ours."""
         size = self._size_there()
         if size > self._size():
             return False
@@ -66,7 +61,7 @@ class Upload:
                 ours = file.read(min(_CHUNK_BYTES, size - start))
                 theirs = self._fs.cat_file(self._target, start=start, end=start + len(ours))
                 if len(theirs) < len(ours):
-                    raise OSError(f"{self._target} was cut short while it was read")
+                    raise OSError(f"{self._target} was truncated while it was read")
                 if theirs != ours:
                     return False
         return True

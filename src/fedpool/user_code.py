@@ -1,9 +1,8 @@
-"""Code of the user's that the coordinator runs: the class of a recipe, the function of an
-aggregator.
+"""User code that the coordinator runs: a recipe's class, or an aggregator function.
 
-It travels with the job as the client script does: the module, the modules that it imports from the
-user's folders, and the small files that it names, in a zip whose name is its hash. Elsewhere it is
-unpacked into a folder that comes first on `sys.path`. What is installed does not travel.
+It travels with the job like the client script, in a zip that is named by its hash: the module, the
+modules that it imports from the user's folders, and the small files that it names. Elsewhere it is
+unpacked into a folder at the front of `sys.path`. Installed packages don't travel.
 """
 
 import atexit
@@ -28,17 +27,17 @@ from fedpool.refusals import explained
 from fedpool.script_files import find_files
 
 _UNPACKED = "fedpool-code-"
-"""How the folders of code begin that is unpacked here."""
+"""Prefix of the folders that code is unpacked into."""
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Modules of the user's, ready to travel.
+    """User modules ready to travel.
 
     Attributes:
-        modules: dotted names of those that the job imports.
-        sha256: of the zip.
+        modules: dotted names of the modules that the job imports.
+        sha256: hash of the zip.
         data: the zip's bytes.
     """
 
@@ -51,7 +50,7 @@ class Code:
         """The names of the files in it.
 
         Raises:
-            IntegrityError: it is not a zip.
+            IntegrityError: it isn't a zip.
         """
         try:
             with zipfile.ZipFile(io.BytesIO(self.data)) as archive:
@@ -62,16 +61,14 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where a module lies: its file, and the folder on `sys.path` that it is found from."""
+    """A module's location: its file, and the folder on `sys.path` that it is found in."""
 
     root: Path
     file: Path
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module is Python's, fedpool's, or of a package that is installed; not one of an
-    editable installation.
-    """
+    """Whether a module is Python's, fedpool's or an installed package's; not if editable."""
     top = module.partition(".")[0]
     if top == "fedpool" or (top in sys.stdlib_module_names and top != "__main__"):
         return True
@@ -79,9 +76,7 @@ def is_installed(module: str) -> bool:
 
 
 def find_home(module: str) -> Home | None:
-    """Where a module that is loaded lies; None when it cannot be imported by its name from a
-    file, as one that is run.
-    """
+    """Location of a loaded module; None if it can't be imported by its name, like `__main__`."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if module == "__main__" or not file:
         return None
@@ -95,27 +90,27 @@ def find_home(module: str) -> Home | None:
 
 
 def build_code(modules: Iterable[str]) -> Code:
-    """The code of modules that are loaded, with all that they import from the user's folders.
+    """The code of loaded modules, with everything that they import from the user's folders.
 
     Raises:
-        RecipeError: a module has no file or does not compile, two files have one name, or the whole
-            exceeds the size limit.
+        RecipeError: a module has no file or doesn't compile, two files have the same name, or the
+            whole exceeds the size limit.
     """
     names = tuple(sorted(set(modules)))
     contents: dict[str, bytes] = {}
     for module in names:
         home = find_home(module)
         if home is None:
-            raise RecipeError(f"module {module!r} has no source file that it can be imported from")
+            raise RecipeError(f"module {module!r} has no source file to import it from")
         for name, data in _files(home):
             if contents.setdefault(name, data) != data:
                 raise RecipeError(
-                    f"{' and '.join(names)} import two files that are both called {name}: rename one of them"
+                    f"{' and '.join(names)} import two files with the same name {name}: rename one of them"
                 )
     size = sum(map(len, contents.values()))
     if size > MAX_BUNDLE_BYTES:
         raise RecipeError(
-            f"{' and '.join(names)} and what they import hold {size / 2**20:.1f} MiB, over the limit of "
+            f"{' and '.join(names)} and their imports have {size / 2**20:.1f} MiB, over the limit of "
             f"{MAX_BUNDLE_BYTES >> 20} MiB"
         )
     data = zip_files(contents)
@@ -123,7 +118,7 @@ def build_code(modules: Iterable[str]) -> Code:
 
 
 def is_loaded(code: Code) -> bool:
-    """Whether this process has imported that very code, from wherever."""
+    """Whether this process has already imported exactly this code, from anywhere."""
     if any(module not in sys.modules for module in code.modules):
         return False
     try:
@@ -133,11 +128,11 @@ def is_loaded(code: Code) -> bool:
 
 
 def load_code(code: Code) -> None:
-    """Import the modules of code that is not loaded. Run it only where that is allowed.
+    """Import the modules of code that isn't loaded. Call it only if the code is allowed.
 
     Raises:
-        IntegrityError: it is not what its hash says.
-        ConfigError: this process has other modules of those names, or the import fails.
+        IntegrityError: the code doesn't match its hash.
+        ConfigError: this process has other modules of the same names, or the import fails.
     """
     with explained(tempfile.gettempdir()):
         unpacked = tempfile.TemporaryDirectory(prefix=_UNPACKED)
@@ -158,14 +153,13 @@ def load_code(code: Code) -> None:
     except BaseException:
         unpacked.cleanup()
         raise
-    atexit.register(unpacked.cleanup)  # functions may import from it as long as the process lives
+    atexit.register(unpacked.cleanup)  # functions may import from it at any time
 
 
 def make_room(code: Code) -> None:
-    """Forget the modules of other jobs' code that has one of the same names; objects of their
-    classes go on as they are.
+    """Forget the modules of other jobs' code that has a name in common with this code.
 
-    What a function of theirs imports only when it is called is not found any more.
+    Objects of their classes still work, but imports inside their functions no longer do.
     """
     wanted = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in code.files}
     for place in [place for place in sys.path if Path(place).name.startswith(_UNPACKED)]:
@@ -181,8 +175,8 @@ def _import(module: str, folder: Path) -> None:
         loaded = importlib.import_module(module)
     except Exception as error:  # it is the user's code
         raise ConfigError(
-            f"module {module!r} of the job's code cannot be imported here: {type(error).__name__}: {error}. What it needs "
-            "beside its own folder has to be installed here"
+            f"module {module!r} of the job's code cannot be imported here: {type(error).__name__}: {error}. Install "
+            "the packages that it needs here"
         ) from error
     if not _is_of(loaded, folder):
         raise _taken(module, loaded)
@@ -204,19 +198,19 @@ def _check_names(code: Code, folder: Path) -> None:
 def _taken(module: str, loaded: ModuleType) -> ConfigError:
     where = getattr(loaded, "__file__", None) or "Python itself"
     return ConfigError(
-        f"the job's code has a module {module!r}, and this process has another one of that name ({where}): use a process that "
-        "has not imported that, such as the fedpool command, or rename the module"
+        f"the job's code has a module {module!r}, but this process has another module of that name ({where}): use a process "
+        "that has not imported it, such as the fedpool command, or rename the module"
     )
 
 
 def _is_of(module: ModuleType, folder: Path) -> bool:
-    known = getattr(module, "__dict__", {})  # and nothing that a module makes up when it is asked
+    known = getattr(module, "__dict__", {})  # without a module's computed attributes
     places = [known.get("__file__") or "", *known.get("__path__", ())]
     return any(place and Path(place).is_relative_to(folder) for place in places)
 
 
 def _files(home: Home) -> Iterator[tuple[str, bytes]]:
-    """What a module needs from the user's folders: names as it imports them, and contents."""
+    """A module's files from the user's folders: names as they are imported, and contents."""
     folders = [home.root]
     while True:
         found = find_files(home.file, folders)
@@ -231,16 +225,14 @@ def _files(home: Home) -> Iterator[tuple[str, bytes]]:
 
 
 def _roots(top: str) -> Iterator[Path]:
-    """The user's folders that a module or a package is found from; none when it is installed, or
-    not there.
-    """
+    """The user's folders that contain a top-level module; none if it is installed or missing."""
     if not is_installed(top):
         for place in _places(top):
             yield place.parent
 
 
 def _places(top: str) -> Iterator[Path]:
-    """The files and folders that a top-level module would be, or was, loaded from."""
+    """The files and folders that a top-level module is, or would be, loaded from."""
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):  # `__main__` has none
@@ -261,7 +253,7 @@ def _is_in_installed(place: Path) -> bool:
 
 @cache
 def _installed_folders() -> frozenset[Path]:
-    """Where Python and packages are installed."""
+    """The folders that Python and packages are installed in."""
     paths = sysconfig.get_paths()
     folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     folders += [*site.getsitepackages(), site.getusersitepackages()]

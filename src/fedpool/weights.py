@@ -1,4 +1,4 @@
-"""`aggregation_weights`: what the user multiplies the weights of sites' updates by."""
+"""`aggregation_weights`: the user's factors on the weights of sites' updates."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ from fedpool.paths import check_name
 
 
 def check_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
-    """Return the weights if they can be used.
+    """Return the weights if they are valid.
 
     Raises:
-        RecipeError: one is negative or not finite, or all are 0.
+        RecipeError: a weight is negative or not finite, or all are 0.
     """
     for site, weight in weights.items():
         check_name("site", site)

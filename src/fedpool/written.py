@@ -1,6 +1,4 @@
-"""Base of what the coordinator writes to the store as JSON: typed, frozen, and of one form in
-bytes.
-"""
+"""Base of the JSON that the coordinator writes to the store: typed and frozen."""
 
 from typing import Any, ClassVar, Self
 
@@ -11,9 +9,7 @@ from fedpool.store import Store, to_json
 
 
 class Written(BaseModel):
-    """Base of what the coordinator writes: frozen, strict, nothing unknown, and of one form in
-    bytes.
-    """
+    """Base of what the coordinator writes: frozen, strict, no unknown fields, one form in bytes."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, serialize_by_alias=True, validate_by_name=True
@@ -23,22 +19,22 @@ class Written(BaseModel):
     """For messages."""
 
     def as_json(self) -> dict[str, Any]:
-        """As it lies in the store."""
+        """The JSON in the store."""
         return self.model_dump(mode="json")
 
     def to_bytes(self) -> bytes:
-        """The bytes that lie in the store."""
+        """The bytes in the store."""
         return to_json(self.as_json())
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Self:
-        """What some bytes of the store hold.
+        """The value that the store's bytes describe.
 
         Args:
-            where: they lie, for the message.
+            where: their place, for the message.
 
         Raises:
-            IntegrityError: they are of another kind.
+            IntegrityError: they describe something else.
         """
         try:
             return cls.model_validate_json(data)
@@ -47,11 +43,11 @@ class Written(BaseModel):
 
     @classmethod
     def read(cls, store: Store, path: str) -> Self:
-        """What lies in the store.
+        """Read the value from the store.
 
         Raises:
-            FileNotFoundError: nothing does.
-            IntegrityError: it is of another kind.
+            FileNotFoundError: there is no such object.
+            IntegrityError: the object describes something else.
         """
         return cls.from_bytes(store.read_bytes(path), store.full(path))
 

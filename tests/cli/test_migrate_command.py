@@ -30,7 +30,7 @@ def test_it_rewrites_the_file_and_says_what_is_left(script: Path) -> None:
     assert script.stat().st_mode & 0o777 == 0o750
     first, second = ran.stdout.splitlines()
     assert first == f"{script}: 1 line rewritten, 1 left to look at"
-    assert second.startswith(f"{script}:2: nvflare.recipe.SimEnv: this describes a job: write a recipe of fedpool's")
+    assert second.startswith(f"{script}:2: nvflare.recipe.SimEnv: this describes a job: write a fedpool recipe")
     assert sorted(path.name for path in script.parent.iterdir()) == ["client.py"]
 
 
@@ -51,7 +51,7 @@ def test_a_folder_is_migrated_whole_and_a_file_that_is_not_python_stays(script: 
     ran = fedpool(script.parent)
     assert ran.returncode == 1
     assert "other.py" not in ran.stderr
-    assert "bad.py:2 is not Python, and was left as it is" in ran.stderr
+    assert "bad.py:2 is not Python, so it was left as it is" in ran.stderr
     assert (script.parent / "bad.py").read_text().startswith("import nvflare")
     assert script.read_text() == AFTER
     assert (script.parent / "lib" / "model.py").read_text() == "from fedpool.client import FLModel\n"

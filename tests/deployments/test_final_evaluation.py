@@ -130,7 +130,7 @@ def test_where_nothing_is_trained_it_cannot_be_left_out(kind: Any, write_script:
 def test_it_cannot_be_left_out_of_a_cross_site_evaluation(write_script: Callable[..., Path]) -> None:
     common: dict[str, Any] = {"name": "a", "min_clients": 1, "num_rounds": 1, "model": {"w": np.zeros(1)}}
     with pytest.raises(
-        ValueError, match="cross_site_eval scores the final model, too: leave out final_evaluation=False"
+        ValueError, match="cross_site_eval includes the final evaluation: leave out final_evaluation=False"
     ):
         FedAvgRecipe(**common, train_script=write_script("pass"), cross_site_eval=True, final_evaluation=False)
 

@@ -41,7 +41,7 @@ def test_the_form_has_the_recipes_fields_with_bounds_and_descriptions() -> None:
     properties = schema["properties"]
     assert set(form_fields(FedAvgRecipe)) <= set(properties)
     assert properties["num_rounds"] | {"position": 0} == {
-        "description": "rounds to run", "maximum": 100000, "minimum": 1, "position": 0, "title": "num_rounds", "type": "integer"
+        "description": "training rounds", "maximum": 100000, "minimum": 1, "position": 0, "title": "num_rounds", "type": "integer"
     }  # fmt: skip
     for name in form_fields(FedAvgRecipe):
         assert properties[name]["description"] == FedAvgRecipe.model_fields[name].description

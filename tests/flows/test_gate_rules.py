@@ -68,7 +68,7 @@ def test_an_update_of_too_large_a_norm_is_clipped_when_asked(
 
 
 def test_clipping_needs_a_norm(run_job: Callable[..., Run]) -> None:
-    with pytest.raises(ValueError, match="clip_updates without max_update_norm: say to what norm"):
+    with pytest.raises(ValueError, match="clip_updates without max_update_norm: set the norm"):
         run_job(SCRIPT, clip_updates=True)
 
 

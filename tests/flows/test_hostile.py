@@ -193,16 +193,16 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "a bit flipped in the header": (flipped(9), "bytes", ""),
     "a size that is not its own": (claims(size=10**15), "bytes", "its manifest says 1000000000000000"),
     "oversized": (raw(bytes(1 << 20)), "size", "more than any update of this model"),
-    "a pickle": (raw(pickle.dumps(HONEST)), "bytes", "is not a sound safetensors file"),
-    "a torch checkpoint": (raw(a_pickle()), "bytes", "is not a sound safetensors file"),
-    "nothing": (raw(b""), "bytes", "is not a sound safetensors file"),
+    "a pickle": (raw(pickle.dumps(HONEST)), "bytes", "is not a valid safetensors file"),
+    "a torch checkpoint": (raw(a_pickle()), "bytes", "is not a valid safetensors file"),
+    "nothing": (raw(b""), "bytes", "is not a valid safetensors file"),
     "a header longer than the file": (raw(struct.pack("<Q", 1 << 40) + b"{}"), "bytes", "claims 1099511627776 bytes"),
     "a header of nothing but brackets": (raw(struct.pack("<Q", 60_000) + DEEP[:60_000]), "bytes", "is not JSON"),
     "a header of fifty thousand tensors": (raw(header_of(WIDE)), "size", "more than any update"),
     "tensors that overlap": (
         with_header(lambda head: head["half"].update(data_offsets=head["w"]["data_offsets"][:1] * 2)),
         "bytes",
-        "is not a sound safetensors file",
+        "is not a valid safetensors file",
     ),
     "bytes behind the tensors": (lambda sent: setattr(sent, "update", sent.update + b"hidden"), "bytes", "describes"),
     "a shape below zero": (with_header(lambda head: head["w"].update(shape=[-2, -3])), "bytes", "a bad shape"),
@@ -327,7 +327,7 @@ def test_an_update_that_is_swapped_after_the_gate_is_left_out(prefect_api: str, 
     record = store.read_json(paths.record(0))
     assert [entry["site"] for entry in record["accepted"]] == ["site-1"]
     assert [(entry["site"], entry["code"]) for entry in record["rejected"]] == [("site-2", "changed")]
-    assert "was changed after it had been checked" in record["rejected"][0]["reason"]
+    assert "was changed after it was checked" in record["rejected"][0]["reason"]
     assert store.read_bytes(paths.global_model(1)) == save_as_written(HONEST)
 
 

@@ -215,7 +215,7 @@ def test_a_module_of_the_same_name_that_is_another_is_not_mixed_with_it(folder: 
     importlib.import_module(name)
     before = list(sys.path)
     with pytest.raises(
-        ConfigError, match=f"a module '{name}', and this process has another one of that name .*mine/{name}.py"
+        ConfigError, match=f"a module '{name}', but this process has another module of that name .*mine/{name}.py"
     ):
         recipe_of("job-1", folder.store, allow=allow)
     assert sys.path == before

@@ -160,13 +160,13 @@ def test_a_statement_that_would_have_to_be_split_and_has_comments_stays() -> Non
 @pytest.mark.parametrize(
     ("script", "subject", "advice"),
     [
-        ("from nvflare.recipe import SimEnv", "nvflare.recipe.SimEnv", "write a recipe of fedpool's"),
-        ("from nvflare import FedJob", "nvflare.FedJob", "write a recipe of fedpool's"),
+        ("from nvflare.recipe import SimEnv", "nvflare.recipe.SimEnv", "write a fedpool recipe"),
+        ("from nvflare import FedJob", "nvflare.FedJob", "write a fedpool recipe"),
         ("from nvflare.apis.executor import Executor", "nvflare.apis.executor.Executor", "the six lines"),
         (
             "from nvflare.app_common.workflows.fedavg import FedAvg",
             "nvflare.app_common.workflows.fedavg.FedAvg",
-            "code of the server",
+            "server code",
         ),
         ("from nvflare.apis.dxo_filter import DXOFilter", "nvflare.apis.dxo_filter.DXOFilter", "before flare.send()"),
         ("from nvflare.fuel.utils import fobs", "nvflare.fuel.utils.fobs", "remove the import"),
@@ -226,7 +226,7 @@ def test_the_encoding_of_a_file_stays(data: bytes, tmp_path: Path) -> None:
 
 
 def test_what_is_not_python_is_an_error_that_names_the_line() -> None:
-    with pytest.raises(MigrationError, match=r"client\.py:2 is not Python, and was left as it is"):
+    with pytest.raises(MigrationError, match=r"client\.py:2 is not Python, so it was left as it is"):
         rewrite(Source("import nvflare.client as flare\nprint 'x'\n", name="client.py"))
 
 

@@ -200,7 +200,7 @@ def test_bytes_that_are_no_safetensors_file_are_rejected(store: Store) -> None:
     digest = store.write_json(PATHS.update(2, "site-1"), {"no": "tensors"})
     code, reason = rejected(store, sent(store, None, params_type="FULL", sha256=digest.sha256, size=digest.size))
     assert code == "bytes"
-    assert "is not a sound safetensors file" in reason
+    assert "is not a valid safetensors file" in reason
 
 
 def test_an_update_that_is_not_in_the_store_is_rejected(store: Store) -> None:

@@ -1,5 +1,5 @@
-"""Turning scripts written for NVFlare into scripts of fedpool's: `fedpool migrate`.
+"""`fedpool migrate`: turn NVFlare scripts into fedpool scripts.
 
-`names` says what stands for what, `rewrite` changes the imports of a source, `remarks` says what is
-left to do by hand.
+`names` maps names, `rewrite` changes a source's imports, and `remarks` lists what is left to do by
+hand.
 """

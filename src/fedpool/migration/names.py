@@ -1,4 +1,4 @@
-"""What stands for what: NVFlare's names that client scripts use, and where fedpool has them."""
+"""The NVFlare names that client scripts use, and their counterparts in fedpool."""
 
 from collections.abc import Mapping
 
@@ -45,14 +45,14 @@ NAMES: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "nvflare.app_opt.pt.fedproxloss": _in(f"{_HERE}.proximal", "PTFedProxLoss"),
     "nvflare.app_opt.pt.scaffold": _in(f"{_HERE}.scaffold_helper", "PTScaffoldHelper", "get_lr_values"),
 }
-"""Module of NVFlare's -> name -> (module here, name here)."""
+"""NVFlare module -> name -> (fedpool module, name there)."""
 
 MODULES: Mapping[str, str] = {"nvflare": "fedpool"} | {
     module: targets.pop()
     for module, names in NAMES.items()
     if len(targets := {target for target, _ in names.values()}) == 1 and all(n == new for n, (_, new) in names.items())
 }
-"""Module of NVFlare's -> the module here that has its names under the same names."""
+"""NVFlare module -> the fedpool module that has the same names."""
 
 EXPORTS: Mapping[str, frozenset[str]] = {
     _HERE: frozenset(fedpool.client.__all__),
@@ -61,7 +61,7 @@ EXPORTS: Mapping[str, frozenset[str]] = {
     _LIGHTNING: frozenset({*fedpool.client.__all__, "logger", "patch"}),
     _HUGGINGFACE: frozenset({*fedpool.client.__all__, "patch"}),
 }
-"""Module here -> what it has; of a script that was migrated before."""
+"""fedpool module -> its names, for scripts that were migrated before."""
 
 _ADVICE = (
     (
@@ -69,7 +69,7 @@ _ADVICE = (
          "nvflare.app_common.np.recipes", "nvflare.app_opt.sklearn.recipes", "nvflare.app_opt.tf.recipes", "nvflare.FedJob",
          "nvflare.app_common.np.np_model_persistor", "nvflare.app_opt.pt.file_model_persistor", "nvflare.tool",
          "nvflare.private.fed.app.simulator"),
-        "this describes a job: write a recipe of fedpool's and run it in an environment, see docs/recipe.md",
+        "this describes a job: write a fedpool recipe and run it in an environment, see docs/recipe.md",
     ),
     (
         ("nvflare.app_common.executors", "nvflare.apis.executor", "nvflare.app_common.abstract.learner_spec",
@@ -81,7 +81,7 @@ _ADVICE = (
          "nvflare.app_common.shareablegenerators", "nvflare.apis.impl", "nvflare.apis.controller_spec",
          "nvflare.app_common.widgets", "nvflare.app_common.ccwf", "nvflare.app_opt.tracking", "nvflare.widgets",
          "nvflare.app_common.abstract.model"),
-        "code of the server: use a recipe's fields, an aggregator or a strategy, see docs/recipes and CONTRIBUTING.md",
+        "server code: use a recipe's fields, an aggregator or a strategy, see docs/recipes and CONTRIBUTING.md",
     ),
     (
         ("nvflare.apis.dxo_filter", "nvflare.apis.filter", "nvflare.app_common.filters"),
@@ -92,7 +92,7 @@ _ADVICE = (
          "nvflare.app_opt.monai", "nvflare.apis.utils.decomposers"),
         "not needed, because tensors and arrays travel as they are: remove the import and the calls that register it",
     ),
-    (("nvflare.fuel.utils.log_utils",), "use the standard library's logging: what it prints goes to the site's log"),
+    (("nvflare.fuel.utils.log_utils",), "use the standard library's logging: its output goes to the site's log"),
     (
         ("nvflare.client.ipc", "nvflare.client.cell", "nvflare.client.flare_agent", "nvflare.client.IPCAgent"),
         "fedpool starts the script itself: use the six lines of README.md",
@@ -102,7 +102,7 @@ _ADVICE = (
 
 
 def advice(name: str) -> str:
-    """What to do about a dotted name of NVFlare's that has no counterpart here."""
+    """Advice about a dotted NVFlare name that has no counterpart in fedpool."""
     for prefixes, text in _ADVICE:
         if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
             return text

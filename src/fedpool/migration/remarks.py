@@ -13,11 +13,11 @@ _DOTTED = re.compile(r"nvflare(\.\w+)+")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Remark:
-    """Something that a person has to look at.
+    """A place that a person has to look at.
 
     Attributes:
-        line: its number, from 1.
-        subject: what it is about.
+        line: its line number, from 1.
+        subject: the code in question.
         advice: what to do.
     """
 
@@ -27,7 +27,7 @@ class Remark:
 
 
 def remarks(source: Source) -> list[Remark]:
-    """What is left in a source whose imports have been changed, in the order of its lines."""
+    """The remarks about a source whose imports have been changed, in line order."""
     found: set[Remark] = set()
     aliases: dict[str, str] = {}
     for node in ast.walk(source.tree):
@@ -41,11 +41,11 @@ def remarks(source: Source) -> list[Remark]:
                 found |= {remark for alias in names for remark in _of_import_from(alias, module, node.lineno)}
                 aliases |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in names}
             case ast.Constant(value=str(text)) if _DOTTED.fullmatch(text):
-                found.add(Remark(node.lineno, repr(text), f"a string that names a module of NVFlare's: {advice(text)}"))
+                found.add(Remark(node.lineno, repr(text), f"a string that names an NVFlare module: {advice(text)}"))
             case ast.Call(func=ast.Name(id="init") | ast.Attribute(attr="init"), keywords=keywords):
                 for keyword in keywords:
                     if keyword.arg == "config_file":
-                        text = "is ignored, with a warning: leave it out, and configure the recipe and the site"
+                        text = "is ignored with a warning: leave it out, and configure the recipe and the site"
                         found.add(Remark(keyword.value.lineno, "init(config_file=)", text))
     for bound, module in aliases.items():
         found |= _of_uses(source.tree, bound, module)
@@ -64,7 +64,7 @@ def _of_import(line: int, alias: ast.alias) -> set[Remark]:
     if alias.name.split(".")[0] != "nvflare":
         return set()
     known = alias.name in MODULES
-    text = "its uses are unclear, so it stays: import it with `as`" if known else advice(alias.name)
+    text = "unchanged, because its uses are unclear: import it with `as`" if known else advice(alias.name)
     return {Remark(line, f"import {alias.name}", text)}
 
 
@@ -72,15 +72,17 @@ def _of_import_from(alias: ast.alias, module: str, line: int) -> set[Remark]:
     if module.split(".")[0] == "nvflare":
         name = f"{module}.{alias.name}"
         known = alias.name in NAMES.get(module, {})
-        text = "stays, because of the comments within the statement: import it by itself" if known else advice(name)
+        text = "unchanged, because the statement contains comments: import it separately" if known else advice(name)
         return {Remark(alias.lineno or line, name, text)}
     if module in EXPORTS and alias.name == "*":
-        return {Remark(line, f"from {module} import *", "names what you use: nothing says whether all of it is there")}
+        return {
+            Remark(line, f"from {module} import *", "import the names that you use instead: some may be missing here")
+        }
     return set()
 
 
 def _of_uses(tree: ast.Module, bound: str, module: str) -> set[Remark]:
-    """Uses of a module's attributes that it does not have here."""
+    """Uses of attributes that the fedpool module doesn't have."""
     if module not in EXPORTS:
         return set()
     found = set()

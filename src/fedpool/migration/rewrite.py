@@ -1,7 +1,6 @@
-"""Changing the imports of a script from NVFlare to fedpool: only those, and byte for byte nothing
-else.
+"""Change the imports of a script from NVFlare to fedpool, and no other byte.
 
-Whatever cannot be changed without doubt stays, and `remarks` names it.
+Imports that can't be changed safely stay, and `remarks` names them.
 """
 
 import ast
@@ -15,16 +14,14 @@ from fedpool.migration.source import Source, Span
 
 Edit = tuple[Span, str]
 
-_GAP = rb"(?:\s|\\)*"  # a backslash may go on to the next line
+_GAP = rb"(?:\s|\\)*"  # a backslash may continue the line
 _NAME = re.compile(rb"\w+(?:" + _GAP + rb"\." + _GAP + rb"\w+)*")
 _FROM = re.compile(rb"from" + _GAP + rb"(" + _NAME.pattern + rb")" + _GAP + rb"import")
 
 
 @dataclass(frozen=True, slots=True)
 class _Moved:
-    """A name of an import statement, and where fedpool has it; `module` is None where it has
-    not.
-    """
+    """An imported name and its place in fedpool; `module` is None if fedpool doesn't have it."""
 
     bound: str
     module: str | None
@@ -32,15 +29,15 @@ class _Moved:
 
     @property
     def text(self) -> str:
-        """As an import statement names it."""
+        """The name as an import statement has it."""
         return self.name if self.bound == self.name else f"{self.name} as {self.bound}"
 
 
 def rewrite(source: Source) -> Source:
-    """The source with its imports changed; the same when there is nothing to change.
+    """The source with its imports changed; the same source if there is nothing to change.
 
     Raises:
-        MigrationError: it is not Python.
+        MigrationError: it isn't Python.
     """
     edits: list[Edit] = []
     for node in ast.walk(source.tree):
@@ -58,7 +55,7 @@ def rewrite(source: Source) -> Source:
     result = source.edited(edits)
     try:
         ast.parse(result.text)
-    except SyntaxError as error:  # never seen; but better no change than a broken script
+    except SyntaxError as error:  # never seen, but no change is better than a broken script
         raise MigrationError(
             f"{source.name} was left as it is, because its imports cannot be changed: {error}"
         ) from None
@@ -87,7 +84,7 @@ def _of_import_from(source: Source, node: ast.ImportFrom) -> list[Edit]:
         ]
         return [(_module_span(source, node), targets[0]), *renamed]
     span = source.span(node)
-    if b"#" in source.data[span[0] : span[1]]:  # comments belong to names: only a person knows where to
+    if b"#" in source.data[span[0] : span[1]]:  # only a person knows which names the comments are about
         return []
     before, after = source.around(span)
     alone = not before.strip() and (not after.strip() or after.lstrip().startswith("#"))
@@ -108,7 +105,7 @@ def _moved(module: str, alias: ast.alias) -> _Moved:
 
 
 def _module_span(source: Source, node: ast.ImportFrom) -> Span:
-    """Where the module's name stands, between `from` and `import`."""
+    """The span of the module's name, between `from` and `import`."""
     start, end = source.span(node)
     match = _FROM.match(source.data, start, end)
     assert match is not None, "an import statement has this form"
@@ -116,16 +113,14 @@ def _module_span(source: Source, node: ast.ImportFrom) -> Span:
 
 
 def _dotted(source: Source, alias: ast.alias) -> Span:
-    """Where the name of an import stands, without what it is bound to."""
+    """The span of an imported name, without its `as` name."""
     match = _NAME.match(source.data, *source.span(alias))
     assert match is not None, "an import names something"
     return match.span()
 
 
 def _of_plain_imports(source: Source) -> list[Edit]:
-    """The edits of `import nvflare.client` and of all that is reached through it; none when one
-    of them is in doubt.
-    """
+    """The edits of `import nvflare.client` and all its uses; none if any use is unclear."""
     plain = [
         (node, alias)
         for node in ast.walk(source.tree)
@@ -146,9 +141,7 @@ def _of_plain_imports(source: Source) -> list[Edit]:
 
 
 def _names_free(tree: ast.Module) -> bool:
-    """Whether `nvflare` is nothing but the package in this file, and `fedpool` is nothing yet,
-    or the package.
-    """
+    """Whether `nvflare` is only the package in this file, and `fedpool` unused or the package."""
     for node in ast.walk(tree):
         match node:
             case ast.Name(id="nvflare" | "fedpool", ctx=ast.Store() | ast.Del()):
@@ -174,9 +167,7 @@ def chains(tree: ast.Module, root: str) -> Iterator[list[ast.expr]]:
 
 
 def resolve(chain: list[ast.expr]) -> tuple[ast.expr, str] | None:
-    """The part of a chain that is a name of NVFlare's which fedpool has, and what it is called
-    here.
-    """
+    """The part of a chain that is an NVFlare name with a counterpart, and the counterpart."""
     words = [node.attr if isinstance(node, ast.Attribute) else "nvflare" for node in chain]
     for length in range(len(words) - 1, 0, -1):
         names = NAMES.get(".".join(words[:length]), {})

@@ -1,4 +1,4 @@
-"""The text of a Python file, with edits at the positions that `ast` gives."""
+"""The text of a Python file, with edits at the positions that `ast` reports."""
 
 import ast
 import io
@@ -13,7 +13,7 @@ from fedpool.errors import MigrationError
 _LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n|$)")
 
 Span = tuple[int, int]
-"""From and to, in bytes of the text as UTF-8."""
+"""Start and end, in bytes of the text as UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Source:
     """A file's text.
 
     Attributes:
-        text: with its own line endings.
-        encoding: of the file, by its byte order mark or its coding comment.
-        name: for messages.
+        text: the text, with its own line endings.
+        encoding: the file's encoding, from its byte order mark or its coding comment.
+        name: the file's name, for messages.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Source:
         """The source of a file.
 
         Raises:
-            MigrationError: it cannot be read, or is not text in the encoding that it declares.
+            MigrationError: it can't be read, or isn't text in its declared encoding.
         """
         try:
             data = path.read_bytes()
@@ -49,13 +49,13 @@ class Source:
         """The parsed source.
 
         Raises:
-            MigrationError: it is not Python.
+            MigrationError: it isn't Python.
         """
         try:
             return ast.parse(self.text)
         except (SyntaxError, ValueError) as error:
             line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-            raise MigrationError(f"{self.name}{line} is not Python, and was left as it is: {error}") from None
+            raise MigrationError(f"{self.name}{line} is not Python, so it was left as it is: {error}") from None
 
     @cached_property
     def data(self) -> bytes:
@@ -67,11 +67,11 @@ class Source:
         return [match.start() for match in _LINE.finditer(self.data)]
 
     def offset(self, line: int, column: int) -> int:
-        """The offset of a position that `ast` gives."""
+        """The offset of a position that `ast` reports."""
         return self._starts[line - 1] + column
 
     def span(self, node: ast.stmt | ast.expr | ast.alias) -> Span:
-        """Where a node stands."""
+        """The span of a node."""
         assert node.end_lineno is not None and node.end_col_offset is not None, "parsed nodes have ends"
         return self.offset(node.lineno, node.col_offset), self.offset(node.end_lineno, node.end_col_offset)
 
@@ -83,7 +83,7 @@ class Source:
         return match.group().decode().rstrip("\r\n")
 
     def around(self, span: Span) -> tuple[str, str]:
-        """What stands on the same lines before and after a span."""
+        """The text before and after a span on the same lines."""
         before = self.data[: span[0]].rpartition(b"\n")[2].rpartition(b"\r")[2]
         match = _LINE.match(self.data, span[1])
         assert match is not None
@@ -96,7 +96,7 @@ class Source:
         return match.group() if match else "\n"
 
     def edited(self, edits: list[tuple[Span, str]]) -> "Source":
-        """The source with spans replaced, which must not overlap."""
+        """The source with spans replaced. The spans must not overlap."""
         data = self.data
         for (start, end), text in sorted(edits, reverse=True):
             data = data[:start] + text.encode() + data[end:]

@@ -1,9 +1,9 @@
-"""A client script that misbehaves by a plan; as `train_script`, with the plan as its argument::
+"""A client script that misbehaves according to a plan. Use it as `train_script`::
 
     plan = {"site-2": {"1": "nan"}}
     FedAvgRecipe(..., train_script=MISBEHAVING_CLIENT, train_args=[json.dumps(plan)])
 
-Where the plan has nothing for a site and a round (both are strings), it adds 1 to what it receives.
+Sites and rounds are strings. If the plan has nothing for them, the script adds 1 to each parameter.
 """
 
 import json
@@ -17,11 +17,11 @@ import fedpool.client as flare
 
 
 def misbehave(how: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Do what the plan says, with what would have been sent; returns what is sent."""
+    """Misbehave as planned with the parameters to send; returns those that are sent."""
     first = min(params)
     match how:
         case "raise":
-            raise RuntimeError("the client raises, by plan")
+            raise RuntimeError("the client raises, as planned")
         case "exit":
             sys.exit(3)
         case "kill":
@@ -39,7 +39,7 @@ def misbehave(how: str, params: dict[str, Any]) -> dict[str, Any]:
         case "huge":
             return {**params, first: params[first] * 0 + 1e30}
         case _:
-            raise ValueError(f"the plan says {how!r}, which is not one of {', '.join(KINDS)}")
+            raise ValueError(f"the plan has {how!r}, which is not one of {', '.join(KINDS)}")
     return params
 
 
@@ -47,12 +47,12 @@ KINDS = ("raise", "exit", "kill", "hang", "flood", "nan", "shape", "rename", "hu
 
 
 def main() -> None:
-    """Train until the job is over."""
+    """Train until the job ends."""
     plan = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     flare.init()
     while flare.is_running():
         model = flare.receive()
-        assert model is not None and model.params is not None, "without a time limit there is a model"
+        assert model is not None and model.params is not None, "receive() without a time limit returns a model"
         params = {name: value + 1 for name, value in model.params.items()}
         how = plan.get(flare.get_site_name(), {}).get(str(model.current_round))
         flare.send(flare.FLModel(params=misbehave(how, params) if how else params))

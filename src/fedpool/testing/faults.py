@@ -1,13 +1,12 @@
-"""A store that fails, stalls, truncates or holds by a plan: a folder reached through fsspec as
-`faulty:///folder`.
+"""A store that fails, stalls, truncates or holds by a plan: fsspec's URL `faulty:///folder`.
 
-The plan is a file in that folder, so that it holds for every process that uses the store, and can
-change while they do::
+The plan is a file in that folder, so it applies to every process that uses the store, and can
+change while they run::
 
     faults = Faults(folder)
     faults.plan(Fault("fail", match=r"round\\.json", operations=("write",)))
     ...                                     # store=faults.url; every write of a round.json fails
-    faults.plan()                           # from now on all goes well
+    faults.plan()                           # no more faults
 """
 
 import io
@@ -38,17 +37,17 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong.
+    """A planned fault.
 
     Attributes:
-        kind: `fail` raises `OSError`; `stall` takes `seconds` longer; `truncate` reads or writes
-            half of the bytes, and a write then fails; `hold` waits until the plan has changed.
+        kind: `fail` raises `OSError`; `stall` adds a delay of `seconds`; `truncate` reads or writes
+            half of the bytes, and a write then fails; `hold` waits until the plan changes.
         match: regular expression, searched in the object's path inside the store.
-        operations: to which it happens.
-        probability: how often; which calls it hits is a function of `seed`, the path and how often
-            the path was asked for.
-        seconds: how long a stall is.
-        when: whether a failing or held operation has its effect before.
+        operations: the affected operations.
+        probability: share of the calls that are hit, as a function of `seed`, the path, and the
+            number of earlier calls for the path.
+        seconds: length of a stall.
+        when: whether an operation fails or is held before or after it takes effect.
     """
 
     kind: Literal["fail", "stall", "truncate", "hold"]
@@ -64,7 +63,7 @@ class Faults:
     """The plan of a faulty store.
 
     Args:
-        folder: where the store lies.
+        folder: the store's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +77,7 @@ class Faults:
         return f"faulty://{self._folder}"
 
     def plan(self, *faults: Fault) -> None:
-        """From now on these go wrong, and nothing else."""
+        """Replace the plan: from now on only these faults occur."""
         partial = self._folder / f"{_PLAN}.new"
         partial.write_text(json.dumps([asdict(fault) for fault in faults]))
         (self._folder / _HELD).unlink(missing_ok=True)
@@ -88,7 +87,7 @@ class Faults:
         """Block until an operation is held.
 
         Raises:
-            TimeoutError: none was.
+            TimeoutError: none was held.
         """
         for pause_s in pauses(timeout_s, _POLL_S):
             if (self._folder / _HELD).exists():
@@ -98,9 +97,7 @@ class Faults:
 
 
 class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """See the module. Writes are whole or not at all, as in object storage, but for those that
-    are truncated.
-    """
+    """See the module. Writes are atomic, as in object storage, unless they are truncated."""
 
     protocol = "faulty"
     cachable = False
@@ -113,10 +110,10 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has 
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return os.path.abspath(path.removeprefix("faulty://"))  # noqa: PTH100  # a path need not be there
+        return os.path.abspath(path.removeprefix("faulty://"))  # noqa: PTH100  # the path need not exist
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
-        """What lies in a folder."""
+        """List a folder."""
         with self._faults("list", path):
             found = self._local.ls(self._strip_protocol(path), detail=True)
         kept = [entry for entry in found if not Path(entry["name"]).name.startswith(".faults")]
@@ -128,7 +125,7 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has 
             return self._local.info(self._strip_protocol(path))
 
     def exists(self, path: str, **options: Any) -> bool:
-        """Whether there is an object."""
+        """Whether an object exists."""
         with self._faults("list", path):
             return bool(self._local.exists(self._strip_protocol(path)))
 
@@ -158,7 +155,7 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has 
                 os.truncate(partial, partial.stat().st_size // 2)
             partial.replace(target)
         if truncated:
-            raise OSError(f"the write of {rpath} was cut short")
+            raise OSError(f"the write of {rpath} was truncated")
 
     def rm_file(self, path: str) -> None:
         """Remove an object."""
@@ -167,10 +164,10 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has 
 
     @contextmanager
     def _faults(self, operation: Operation, path: str) -> Iterator[bool]:
-        """Have happen to an operation what the plan says; whether its bytes are truncated."""
+        """Apply the planned faults to an operation; yields whether its bytes are truncated."""
         path = self._strip_protocol(path)
         folder, plan = _plan_above(Path(path))
-        within = path.removeprefix(f"{folder}/")  # the same plan hits the same calls wherever the store lies
+        within = path.removeprefix(f"{folder}/")  # so a plan hits the same calls in any folder
         hit = [fault for fault in plan if self._hits(fault, operation, within)]
         for fault in hit:
             if fault.kind == "stall":
@@ -191,7 +188,7 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has 
 
 
 def _plan_above(path: Path) -> tuple[Path, list[Fault]]:
-    """The plan of the store that a path lies in, and its folder."""
+    """The plan of the store that contains a path, and the store's folder."""
     for folder in path.parents:
         try:
             entries = json.loads((folder / _PLAN).read_text())
@@ -203,7 +200,7 @@ def _plan_above(path: Path) -> tuple[Path, list[Fault]]:
 
 def _fail_or_hold(fault: Fault, folder: Path, path: str) -> None:
     if fault.kind == "fail":
-        raise OSError(f"{path} is out of reach: by plan")
+        raise OSError(f"{path} is out of reach, as planned")
     if fault.kind == "hold":
         (folder / _HELD).touch()
         pause = threading.Event()

@@ -1,11 +1,10 @@
-"""Kill a process at a named point: as it puts a certain object into a local store, or right after.
+"""Kill a process at a named point: as it writes an object to a local store, or right after.
 
-All that a job does is in the order in which it writes its objects, so that their paths name every
-stage of a round::
+A job writes its objects in a fixed order, so their paths name every stage of a round::
 
     python -m fedpool.testing --at 'rounds/00001/round\\.json' --when before job.py
 
-runs `job.py` and ends it with SIGKILL in the instant before round 1 would be committed.
+runs `job.py` and kills it with SIGKILL just before round 1 would be committed.
 """
 
 import os
@@ -17,14 +16,13 @@ from typing import Any, Literal
 
 
 def kill_at(path: str, when: Literal["before", "after"] = "before", *, skip: int = 0) -> None:
-    """Have this process killed with SIGKILL, which it cannot catch, as it writes an object to a
-    local store.
+    """Kill this process with SIGKILL, which it can't catch, as it writes an object.
 
     Args:
-        path: regular expression, searched in the object's path; see "The store" in the
-            documentation.
-        when: before the object is there, or after.
-        skip: how many such objects to let pass first.
+        path: regular expression, searched in the path of an object of a local store; see
+            docs/store.md.
+        when: before the object exists, or after.
+        skip: how many matching objects to let pass first.
     """
     pattern = re.compile(path)
     left = skip
@@ -32,8 +30,7 @@ def kill_at(path: str, when: Literal["before", "after"] = "before", *, skip: int
     written: set[str] = set()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        # An object comes to be by a hard link, after which the file that it was written as is
-        # removed.
+        # An object is created as a hard link to its temporary file, which is then removed.
         nonlocal left
         if event == "os.link" and pattern.search(os.fsdecode(arguments[1])):
             with lock:
