@@ -1,8 +1,7 @@
-"""Which sites a round goes ahead without: a function of the rounds' records, and of which sites
-cannot be reached just now.
+"""Which sites a round leaves out, given the rounds' records and the sites that are unreachable now.
 
-The first round that a site is missing from waits for it. The rounds after that would wait as long
-again, and for nothing.
+The first round that a site is missing from waits for it. Later rounds would wait just as long, for
+nothing.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,8 +14,7 @@ from fedpool.tasks.record import RoundRecord
 
 
 def silent(records: Sequence[RoundRecord]) -> frozenset[str]:
-    """Sites that did not answer when they were last to take part, because they could not be reached
-    or were late.
+    """Sites that were unreachable or late the last time they were to take part.
 
     Args:
         records: of the rounds so far.
@@ -39,15 +37,16 @@ def left_out(
     probes: Collection[str],
     needed: int,
 ) -> dict[str, str]:
-    """site -> why a round does not ask it. Empty when too few sites would be left: then the round
-    waits for all of them.
+    """site -> why a round doesn't ask it.
+
+    Empty if too few sites would be left: then the round waits for all of them.
 
     Args:
         records: of the rounds so far.
         chosen: the round's sites.
-        unreachable: site -> why it cannot be reached now.
-        probes: those of the sites whose updates would not be used.
-        needed: updates without which the round fails.
+        unreachable: site -> why it can't be reached now.
+        probes: the chosen sites whose updates would not be used.
+        needed: the updates that the round needs; with fewer, it fails.
     """
     without = silent(records)
     found = {site: unreachable[site] for site in in_order(chosen) if site in without and site in unreachable}
@@ -58,8 +57,8 @@ def left_out(
 async def unasked(
     records: Sequence[RoundRecord], sites: Sites, chosen: Collection[str], *, probes: Collection[str], needed: int
 ) -> dict[str, str]:
-    """site -> why a round does not ask it, from the records and a look at the sites that were
-    missing; see `left_out`.
+    """site -> why a round doesn't ask it; looks up which missing sites are unreachable, see
+    `left_out`.
     """
     missing = silent(records) & set(chosen)
     if not missing:
@@ -72,9 +71,7 @@ async def unasked(
 
 
 def how_to_resume(record: RoundRecord) -> str:
-    """What to do about the sites that could not be reached in a round, as a line of its own;
-    empty when there are none.
-    """
+    """The line that says how to resume a job whose sites were unreachable; empty if none were."""
     away = {entry.site for entry in record.failed if entry.away}
     away |= {entry.site for entry in record.not_asked}
     names = ", ".join(in_order(away - {entry.site for entry in record.accepted}))

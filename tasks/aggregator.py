@@ -1,8 +1,7 @@
-"""What an aggregator is, and the mean, which the rules that look at whole updates come to in a
-round.
+"""The base class of aggregators, and the mean that rules comparing whole updates reduce to.
 
-An aggregator is frozen. It is given block after block and holds a block of each update at most; one
-that looks at whole updates asks for a survey first.
+An aggregator is frozen. It gets the updates block by block and holds at most one block of each. An
+aggregator that compares whole updates asks for a survey first.
 """
 
 from abc import ABC, abstractmethod
@@ -19,18 +18,18 @@ from fedpool.tasks.strategy import State, Update
 
 
 class Aggregator(ABC):
-    """How updates become one."""
+    """Combines the updates of a round into one."""
 
     surveys: ClassVar[bool] = False
-    """Whether `survey` is to be called before the first block."""
+    """Whether to call `survey` before the first block."""
 
     @property
     def fewest(self) -> int:
-        """The fewest updates that it works with."""
+        """The smallest number of updates that it works with."""
         return 1
 
     def survey(self, geometry: Geometry) -> "Aggregator":
-        """The aggregator for one round, by how its updates lie to each other."""
+        """The aggregator for one round, given the geometry of its updates."""
         return self
 
     @abstractmethod
@@ -44,25 +43,25 @@ class Aggregator(ABC):
         """
 
     def check(self, num_updates: int) -> None:
-        """Raise `RoundError` when a round has too few updates."""
+        """Raise `RoundError` if a round has too few updates."""
         if num_updates < self.fewest:
-            raise RoundError(f"the aggregator needs {self.fewest} updates with a weight above 0, and has {num_updates}")
+            raise RoundError(f"the aggregator needs {self.fewest} updates with a weight above 0, but has {num_updates}")
 
 
 @dataclass(frozen=True)
 class RoundMean(Aggregator):
-    """The mean of one round's updates, by weights and scales that a survey has found."""
+    """The mean of one round's updates, with the weights and scales that a survey found."""
 
     weights: Mapping[str, float] | None = None
-    """key of an update (see `Update`) -> weight, where it is not the update's own."""
+    """key of an update (see `Update`) -> weight; None: the update's own."""
     scales: Mapping[str, float] | None = None
-    """key of an update -> factor on its difference to the global model, where that is not 1."""
+    """key of an update -> factor on its difference to the global model, if it isn't 1."""
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
         return weighted_mean((self._weight(update), self._value(name, state, update)) for update in self._used(updates))
 
     def _used(self, updates: Sequence[Update]) -> Sequence[Update]:
-        return [update for update in updates if self._weight(update) > 0]  # the others need not be read
+        return [update for update in updates if self._weight(update) > 0]  # the others don't have to be read
 
     def _weight(self, update: Update) -> float:
         return update.weight if self.weights is None else self.weights.get(update.key, 0.0)

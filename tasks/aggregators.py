@@ -1,8 +1,7 @@
-"""How the updates of a round become one: the weighted mean, or a rule that a few wrong updates
-cannot pull far.
+"""fedpool's aggregators: the weighted mean, and rules that a few wrong updates can't pull far.
 
-Each is a frozen model of what it needs to know, which is also its part of a deployment's form and
-of `job.json`. What is computed is in `tasks.mean` and `tasks.robust`.
+Each is a frozen model of its parameters. The same model is its part of a deployment's form and of
+`job.json`. The computations are in `tasks.mean` and `tasks.robust`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +25,15 @@ from fedpool.tasks.robust import (
 )
 from fedpool.tasks.strategy import State, Update
 
-_ARBITRARY = "how many updates of a round may be arbitrary"
+_ARBITRARY = "number of updates of a round that may be arbitrary"
 
 
 class Rule(Checked, Aggregator):
-    """An aggregator of fedpool's own: its name, and what it needs to know.
+    """An aggregator that is part of fedpool: its name and its parameters.
 
     Raises:
-        FieldsError (a RecipeError and a pydantic.ValidationError): a parameter is missing, unknown,
-            or out of its bounds.
+        FieldsError (a RecipeError and a pydantic.ValidationError): a parameter is missing, unknown
+            or out of bounds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +42,7 @@ class Rule(Checked, Aggregator):
 
 
 class _SurveyingRule(Rule):
-    """One that looks at whole updates, and combines by what the survey of a round has found."""
+    """A rule that compares whole updates, and combines them according to the survey of a round."""
 
     surveys: ClassVar[bool] = True
 
@@ -52,13 +51,13 @@ class _SurveyingRule(Rule):
 
 
 def _prefilled(value: float) -> dict[str, Any]:
-    # Prefect's form tells the aggregators apart by the fields that have a value, so each begins
+    # Prefect's form distinguishes the aggregators by the fields that have a value, so each starts
     # with one.
     return {"default": value}
 
 
 class Mean(Rule):
-    """The mean by the weights of the updates.
+    """The weighted mean of the updates.
 
     Needs:
         n >= 1
@@ -75,9 +74,9 @@ class Mean(Rule):
 
 
 class Median(Rule):
-    """The coordinate-wise median; of an even number, the mean of the middle two.
+    """The coordinate-wise median; for an even number of updates, the mean of the middle two.
 
-    All updates count alike.
+    All updates count equally.
 
     Needs:
         n >= 1
@@ -94,10 +93,9 @@ class Median(Rule):
 
 
 class TrimmedMean(Rule):
-    """The coordinate-wise mean without the floor(trim_ratio n) lowest and the floor(trim_ratio n)
-    highest values.
+    """The coordinate-wise mean without the floor(trim_ratio n) lowest and as many highest values.
 
-    All updates count alike.
+    All updates count equally.
 
     Needs:
         n >= 1 / trim_ratio (fewer would trim nothing)
@@ -109,7 +107,7 @@ class TrimmedMean(Rule):
 
     kind: Literal["trimmed_mean"] = Field(default="trimmed_mean", repr=False)
     trim_ratio: float = Field(
-        description="the share of values that is dropped at each end", gt=0, lt=0.5, json_schema_extra=_prefilled(0.1)
+        description="share of values dropped at each end", gt=0, lt=0.5, json_schema_extra=_prefilled(0.1)
     )
 
     @property
@@ -122,9 +120,9 @@ class TrimmedMean(Rule):
 
 
 class Krum(_SurveyingRule):
-    """The update with the least sum of squared distances to its n - f - 2 nearest others.
+    """The update with the smallest sum of squared distances to its n - f - 2 nearest others.
 
-    All updates count alike; of equals the first site wins.
+    All updates count equally. The first site wins ties.
 
     Needs:
         n >= 2 f + 3
@@ -147,11 +145,11 @@ class Krum(_SurveyingRule):
 
 
 class MultiKrum(_SurveyingRule):
-    """The mean of the m updates with the least sum of squared distances to their n - f - 2 nearest
-    others.
+    """The mean of the m updates with the best Krum scores.
 
-    m is `num_selected`, or n - f - 2 without that. All updates count alike; of equals the first
-    site wins.
+    The score of an update is the sum of squared distances to its n - f - 2 nearest others; lower is
+    better. m is `num_selected`, by default n - f - 2. All updates count equally. The first site
+    wins ties.
 
     Needs:
         n >= max(2 f + 3, m + f + 2)
@@ -164,7 +162,7 @@ class MultiKrum(_SurveyingRule):
     kind: Literal["multi_krum"] = Field(default="multi_krum", repr=False)
     num_byzantine: int = Field(description=_ARBITRARY, ge=1, json_schema_extra=_prefilled(1))
     num_selected: int | None = Field(
-        default=None, description="how many updates are averaged; empty: all but num_byzantine and two", ge=1
+        default=None, description="number of updates to average; empty: all but num_byzantine + 2", ge=1
     )
 
     @property
@@ -179,13 +177,13 @@ class MultiKrum(_SurveyingRule):
 
 
 class Bulyan(_SurveyingRule):
-    """Krum's choice, n - 2 f times over, and of those in each coordinate the mean of the n - 4 f
-    nearest to the median.
+    """Applies Krum n - 2 f times, then averages in each coordinate the n - 4 f values nearest the
+    median.
 
-    Of an even number of values the median is one of them, the lower of the middle two, because the
-    paper's is an element; with `even_median="midpoint"` it is their mean. When Krum picks from f +
-    2 updates or fewer, it goes by the nearest other one, where the paper's sum would be empty. Of
-    equals the first site wins.
+    The median of an even number of values is the lower of the middle two, because the paper's
+    median is an element. With `even_median="midpoint"` it is the mean of the two. When Krum picks
+    from f + 2 updates or fewer, the paper's sum would be empty, so Krum uses the distance to the
+    nearest other update. The first site wins ties.
 
     Needs:
         n >= 4 f + 3
@@ -199,7 +197,7 @@ class Bulyan(_SurveyingRule):
     num_byzantine: int = Field(description=_ARBITRARY, ge=1, json_schema_extra=_prefilled(1))
     even_median: Literal["element", "midpoint"] = Field(
         default="element",
-        description="the median of an even number of values: element, the lower of the middle two, as one that the paper allows; "
+        description="the median of an even number of values: element, the lower of the middle two, which the paper allows; "
         "or midpoint, their mean",
     )
 
@@ -216,12 +214,11 @@ class Bulyan(_SurveyingRule):
 
 
 class GeometricMedian(_SurveyingRule):
-    """The point with the least sum of distances to the updates, by the smoothed Weiszfeld
-    algorithm.
+    """The point with the smallest sum of distances to the updates (smoothed Weiszfeld algorithm).
 
-    The distances count by the weights of the updates, as in the paper, where nobody lies about
-    weights; with `weighted=False` all count alike. The paper stops after a few steps, this after
-    convergence.
+    Distances are weighted by the updates' weights, as in the paper, which assumes that no site lies
+    about its weight. With `weighted=False` all updates count equally. The paper stops after a few
+    steps, this implementation at convergence.
 
     Needs:
         n >= 1
@@ -234,8 +231,8 @@ class GeometricMedian(_SurveyingRule):
     kind: Literal["geometric_median"] = Field(default="geometric_median", repr=False)
     weighted: bool = Field(
         default=True,
-        description="whether updates count by their weights, as in the paper, or all alike, which a site that lies about its "
-        "weight cannot change",
+        description="whether updates count by their weights, as in the paper; otherwise all count equally, so a site gains "
+        "nothing by lying about its weight",
     )
 
     def survey(self, geometry: Geometry) -> Aggregator:
@@ -245,7 +242,7 @@ class GeometricMedian(_SurveyingRule):
 
 
 class NormClippedMean(_SurveyingRule):
-    """The mean of updates whose differences to the global model are scaled down to one L2 norm.
+    """The mean after scaling larger differences to the global model down to a common L2 norm.
 
     Needs:
         n >= 1
@@ -257,7 +254,7 @@ class NormClippedMean(_SurveyingRule):
 
     kind: Literal["norm_clipped_mean"] = Field(default="norm_clipped_mean", repr=False)
     clip_norm: float = Field(
-        description="the L2 norm that differences to the global model are scaled down to",
+        description="L2 norm to which larger differences to the global model are scaled down",
         gt=0,
         allow_inf_nan=False,
         json_schema_extra=_prefilled(1.0),
@@ -277,7 +274,7 @@ AGGREGATORS: Mapping[str, type[Rule]] = {
     kind.model_fields["kind"].default: kind
     for kind in (Mean, Median, TrimmedMean, Krum, MultiKrum, Bulyan, GeometricMedian, NormClippedMean)
 }
-"""Name -> the aggregator, in the order in which they are shown."""
+"""Name -> the aggregator, in display order."""
 
 
 def _mean_of_the_nearest(geometry: Geometry, num_byzantine: int, num_selected: int) -> Aggregator:

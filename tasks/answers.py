@@ -1,4 +1,4 @@
-"""What a round asks of its sites and what has come of it so far; when a site is asked again."""
+"""What a round asks of its sites, their outcomes so far, and when to ask a site again."""
 
 import asyncio
 import re
@@ -18,9 +18,7 @@ _OF_A_SITE = re.compile(
 
 
 class Turn:
-    """What is known of a round once its turn has come: what to ask of the sites, and what to
-    expect of their updates.
-    """
+    """The details of a round, known once its turn has come: the task, and how to judge updates."""
 
     __slots__ = ("base", "deadline", "expected", "probes", "quorum", "sites", "state", "task", "used")
 
@@ -41,20 +39,18 @@ class Turn:
         self.base = base
         self.expected = expected
         self.state = state
-        """Of the strategy, for one that sites need to see."""
+        """The strategy's state, if sites need to see it."""
         self.deadline = deadline
         self.quorum = quorum
         self.sites = frozenset(sites)
         self.probes = frozenset(probes)
-        """Those of the sites that are in quarantine: what they send is judged, and not used."""
+        """The sites in quarantine: their updates are judged but not used."""
         self.used = used or {}
-        """site -> its last update that counted, for a strategy that sites need to see."""
+        """site -> its last update that counted, if the strategy shows it to sites."""
 
 
 class Answers:
-    """What has come of asking the sites of a round so far; `closed` is set once the round waits
-    for no more.
-    """
+    """The outcomes of a round so far. `closed` is set once the round stops waiting."""
 
     __slots__ = ("_accepted_s", "_began", "_closing", "_probes", "_quorum", "closed", "outcomes")
 
@@ -68,7 +64,7 @@ class Answers:
         self._closing: asyncio.TimerHandle | None = None
 
     def add(self, outcome: Outcome) -> None:
-        """Note an outcome; an update that comes when the round has closed is late, however good."""
+        """Note an outcome. An update that arrives after the round has closed is late, however good."""
         if isinstance(outcome, Accepted) and outcome.site in self._probes:
             outcome = Probed(outcome)
         elif isinstance(outcome, Accepted):
@@ -79,7 +75,7 @@ class Answers:
         self.outcomes.append(outcome)
 
     def end(self) -> None:
-        """Forget the time at which the round would close."""
+        """Cancel the scheduled close of the round."""
         if self._closing is not None:
             self._closing.cancel()
 
@@ -95,11 +91,11 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How a site is asked in a round that was begun before.
+    """How to continue with a site in a round that was begun before.
 
     Attributes:
-        attempt: by which attempt.
-        answered: whether the manifest of its update is in the store already.
+        attempt: the attempt to ask the site in.
+        answered: whether the manifest of its update is already in the store.
     """
 
     attempt: int
@@ -107,11 +103,11 @@ class Asked:
 
 
 def asked_before(found: Iterable[str], *, lives_on: bool) -> dict[str, Asked]:
-    """site -> how to go on with it, in a round that an earlier coordinator has begun.
+    """site -> how to continue with it, in a round that an earlier coordinator has begun.
 
     Args:
-        found: paths of what lies in the round's folder, relative to it.
-        lives_on: whether sites that were asked may still be at work, though the coordinator was
+        found: paths of the objects in the round's folder, relative to it.
+        lives_on: whether sites that were asked may still be working although the coordinator was
             lost.
     """
     attempts: dict[str, int] = {}
@@ -131,9 +127,10 @@ def asked_before(found: Iterable[str], *, lives_on: bool) -> dict[str, Asked]:
 
 
 class Again:
-    """When a site that was lost is asked again: at once, so often as `retries` says; then,
-    within `patience_s` of its first loss, after pauses that grow, because a worker that is being
-    restarted may lose its work more than once.
+    """When to ask a lost site again: the first `retries` times at once, then after growing pauses.
+
+    The pauses end `patience_s` after its first loss. A worker that is being restarted may lose its
+    work more than once.
     """
 
     def __init__(self, retries: int, patience_s: float) -> None:
@@ -143,7 +140,7 @@ class Again:
         self._pause_s = 1.0
 
     def after_loss(self, now: float) -> float | None:
-        """Seconds to wait before the site is asked again; None when it is not.
+        """Seconds to wait before asking the site again; None: don't.
 
         Args:
             now: `time.monotonic()`.

@@ -1,8 +1,7 @@
-"""How a job's numbers come about, where more than one way is right but only one gives the record's
-bits.
+"""Versions of the arithmetic: several are correct, but only one reproduces a record's bits.
 
-`job.json` says which by the number `arithmetic`; one without it was begun before there was a
-choice, and goes on as it began.
+`arithmetic` in `job.json` is the version's number. Jobs from before there was a choice lack it, and
+keep the version that they began with.
 """
 
 from collections.abc import Callable, Collection
@@ -19,17 +18,17 @@ class Arithmetic:
     """A version of the arithmetic.
 
     Attributes:
-        number: as `job.json` has it.
-        natural_order: sites count in natural order, `site-2` before `site-10`; before, by the
-            characters of their names.
-        exact_products: inner products of updates are symmetric, and the same on every processor;
-            before, they were BLAS's.
-        scaled_extras: what limits an update's difference limits what a strategy makes of its
-            extras, too.
-        idle_sites: an update that says of itself that no step was taken has weight 0; before, it
-            was rejected.
-        eval_examples: an update's metrics count with the examples that its `meta` says they are of;
-            before, that had no meaning.
+        number: as in `job.json`.
+        natural_order: sites are in natural order, `site-2` before `site-10`; in version 1, in
+            character order.
+        exact_products: inner products of updates are symmetric, and the same on every processor; in
+            version 1, BLAS computed them.
+        scaled_extras: clipping an update's difference also scales what the strategy derives from
+            its extras.
+        idle_sites: an update that reports that no step was taken has weight 0; in version 1, it was
+            rejected.
+        eval_examples: an update's metrics are weighted by the number of examples in its `meta`; in
+            version 1, that had no meaning.
     """
 
     number: int
@@ -43,13 +42,15 @@ class Arithmetic:
 
     @classmethod
     def numbered(cls, number: int) -> Self:
-        """A version by its number.
+        """The version with a number.
 
         Raises:
-            ValueError: it is of a later version than this one knows.
+            ValueError: this version of fedpool doesn't know it.
         """
         if number not in (1, 2):
-            raise ValueError(f"arithmetic {number} is not known here: a later version of fedpool wrote this job")
+            raise ValueError(
+                f"arithmetic {number} is unknown: a later version of fedpool wrote this job, so use that version"
+            )
         return cls(number)
 
     def ordered(self, sites: Collection[str]) -> list[str]:
@@ -57,7 +58,7 @@ class Arithmetic:
         return in_order(sites) if self.natural_order else sorted(sites)
 
     def by_site(self, items: Collection[T], site: Callable[[T], str]) -> list[T]:
-        """Whatever belongs to sites in their order."""
+        """Items that belong to sites, in the order of the sites."""
         return by_site(items, site) if self.natural_order else sorted(items, key=site)
 
 

@@ -1,4 +1,4 @@
-"""A block of the global model: from its bytes to the float64 that a strategy sees, and back."""
+"""A block of the global model: converts its bytes to the float64 that a strategy sees, and back."""
 
 import math
 from collections.abc import Collection
@@ -13,7 +13,7 @@ from fedpool.tensors import BlockBytes, TensorReader
 
 
 class Block:
-    """A block of the global model, read when it is first asked for: a plain mean never asks."""
+    """A block of the global model. It is read on first use, because a plain mean never needs it."""
 
     def __init__(self, base: TensorReader, may_have_holes: Collection[str], name: str, start: int, stop: int) -> None:
         self._base = base
@@ -25,7 +25,7 @@ class Block:
 
     @cached_property
     def data(self) -> BlockBytes:
-        """Its bytes."""
+        """The block's bytes."""
         return self._base.read_block(self.name, self.start, self.stop)
 
     @cached_property
@@ -35,33 +35,33 @@ class Block:
 
     @cached_property
     def origin(self) -> torch.Tensor | None:
-        """What integers are differences to: the block made even, so that halves are rounded to
-        the same side as without.
+        """The values that integers are differences to: the block, made even so that halves round
+        the same way.
         """
         return self.value.to(torch.int64) & ~1 if self.spec.kind == "int" else None
 
     @cached_property
     def holes(self) -> torch.Tensor | None:
-        """Where it is not finite, if anywhere."""
+        """Where the block isn't finite; None if it is finite everywhere."""
         return holes(self.value) if self._may_have_holes else None
 
     @cached_property
     def wide(self) -> torch.Tensor:
-        """The block as a strategy sees it: finite."""
+        """The block as a strategy sees it: finite, in float64."""
         wide = widen(self.value, self.origin)
         return wide if self.holes is None else wide.masked_fill(self.holes, 0.0)
 
 
 def widen(value: torch.Tensor, origin: torch.Tensor | None) -> torch.Tensor:
-    """float64 of a block; integers as differences to `origin`, because float64 holds no integer
-    above 2**53 for sure.
+    """A block in float64. Integers become differences to `origin`, as float64 is inexact above
+    2**53.
     """
     return (value if origin is None else value.to(torch.int64) - origin).to(torch.float64)
 
 
 def narrow(value: torch.Tensor, block: Block) -> torch.Tensor:
-    """Back from float64: integers are rounded, a boolean is the majority's (a tie leaves it as
-    it was).
+    """The inverse of `widen`: integers are rounded, booleans go by majority (a tie changes
+    nothing).
     """
     dtype = torch_dtype(block.spec.dtype)
     if block.spec.kind == "bool":
@@ -71,13 +71,13 @@ def narrow(value: torch.Tensor, block: Block) -> torch.Tensor:
         limits = torch.iinfo(dtype)
         if not (limits.min <= whole.min().item() and whole.max().item() <= limits.max):
             raise RoundError(
-                f"the aggregate of {block.name} does not fit its dtype {block.spec.dtype}: its values are too large"
+                f"the aggregate of {block.name} does not fit its dtype {block.spec.dtype}, because the values are too large"
             )
         return whole.to(dtype)
     result = value.to(dtype)
     low, high = result.aminmax()
     if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         raise RoundError(
-            f"the aggregate of {block.name} is not finite, though every update was: their values are too large"
+            f"the aggregate of {block.name} is not finite although every update was, because their values are too large"
         )
     return result

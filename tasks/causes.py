@@ -1,6 +1,4 @@
-"""Who is missing from a round and why, for people: equal causes are told once, with all the
-sites and rounds that had them.
-"""
+"""Explains which sites are missing from a round and why. Equal causes are reported once."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +9,13 @@ from fedpool.tasks.record import RoundRecord, num_trained
 
 @dataclass(frozen=True, slots=True)
 class _Cause:
-    """What became of a site, and why. Two are equal if they differ only in the site and the round
-    that their texts name.
+    """What happened to a site, and why. Equal if only the site and the round named in `why` differ.
 
     Args:
         kind: `failed`, `rejected`, `probed`, `late`, `folded` (late, and counted in a later round)
             or `not_asked`.
-        why: as people read it.
-        alike: the same, without the names of its own site and round.
+        why: the text that people read.
+        alike: the same text, without the names of its site and round.
     """
 
     kind: str
@@ -50,9 +47,7 @@ def causes(record: RoundRecord) -> str:
 
 
 def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
-    """Why sites are missing from some rounds: a paragraph for each cause, with the sites that
-    had it and their rounds.
-    """
+    """Why sites are missing from rounds: a paragraph for each cause, with its sites and rounds."""
     rounds: dict[_Cause, dict[str, list[int]]] = {}
     folded = {(entry.round, entry.site): record.round for record in records for entry in record.late_accepted}
     for record in records:
@@ -77,8 +72,8 @@ def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
 
 
 def evaluation_error(records: Sequence[RoundRecord]) -> str | None:
-    """Why the final model has no score although sites were asked for one; None when it has, or
-    nobody was asked.
+    """Why the final model has no score although sites were asked; None if it has one or none was
+    asked.
     """
     number = num_trained(records)
     if number == len(records) or records[number].metrics:
@@ -88,8 +83,8 @@ def evaluation_error(records: Sequence[RoundRecord]) -> str | None:
 
 
 def uncounted(record: RoundRecord, factors: Mapping[str, float]) -> str | None:
-    """Why a round that trained left the model as it was, although updates were accepted; None where
-    it did not.
+    """Why a training round left the model unchanged although it accepted updates; None if it
+    didn't.
 
     Args:
         factors: the recipe's `aggregation_weights`.
@@ -110,7 +105,7 @@ def uncounted(record: RoundRecord, factors: Mapping[str, float]) -> str | None:
 
 
 def uncounted_over_rounds(records: Sequence[RoundRecord], factors: Mapping[str, float]) -> list[str]:
-    """As `uncounted`, of all rounds: a sentence for each cause."""
+    """Like `uncounted`, for all rounds: a sentence for each cause."""
     rounds: dict[str, list[int]] = {}
     for record in records:
         if (why := uncounted(record, factors)) is not None:
@@ -119,7 +114,7 @@ def uncounted_over_rounds(records: Sequence[RoundRecord], factors: Mapping[str, 
 
 
 def round_numbers(numbers: Sequence[int]) -> str:
-    """Ascending numbers of rounds in words: "round 1", "rounds 1-4, 7"."""
+    """Ascending round numbers in words: "round 1", "rounds 1-4, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -131,7 +126,7 @@ def round_numbers(numbers: Sequence[int]) -> str:
 
 
 def _missing(record: RoundRecord) -> Iterator[tuple[str, _Cause]]:
-    """Each time that a site was asked in vain, of the sites that the round has nothing of."""
+    """Every failed attempt to get an update, for the sites without an accepted one."""
     there = {entry.site for entry in record.accepted}
     asked = [(entry.site, "failed", entry.cause) for entry in record.failed]
     asked += [(entry.site, "rejected", f"({entry.code}): {entry.reason}") for entry in record.rejected]
@@ -142,10 +137,11 @@ def _missing(record: RoundRecord) -> Iterator[tuple[str, _Cause]]:
 
 
 def _sentence(cause: _Cause, who: str, update: str, sites: Sequence[str]) -> str:
-    """
+    """The sentence for one cause.
+
     Args:
         who: the sites, in words.
-        update: what they sent, in words.
+        update: their updates, in words.
         sites: their names.
     """
     why = cause.why

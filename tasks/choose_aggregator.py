@@ -1,6 +1,4 @@
-"""The aggregator of a recipe: made of what a user writes, and written as `job.json` and a
-deployment's parameters have it.
-"""
+"""Converts the aggregator of a recipe from user input, and to the form in `job.json`."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -25,53 +23,52 @@ from fedpool.tasks.aggregators import (
 from fedpool.tasks.own_function import OwnFunction, imported, path_of
 
 Given = Aggregator | str | Callable[..., Any] | Mapping[str, Any]
-"""What a user may write: `Krum(num_byzantine=2)`, "median", a function or its path, {"kind":
+"""What a user may write: `Krum(num_byzantine=2)`, "median", a function or its path, or {"kind":
 "krum", "num_byzantine": 2}.
 """
 
 
 def chosen(given: Given) -> Aggregator:
-    """The aggregator that a user means.
+    """The aggregator that a user asked for.
 
     Raises:
-        RecipeError: there is none of that name, or a parameter is missing, unknown, or out of its
-            bounds.
+        RecipeError: the name is unknown, or a parameter is missing, unknown or out of bounds.
     """
     if isinstance(given, Rule | OwnFunction):
         return given
     if isinstance(given, str):
         if ":" not in given:
             return _made(given, {})
-        imported(given)  # now rather than in the first round
+        imported(given)  # fails now rather than in the first round
         return OwnFunction(given)
     if isinstance(given, Mapping):
         if not isinstance(kind := given.get("kind"), str):
             raise RecipeError(f'aggregator {dict(given)!r} has no "kind": give one of {_known()}')
         return _made(kind, {name: value for name, value in given.items() if name != "kind"})
-    if isinstance(given, type) and issubclass(given, Rule):  # Krum, where Krum(num_byzantine=...) is meant
+    if isinstance(given, type) and issubclass(given, Rule):  # Krum instead of Krum(num_byzantine=...)
         return _made(given.model_fields["kind"].default, {})
     if callable(given):
         return OwnFunction(path_of(given))
     raise RecipeError(
-        f"aggregator {given!r} is none of fedpool's: give the name of one, such as Krum(num_byzantine=...), or a function"
+        f"aggregator {given!r} is not an aggregator: give a name, an instance such as Krum(num_byzantine=...), or a function"
     )
 
 
 def written(aggregator: Aggregator | str) -> str | dict[str, Any]:
-    """An aggregator as `job.json` and a deployment's parameters have it: its name alone where
-    that says all, or a path.
+    """An aggregator as in `job.json` and a deployment's parameters: its path, or its name if that
+    suffices.
     """
     if isinstance(aggregator, str):  # the field's default, which a schema shows
         return aggregator
     if isinstance(aggregator, OwnFunction):
         return aggregator.path
-    assert isinstance(aggregator, Rule), "what `chosen` makes"
+    assert isinstance(aggregator, Rule), "`chosen` returns nothing else"
     fields: dict[str, Any] = aggregator.model_dump(mode="json")
     return aggregator.kind if fields.keys() == {"kind"} else fields
 
 
 def plain_names() -> list[str]:
-    """The aggregators that need no parameter: the name alone will do."""
+    """The aggregators that need no parameters, so their name suffices."""
     return [name for name, kind in AGGREGATORS.items() if not _needed(kind)]
 
 
@@ -81,13 +78,13 @@ def _made(name: str, fields: Mapping[str, Any]) -> Rule:
         meant = nearest(name, AGGREGATORS)
         ask = "" if meant is None else f'did you mean "{meant}"? '
         raise RecipeError(
-            f'aggregator "{name}" is not known: {ask}There are {_known()}, and the path of a function, '
+            f'aggregator "{name}" is unknown: {ask}Known are {_known()}, and the path of a function, '
             '"package.module:function"'
         )
     if missing := [field for field in _needed(kind) if field not in fields]:
         call = f"{kind.__name__}({', '.join(f'{field}=...' for field in missing)})"
         in_json = f'"kind": "{name}"' + "".join(f', "{field}": ...' for field in missing)
-        raise RecipeError(f'aggregator "{name}" needs {", ".join(missing)}: {call}, in JSON {{{in_json}}}')
+        raise RecipeError(f'aggregator "{name}" needs {", ".join(missing)}: write {call}, or in JSON {{{in_json}}}')
     try:
         return kind.model_validate({"kind": name, **fields})
     except RecipeError as error:
@@ -102,8 +99,8 @@ def _known() -> str:
     return ", ".join(AGGREGATORS)
 
 
-# Prefect's form knows `anyOf` alone, and takes the first that fits: a name, and then what has the
-# fewest fields.
+# Prefect's form supports only `anyOf`, and takes the first match: a name, then the aggregator with
+# the fewest fields.
 _Form = (
     Annotated[
         str, Field(title="name or function", description=f"{', '.join(plain_names())}, or package.module:function")
@@ -123,4 +120,4 @@ AggregatorField = Annotated[
     PlainValidator(chosen, json_schema_input_type=_Form),
     PlainSerializer(written),
 ]
-"""The type of the field of a recipe. Whatever was given, the recipe has an `Aggregator`."""
+"""The type of a recipe's field. Whatever the user gives, the recipe has an `Aggregator`."""

@@ -1,6 +1,4 @@
-"""What the gate checks of an update by its manifest alone: whom it is from, what it answers,
-what it weighs.
-"""
+"""The gate's checks on an update's manifest: its sender, the assignment it answers, its weight."""
 
 import math
 
@@ -11,7 +9,7 @@ from fedpool.tasks.expected import Expected, Refused
 
 
 def check_manifest(site: str, attempt: int, manifest: UpdateManifest, expected: Expected) -> float:
-    """The weight of an update by its manifest, which must fit what was asked."""
+    """The weight of an update according to its manifest, which must match the assignment."""
     _check_claims(site, attempt, manifest, expected)
     weight = _check_weight(manifest.weight)
     if expected.eval_examples:
@@ -58,9 +56,7 @@ def _check_examples(manifest: UpdateManifest) -> None:
 
 
 def _is_idle(manifest: UpdateManifest, expected: Expected) -> bool:
-    """Whether the site says that it has done nothing, where the recipe needs to know what it has
-    done.
-    """
+    """Whether the site reports that it did nothing, if the recipe needs to know."""
     values = {name: manifest.meta.get(name) for name in expected.positive_meta}
     for name, value in values.items():
         if not is_count(value) or (value == 0 and not expected.idle):

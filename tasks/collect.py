@@ -1,9 +1,10 @@
-"""Ask sites for updates: one Prefect task per site, or one per slot when there are many sites; none
-where a site's part is a Prefect run of its own, which says more, and costs the server enough.
+"""Asks sites for updates: one Prefect task per site, or per slot if there are many sites.
 
-What a site's script prints goes to the log of the site's task or run. Every update passes the gate
-as soon as it arrives, while other sites still train. A round that closes leaves the sites that have
-not answered to themselves.
+If a site's part has its own Prefect run, there is no task: the run says more, and costs the server
+enough.
+
+A script's output goes to the log of the site's task or run. Every update passes the gate as soon as
+it arrives, while other sites still train. A round that closes leaves the remaining sites alone.
 """
 
 import asyncio
@@ -32,28 +33,30 @@ from fedpool.tasks.observer import Observer, tell_logged
 from fedpool.tasks.virtual_round import VirtualClock
 
 MAX_SITE_TASKS = 64
-"""Above this many sites in a round, a task serves all sites of a slot: a Prefect task per site
-does not scale to thousands.
+"""With more sites in a round, a task serves a slot: Prefect tasks don't scale to thousands of
+sites.
 """
 
 T = TypeVar("T")
 
 
 class Round:
-    """What the tasks of one round share. They begin before its turn: reaching a site takes longer
-    than a short round does.
+    """The state that the tasks of one round share.
+
+    The tasks start before the round's turn, because reaching a site takes longer than a short
+    round.
 
     Args:
-        retries: how often a site that is lost is asked again at once.
-        patience_s: how long a site that is lost or cannot be reached is waited for.
-        asked: what came before: an earlier coordinator's attempts, or this one's before the round
-            is tried again.
-        observer: who is told what sites have logged.
+        retries: how often to ask a lost site again at once.
+        patience_s: how long to wait for a site that is lost or unreachable.
+        asked: earlier attempts: those of a previous coordinator, or of this one before it retried
+            the round.
+        observer: gets the values that sites have logged.
         clock: of a simulation in virtual time.
     """
 
-    # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and this is
-    # nothing for it to walk.
+    # Not a dataclass and without __dict__: Prefect walks the parameters of tasks, and must not walk
+    # this.
     __slots__ = ("answers", "asked", "clock", "number", "observer", "patience_s", "retries", "sites", "store", "turn")
 
     def __init__(
@@ -77,11 +80,11 @@ class Round:
         self.asked = asked or {}
         self.observer = observer
         self.turn: asyncio.Future[Turn | None] = asyncio.get_running_loop().create_future()
-        """None when the job ends before the round's turn."""
+        """None if the job ends before the round's turn."""
         self.answers: Answers | None = None
 
     def begin(self, turn: Turn | None) -> None:
-        """The round's turn has come; None when it never will."""
+        """The round's turn has come; None: it never will."""
         if turn is not None:
             self.answers = Answers(time.monotonic(), turn.quorum, turn.probes)
             if self.clock is not None:
@@ -89,20 +92,19 @@ class Round:
         self.turn.set_result(turn)
 
     def end(self) -> None:
-        """The round waits for no more."""
+        """The round stops waiting."""
         if self.answers is not None:
             self.answers.end()
 
 
 async def collect(round: Round, chosen: Sequence[str]) -> list[Outcome]:
-    """Have every chosen site do its part once it is the round's turn.
+    """Have every chosen site do its part once the round's turn has come.
 
-    Returns: what came of it, once all have answered, failed or timed out, or the round has closed;
-    empty when the turn never
-        came.
+    Returns: the outcomes, once every site has answered, failed or timed out, or the round has
+    closed. Empty if the turn never came.
     """
-    # In virtual time nobody waits in a slot's queue for another one's end: the slots are the sites'
-    # own matter.
+    # In virtual time, no site waits in a slot's queue for another to end: `Sites` manages the
+    # slots.
     if round.sites.traits.have_runs or (round.clock is not None and len(chosen) > MAX_SITE_TASKS):
         calls: list[Coroutine[Any, Any, Any]] = [_follow_run(round, site) for site in chosen]
     elif len(chosen) <= MAX_SITE_TASKS:
@@ -120,7 +122,7 @@ async def collect(round: Round, chosen: Sequence[str]) -> list[Outcome]:
 
 
 class _Shared:
-    """Sites that slots take from in turn, so that a slow site holds up its own slot only."""
+    """Sites that slots take one by one, so a slow site blocks only its own slot."""
 
     __slots__ = ("_left",)
 
@@ -132,15 +134,13 @@ class _Shared:
 
 
 async def _part(round: Round, site: str) -> bool:
-    """One site's part of the round; False when the round's turn never came. Raises `SiteError`
-    when the site fails.
+    """One site's part of the round; False if the turn never came. Raises `SiteError` if the site
+    fails.
     """
     before = round.asked.get(site, Asked(0, answered=False))
     attempt = before.attempt
     if not before.answered:
-        with contextlib.suppress(
-            SiteError
-        ):  # at the round's turn it is asked all the same, and what comes of that is noted
+        with contextlib.suppress(SiteError):  # it is asked again at the round's turn, and the outcome of that is noted
             while not await round.sites.announce(site, round.number, attempt):
                 attempt += 1
     turn = await asyncio.shield(round.turn)
@@ -155,9 +155,7 @@ async def _part(round: Round, site: str) -> bool:
 
 
 async def _follow_run(round: Round, site: str) -> None:
-    """One site's part of the round, where it is a run of its own; a site that fails is in the
-    log of the round.
-    """
+    """One site's part of the round, if it has its own run. A failure goes to the round's log."""
     try:
         await _part(round, site)
     except SiteError as error:
@@ -166,17 +164,19 @@ async def _follow_run(round: Round, site: str) -> None:
 
 @task(persist_result=False)
 async def _ask_site(round: Round, site: str) -> State[Any] | None:
-    """One site's part of the round; the task fails when the site does."""
+    """One site's part of the round. The task fails if the site does."""
     came = await _part(round, site)
     return (
-        None if came else Cancelled(message="the job ended before this round's turn, or the round's sites were others")
+        None
+        if came
+        else Cancelled(message="the job ended before this round's turn, or the round did not draw this site")
     )
 
 
 @task(persist_result=False)
 async def _ask_slot(round: Round, shared: _Shared) -> None:
-    """The parts of as many sites as this slot gets to; a site that fails is in the log and in
-    the round's record.
+    """The parts of the sites that this slot takes. A failure goes to the log and the round's
+    record.
     """
     turn = await asyncio.shield(round.turn)
     while turn is not None and (site := shared.take()) is not None:
@@ -190,8 +190,8 @@ async def _ask_slot(round: Round, shared: _Shared) -> None:
 
 
 async def ask_site(round: Round, turn: Turn, site: str, attempt: int, answers: Answers) -> None:
-    """Note what comes of asking a site; one that is lost is asked again. Raises `SiteError` when
-    it fails for good.
+    """Ask a site and note the outcome; a lost site is asked again. Raises `SiteError` if it fails
+    for good.
     """
     logger = get_run_logger()
     again = Again(round.retries, round.patience_s if round.sites.traits.come_back else 0.0)
@@ -203,7 +203,7 @@ async def ask_site(round: Round, turn: Turn, site: str, attempt: int, answers: A
             pause_s = again.after_loss(time.monotonic()) if error.lost else None
             if pause_s is None or (turn.deadline is not None and time.monotonic() + pause_s >= turn.deadline):
                 raise
-            logger.warning("%s is asked again%s: %s", site, f" in {pause_s:g} s" if pause_s else "", error.cause)
+            logger.warning("%s: asking again%s: %s", site, f" in {pause_s:g} s" if pause_s else "", error.cause)
             await _unless(answers.closed, asyncio.sleep(pause_s))
             attempt += 1
         else:
@@ -215,7 +215,7 @@ async def ask_site(round: Round, turn: Turn, site: str, attempt: int, answers: A
 
 
 async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted | Rejected:
-    """Have a site do its part, or find it done, and judge what came of it."""
+    """Have a site do its part, unless it has already, and judge the result."""
     logger = get_run_logger()
     expected = turn.expected
     before = round.asked.get(site)
@@ -248,7 +248,7 @@ async def _answer(round: Round, turn: Turn, site: str, attempt: int) -> Accepted
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of some work; None, and the work given up, when the event comes first."""
+    """The result of some work; None, with the work cancelled, if the event comes first."""
     working, coming = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait({working, coming}, return_when=asyncio.FIRST_COMPLETED)

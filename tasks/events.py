@@ -1,4 +1,4 @@
-"""Events that a job emits to the Prefect server, for automations and for whoever watches."""
+"""Events that a job emits to the Prefect server, for automations and other listeners."""
 
 from prefect.events import emit_event
 
@@ -9,9 +9,10 @@ UPDATE_REJECTED = "fedpool.update.rejected"
 
 
 def emit_rejected(expected: Expected, rejected: Rejected) -> None:
-    """Tell that an update was rejected. Sent in the background: no round waits for it.
+    """Emit an event for a rejected update. It is sent in the background, so no round waits for it.
 
-    The event's resource is `fedpool.site.SITE`; related is the job, `fedpool.job.JOB_ID`.
+    The event's resource is `fedpool.site.SITE`. Its related resource is the job,
+    `fedpool.job.JOB_ID`.
     """
     emit_event(
         UPDATE_REJECTED,

@@ -1,5 +1,5 @@
-"""What an update has to fit, and the refusal of one that does not: what the parts of the gate
-share.
+"""The requirements on an update, and the exception for one that is refused; shared by the gate's
+parts.
 """
 
 import math
@@ -14,15 +14,20 @@ MAX_REASON = 1000
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an update has to fit.
+    """The requirements on an update.
 
-    `spec` holds what lies beside the parameters, too; `positive_meta` names what its `meta` must
-    have: of that, 0 says that the site had nothing to train with and its update has weight 0,
-    unless `idle` is false. `eval_examples`: whether `meta` may say how many examples the metrics
-    are of, and then has to say it right. `filters` are those that an update has passed, `seed` is
-    the job's. `base` is the global model, which the norm of a difference needs; see `Recipe` for
-    `max_norm` and `clip`. `holes` names the tensors that may hold infinity where `base` does; None:
-    as of an earlier version, whose sentences its records hold, none may.
+    Attributes:
+        spec: of the parameters and of the tensors beside them.
+        base: the global model, needed for the norm of a difference.
+        max_norm: see `Recipe`, like `clip`.
+        positive_meta: names that the update's `meta` must have; the value 0 means that the site had
+            nothing to train with, so its update has weight 0, unless `idle` is false.
+        holes: the tensors that may hold infinity where `base` does; None: none may, and reasons are
+            worded as in earlier versions, because records hold them.
+        eval_examples: whether `meta` may say how many examples the metrics are of; if so, the
+            number must be valid.
+        filters: those that the update has passed.
+        seed: of the job.
     """
 
     job_id: str
@@ -43,9 +48,7 @@ class Expected:
 
     @property
     def growth(self) -> float:
-        """How many times larger than an update of the model a file may be, because of the
-        filters.
-        """
+        """Upper bound of the factor by which filters may enlarge an update's file."""
         return math.prod(max(1.0, filter.growth) for filter in self.filters)
 
 

@@ -1,6 +1,4 @@
-"""What a person should know of a job that its table does not show: pure functions of the rounds'
-records.
-"""
+"""Findings about a job that its table doesn't show: pure functions of the rounds' records."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,10 +8,10 @@ from fedpool.tasks.record import RoundRecord
 
 
 def findings(rules: MetricRules, factors: Mapping[str, float], records: Sequence[RoundRecord]) -> list[str]:
-    """Warnings first, then who is missing from which rounds, and why.
+    """Warnings first, then which sites are missing from which rounds, and why.
 
     Args:
-        rules: what the recipe asks of metrics.
+        rules: the recipe's fields about metrics.
         factors: its `aggregation_weights`.
     """
     gap = metric_gap(rules, records)

@@ -1,6 +1,4 @@
-"""What the gate checks of an update's tensors: their size, names, shapes, values, and how far
-they lie from the global model.
-"""
+"""The gate's checks on tensors: size, names, shapes, values, and distance to the global model."""
 
 from fedpool.arrays import difference_norm, dtype_limits
 from fedpool.errors import IntegrityError
@@ -13,7 +11,7 @@ from fedpool.tensors import ITEM_SIZES, Spec, TensorReader, Tensors, is_beside, 
 
 
 def check_names(found: Spec, expected: Spec) -> None:
-    """Refuse an update whose names, shapes or kinds of dtype are not the model's."""
+    """Refuse an update whose names, shapes or kinds of dtype differ from the model's."""
     if unknown := sorted(found.keys() - expected.keys()):
         raise Refused("unknown_parameter", f"it has parameters that the model lacks: {_some(unknown)}")
     missing = sorted(expected.keys() - found.keys())
@@ -39,7 +37,7 @@ def check_finite(seen: Inspection, tensors: Tensors, params_type: str, expected:
             raise Refused("not_finite", where)
         if name not in expected.holes:
             raise Refused("not_finite", f"{where}; if it is meant to, keep it at the sites with exclude_vars")
-        assert expected.base is not None, "who allows holes has the model"
+        assert expected.base is not None, "holes need the model"
         is_difference = params_type == "DIFF"
         if not keeps_holes(tensors, expected.base, name, block_elements, is_difference=is_difference):
             raise Refused(
@@ -50,12 +48,12 @@ def check_finite(seen: Inspection, tensors: Tensors, params_type: str, expected:
 
 
 def check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
-    """Values that the model's dtype cannot hold would overflow in the mean, and so fail the
-    round for everybody.
+    """Refuse values that the model's dtype can't hold: the mean would overflow, and fail the whole
+    round.
     """
     for name, (low, high) in sorted(seen.extremes.items()):
         lowest, highest = dtype_limits(expected[name].dtype)
-        # A difference is added to a value that is there: half of the range leaves room for it.
+        # A difference is added to an existing value: half of the range leaves room for it.
         room = 2 if params_type == "DIFF" and expected[name].kind == "float" else 1
         for value in (low, high):
             if not lowest <= value * room <= highest:
@@ -67,8 +65,8 @@ def check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
 def norm_and_scale(
     tensors: Tensors, params_type: str, expected: Expected, block_elements: int
 ) -> tuple[float | None, float]:
-    """L2 norm of the update's difference to the global model, and what it is scaled by to be
-    within the limit.
+    """L2 norm of the update's difference to the global model, and the factor that brings it to the
+    limit.
     """
     limit = expected.max_norm
     if limit is None:
@@ -85,9 +83,7 @@ def norm_and_scale(
 
 
 def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Expected) -> TensorReader:
-    """The tensors of an update, as its file describes them; refuses one that is missing, too
-    large or not sound.
-    """
+    """The tensors of an update's file. Refuses a file that is missing, too large or malformed."""
     try:
         size = store.size(path)
         if size != manifest.size:
@@ -103,15 +99,15 @@ def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Exp
 
 
 def max_update_bytes(expected: Expected) -> int:
-    """The largest file that an update of a model can be: every parameter in the widest dtype,
-    and a generous header.
+    """The largest possible file of an update: all parameters in the widest dtype, and a generous
+    header.
     """
     values = max(ITEM_SIZES.values()) * sum(entry.num_elements for entry in expected.spec.values())
     return round(expected.growth * (_max_header_bytes(expected.spec) + values))
 
 
 def _max_header_bytes(expected: Spec) -> int:
-    # A character of a name takes up to 12 bytes of JSON; dtype, shape and offsets take the rest.
+    # A character of a name takes up to 12 bytes of JSON. The rest is for dtype, shape and offsets.
     return (64 << 10) + sum(256 + 12 * len(name) + 24 * len(entry.shape) for name, entry in expected.items())
 
 

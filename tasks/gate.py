@@ -1,4 +1,4 @@
-"""The gate: an update is accepted, or rejected with a reason, before it can touch the sum."""
+"""The gate: accepts an update, or rejects it with a reason, before it can touch the sum."""
 
 from dataclasses import dataclass, replace
 
@@ -19,12 +19,14 @@ from fedpool.tensors import TensorReader, Tensors
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An update that may touch the sum; `tensors` is None when the site sent metrics only: in an
-    evaluation, or because it has no model of its own to submit.
+    """An update that may touch the sum.
 
-    `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale`
-    what the difference is multiplied by to be within the limit. `origin` is where an update comes
-    from that counts in a later round than its own.
+    Attributes:
+        tensors: None if the site sent only metrics: in an evaluation, or because it has no model to
+            submit.
+        norm: the L2 norm of its difference to the global model, if that is limited.
+        scale: the factor on the difference that keeps it within the limit.
+        origin: of an update that counts in a later round than its own.
     """
 
     manifest: UpdateManifest
@@ -37,31 +39,31 @@ class Accepted:
 
     @property
     def staleness(self) -> int:
-        """Commits between its base and the round that it counts in."""
+        """Number of commits between its base and the round that it counts in."""
         return 0 if self.origin is None else self.origin.staleness
 
     @property
     def key(self) -> str:
-        """What tells it apart from the other updates of the round that it counts in."""
+        """Distinguishes it from the other updates of the round that it counts in."""
         return update_key(self.site, self.staleness)
 
     @property
     def site(self) -> str:
-        """Who sent it: the gate lets nobody speak for another."""
+        """The sender. The gate has checked that no site speaks for another."""
         return self.manifest.site
 
     @property
     def attempt(self) -> int:
-        """In which attempt."""
+        """The attempt that it answers."""
         return self.manifest.attempt
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An update that may not, with a code for programs and a sentence for people. It stays in the
-    store.
+    """An update that was rejected, with a code for programs and a sentence for people.
 
-    `site` and `attempt` are those that were asked, whatever its manifest says.
+    It stays in the store. `site` and `attempt` are those that were asked, whatever the manifest
+    says.
     """
 
     site: str
@@ -74,9 +76,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A site that was asked and sent nothing, with the cause; `away` when it could not be
-    reached.
-    """
+    """A site that was asked and sent nothing, with the cause; `away` if it was unreachable."""
 
     site: str
     attempt: int
@@ -86,9 +86,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """A site that was asked and had not answered when the round closed. What it sends after that
-    stays in the store.
-    """
+    """A site that hadn't answered when the round closed. A later update stays in the store."""
 
     site: str
     attempt: int
@@ -96,58 +94,53 @@ class Late:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """An update of a site in quarantine that would have been accepted: the site is let in again
-    from the next round on.
-    """
+    """A good update from a site in quarantine. The next round takes the site back."""
 
     update: Accepted
 
     @property
     def site(self) -> str:
-        """Who sent it."""
+        """The sender."""
         return self.update.site
 
     @property
     def attempt(self) -> int:
-        """In which attempt."""
+        """The attempt that it answers."""
         return self.update.attempt
 
 
 Outcome = Accepted | Rejected | Failed | Late | Probed
-"""What came of asking a site."""
+"""The outcome of asking a site."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A late update that has come, as the gate judged it for the round that it would count in;
-    `round` is its own.
-    """
+    """A late update as judged for the round that it would count in; `round` is its own round."""
 
     round: int
     outcome: Accepted | Rejected | Probed
 
 
 def counting_in(number: int, outcome: Accepted | Rejected, wanted: Expected) -> Accepted | Rejected:
-    """What the gate said of an update of an earlier round, with its origin, for the round that it
-    counts in.
+    """An outcome of an earlier round, with its origin, for the round that it counts in.
 
     Args:
-        wanted: what it was judged by.
+        wanted: the requirements that it was judged by.
     """
     if isinstance(outcome, Rejected):
         return outcome
-    assert wanted.base is not None, "whatever is trained starts from a model"
+    assert wanted.base is not None, "training starts from a model"
     return replace(outcome, origin=Origin(wanted.base, number - wanted.round))
 
 
 def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: Expected) -> Accepted | Rejected:
-    """Check everything about an update: whom it is from, what it answers, its bytes, names, shapes,
-    values, weight and norm.
+    """Check everything about an update: sender, assignment, bytes, names, shapes, values, weight
+    and norm.
 
     Args:
-        site: who was asked; the manifest must say the same.
-        attempt: in which attempt; likewise.
-        delivery: what came.
+        site: the site that was asked; the manifest must name it.
+        attempt: the attempt; likewise.
+        delivery: the manifest as read, and what was seen of the file if it was inspected already.
     """
     manifest = delivery.manifest
     try:
@@ -165,15 +158,13 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, refused.code, storable(str(refused)))
     except FilterError as error:
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, "filter", storable(str(error))[:MAX_REASON])
-    except IntegrityError as error:  # it was swapped while it was read
+    except IntegrityError as error:  # it was replaced while being read
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, "bytes", storable(str(error))[:MAX_REASON])
     return Accepted(manifest, delivery.manifest_sha256, weight, tensors, norm, scale)
 
 
 def _travelled(store: Store, path: str, delivery: Delivery, expected: Expected) -> tuple[TensorReader, Inspection]:
-    """An update as it lies in the store, which is what its manifest says, and what was seen of
-    it.
-    """
+    """An update as stored, after checking that it matches its manifest, and its inspection."""
     manifest = delivery.manifest
     tensors = open_update(store, path, manifest, expected)
     if not expected.filters:
@@ -187,12 +178,10 @@ def _travelled(store: Store, path: str, delivery: Delivery, expected: Expected) 
 def _unfiltered(
     travelled: TensorReader, seen: Inspection, site: str, expected: Expected, block_elements: int
 ) -> tuple[Tensors, Inspection]:
-    """An update as it was before the filters, which has to have the model's names and shapes,
-    and what is to be seen of it.
-    """
+    """An update before the filters, with the model's names and shapes, and its inspection."""
     if not expected.filters:
         return travelled, seen
-    assert expected.base is not None, "who has filters has the model"
+    assert expected.base is not None, "filters need the model"
     passage = Passage(site, expected.round, expected.seed, expected.base)
     tensors = passage.take_back(expected.filters, travelled)
     check_names(tensors.spec, expected.spec)
@@ -202,11 +191,10 @@ def _unfiltered(
 def judge_manifest(
     site: str, attempt: int, delivery: Delivery, expected: Expected, norm: float | None, scale: float
 ) -> Accepted | Rejected:
-    """Check an update that was accepted and is not kept any more, as far as its manifest tells:
-    whom it is from, and its weight.
+    """Check the manifest of an accepted update that is no longer kept: its sender and weight.
 
     Args:
-        norm: of its difference, by the word of the round's record; likewise `scale`.
+        norm: of its difference, according to the round's record; likewise `scale`.
     """
     try:
         weight = check_manifest(site, attempt, delivery.manifest, expected)

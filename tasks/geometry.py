@@ -1,9 +1,8 @@
-"""How the updates of a round lie to each other: the inner products of their differences to the
-global model.
+"""The geometry of a round's updates: inner products of their differences to the global model.
 
 Distances between updates, and between an update and any weighted mean of them, follow from the
-inner products alone. So rules that look at whole updates (Krum, Bulyan, the geometric median) need
-one pass over them, block by block, and a small matrix.
+inner products alone. So rules that compare whole updates (Krum, Bulyan, the geometric median) need
+only one pass over them, block by block, and a small matrix.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ class Geometry:
     """The inner products of n updates.
 
     Attributes:
-        sites: who sent them, in the order of the matrix; of a late one, its key (see `Update`).
+        sites: the senders, in the order of the matrix; for a late update, its key (see `Update`).
         weights: of the updates, in the same order, above 0.
         products: (n, n), float64; [i, j] is the inner product of the differences of updates i and j
             to the global model, over all floating point parameters that they share.
@@ -38,28 +37,28 @@ class Geometry:
 
     @property
     def squared_distances(self) -> torch.Tensor:
-        """(n, n) squared L2 distances between updates; 0 on the diagonal, and never below."""
+        """(n, n) squared L2 distances between updates; never negative, and 0 on the diagonal."""
         squares = self.products.diagonal()
         distances = (squares[:, None] + squares[None, :] - 2 * self.products).clamp(min=0)
-        # Of what is too far away to be squared, infinity minus infinity.
+        # NaN is infinity minus infinity: a distance too large to be squared.
         return distances.nan_to_num(nan=torch.inf).fill_diagonal_(0)
 
 
 def block_products(differences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """(n, n) inner products of a block of n updates' differences to the global model, each a flat
-    float64 tensor.
+    """(n, n) inner products of n updates' differences to the global model, each a flat float64
+    tensor.
 
-    Symmetric to the bit, so that updates which lie alike are tied, and the same on every processor:
-    products and sums of pairs, in an order that is written here. That of a product of matrices is
-    the library's.
+    Symmetric to the bit, so that equally placed updates are tied. The same on every processor,
+    because products and pairwise sums are in an order that is fixed here; the order within a matrix
+    product is up to the library.
 
-    Returns: those of each chunk of it, to be added in their order.
+    Returns: the products of each chunk of the block, to be added in order.
     """
     return [_products(chunk) for chunk in chunks(torch.stack(list(differences)))]
 
 
 def blas_products(differences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same as earlier versions had it: as a product of matrices."""
+    """Like `block_products`, but as a matrix product, as in earlier versions."""
     return [chunk @ chunk.T for chunk in chunks(torch.stack(list(differences)))]
 
 
@@ -78,8 +77,8 @@ def _products(chunk: torch.Tensor) -> torch.Tensor:
 
 
 def _halved(values: torch.Tensor, width: int) -> torch.Tensor:
-    """(rows, at most `width`) sums of (rows, a power of two) values: the right half is added to
-    the left one, again and again.
+    """(rows, at most `width`) sums of (rows, a power of two) values: repeatedly adds right half to
+    left.
     """
     while values.shape[1] > width:
         half = values.shape[1] // 2

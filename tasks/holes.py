@@ -1,11 +1,11 @@
-"""Infinities that a model holds by design, such as the -inf of an attention mask: its *holes*.
+"""Intended infinities of a model, such as the -inf of an attention mask: its *holes*.
 
-An update may hold them where the global model does, unchanged, and the next global model keeps them
-to the bit; they are part of no mean, norm or difference. A site that sends a finite value in their
-place fills the hole, as an observer that begins at infinity does; that value counts in the norm of
-its update, because it moves the mean if all sites fill the hole. Only a tensor that has holes in
-the initial model can have any later, so `job.json` names those; a job of an earlier version names
-none, and its updates must be finite everywhere.
+An update may hold them, unchanged, where the global model does. The next global model keeps them to
+the bit, and no mean, norm or difference includes them. A site that sends a finite value instead
+fills the hole, as an observer that starts at infinity does. That value counts in the norm of its
+update, because it moves the mean if all sites fill the hole. Only a tensor that has holes in the
+initial model can have any later, so `job.json` names those. Jobs of earlier versions name none, so
+their updates must be finite everywhere.
 """
 
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def holes(value: "torch.Tensor") -> "torch.Tensor | None":
-    """Where a block of floating point numbers is not finite, as booleans; None when it is
+    """Where a block of floating point numbers isn't finite, as booleans; None if it is finite
     everywhere.
     """
     where = ~value.isfinite()
@@ -26,17 +26,14 @@ def holes(value: "torch.Tensor") -> "torch.Tensor | None":
 
 
 def unchanged(update: "torch.Tensor", at: "torch.Tensor", *, is_difference: bool) -> "torch.Tensor":
-    """Which of the holes of a block an update leaves as they are: it holds infinity there, or
-    any difference to it.
-    """
+    """The holes of a block that an update leaves unchanged: with infinity, or with any difference."""
     return at if is_difference else at & ~update.isfinite()
 
 
 def keeps_holes(update: Tensors, base: Tensors, name: str, block_elements: int, *, is_difference: bool) -> bool:
-    """Whether a tensor of an update is finite except in the holes of the global model, and the same
-    there.
+    """Whether a tensor is finite except in the global model's holes, and unchanged there.
 
-    The difference of two infinities is NaN: as a difference that is what no change looks like.
+    In a difference, an unchanged hole is NaN, because infinity minus infinity is NaN.
     """
     for _, start, stop in block_ranges(name, update.spec[name].num_elements, block_elements):
         value, before = _block(update, name, start, stop), _block(base, name, start, stop)

@@ -1,4 +1,4 @@
-"""`job.json`, what a job is, and `result.json`, what it came to: typed and frozen."""
+"""The typed, frozen contents of `job.json`, which describes a job, and of `result.json`."""
 
 import hashlib
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -18,39 +18,37 @@ JobOutcome = Literal["COMPLETED", "FAILED", "CANCELLED"]
 
 
 class Parent(Written):
-    """What a job is a fork of: another one, and the round whose global model it starts from."""
+    """The job that a job is a fork of, and the round whose global model it starts from."""
 
     job_id: str
     round: int
 
 
 class EnvironmentRecord(Written):
-    """Where a job was begun: class of the environment, and its settings that are nobody's
-    secret.
-    """
+    """The environment that a job began in: its class, and the settings that aren't secret."""
 
     type: str
     settings: dict[str, Any]
 
 
 class JobRecord(Written):
-    """What a job is, from its first moment on.
+    """The description of a job, written when it starts.
 
     Attributes:
-        parent: what it is a fork of.
-        simulated: whether its sites were of the machine that ran it, and no one else's.
+        parent: the job that it is a fork of.
+        simulated: whether only the machine that ran the job simulated its sites.
         template: whether it never runs itself: a deployment makes its jobs from it.
-        environment: where it was begun; None for a job of an earlier version.
+        environment: where it began; None for jobs of earlier versions.
         recipe: class of the recipe under `type`, and its fields.
-        given: names of the fields that the user chose; None when nobody knows, as of a job of an
-            earlier version.
-        client: what its sites were told.
-        arithmetic_number: of its arithmetic.
+        given: names of the fields that the user chose; None if unknown, as for jobs of earlier
+            versions.
+        client: the settings that its sites got.
+        arithmetic_number: the version of its arithmetic.
         sites: in their order.
-        code: what it needs beside fedpool and what is installed, if anything.
-        model: the initial one.
-        hole_names: of the tensors that need not be finite, see `fedpool.tasks.holes`; None for a
-            job of an earlier version.
+        code: the code that it needs in addition to fedpool and installed packages, if any.
+        model: the initial model.
+        hole_names: the tensors that may hold infinities, see `fedpool.tasks.holes`; None for jobs
+            of earlier versions.
         versions: of Python and the packages that wrote it.
     """
 
@@ -78,7 +76,7 @@ class JobRecord(Written):
     @classmethod
     def _has_a_type(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value.get("type"), str):
-            raise ValueError("it names no class of recipe")
+            raise ValueError("it does not name a recipe class")
         return value
 
     @field_validator("arithmetic_number")
@@ -94,26 +92,24 @@ class JobRecord(Written):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Of the recipe."""
+        """Fields of the recipe."""
         return {name: value for name, value in self.recipe.items() if name != "type"}
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """How its numbers come about."""
+        """The version of its arithmetic."""
         return Arithmetic.numbered(self.arithmetic_number)
 
     @property
     def holes(self) -> frozenset[str] | None:
-        """Names of the tensors that need not be finite; None for a job of an earlier version,
-        whose updates all must be.
+        """Names of tensors that may hold infinities; None for jobs of earlier versions, where none
+        may.
         """
         return None if self.hole_names is None else frozenset(self.hole_names)
 
 
 class ScoredModel(Written):
-    """A global model: the round that it is the start of, where it lies, and its score, if it has
-    one.
-    """
+    """A global model: the round that starts from it, its path, and its score, if any."""
 
     round: int
     path: str
@@ -122,17 +118,17 @@ class ScoredModel(Written):
 
 
 class JobResult(Written):
-    """What a job came to; its presence says that the job has ended.
+    """The result of a job. If it exists, the job has ended.
 
     Attributes:
-        error: what it failed of.
-        stopped_by: what stopped the training early.
+        error: why the job failed.
+        stopped_by: the rule that stopped the training early.
         evaluation_error: why the final model has no score although sites were asked for one.
         endings: site -> how its script failed after its last round.
-        num_rounds: training rounds that were committed.
-        num_records: rounds that were committed.
-        cross_site: of `cross_site.json`, where there is one.
-        last_record_sha256: hash of the newest record; of `job.json` before the first.
+        num_rounds: committed training rounds.
+        num_records: committed rounds.
+        cross_site: digest of `cross_site.json`, if there is one.
+        last_record_sha256: hash of the newest record; before the first, of `job.json`.
         sha256: of the result without this field.
     """
 
@@ -156,11 +152,11 @@ class JobResult(Written):
     what: ClassVar[str] = "a job's result"
 
     def sealed(self) -> Self:
-        """The same with its own hash."""
+        """The same result with its own hash."""
         return self.model_copy(update={"sha256": self.own_sha256()})
 
     def own_sha256(self) -> str:
-        """What `sha256` has to be."""
-        # A job of an earlier version lacks some fields: what was not there is no part of the hash.
+        """The correct value of `sha256`."""
+        # Jobs of earlier versions lack some fields. A missing field isn't part of the hash.
         said = self.model_dump(mode="json", exclude={"sha256"}, exclude_unset=True)
         return hashlib.sha256(to_json(said)).hexdigest()

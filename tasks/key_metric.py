@@ -1,5 +1,6 @@
-"""Whether sites report the metrics that a recipe goes by: a misspelt name stops nothing, and
-makes the last model the best.
+"""Checks that sites report the metrics that a recipe uses.
+
+With a misspelt name, nothing would stop the job early, and the last model would count as the best.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,10 +16,9 @@ from fedpool.tasks.record import RoundRecord
 
 @dataclass(frozen=True, slots=True)
 class MetricRules:
-    """What a recipe asks of metrics.
+    """The fields of a recipe that concern metrics.
 
-    `given` names the fields that the user chose; None when nobody knows, as of a job of an earlier
-    version.
+    `given` names the fields that the user chose; None if unknown, as for jobs of earlier versions.
     """
 
     key_metric: str
@@ -33,29 +33,26 @@ class MetricRules:
 
     @classmethod
     def stored(cls, job: JobRecord) -> Self:
-        """The rules of a job, as its `job.json` has them."""
+        """The rules of a job according to its `job.json`."""
         fields = job.fields
         return cls(fields["key_metric"], fields.get("stop_cond"), fields.get("patience"), job.given)
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A metric that is gone by, and that no site reports; `is_fatal` when the user has asked for
-    what depends on it.
-    """
+    """A metric that a rule uses but no site reports; `is_fatal` if the user asked for that rule."""
 
     text: str
     is_fatal: bool
 
 
 def metric_gap(rules: MetricRules, records: Sequence[RoundRecord]) -> Gap | None:
-    """What is missing from the first training round in which any site reported a metric; None when
-    nothing is.
+    """The metric that the first training round with metrics lacks; None if it lacks none.
 
-    A recipe that says nothing about metrics may also have none at all.
+    A recipe that sets none of the fields about metrics may do without any.
 
     Args:
-        records: of the rounds that are committed.
+        records: of the committed rounds.
     """
     training = [record for record in records if record.task == "train"]
     scored = next((record for record in training if _reported(record)), None)
@@ -75,9 +72,9 @@ def metric_gap(rules: MetricRules, records: Sequence[RoundRecord]) -> Gap | None
 
 
 def _needs(rules: MetricRules) -> dict[str, str]:
-    """What the user has asked for -> the metric that it needs."""
+    """Setting that the user chose -> the metric that it needs."""
     given = rules.given
-    if given is None:  # a job of an earlier version goes on as it began
+    if given is None:  # a job of an earlier version continues as it began
         return {}
     needs = {f"stop_cond={rules.stop_cond!r}": parse_condition(rules.stop_cond).metric} if rules.stop_cond else {}
     if rules.patience:
@@ -88,7 +85,7 @@ def _needs(rules: MetricRules) -> dict[str, str]:
 
 
 def _reported(record: RoundRecord) -> set[str]:
-    """Names of the metrics that sites sent; one that was not a finite number was sent, too."""
+    """Names of the metrics that sites sent, including those that weren't finite numbers."""
     return {name for entry in record.accepted for name in entry.metrics}
 
 
@@ -100,5 +97,5 @@ def _who_reported(metric: str, record: RoundRecord) -> str:
     if (meant := nearest(metric, names)) is not None:
         return f"{said}: did you mean {meant}? Give the name that the script sends"
     if metric in logged:
-        return f"{said}, though they logged {metric}: send it as FLModel(metrics={{{metric!r}: ...}})"
+        return f"{said}, although they logged {metric}: send it as FLModel(metrics={{{metric!r}: ...}})"
     return f"{said}: send FLModel(metrics={{{metric!r}: ...}}), or give a name that the script sends"

@@ -1,5 +1,6 @@
-"""The ledger of a job: what is committed, as a frozen value. Whoever commits, takes up or
-verifies a round advances it.
+"""The ledger of a job: its committed state as a frozen value.
+
+Committing, resuming and verifying a round all advance it.
 """
 
 from dataclasses import dataclass, replace
@@ -13,13 +14,13 @@ from fedpool.tensors import Digest
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What a job has committed.
+    """The committed state of a job.
 
     Attributes:
         job: its description.
         sha256: hash of the newest `round.json`; before the first, of `job.json`.
         head: the newest global model.
-        state: what the strategy carries into the next round, if anything.
+        state: the strategy's state for the next round, if any.
         records: of all rounds.
     """
 
@@ -31,7 +32,7 @@ class Ledger:
 
     @classmethod
     def of(cls, job: JobRecord, sha256: str) -> Self:
-        """The ledger of a job that has committed nothing yet.
+        """The ledger of a job that hasn't committed a round yet.
 
         Args:
             sha256: of its `job.json`.
@@ -40,22 +41,22 @@ class Ledger:
 
     @property
     def number(self) -> int:
-        """Of the round that comes next."""
+        """Number of the next round."""
         return len(self.records)
 
     @property
     def num_trained(self) -> int:
-        """How many rounds trained."""
+        """Number of training rounds."""
         return num_trained(self.records)
 
     def advance(self, record: RoundRecord, sha256: str) -> Self:
-        """The ledger with one round more.
+        """The ledger after one more round.
 
         Args:
             sha256: of its record.
 
         Raises:
-            IntegrityError: it is not the record of the round that comes next.
+            IntegrityError: the record isn't that of the next round.
         """
         for what, found, wanted in (
             ("job_id", record.job_id, self.job.job_id),
@@ -64,7 +65,7 @@ class Ledger:
         ):
             if found != wanted:
                 raise IntegrityError(f"says {what} {found}, but it should be {wanted}")
-        if record.next_global is None:  # an evaluation: the model stays, and what the strategy carries
+        if record.next_global is None:  # an evaluation changes neither the model nor the strategy's state
             return replace(self, sha256=sha256, records=(*self.records, record))
         return replace(
             self, sha256=sha256, head=record.next_global, state=record.state, records=(*self.records, record)

@@ -1,6 +1,4 @@
-"""The cross-site matrix: what every site's data says of every model, as a pure function of the
-rounds' records.
-"""
+"""The cross-site matrix: every model scored on every site's data, from the rounds' records."""
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -12,18 +10,15 @@ from fedpool.tasks.metrics import mean_metrics
 from fedpool.tasks.record import AcceptedEntry, RoundRecord
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float | None]]]
-"""data site -> owner of the model -> metrics, and under `NUM_STEPS_CURRENT_ROUND` the weight
-that they count with.
-"""
+"""data site -> owner of the model -> metrics, and their weight under `NUM_STEPS_CURRENT_ROUND`."""
 
 
 def cross_site_matrix(records: Sequence[RoundRecord], best: int) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The matrix of a job's rounds; a site that has not scored a model leaves a hole: it has no
-    entry there.
+    """The matrix of a job's rounds. If a site hasn't scored a model, it has no entry there.
 
     Args:
-        best: the round that the best global model is the start of. When that is a training round,
-            its scores are those that sites sent in it, unless it was scored anew.
+        best: the round that starts from the best global model. If that is a training round, its
+            scores count, unless the model was scored again.
     """
     scored = [record for record in records if record.task == "evaluate"]
     found: dict[str, dict[str, dict[str, float | None]]] = {site: {} for record in scored for site in record.sites}
@@ -39,20 +34,18 @@ def cross_site_matrix(records: Sequence[RoundRecord], best: int) -> dict[str, di
 
 
 def site_scores(entry: AcceptedEntry) -> dict[str, float | None]:
-    """What a site reported of a model, and the weight that it counts with, out of an accepted
-    update's entry in a record.
-    """
+    """The metrics of a model in a record's entry of an accepted update, and their weight."""
     return {**entry.metrics, NUM_STEPS: entry.metrics_weight}
 
 
 def owners(matrix: Matrix) -> list[str]:
-    """Whose models are in a matrix: the server's first, then the sites' by name."""
+    """The owners of the models in a matrix: the server first, then the sites by name."""
     found = {owner for row in matrix.values() for owner in row}
     return sorted(found, key=lambda owner: (owner != SERVER, owner != SERVER_BEST, natural_key(owner)))
 
 
 def matrix_metrics(matrix: Matrix, *, first: str) -> list[str]:
-    """Names of the metrics in a matrix, sorted, `first` at the head where it is one."""
+    """Names of the metrics in a matrix, sorted, but starting with `first` if it is one of them."""
     found = {name for row in matrix.values() for scores in row.values() for name in scores} - {NUM_STEPS}
     return sorted(found, key=lambda name: (name != first, name))
 
@@ -68,8 +61,8 @@ def pooled(matrix: Matrix, metric: str) -> dict[str, float]:
 
 
 def matrix_rows(matrix: Matrix, metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per data site, then the pooled scores: a column per model, empty where
-    there is no score.
+    """Header and rows: one per data site, then the pooled scores. A column per model; empty: no
+    score.
     """
     columns = owners(matrix)
     rows = [

@@ -1,5 +1,5 @@
-"""Metrics of a global model out of what sites report, and what follows from them: the best
-model, early stopping.
+"""Aggregates the metrics that sites report, and derives the best model and early stopping from
+them.
 """
 
 import math
@@ -14,10 +14,10 @@ def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
     """Weighted mean of each metric over the sites that report it.
 
     Args:
-        reports: (weight from 0, metrics) pairs; a metric that is None was not a finite number and
-            is left out.
+        reports: (weight from 0, metrics) pairs; a metric that is None was not finite and is left
+            out.
 
-    Where all sites that report a metric have weight 0, their plain mean is taken.
+    If all sites that report a metric have weight 0, the result is their unweighted mean.
     """
     values: dict[str, list[tuple[float, float]]] = {}
     for weight, metrics in reports:
@@ -28,22 +28,18 @@ def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
 
 
 def denominators(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
-    """What each mean of `mean_metrics` is over: the weights of the sites that report it, added
-    up.
-    """
+    """The denominator of each mean of `mean_metrics`: the total weight of the sites that report it."""
     weights: dict[str, list[float]] = {}
     for weight, metrics in reports:
         for name, value in metrics.items():
             if value is not None:
                 weights.setdefault(name, []).append(weight)
-    # Weights are relative and may be huge: JSON has no infinity.
+    # Weights are relative and may be huge, but JSON has no infinity.
     return {name: min(sum(known), sys.float_info.max) for name, known in sorted(weights.items())}
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:
-    """A running mean, as `fedpool.tasks.mean.weighted_mean`: sites that agree give their common
-    value, to the bit.
-    """
+    """A running mean like `fedpool.tasks.mean.weighted_mean`: equal values give exactly that value."""
     heaviest = max(weight for weight, _ in pairs)
     mean = total = 0.0
     for weight, value in pairs:
@@ -51,19 +47,18 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float:
         total += share
         part = share / total if total else 0.0
         change = value - mean
-        # Of values at both ends of the range the difference is none: JSON, and so the round's
-        # record, has no infinity.
+        # The difference of values at both ends of the range overflows, and JSON has no infinity.
         mean = mean + change * part if math.isfinite(change) else mean * (1 - part) + value * part
     return mean
 
 
 def best_round(scores: Sequence[float | None], mode: Literal["max", "min"]) -> int | None:
-    """Index of the best score, the earliest among equals; None when there is no score."""
+    """Index of the best score, the earliest of equals; None if there is no score."""
     known = [(score if mode == "max" else -score, -index) for index, score in enumerate(scores) if score is not None]
     return -max(known)[1] if known else None
 
 
 def has_stalled(scores: Sequence[float | None], mode: Literal["max", "min"], patience: int) -> bool:
-    """Whether the last `patience` scores brought nothing better than what was there before them."""
+    """Whether the last `patience` scores are no better than the best before them."""
     best = best_round(scores, mode)
     return best is not None and len(scores) - 1 - best >= patience

@@ -1,8 +1,7 @@
-"""Writes runs to MLflow: an experiment for the recipe's name, in it a run for the job and below
-that one for each site.
+"""Writes runs to MLflow: an experiment per recipe name, with a run per job and child runs per site.
 
-Runs are found again by their tags, so that a job that is resumed goes on in the same ones. Runs in
-a process of its own.
+Runs are found again by their tags, so a resumed job continues the same ones. Runs in a separate
+process.
 """
 
 import os
@@ -10,8 +9,8 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-# Before MLflow is imported: it would call home, and try a server that is gone for minutes, where we
-# try again ourselves.
+# Before importing MLflow: it would send telemetry, and try an unreachable server for minutes, but
+# we retry ourselves.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -25,14 +24,14 @@ from fedpool.tasks.tracker_process import SERVER_RUN, Refused, Row, Writer
 _JOB, _SITE, _PARENT = "fedpool.job_id", "fedpool.site", "mlflow.parentRunId"
 _STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 _MAX_METRICS, _MAX_PARAMS = 1000, 100
-"""Of a request."""
+"""Per request."""
 _MAX_VALUE, _MAX_TAG, _MAX_KEY = 500, 5000, 250
-"""Characters, as many as every store of MLflow takes."""
+"""Characters, within the limits of all of MLflow's stores."""
 _UNFIT = re.compile(r"[^\w\-. /]", re.ASCII)
 
 
 class MLflowWriter(Writer):
-    """Runs in an experiment."""
+    """Writes the runs of an experiment."""
 
     def __init__(self) -> None:
         self._client: MlflowClient | None = None
@@ -73,7 +72,7 @@ class MLflowWriter(Writer):
         return self._client
 
     def _run(self, run: str) -> str:
-        """The id of a run, which is begun, or gone on with, when it is first needed."""
+        """The id of a run. On first use, the run is created or, if it exists, continued."""
         if run not in self._runs:
             client, job_id = self._there(), self._begun[1]
             wanted = f"tags.`{_JOB}` = '{job_id}' and tags.`{_SITE}` = '{run}'"
@@ -104,7 +103,7 @@ def make_writer() -> Writer:
 
 
 def _asking(ask: Callable[..., object], *arguments: object) -> None:
-    """Call, and tell what MLflow will never take from what it cannot take now."""
+    """Call a function; raise `Refused` if MLflow will never accept the request, else its own error."""
     try:
         ask(*arguments)
     except MlflowException as error:
@@ -114,8 +113,8 @@ def _asking(ask: Callable[..., object], *arguments: object) -> None:
 
 
 def _key(text: str) -> str:
-    """A name that MLflow takes: it looks like a path in the normal form, of letters, digits and
-    a few other characters.
+    """A name that MLflow accepts: like a normalised path, with few characters besides letters and
+    digits.
     """
     key = posixpath.normpath(_UNFIT.sub("_", text)).lstrip("./ ")[:_MAX_KEY].rstrip("/")
     return key or "_"

@@ -1,6 +1,4 @@
-"""What a late update comes to in the round that it counts in: the global model, moved as its
-site has moved its own base.
-"""
+"""The contribution of a late update: its difference to its own base, applied to the global model."""
 
 import torch
 
@@ -12,15 +10,16 @@ from fedpool.tensors import Tensors, is_trained
 def moved(block: Block, value: torch.Tensor, base: Tensors, *, is_difference: bool, scale: float) -> torch.Tensor:
     """The block of a late update as a strategy sees it, float64.
 
-    Of a parameter that is trained, the round's global model plus the difference to the update's own
-    base, times `scale`. What nobody trains is the site's own value: a sum of differences makes a
-    variance negative, and a boolean has none. A hole (see `fedpool.tasks.holes`) that the site left
-    as it was says nothing of what others have filled it with: there the difference is 0.
+    For a trained parameter: the round's global model plus `scale` times the difference to the
+    update's own base. Values that aren't trained are the site's own, because a sum of differences
+    could make a variance negative, and booleans have no differences. If the site left a hole (see
+    `fedpool.tasks.holes`) unchanged, the difference there is 0, whatever other sites filled it
+    with.
 
     Args:
         value: as the site sent it, (elements,).
         base: the global model of the update's own round.
-        is_difference: whether it sent a difference to that.
+        is_difference: whether `value` is a difference to `base`.
     """
     own = widen(value, None if is_difference else block.origin)
     trained = is_trained(block.name, block.spec)

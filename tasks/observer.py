@@ -1,9 +1,8 @@
-"""`Observer`: what a job tells those who watch it. The Prefect UI is one
-(`fedpool.tasks.report.prefect_ui`); trackers are others.
+"""`Observer`: how a job reports to the Prefect UI (`fedpool.tasks.report.prefect_ui`) and trackers.
 
-An observer is told from the job's event loop, and returns at once: what takes time it does in the
-background, in the order in which it was told. It never fails a job: what it cannot do is a warning
-in the job's log.
+An observer's methods are called on the job's event loop and return at once. Slow work runs in the
+background, in the order of the calls. An observer never fails a job: its own failures become
+warnings in the job's log.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,18 +19,18 @@ from fedpool.tasks.matrix import Matrix
 from fedpool.tasks.record import RoundRecord
 
 ReadScalars = Callable[[], Sequence[Scalar]]
-"""Gives what a script has logged. It may have to be read from the store: call it in the
+"""Returns the values that a script has logged. May read them from the store, so call it in the
 background. Raises `FedpoolError`.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """A job that begins, or goes on.
+    """A job that starts or is resumed.
 
     Attributes:
         name: of the recipe.
-        fields: of the recipe, as `job.json` has them.
+        fields: of the recipe, as in `job.json`.
     """
 
     job_id: str
@@ -48,8 +47,8 @@ class Ending:
 
     Attributes:
         name: of the recipe.
-        matrix: the scores across sites, where there are any.
-        findings: what the tables do not show; see `fedpool.tasks.findings`.
+        matrix: the cross-site scores, if any.
+        findings: facts that the tables don't show, see `fedpool.tasks.findings`.
     """
 
     name: str
@@ -60,29 +59,31 @@ class Ending:
     findings: Sequence[str] = ()
 
 
-@runtime_checkable  # Prefect asks for the type of a flow's parameters
+@runtime_checkable  # Prefect checks the types of a flow's parameters
 class Observer(Protocol):
-    """Someone who watches a job; it defines what concerns it."""
+    """Follows a job. Subclasses define only the methods that they need."""
 
     wants_scalars: ClassVar[bool] = False
-    """Whether `logged` is of use: else sites elsewhere need not send what their scripts log."""
+    """Whether `logged` is used. If not, remote sites needn't send the values that their scripts
+    log.
+    """
 
     def begun(self, beginning: Beginning) -> None:
-        """The job begins, or goes on; told first, from its flow run."""
+        """The job starts or is resumed. Called first, from its flow run."""
         return
 
     def logged(self, site: str, round: int, read: ReadScalars) -> None:
-        """A site has answered, and its script had logged scalars on the way; whatever becomes of
-        its update.
+        """A site has answered, and its script has logged scalars. Called whatever happens to its
+        update.
         """
         return
 
     def committed(self, record: RoundRecord) -> None:
-        """A round is committed; told from its flow run."""
+        """A round is committed. Called from its flow run."""
         return
 
     def progressed(self, percent: float) -> None:
-        """So much of the job is done."""
+        """This much of the job is done."""
         return
 
     def ended(self, ending: Ending) -> None:
@@ -90,18 +91,18 @@ class Observer(Protocol):
         return
 
     def interrupted(self, ending: Ending) -> None:
-        """Likewise, and this process is about to end, too: nobody waits for `finish`."""
+        """Like `ended`, but this process is about to end too, so `finish` is not called."""
         return
 
     async def finish(self) -> None:
-        """Wait, for a time that is bounded, until all that was told is done."""
+        """Wait for a limited time until everything reported so far is done."""
         return
 
 
 def tell_logged(
     observer: Observer, store: Store, site: str, round: int, attempt: int, job_id: str, delivery: Delivery
 ) -> None:
-    """Tell what a site's script has logged on the way to what it delivered, if anything."""
+    """Report the values that a site's script has logged for a delivery, if any."""
     scalars, named = delivery.scalars, delivery.manifest.scalars
     if scalars:
         observer.logged(site, round, lambda: scalars)
@@ -112,7 +113,7 @@ def tell_logged(
 
 
 class Observers(Observer):
-    """Several observers, as one."""
+    """Several observers as one."""
 
     __slots__ = ("_each",)
 
@@ -120,7 +121,7 @@ class Observers(Observer):
         self._each = each
 
     @property
-    def wants_scalars(self) -> bool:  # type: ignore[override]  # each of the others is of one mind
+    def wants_scalars(self) -> bool:  # type: ignore[override]  # a property here, a class variable in the others
         return any(observer.wants_scalars for observer in self._each)
 
     def begun(self, beginning: Beginning) -> None:

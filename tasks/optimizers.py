@@ -1,9 +1,9 @@
-"""Server optimizers: how the global model moves, given where the round's updates point.
+"""Server optimizers: turn a round's aggregate into a step of the global model.
 
 Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2
 (https://arxiv.org/abs/2003.00295). The pseudo-gradient is -delta, where delta is the aggregate
-minus the global model. An optimizer is frozen and works element by element: what it remembers of
-each element are its slots (see `fedpool.tasks.strategy`).
+minus the global model. An optimizer is frozen and works element by element. Its slots are the
+values that it keeps for each element (see `fedpool.tasks.strategy`).
 """
 
 import warnings
@@ -23,8 +23,8 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Schedule:
-    """The server's learning rate: a constant, or by a scheduler of `torch.optim.lr_scheduler`
-    that is stepped once a round.
+    """The server's learning rate: constant, or from a `torch.optim.lr_scheduler` stepped once per
+    round.
     """
 
     lr: float
@@ -38,7 +38,7 @@ class Schedule:
         return _scheduled(self.lr, self.scheduler, tuple(sorted(self.arguments.items())), round)
 
     def check(self) -> None:
-        """Raise `RecipeError` when it cannot work."""
+        """Raise `RecipeError` if the schedule can't work."""
         if self.scheduler is None:
             return
         try:
@@ -75,18 +75,16 @@ class ServerOptimizer(ABC):
         """The next parameters and slots.
 
         Args:
-            params: of the global model; flat float64, as all tensors here.
+            params: of the global model; flat float64, like all tensors here.
             delta: the aggregate minus `params`.
-            slots: as the round before left them.
-            round: training rounds that came before.
+            slots: as the previous round left them.
+            round: number of earlier training rounds.
         """
 
 
 @dataclass(frozen=True)
 class Adaptive(ServerOptimizer):
-    """FedAdam, FedYogi and FedAdagrad, as the paper has them: no bias correction, v starts from
-    tau squared.
-    """
+    """FedAdam, FedYogi and FedAdagrad as in the paper: no bias correction, v starts at tau squared."""
 
     kind: Literal["adam", "yogi", "adagrad"]
     schedule: Schedule
@@ -117,8 +115,9 @@ class Adaptive(ServerOptimizer):
 
 @dataclass(frozen=True)
 class Momentum(ServerOptimizer):
-    """FedAvgM: m <- beta m + delta; x <- x + lr m. With Nesterov's look-ahead x <- x + lr (delta +
-    beta m).
+    """FedAvgM: m <- beta m + delta; x <- x + lr m.
+
+    With Nesterov's look-ahead: x <- x + lr (delta + beta m).
 
     Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification" (https://arxiv.org/abs/1909.06335).
@@ -143,8 +142,8 @@ class Momentum(ServerOptimizer):
 
 @dataclass(frozen=True)
 class TorchOptimizer(ServerOptimizer):
-    """A class of `torch.optim` that works element by element and remembers nothing else but the
-    number of its steps.
+    """A class of `torch.optim` that works element by element and keeps no state besides slots and
+    steps.
     """
 
     name: str
@@ -153,7 +152,7 @@ class TorchOptimizer(ServerOptimizer):
 
     @cached_property
     def slots(self) -> Mapping[str, float]:
-        """See `Strategy.slots`: found by a step that moves nothing."""
+        """See `Strategy.slots`. Found with a step that changes nothing."""
         state = self._stepped(torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), None, 0)[1]
         found = {}
         for slot, value in state.items():
@@ -161,8 +160,8 @@ class TorchOptimizer(ServerOptimizer):
                 continue
             if not isinstance(value, torch.Tensor) or value.shape != (2,):
                 raise RecipeError(
-                    f"server_optimizer torch.optim.{self.name} keeps {slot!r}, which is not one value per element: "
-                    "it cannot run block by block"
+                    f"server_optimizer torch.optim.{self.name} keeps {slot!r}, which is not one value per element, so it "
+                    "cannot run block by block: use another"
                 )
             found[slot] = float(value[0])
         return found
@@ -175,7 +174,7 @@ class TorchOptimizer(ServerOptimizer):
         return after, {slot: state[slot] for slot in self.slots}
 
     def check(self) -> None:
-        """Raise `RecipeError` when the optimizer cannot be had, or is not what the class says."""
+        """Raise `RecipeError` if the optimizer doesn't exist or doesn't work element by element."""
         try:
             one, whole, parts = self._tried()
         except RecipeError:
@@ -189,7 +188,7 @@ class TorchOptimizer(ServerOptimizer):
             if not torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE):
                 raise RecipeError(
                     f"server_optimizer torch.optim.{self.name} with {dict(self.arguments)} does not work element by "
-                    "element, or remembers more than a server keeps: use another"
+                    "element, or keeps more state than a server does: use another"
                 )
 
     def _tried(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -234,15 +233,15 @@ class TorchOptimizer(ServerOptimizer):
 def make_optimizer(
     name: str, schedule: Schedule, *, beta1: float, beta2: float, tau: float, arguments: Mapping[str, Any]
 ) -> ServerOptimizer:
-    """The server optimizer that a recipe asks for.
+    """The server optimizer of a recipe.
 
     Raises:
-        RecipeError: it is not known, or cannot work.
+        RecipeError: the optimizer is unknown or can't work.
     """
     schedule.check()
     if name.startswith("torch.optim."):
         optimizer = TorchOptimizer(name.removeprefix("torch.optim."), schedule, arguments)
-        with warnings.catch_warnings(action="ignore"):  # what torch says of a first use is not about the user's
+        with warnings.catch_warnings(action="ignore"):  # torch's warnings on first use aren't about the user's code
             optimizer.check()
         return optimizer
     if arguments:
@@ -254,6 +253,6 @@ def make_optimizer(
             return Momentum(schedule, beta1, nesterov=name == "nesterov")
         case _:
             raise RecipeError(
-                f"server_optimizer {name!r} is not known: use adam, yogi, adagrad, momentum, nesterov, or a class such as "
+                f"server_optimizer {name!r} is unknown: use adam, yogi, adagrad, momentum, nesterov, or a class such as "
                 "torch.optim.AdamW"
             )

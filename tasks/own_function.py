@@ -1,4 +1,4 @@
-"""An aggregator that is a function of the user's, known by its import path."""
+"""An aggregator that is a user's function, named by its import path."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class OwnFunction(Aggregator):
-    """A function of the user's, by its import path."""
+    """A user's function, named by its import path."""
 
     path: str
 
@@ -28,7 +28,7 @@ class OwnFunction(Aggregator):
         if not isinstance(found, torch.Tensor) or found.shape != values.shape[1:]:
             what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise RoundError(
-                f"aggregator {self.path} must return a tensor {list(values.shape[1:])}, it returned {what}"
+                f"aggregator {self.path} must return a tensor of shape {list(values.shape[1:])}, but it returned {what}"
             )
         return found.to(torch.float64)
 
@@ -37,7 +37,7 @@ def imported(path: str) -> Function:
     """The function at an import path, `package.module:function`.
 
     Raises:
-        RecipeError: there is none, here and now.
+        RecipeError: it can't be imported here.
     """
     module, _, name = path.partition(":")
     try:
@@ -48,7 +48,7 @@ def imported(path: str) -> Function:
             "coordinator runs"
         ) from None
     if not callable(function):
-        raise RecipeError(f"aggregator {path!r} is not a function: it is a {type(function).__name__}")
+        raise RecipeError(f"aggregator {path!r} is a {type(function).__name__}: give the path of a function")
     return function  # type: ignore[no-any-return]
 
 
@@ -56,7 +56,7 @@ def path_of(function: Callable[..., Any]) -> str:
     """The import path of a function.
 
     Raises:
-        RecipeError: it cannot be imported by one, as a lambda or a function inside another cannot.
+        RecipeError: it has none, like a lambda or a function inside another.
     """
     path = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
     if "<" in path or imported(path) is not function:  # <lambda>, <locals>

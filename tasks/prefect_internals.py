@@ -1,10 +1,10 @@
-"""What we use of Prefect that it does not document: names, signatures and behaviour that its next
-version may change.
+"""Undocumented parts of Prefect that we use: names, signatures, behaviour. The next version may
+change them.
 
-All of it is here and nowhere else, so that an upgrade of Prefect fails in one place:
-tests/tasks/test_prefect_internals.py holds what each function relies on against real objects, and
-tests/test_layers.py that no other module names any. Nothing here imports Prefect before it is
-called. What Prefect documents is imported where it is used.
+They are all here, so an upgrade of Prefect fails in one place.
+tests/tasks/test_prefect_internals.py checks each function's assumptions against real objects.
+tests/test_layers.py checks that no other module uses such names. Importing this module doesn't
+import Prefect. Documented parts of Prefect are imported where they are used.
 """
 
 import logging
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from prefect.context import FlowRunContext
 
 FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
-"""Where every worker of Prefect puts the id of the run that a command is for."""
+"""The variable in which every Prefect worker passes the id of the flow run."""
 
 LASTING_LEASES = {
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }
-"""By these variables a server remembers over its restarts which run holds a deployment's slot."""
+"""With these variables, a restarted server remembers which run holds a deployment's slot."""
 
 _FIRST_RUN_IMPORTS = (
     "prefect.flow_engine",
@@ -38,21 +38,21 @@ _FIRST_RUN_IMPORTS = (
 )
 
 _ASKED_FIRST = ("/flows", "/flow_runs", "/task_runs", "/logs", "/artifacts", "/events")
-"""What simulations need of the API."""
+"""The parts of the API that simulations need."""
 
-# A run, from outside of Prefect's engine
+# A run, from outside Prefect's engine
 
 
 async def propose(client: "PrefectClient", state: "State[Any]", run_id: UUID) -> "State[Any] | None":
     """Propose a state of a flow run, as Prefect's engine does.
 
-    Returns: the state that the run is in now, which is another one where the server has rejected
-        this one. None when the server does not allow it at all: no crash after the run's end,
-        nothing pending when somebody has taken the run. Another end replaces it.
+    Returns: the state that the run is in now; a different one if the server rejected the proposal.
+    None if the server refuses: a crash after the run has ended, or pending after a worker has taken
+    the run. A final state replaces another.
 
     Raises:
-        ObjectNotFound: there is no such run.
-        httpx.HTTPError: the server does not answer, or refuses.
+        ObjectNotFound: the run doesn't exist.
+        httpx.HTTPError: the server doesn't answer, or refuses.
     """
     from prefect.exceptions import Abort, Pause
     from prefect.utilities.engine import propose_state
@@ -67,16 +67,14 @@ async def propose(client: "PrefectClient", state: "State[Any]", run_id: UUID) ->
 
 
 def run_logger(run_id: UUID, name: str, flow: str) -> "logging.LoggerAdapter[logging.Logger]":
-    """A logger whose lines go to the log of a flow run, from any thread that has Prefect's
-    settings in its context.
-    """
+    """A logger to a flow run's log, from any thread that has Prefect's settings in its context."""
     from prefect.logging.loggers import flow_run_logger
 
     return flow_run_logger(flow_run_id=run_id, flow_run_name=name, flow_name=flow)
 
 
 def client_of(context: "FlowRunContext") -> "PrefectClient":
-    """The client of the flow run that we are in, an asynchronous one."""
+    """The asynchronous client of the current flow run."""
     from prefect.client.orchestration import PrefectClient
 
     client = context.client
@@ -85,10 +83,11 @@ def client_of(context: "FlowRunContext") -> "PrefectClient":
 
 
 def subflow_context(parent: "FlowRunContext", flow: "Flow[..., Any]", run: "FlowRun") -> AbstractContextManager[object]:
-    """What Prefect's engine sets up for a subflow: tasks and logs inside belong to its run.
+    """The context that Prefect's engine sets up for a subflow: tasks and logs inside belong to its
+    run.
 
-    The engine also looks for a run to go on with, names it and reads it back, each by a request:
-    that is left out.
+    The engine also looks for a run to continue, names it and reads it back, with a request each.
+    This skips those.
     """
     own = {"flow": flow, "flow_run": run, "parameters": run.parameters}
     fresh: dict[str, object] = {"task_run_dynamic_keys": {}, "observed_flow_pauses": {}, "run_results": {}}
@@ -96,24 +95,22 @@ def subflow_context(parent: "FlowRunContext", flow: "Flow[..., Any]", run: "Flow
 
 
 def current_tags() -> set[str]:
-    """The tags that a run which is created here is to have."""
+    """The tags for a run that is created here."""
     from prefect.context import TagsContext
 
     return TagsContext.get().current_tags
 
 
 def termination() -> type[BaseException]:
-    """What a signal that ends the process is raised as, inside a flow that Prefect's engine
-    runs.
-    """
+    """The exception that a terminating signal raises inside a flow run by Prefect's engine."""
     from prefect.exceptions import TerminationSignal
 
     return TerminationSignal
 
 
 def engine_signals(run_id: UUID) -> AbstractContextManager[None]:
-    """Ends the process as Prefect's workers expect of one that does a run: 0 when the run is
-    over already, 1 by an error.
+    """Exit as Prefect's workers expect from a run's process: 0 if the run has ended already, 1 on
+    error.
     """
     from prefect.engine import handle_engine_signals
 
@@ -121,7 +118,7 @@ def engine_signals(run_id: UUID) -> AbstractContextManager[None]:
 
 
 def form_schema(flow: "Flow[..., Any]") -> dict[str, Any]:
-    """The schema of a flow's parameters as a deployment holds it, by which the UI makes a form."""
+    """The schema of a flow's parameters as stored in a deployment; the UI's form is made from it."""
     from prefect.utilities.callables import parameter_schema
 
     return parameter_schema(flow).model_dump_for_openapi()
@@ -131,13 +128,13 @@ def form_schema(flow: "Flow[..., Any]") -> dict[str, Any]:
 
 
 async def delete_worker(client: "PrefectClient", pool: str, name: str) -> None:
-    """Remove a worker's record, so that it is offline at once. Harmless when there is none."""
+    """Remove a worker's record, so it is offline at once. Does nothing if there is none."""
     await _delete(client, "/work_pools/{work_pool_name}/workers/{name}", {"work_pool_name": pool, "name": name})
 
 
 async def delete_variable(client: "PrefectClient", variable: UUID) -> None:
-    """Remove a variable by its id, which touches no later one of its name. Harmless when there
-    is none.
+    """Remove a variable by its id, so a newer one of the same name stays. Does nothing if it is
+    gone.
     """
     await _delete(client, "/variables/{id}", {"id": str(variable)})
 
@@ -146,7 +143,7 @@ async def _delete(client: "PrefectClient", path: str, path_params: dict[str, str
     from prefect.exceptions import PrefectHTTPStatusError
 
     try:
-        await client.request("DELETE", path, path_params=path_params)  # type: ignore[arg-type]  # a literal of each of its paths
+        await client.request("DELETE", path, path_params=path_params)  # type: ignore[arg-type]  # it expects a literal path
     except PrefectHTTPStatusError as error:
         if error.response.status_code != 404:
             raise
@@ -156,16 +153,14 @@ async def _delete(client: "PrefectClient", path: str, path_params: dict[str, str
 
 
 def import_for_first_run() -> None:
-    """Import what Prefect imports when the first flow runs: while a server is still starting
-    that costs no time.
-    """
+    """Import what Prefect imports for the first flow run. Costs no time while a server is starting."""
     for name in _FIRST_RUN_IMPORTS:
         import_module(name)
 
 
 def surrounding_api() -> str | None:
-    """The API that a flow or a task around us runs on, though none is configured: Prefect has
-    started a server for it.
+    """The API of the surrounding flow or task, if Prefect started a server because none is
+    configured.
     """
     from prefect.context import FlowRunContext, TaskRunContext
 
@@ -174,16 +169,14 @@ def surrounding_api() -> str | None:
 
 
 def profile_name() -> str:
-    """The Prefect profile whose settings count."""
+    """The active Prefect profile."""
     from prefect.context import get_settings_context
 
     return get_settings_context().profile.name
 
 
 def drain(timeout_s: float) -> None:
-    """Send the logs and events that this process still holds; what is not sent in that time is
-    lost.
-    """
+    """Send the logs and events that this process still holds. Those not sent in time are lost."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -193,7 +186,7 @@ def drain(timeout_s: float) -> None:
 
 @contextmanager
 def quiet_console() -> Iterator[None]:
-    """Keep what runs log off the terminal."""
+    """Keep the logs of runs off the terminal."""
     from prefect.logging.handlers import PrefectConsoleHandler
 
     def is_not_of_a_run(record: logging.LogRecord) -> bool:
@@ -213,8 +206,8 @@ def quiet_console() -> Iterator[None]:
 
 
 def server_database() -> Any:
-    """The database of the server that this process is: `engine()`, an SQLAlchemy engine, and
-    `create_db()`, which migrates.
+    """The database of this process's server: `engine()` (SQLAlchemy) and `create_db()` (migrates
+    it).
     """
     from prefect.server.database import provide_database_interface
 
@@ -222,8 +215,8 @@ def server_database() -> Any:
 
 
 def server_app() -> Callable[..., Any]:
-    """Prefect's server as an ASGI app, made ready for the first runs as early as can be. Once
-    per process.
+    """Prefect's server as an ASGI app, ready for the first runs as early as possible. Once per
+    process.
     """
     from prefect.server.api import server
     from prefect.settings import Settings
@@ -231,11 +224,10 @@ def server_app() -> Callable[..., Any]:
     def rank(router: Any) -> int:
         return _ASKED_FIRST.index(router.prefix) if router.prefix in _ASKED_FIRST else len(_ASKED_FIRST)
 
-    # FastAPI prepares all routes up to the one that a request is for, each when the first request
-    # passes by.
+    # FastAPI prepares the routes up to the requested one, each when the first request reaches it.
     server.API_ROUTERS = tuple(sorted(server.API_ROUTERS, key=rank))  # type: ignore[assignment]
-    # By this key Prefect tells the apps of one process apart, and to make it takes as long as some
-    # requests: here there is one.
+    # Prefect distinguishes the apps of one process by this key. Computing it takes as long as
+    # several requests, and there is only one app here.
     Settings.hash_key = _hash_key  # type: ignore[assignment,method-assign]
     return server.create_app()
 

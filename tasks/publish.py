@@ -1,9 +1,8 @@
-"""Makes models that sites have submitted, and earlier global ones, the global model of a round to
-come, to be scored there.
+"""Makes submitted models, and earlier global models, the global model of a later round that scores
+them.
 
-What is written is the submitted model tensor by tensor, in the dtypes that it came in. Parameters
-that stay at the sites (`exclude_vars`) are no part of it: they are the job's own, as in every
-global model.
+A submitted model is written tensor by tensor, in the dtypes that it came in. Parameters that stay
+at the sites (`exclude_vars`) aren't part of it: they are the job's own, as in every global model.
 """
 
 from collections.abc import Sequence
@@ -21,23 +20,23 @@ from fedpool.tensors import Digest, TensorReader, Tensors, block_ranges, file_or
 
 
 class _Nowhere:
-    """A file for its hash's sake."""
+    """A file that discards its data, for computing a hash."""
 
     def write(self, data: Any, /) -> None:
-        """Forget it."""
+        """Discard the data."""
 
 
 def copy_model(store: Store, source: str, digest: Digest, target: str) -> None:
-    """Write a global model once more, as that of another round.
+    """Copy a global model, as that of another round.
 
     Raises:
-        IntegrityError: it is not what its digest says.
-        StoreError: there is an object at target already.
+        IntegrityError: it doesn't match its digest.
+        StoreError: the target exists already.
     """
     model = store.tensors(source, digest.size)
     with store.staged(target) as file:
         if (found := _write(file, model, model, store.block_elements)) != digest:
-            raise IntegrityError(f"{store.full(source)} has sha256 {found.sha256}, {digest.sha256} was committed")
+            raise IntegrityError(f"{store.full(source)} has sha256 {found.sha256}, but {digest.sha256} was committed")
 
 
 def publish_submitted(
@@ -48,16 +47,15 @@ def publish_submitted(
     first: int,
     arithmetic: Arithmetic = CURRENT,
 ) -> tuple[list[SubmittedModel], list[UpdateChanged]]:
-    """Write each submitted model as the global model of a round, from round `first` on, in the
-    order of the sites.
+    """Write each submitted model as the global model of a round: from `first` on, in site order.
 
-    Returns: an entry of the record's `models` for each; and what was to be written, but is not what
-    the gate has seen.
+    Returns: an entry of the record's `models` for each; and the updates that have changed since the
+    gate checked them.
     """
     models: list[SubmittedModel] = []
     changed: list[UpdateChanged] = []
     for update in arithmetic.by_site(updates, lambda update: update.site):
-        if update.tensors is None:  # it has no model of its own
+        if update.tensors is None:  # the site has no model of its own
             continue
         try:
             with store.staged(paths.global_model(first + len(models))) as file:
@@ -70,12 +68,12 @@ def publish_submitted(
 
 
 def model_entry(update: Accepted, digest: Digest) -> SubmittedModel:
-    """What a round's record says of a model that was submitted in it."""
+    """The record's entry for a model that was submitted in its round."""
     return SubmittedModel(owner=update.site, round=update.manifest.round, sha256=digest.sha256, size=digest.size)
 
 
 def submitted_digest(base: TensorReader, update: Tensors, block_elements: int) -> Digest:
-    """Digest of what `publish_submitted` writes."""
+    """Digest of the file that `publish_submitted` writes."""
     return _write(_Nowhere(), base, update, block_elements)
 
 

@@ -1,6 +1,4 @@
-"""Which sites are in quarantine: a function of the rounds' records, so that a job that is
-resumed comes to the same.
-"""
+"""Determines the sites in quarantine from the rounds' records, so a resumed job has the same ones."""
 
 from collections.abc import Sequence
 
@@ -10,8 +8,8 @@ from fedpool.tasks.record import RoundRecord
 def quarantined(records: Sequence[RoundRecord], max_rejections: int | None) -> frozenset[str]:
     """Sites whose last `max_rejections` updates were all rejected.
 
-    Such a site is still asked, as a probe: an update that passes the gate is not used, and lets the
-    site in again. A round in which a site failed, was late or was not asked counts neither way.
+    Such a site is still asked, as a probe. An update that passes the gate is not used, but ends the
+    quarantine. Rounds in which a site failed, was late or was not asked don't count.
 
     Args:
         records: of the rounds so far.
@@ -22,7 +20,7 @@ def quarantined(records: Sequence[RoundRecord], max_rejections: int | None) -> f
     in_a_row: dict[str, int] = {}
     for record in records:
         for good, bad in (
-            ((*record.late_accepted, *record.late_probed), record.late_rejected),  # what was sent for an earlier round
+            ((*record.late_accepted, *record.late_probed), record.late_rejected),  # sent for an earlier round
             ((*record.accepted, *record.probed), record.rejected),
         ):
             passed = {entry.site for entry in good}

@@ -1,8 +1,8 @@
-"""When a round has waited long enough: pure functions of the times at which updates were accepted.
+"""Decides when a round has waited long enough: pure functions of the times of accepted updates.
 
 Bonawitz et al. 2019, "Towards Federated Learning at Scale: System Design", section 4.1
-(https://arxiv.org/abs/1902.01046): more sites are asked than are needed, and a round closes once
-enough have reported.
+(https://arxiv.org/abs/1902.01046): a round asks more sites than it needs, and closes once enough
+have reported.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Quorum:
-    """What a round waits for.
+    """The rule for closing a round.
 
     Attributes:
-        min_clients: accepted updates without which there is no quorum.
-        grace: share of the time until the quorum that the rest are still given; None: whatever time
-            they take.
-        take: accepted updates that the round wants at most; None: all of them.
+        min_clients: number of accepted updates that make a quorum.
+        grace: time for the other sites after the quorum, as a fraction of the time until then;
+            None: unlimited.
+        take: maximum number of accepted updates; None: all.
     """
 
     min_clients: int
@@ -25,8 +25,7 @@ class Quorum:
     take: int | None = None
 
     def closes_after(self, accepted_s: Sequence[float]) -> float | None:
-        """When the round closes, in seconds since its start; None when it still waits for whatever
-        comes.
+        """When the round closes, in seconds since its start; None: no time is set yet.
 
         Args:
             accepted_s: when updates were accepted, in seconds since the round's start, ascending.

@@ -1,8 +1,8 @@
-"""Whether sites behind work pools can be reached: what Prefect knows of their deployments, their
-pools and their workers.
+"""Whether sites behind work pools are reachable, from their deployments, pools and workers in
+Prefect.
 
-Workers are online or offline by the server's word, which judges heartbeats by its own clock: no
-other clock matters here.
+The server decides whether a worker is online. It judges heartbeats by its own clock, so no other
+clock matters.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,8 +25,8 @@ from prefect.client.schemas.objects import WorkerStatus, WorkPool
 from fedpool.messages import SITE_PROTOCOL
 
 SITE_POOL = "fedpool-site"
-"""Type of the pools whose workers do the sites' rounds themselves, so that a round is lost with
-its worker.
+"""Type of the pools whose workers do the sites' rounds themselves, so a lost worker loses its
+round.
 """
 
 NO_WORKER = "no worker online"
@@ -37,8 +37,8 @@ _PAGE = 200
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How a site is reached: its deployment, the work pool that runs it, whether that is one of
-    site workers.
+    """How to reach a site: its deployment, its work pool, and whether that is a pool of site
+    workers.
     """
 
     deployment: UUID
@@ -48,25 +48,25 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A work pool as it is now.
+    """The current state of a work pool.
 
     Attributes:
-        offline: whether it has no worker online.
-        resume: the command that has it hand out runs again, where an operator has paused it, or its
-            queue; else None.
+        offline: whether no worker is online.
+        resume: the command that resumes the pool or its queue if an operator has paused it; else
+            None.
     """
 
     offline: bool
     resume: str | None = None
 
     def hinders(self, *, resident: bool, begun: bool) -> str | None:
-        """Why a site's run gets nowhere, if it does not.
+        """Why a site's run makes no progress, if so.
 
         Args:
             resident: whether the run is lost with its worker.
-            begun: whether a worker has taken the run. A pool that is paused hands out no more runs,
-                and leaves those alone that have begun; other pools' runs live on without the worker
-                that started them.
+            begun: whether a worker has taken the run. A paused pool hands out no more runs but
+                leaves running ones alone. In pools that are not of site workers, runs outlive the
+                worker that started them.
         """
         if self.offline and (resident or not begun):
             return NO_WORKER
@@ -74,14 +74,14 @@ class Pool:
 
 
 GONE = Pool(offline=True)
-"""A work pool that is not there any more."""
+"""A work pool that doesn't exist any more."""
 
 
 async def find_place(client: PrefectClient, site: str) -> Place:
-    """How a site is reached.
+    """How to reach a site.
 
     Raises:
-        ObjectNotFound: it is not registered.
+        ObjectNotFound: the site is not registered.
     """
     deployment = await client.read_deployment_by_name(f"site-round/{site}")
     pool = deployment.work_pool_name or ""
@@ -89,14 +89,14 @@ async def find_place(client: PrefectClient, site: str) -> Place:
 
 
 async def read_pools(client: PrefectClient, names: Collection[str]) -> dict[str, Pool]:
-    """name -> state of a work pool; only pools that are there."""
+    """name -> state of a work pool; only for pools that exist."""
     wanted, found = sorted(names), {}
     for start in range(0, len(wanted), _PAGE):
         page = WorkPoolFilter(name=WorkPoolFilterName(any_=wanted[start : start + _PAGE]))
         for pool in await client.read_work_pools(work_pool_filter=page, limit=_PAGE):
             workers = await client.read_workers_for_work_pool(pool.name)
             online = any(worker.status == WorkerStatus.ONLINE for worker in workers)
-            # Pools that start containers elsewhere have no workers at all.
+            # Pools that start containers elsewhere have no workers.
             offline = not online and not (pool.is_push_pool or pool.is_managed_pool)
             found[pool.name] = Pool(offline, await _resume(client, pool))
     return found
@@ -110,10 +110,10 @@ async def _resume(client: PrefectClient, pool: WorkPool) -> str | None:
 
 
 def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
-    """Why a work pool starts no run now, with the remedy; None when it does.
+    """Why a work pool starts no runs now, with the remedy; None if it does.
 
     Args:
-        pool: its state; None: it is not there.
+        pool: its state; None: it doesn't exist.
         start: the command that starts a worker of it.
     """
     if pool is None:
@@ -124,8 +124,8 @@ def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
 
 
 async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str, list[str]]:
-    """site -> why it cannot take part now, with the remedies; only sites that cannot, in the
-    order given.
+    """site -> why it can't take part now, with the remedies; only sites that can't, in the given
+    order.
     """
     deployments = {}
     for start in range(0, len(sites), _PAGE):
@@ -145,7 +145,9 @@ async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str
             continue
         problems, version = [], deployments[site].version
         if version != str(SITE_PROTOCOL):
-            problems.append(f"site {site!r} speaks protocol {version}, this one {SITE_PROTOCOL}: upgrade it")
+            problems.append(
+                f"site {site!r} speaks protocol {version}, but this version of fedpool speaks {SITE_PROTOCOL}: upgrade it"
+            )
         if problem := pool_problem(pools.get(names[site]), names[site], command):
             problems.append(problem)
         if problems:
@@ -154,11 +156,11 @@ async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str
 
 
 def unreachable(places: Mapping[str, Place], pools: Mapping[str, Pool]) -> dict[str, str]:
-    """site -> why a run for it would get nowhere now; only sites for which it would.
+    """site -> why a run for it would make no progress now; only for such sites.
 
     Args:
-        places: site -> how it is reached.
-        pools: name -> the work pool as it is now.
+        places: site -> how to reach it.
+        pools: name -> current state of the work pool.
     """
     found = {}
     for site, place in places.items():
@@ -169,7 +171,7 @@ def unreachable(places: Mapping[str, Place], pools: Mapping[str, Pool]) -> dict[
 
 
 async def clock_ahead(client: PrefectClient) -> timedelta:
-    """How far this machine's clock is ahead of the server's, to the second; negative when it is
+    """How far this machine's clock is ahead of the server's, to the second; negative if it is
     behind.
     """
     answered = (await client.hello()).headers.get("Date")

@@ -1,8 +1,7 @@
-"""`round.json`, the commit of a round: what was asked, what came, what it was made into. Typed,
-frozen, and written in one form.
+"""`round.json`, the commit of a round: its assignment, outcomes and results, typed and frozen.
 
-A field that is None in a job of an earlier version, or that a round has no use for, is left out of
-the JSON.
+Every record is written in one form. A field that is None in jobs of earlier versions, or that a
+round doesn't use, is left out of the JSON.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,17 +19,17 @@ from fedpool.tensors import Digest
 from fedpool.written import Written
 
 SiteName = Annotated[str, AfterValidator(partial(check_name, "site"))]
-"""Paths in the store are made of it."""
+"""Names that are safe in the store's paths."""
 
 
 class SiteEntry(Written):
-    """What a record says of a site."""
+    """An entry of a site."""
 
     site: SiteName
 
 
 class Entry(SiteEntry):
-    """What came of asking a site, once."""
+    """The outcome of asking a site once."""
 
     attempt: int = Field(ge=0)
 
@@ -44,9 +43,11 @@ class UpdateEntry(Entry):
 class AcceptedEntry(UpdateEntry):
     """An update that was accepted.
 
-    `norm` is the L2 norm of its difference to the global model, where that is limited, and `scale`
-    what the difference was multiplied by. `num_eval_examples` is what the site says its metrics are
-    of. A metric that was not finite is None.
+    Attributes:
+        num_eval_examples: the number of examples that the metrics are of, according to the site.
+        metrics: None for one that was not finite.
+        norm: the L2 norm of its difference to the global model, if that is limited.
+        scale: the factor by which the difference was multiplied.
     """
 
     manifest_sha256: str
@@ -62,14 +63,14 @@ class AcceptedEntry(UpdateEntry):
 
     @property
     def metrics_weight(self) -> float:
-        """What its metrics count with: the examples that they are of, where the site says so,
-        else its weight.
+        """The weight of its metrics: the number of their examples, if the site sent it, else its
+        weight.
         """
         return self.weight if self.num_eval_examples is None else self.num_eval_examples
 
 
 class RejectedEntry(UpdateEntry):
-    """An update that was not."""
+    """An update that was rejected."""
 
     manifest_sha256: str | None
     code: str
@@ -77,47 +78,47 @@ class RejectedEntry(UpdateEntry):
 
 
 class FailedEntry(Entry):
-    """A site that was asked and sent nothing; `away` when it could not be reached."""
+    """A site that was asked and sent nothing; `away` if it was unreachable."""
 
     cause: str
     away: bool = Field(default=False, exclude_if=is_false)
 
 
 class ProbedEntry(UpdateEntry):
-    """A good update of a site in quarantine: it is not used, and lets the site in again."""
+    """A good update from a site in quarantine: it is not used, but ends the quarantine."""
 
     manifest_sha256: str
 
 
 class LateEntry(Entry):
-    """A site that had not answered when the round closed."""
+    """A site that hadn't answered when the round closed."""
 
 
 class LateAcceptedEntry(AcceptedEntry):
-    """An update of an earlier round, which is `round`, that counts in this one."""
+    """An update of the earlier round `round` that counts in this one."""
 
     round: int = Field(ge=0)
     staleness: int = Field(ge=1)
 
 
 class LateRejectedEntry(RejectedEntry):
-    """An update of an earlier round that was not accepted."""
+    """An update of an earlier round that was rejected."""
 
     round: int = Field(ge=0)
 
 
 class LateProbedEntry(ProbedEntry):
-    """A good update of an earlier round, of a site in quarantine."""
+    """A good update of an earlier round, from a site in quarantine."""
 
     round: int = Field(ge=0)
 
 
 JudgedLate = LateAcceptedEntry | LateRejectedEntry | LateProbedEntry
-"""What became of an update of an earlier round."""
+"""The outcome of an update of an earlier round."""
 
 
 class NotAskedEntry(SiteEntry):
-    """A site that the round went ahead without."""
+    """A site that the round left out."""
 
     reason: str
 
@@ -131,8 +132,8 @@ class Timings(Written):
 
 
 class WhoseModel(Written):
-    """Whose model a round's global one is, and the round that it is the start of, or in which
-    its owner submitted it.
+    """The owner of a round's global model, and the round that starts from it or in which it was
+    submitted.
     """
 
     owner: str
@@ -140,7 +141,7 @@ class WhoseModel(Written):
 
 
 class SubmittedModel(Written):
-    """A model that is scored in a round to come."""
+    """A model that a later round scores."""
 
     owner: str
     round: int
@@ -149,7 +150,7 @@ class SubmittedModel(Written):
 
     @property
     def digest(self) -> Digest:
-        """Of the model."""
+        """The model's digest."""
         return Digest(self.sha256, self.size)
 
 
@@ -157,23 +158,23 @@ class RoundRecord(Written):
     """The record of a round.
 
     Attributes:
-        sites: that took part, in their order; the entries of each kind are in the same order, one
-            for each time asked.
-        late_accepted, late_rejected, late_probed: updates of earlier rounds, which had closed
-            without them, as this one judged them, by site and round; see `fedpool.tasks.staleness`.
-        metrics: score of the round's global model, over the sites; late updates, which scored
-            another one, have no part in it.
-        denominators: metric -> what its mean is over.
+        sites: the sites that took part, in order; the entries of each kind are in the same order,
+            one for each attempt.
+        late_accepted, late_rejected, late_probed: updates of earlier rounds that arrived after
+            those had closed, as this round judged them, by site and round; see
+            `fedpool.tasks.staleness`.
+        metrics: score of the round's global model, over the sites; without late updates, which
+            scored another model.
+        denominators: metric -> denominator of its mean.
         logged: scalars that scripts have logged, over the sites.
         base: the round's global model, `global` in JSON.
-        next_global: the next one; None when the round made none.
-        state: what the strategy carries into the next round; None when it carries nothing, and
-            after an evaluation.
-        models: where sites submitted models: whose are scored in the rounds that follow, in their
-            order.
-        virtual_time: in which it closed, of a simulation in virtual time; see
+        next_global: the next one; None if the round made none.
+        state: the strategy's state for the next round; None if it has none, and after an
+            evaluation.
+        models: if sites submitted models, those that the following rounds score, in order.
+        virtual_time: when it closed, in a simulation in virtual time; see
             `fedpool.tasks.virtual_time`.
-        filters: that its updates have passed, where there are any.
+        filters: those that its updates have passed, if any.
         previous_sha256: hash of the previous round's record; in round 0, of `job.json`.
     """
 
@@ -208,12 +209,12 @@ class RoundRecord(Written):
 
     @property
     def judged_late(self) -> tuple[JudgedLate, ...]:
-        """The updates of earlier rounds that came in this one."""
+        """The updates of earlier rounds that arrived in this one."""
         return (*self.late_accepted, *self.late_rejected, *self.late_probed)
 
 
 def stored_records(store: Store, job_id: str) -> Iterator[RoundRecord]:
-    """The records of a job's rounds, from the first one on, read as they are asked for."""
+    """The records of a job's rounds, from the first on, each read when needed."""
     paths = JobPaths(job_id)
     for number in count():
         if not store.exists(path := paths.record(number)):
@@ -237,12 +238,12 @@ def known_weights(records: Sequence[RoundRecord]) -> dict[str, float]:
 
 
 def of_global_models(records: Sequence[RoundRecord]) -> list[RoundRecord]:
-    """The rounds that score the global model which they are the start of: no submissions, and no
-    models of other rounds.
+    """The rounds that score the global model they start from: no submissions or models of other
+    rounds.
     """
     return [record for record in records if record.task != "submit_model" and record.model.round == record.round]
 
 
 def num_trained(records: Sequence[RoundRecord]) -> int:
-    """How many of a job's rounds trained: they come first."""
+    """Number of training rounds; they come first."""
     return sum(record.task == "train" for record in records)
