@@ -64,7 +64,7 @@ class Answers:
         self._closing: asyncio.TimerHandle | None = None
 
     def add(self, outcome: Outcome) -> None:
-        """Note an outcome. An update that arrives after the round has closed is late, however good."""
+        """Note an outcome. An update that arrives after the round has closed is late."""
         if isinstance(outcome, Accepted) and outcome.site in self._probes:
             outcome = Probed(outcome)
         elif isinstance(outcome, Accepted):

@@ -26,7 +26,7 @@ def holes(value: "torch.Tensor") -> "torch.Tensor | None":
 
 
 def unchanged(update: "torch.Tensor", at: "torch.Tensor", *, is_difference: bool) -> "torch.Tensor":
-    """The holes of a block that an update leaves unchanged: with infinity, or with any difference."""
+    """The holes of a block that an update leaves unchanged: with infinity, or any difference."""
     return at if is_difference else at & ~update.isfinite()
 
 

@@ -28,7 +28,7 @@ def mean_metrics(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
 
 
 def denominators(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
-    """The denominator of each mean of `mean_metrics`: the total weight of the sites that report it."""
+    """Denominator of each mean of `mean_metrics`: the total weight of the sites that report it."""
     weights: dict[str, list[float]] = {}
     for weight, metrics in reports:
         for name, value in metrics.items():
@@ -39,7 +39,7 @@ def denominators(reports: Iterable[tuple[float, Metrics]]) -> dict[str, float]:
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:
-    """A running mean like `fedpool.tasks.mean.weighted_mean`: equal values give exactly that value."""
+    """A running mean like `fedpool.tasks.mean.weighted_mean`: equal values give that value."""
     heaviest = max(weight for weight, _ in pairs)
     mean = total = 0.0
     for weight, value in pairs:

@@ -103,7 +103,7 @@ def make_writer() -> Writer:
 
 
 def _asking(ask: Callable[..., object], *arguments: object) -> None:
-    """Call a function; raise `Refused` if MLflow will never accept the request, else its own error."""
+    """Call a function; raise `Refused` if MLflow will never accept the request."""
     try:
         ask(*arguments)
     except MlflowException as error:

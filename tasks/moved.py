@@ -1,4 +1,4 @@
-"""The contribution of a late update: its difference to its own base, applied to the global model."""
+"""Applies a late update's difference to its own base to the global model of a later round."""
 
 import torch
 

@@ -84,7 +84,7 @@ class ServerOptimizer(ABC):
 
 @dataclass(frozen=True)
 class Adaptive(ServerOptimizer):
-    """FedAdam, FedYogi and FedAdagrad as in the paper: no bias correction, v starts at tau squared."""
+    """FedAdam, FedYogi, FedAdagrad as in the paper: no bias correction, v starts at tau squared."""
 
     kind: Literal["adam", "yogi", "adagrad"]
     schedule: Schedule

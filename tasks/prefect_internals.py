@@ -118,7 +118,7 @@ def engine_signals(run_id: UUID) -> AbstractContextManager[None]:
 
 
 def form_schema(flow: "Flow[..., Any]") -> dict[str, Any]:
-    """The schema of a flow's parameters as stored in a deployment; the UI's form is made from it."""
+    """The schema of a flow's parameters as in a deployment; the UI makes its form from it."""
     from prefect.utilities.callables import parameter_schema
 
     return parameter_schema(flow).model_dump_for_openapi()
@@ -153,7 +153,7 @@ async def _delete(client: "PrefectClient", path: str, path_params: dict[str, str
 
 
 def import_for_first_run() -> None:
-    """Import what Prefect imports for the first flow run. Costs no time while a server is starting."""
+    """Import Prefect's modules for the first flow run; takes no time while a server is starting."""
     for name in _FIRST_RUN_IMPORTS:
         import_module(name)
 

@@ -1,4 +1,4 @@
-"""Determines the sites in quarantine from the rounds' records, so a resumed job has the same ones."""
+"""Finds the sites in quarantine from the rounds' records, so a resumed job has the same ones."""
 
 from collections.abc import Sequence
 

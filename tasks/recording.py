@@ -1,6 +1,4 @@
-"""What a round's record is made of: the outcomes of asking its sites, late updates, and what was
-made of both.
-"""
+"""Builds a round's record from the outcomes of asking its sites, late updates, and the results."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -56,11 +54,11 @@ def round_record(
     Args:
         outcomes: one for each time that a site was asked.
         arrivals: late updates of earlier rounds.
-        not_asked: site -> why the round went ahead without asking it.
+        not_asked: site -> why the round didn't ask it.
         known_weights: site -> weight of its last training update, for scores that come without one.
-        owner: whose model the round's global one is.
-        origin: the round that it is the start of; of a site's, the one that it was submitted in;
-            None for this very round.
+        owner: of the round's global model.
+        origin: the round that starts from that model; for a site's model, the round in which it was
+            submitted; None: this round.
         base, following, state, models, previous_sha256, timings, virtual_time, filters: see
             `RoundRecord`.
         arithmetic: of the job.

@@ -1,8 +1,7 @@
-"""How long updates are kept: they are most of what a job stores, and are needed to verify and to
-replay it.
+"""How long updates are kept. They are most of a job's data, and needed to verify and replay it.
 
-Manifests stay, and with them all hashes; so do rejected updates, for their owners to see. A late
-update goes with the round in which it counted, and stays until then.
+Manifests always stay, and with them all hashes. So do rejected updates, for their owners to
+inspect. A late update stays until the round in which it counts is outdated.
 """
 
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ KeepUpdates = Literal["all", "last", "none"]
 
 
 def outdated(records: Sequence[RoundRecord], keep: KeepUpdates) -> Sequence[RoundRecord]:
-    """The rounds whose updates are not kept, oldest first: evaluations have none.
+    """The rounds whose updates are not kept, oldest first. Evaluations have none.
 
-    Models that sites have submitted go with all but "all": each lies in the store once more, as the
-    model of a round.
+    With any value except "all", submitted models are removed as well: each is also stored as the
+    global model of a round.
     """
     training = [record for record in records if record.task == "train"]
     submitted = [record for record in records if record.task == "submit_model" and keep != "all"]
@@ -27,8 +26,8 @@ def outdated(records: Sequence[RoundRecord], keep: KeepUpdates) -> Sequence[Roun
 
 
 def drop_updates(store: Store, job_id: str, record: RoundRecord) -> int:
-    """Remove the accepted updates of a round that is committed, and the state that it started
-    from; returns the bytes freed.
+    """Remove a committed round's accepted updates and the state it started from; returns bytes
+    freed.
     """
     paths, number = JobPaths(job_id), record.round
     sent = [entry for entry in (*record.accepted, *record.probed) if entry.sha256 is not None]

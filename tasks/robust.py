@@ -1,4 +1,4 @@
-"""The mathematics of robust aggregation: pure functions on tensors, each after its paper.
+"""The mathematics of robust aggregation: pure functions on tensors, each with its paper.
 
 Legend: n updates, f of which may be arbitrary ("Byzantine"); `values` is (n, elements),
 `squared_distances` is (n, n).
@@ -15,7 +15,7 @@ _SMALLEST = 1e-300
 
 
 def median(values: torch.Tensor) -> torch.Tensor:
-    """Coordinate-wise median; of an even number, the mean of the middle two.
+    """Coordinate-wise median; for an even number of values, the mean of the middle two.
 
     Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
     algorithm 1, option I (https://arxiv.org/abs/1803.01498).
@@ -26,7 +26,7 @@ def median(values: torch.Tensor) -> torch.Tensor:
 
 
 def num_trimmed(n: int, ratio: float) -> int:
-    """How many of n values a trimmed mean drops at each end: floor(ratio * n)."""
+    """Number of values, of n, that a trimmed mean drops at each end: floor(ratio * n)."""
     return math.floor(ratio * n + 1e-9)  # .29 * 100 is 28.999999999999996
 
 
@@ -40,28 +40,29 @@ def trimmed_mean(values: torch.Tensor, num_dropped: int) -> torch.Tensor:
 
 
 def krum_scores(squared_distances: torch.Tensor, num_byzantine: int) -> torch.Tensor:
-    """(n,) sum of each update's squared distances to its n - f - 2 nearest others, to one at least.
+    """(n,) sum of each update's squared distances to its n - f - 2 nearest others (at least one).
 
     Blanchard et al. 2017, "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
     section 4 (https://arxiv.org/abs/1703.02757).
     """
     n = len(squared_distances)
     num_near = max(1, n - num_byzantine - 2)
-    nearest = squared_distances.sort(dim=1).values[:, 1 : 1 + num_near]  # the nearest of all is itself
-    # One after the other: torch's own sum has an order for each processor.
+    nearest = squared_distances.sort(dim=1).values[:, 1 : 1 + num_near]  # each update's nearest is itself
+    # Added in order: the order of torch's own sum depends on the processor.
     return nearest.cumsum(dim=1)[:, -1]
 
 
 def multi_krum(squared_distances: torch.Tensor, num_byzantine: int, num_selected: int) -> list[int]:
-    """Indices of the `num_selected` updates with the lowest scores, ascending; the first of
-    equals wins. One is Krum itself.
+    """Indices of the `num_selected` updates with the lowest scores, ascending. The first wins ties.
+
+    With `num_selected=1`, this is Krum.
     """
     order = krum_scores(squared_distances, num_byzantine).argsort(stable=True)
     return sorted(order[:num_selected].tolist())
 
 
 def bulyan_selection(squared_distances: torch.Tensor, num_byzantine: int) -> list[int]:
-    """Indices of the n - 2f updates that Krum picks one after the other, ascending.
+    """Indices of the n - 2f updates that Krum picks one by one, ascending.
 
     El Mhamdi et al. 2018, "The Hidden Vulnerability of Distributed Learning in Byzantium", section
     4 (https://arxiv.org/abs/1802.07927).
@@ -75,12 +76,13 @@ def bulyan_selection(squared_distances: torch.Tensor, num_byzantine: int) -> lis
 
 
 def mean_around_median(values: torch.Tensor, num_near: int, *, midpoint: bool) -> torch.Tensor:
-    """Coordinate-wise mean of the `num_near` values nearest to the median: Bulyan's second step. Of
-    equals the first win.
+    """Bulyan's second step: coordinate-wise mean of the `num_near` values nearest to the median.
+
+    The first values win ties.
 
     Args:
-        midpoint: whether the median of an even number is the mean of the middle two, or the lower
-            of them.
+        midpoint: whether the median of an even number of values is the mean of the middle two; if
+            not, it is the lower one.
     """
     middle = median(values) if midpoint else values.sort(dim=0).values[(len(values) - 1) // 2]
     near = (values - middle).abs().argsort(dim=0, stable=True)[:num_near]
@@ -88,15 +90,16 @@ def mean_around_median(values: torch.Tensor, num_near: int, *, midpoint: bool) -
 
 
 def geometric_median_weights(products: torch.Tensor, weights: torch.Tensor | None = None) -> list[float]:
-    """(n,) weights, summing to 1, of the mean of the updates that is their geometric median.
+    """(n,) weights, summing to 1, whose weighted mean of the updates is their geometric median.
 
     The smoothed Weiszfeld algorithm of Pillutla et al. 2019, "Robust Aggregation for Federated
-    Learning", algorithm 2 (https://arxiv.org/abs/1912.13445), on the inner products of the updates
-    alone. Rounded to ten digits, because the last bits of the products depend on the processor.
+    Learning", algorithm 2 (https://arxiv.org/abs/1912.13445), computed from the inner products of
+    the updates alone. The weights are rounded to ten digits, because the last bits of the products
+    depend on the processor.
 
     Args:
-        products: (n, n) inner products of the updates' differences to any one point.
-        weights: (n,) of the updates, above 0; None: all alike.
+        products: (n, n) inner products of the updates' differences to any common point.
+        weights: (n,) of the updates, above 0; None: all equal.
     """
     squares = products.diagonal()
     finite = squares.isfinite()
@@ -107,11 +110,12 @@ def geometric_median_weights(products: torch.Tensor, weights: torch.Tensor | Non
     for _ in range(_WEISZFELD_STEPS):
         shared = products @ weights
         distances = (squares - 2 * shared + weights @ shared).clamp(min=0).sqrt()
-        # Against the middle one: the farthest may be an attacker's, and as far away as it likes.
+        # Relative to the median distance, because an attacker controls how large the largest one
+        # is.
         smallest = max(_SMOOTHING * float(distances[finite].median()), _SMALLEST) if finite.any() else 1.0
         nearness = given / distances.clamp(min=smallest)
         following = nearness / nearness.sum()
-        # Relatively, because the smallest weight may be that of the farthest update.
+        # A relative change, because the farthest update may have the smallest weight.
         moved = float(((following - weights).abs() / following.clamp(min=_SMALLEST)).max())
         weights = following
         if moved < _WEISZFELD_TOLERANCE:
@@ -120,8 +124,8 @@ def geometric_median_weights(products: torch.Tensor, weights: torch.Tensor | Non
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean over the first dimension, as a running one: equal values give that value, and no sum
-    can overflow.
+    """Running mean over the first dimension: equal values give exactly that value, and no sum
+    overflows.
     """
     mean = values[0].clone()
     for count, value in enumerate(values[1:], start=2):

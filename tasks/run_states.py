@@ -1,6 +1,4 @@
-"""Reporting the state of a run to Prefect, so that no state is lost because the server cannot
-store what it says.
-"""
+"""Reports a run's states to Prefect, without the message if the server can't store it."""
 
 from typing import Any
 from uuid import UUID
@@ -24,17 +22,16 @@ _TYPES = {
 
 
 def state_of(report: Report) -> State[Any]:
-    """The state that a site's report stands for."""
+    """The Prefect state for a site's report."""
     return State(type=_TYPES[report.phase], message=report.message or None)
 
 
 async def report_state(client: PrefectClient, state: State[Any], run_id: UUID) -> State[Any] | None:
-    """Propose a state of a flow run; one that the server refuses is proposed once more, without its
+    """Propose a state of a flow run. If the server refuses it, propose it again without its
     message.
 
-    Returns: the state that the run is in then; None when the server does not allow this one,
-    because the run has ended, or is
-        somebody else's.
+    Returns: the state that the run is in then. None if the server doesn't allow this one, because
+    the run has ended or another process has taken it.
 
     Raises: as `propose`; an `httpx.HTTPStatusError` is that of the first refusal.
     """
@@ -42,7 +39,7 @@ async def report_state(client: PrefectClient, state: State[Any], run_id: UUID) -
         return await propose(client, state, run_id)
     except httpx.HTTPStatusError as refused:
         status = refused.response.status_code
-        message = f"the server refused the message of this state (HTTP {status}): the job's record in the store has it"
+        message = f"the server refused this state's message (HTTP {status}): see the job's record in the store"
         try:
             answer = await propose(client, state.model_copy(update={"message": message}), run_id)
         except httpx.HTTPStatusError:

@@ -1,6 +1,4 @@
-"""Which sites take part in a round: a function of (seed, round) and the set of sites, nothing
-else.
-"""
+"""Chooses the sites of a round: a function of the seed, the round and the set of sites only."""
 
 import random
 from collections.abc import Collection
@@ -14,12 +12,12 @@ def choose_sites(seed: int, round: int, sites: Collection[str], count: int | Non
     Args:
         seed: of the job.
         round: from 0.
-        sites: names; their order does not matter.
-        count: how many; None for all.
+        sites: names, in any order.
+        count: number of sites; None for all.
     """
     if count is None or count >= len(sites):
         return tuple(in_order(sites))
     # A string seeds the generator through sha512, so the draw is the same on every machine and for
-    # every hash seed. What is drawn is a matter of the names alone, sorted by their characters: any
-    # order would do, and this one was first.
+    # every hash seed. It depends only on the names in character order: any order would do, and
+    # earlier versions used this one.
     return tuple(in_order(random.Random(f"sampling/{seed}/{round}").sample(sorted(sites), count)))

@@ -1,4 +1,4 @@
-"""The runs by which sites behind work pools learn of their rounds, on the Prefect server."""
+"""The flow runs on the Prefect server that announce rounds to sites behind work pools."""
 
 import asyncio
 import contextlib
@@ -28,15 +28,15 @@ Key = tuple[str, int, int]
 
 @task(name="site-round")
 def _site_round() -> None:
-    """Stands for the run at the site in the round's graph; never called."""
+    """Represents the site's run in the round's graph; never called."""
 
 
 class SiteRuns:
-    """The runs of a job's sites, and the connection to the server that has them.
+    """The runs of a job's sites, and the connection to their server.
 
     Attributes:
         ids: of the runs that were created.
-        places: site -> how it is reached, of the sites that were looked up.
+        places: site -> how to reach it, for the sites that were looked up.
     """
 
     __slots__ = ("_ahead", "_client", "_stack", "ids", "places")
@@ -50,11 +50,11 @@ class SiteRuns:
 
     @property
     def connected(self) -> bool:
-        """Whether anyone has asked for the connection."""
+        """Whether the connection has been requested."""
         return self._client is not None
 
     async def connect(self) -> PrefectClient:
-        """The connection to the server, which is opened when it is first asked for."""
+        """The connection to the server, opened on first use."""
         if self._client is None:
             self._client = asyncio.get_running_loop().create_future()
             self._client.set_result(await self._stack.enter_async_context(get_client()))
@@ -65,9 +65,9 @@ class SiteRuns:
         await self._stack.aclose()
 
     async def create(self, key: Key, *, job_id: str, store: str) -> bool:
-        """Create a site's run of a round. Harmless when repeated.
+        """Create a site's run of a round. Repeating the call is harmless.
 
-        Returns: False when that run is over: an earlier coordinator's may have ended with it.
+        Returns: False if the run exists and is over: it may have ended with an earlier coordinator.
 
         Raises:
             SiteError: the site is not registered.
@@ -80,7 +80,7 @@ class SiteRuns:
         except (ObjectNotFound, PrefectHTTPStatusError) as error:
             if isinstance(error, PrefectHTTPStatusError) and error.response.status_code != 404:
                 raise
-            self.places.pop(site, None)  # it may be registered anew
+            self.places.pop(site, None)  # it may be registered again
             raise SiteError(
                 site, round, f"it has no deployment site-round/{site}: start its worker, or register it"
             ) from None
@@ -92,8 +92,8 @@ class SiteRuns:
         place = await self._place(site)
         run: FlowRun = await client.create_flow_run_from_deployment(
             place.deployment,
-            # Else a run is due by this machine's clock, and workers take it when it is due by the
-            # server's or their own.
+            # Otherwise this machine's clock decides when the run is due, but workers go by the
+            # server's clock or their own.
             state=Scheduled(scheduled_time=datetime.now(UTC) - await self._clock_ahead(client)),
             parameters={
                 "job_id": job_id,
@@ -133,20 +133,20 @@ class SiteRuns:
         return self._ahead
 
     async def unreachable(self, sites: Collection[str]) -> dict[str, str]:
-        """site -> why a run for it would get nowhere now; only sites for which it would."""
+        """site -> why a run for it would make no progress now; only for such sites."""
         places = {}
         try:
             for site in sites:
-                self.places.pop(site, None)  # it may have been registered anew, with another pool
-                with contextlib.suppress(ObjectNotFound):  # whoever asks it is told
+                self.places.pop(site, None)  # it may have been registered again, with another pool
+                with contextlib.suppress(ObjectNotFound):  # asking the site reports that
                     places[site] = await self._place(site)
             pools = await read_pools(await self.connect(), {place.pool for place in places.values()})
-        except (httpx.HTTPError, PrefectException):  # nobody knows: whoever waits for them will see
+        except (httpx.HTTPError, PrefectException):  # unknown: waiting for the sites will show it
             return {}
         return unreachable(places, pools)
 
     async def read(self, ids: Sequence[UUID]) -> list[FlowRun]:
-        """Some runs; only those that the server still knows."""
+        """The runs that the server still knows."""
         client = await self.connect()
         found: list[FlowRun] = []
         for start in range(0, len(ids), _PAGE):
@@ -161,10 +161,10 @@ class SiteRuns:
         await client.set_flow_run_state(self.ids[key], state, force=True)
 
     async def cancel_all_but(self, answered: Collection[Key]) -> None:
-        """The job has ended: cancel the runs that have not, except those that were answered."""
+        """The job has ended: cancel its unfinished runs, except the answered ones."""
         client = await self.connect()
         for run in await self.read([run for key, run in self.ids.items() if key not in answered]):
             if run.state is None or not run.state.is_final():
                 state: State[Any] = Cancelled(message="the job has ended")
-                # Harmless where a site is done already, or reports its own end first.
+                # Harmless if the site has already finished, or reports its own end first.
                 await client.set_flow_run_state(run.id, state)

@@ -1,7 +1,7 @@
-"""A strategy's slots as an object in the store: what `state.safetensors` holds.
+"""Stores a strategy's slots as an object in the store, `state.safetensors`.
 
-Legend: slot `momentum` of parameter `fc.weight` is the tensor `momentum::fc.weight`, of the
-parameter's shape, in float32, or in float64 where the parameter is.
+Legend: slot `momentum` of parameter `fc.weight` is the tensor `momentum::fc.weight`, with the
+parameter's shape, in float64 if the parameter is float64, else in float32.
 """
 
 import os
@@ -21,7 +21,7 @@ _COPY_BYTES = 4 << 20
 
 
 def beside_spec(groups: Iterable[str], spec: Spec) -> dict[str, TensorSpec]:
-    """What lies beside the trained parameters of a model, in all groups."""
+    """The spec of the tensors beside a model's trained parameters, for all groups."""
     return {
         beside(group, name): TensorSpec("F64" if entry.dtype == "F64" else "F32", entry.shape)
         for group in groups
@@ -31,9 +31,7 @@ def beside_spec(groups: Iterable[str], spec: Spec) -> dict[str, TensorSpec]:
 
 
 class SlotFile:
-    """The slots of the next round while they are computed, in whatever order, on this machine's
-    disk.
-    """
+    """The slots of the next round while they are computed, in any order, on this machine's disk."""
 
     def __init__(self, spec: Spec, descriptor: int) -> None:
         self.spec = spec
@@ -45,10 +43,10 @@ class SlotFile:
             self._size += spec[name].num_bytes
 
     def put(self, name: str, start: int, value: torch.Tensor) -> None:
-        """Take one block of a slot, as a flat float64 tensor.
+        """Store one block of a slot, a flat float64 tensor.
 
         Raises:
-            RoundError: it holds NaN or infinity, or what float32 cannot hold.
+            RoundError: it holds NaN, infinity, or a value outside float32's range.
         """
         code = self.spec[name].dtype
         narrow = value.to(torch_dtype(code))
@@ -57,7 +55,7 @@ class SlotFile:
         os.pwrite(self._descriptor, as_bytes(narrow), self._offsets[name] + start * ITEM_SIZES[code])
 
     def save(self, store: Store, path: str) -> Digest:
-        """Write them to the store."""
+        """Write the slots to the store."""
         with store.staged(path) as file:
             return write_and_hash(file, self.spec, self._read())
 
@@ -68,7 +66,7 @@ class SlotFile:
 
 @contextmanager
 def slot_file(spec: Spec) -> Iterator[SlotFile]:
-    """Slots that are being computed; gone afterwards."""
+    """A file for slots that are being computed; deleted afterwards."""
     with tempfile.TemporaryFile(prefix="fedpool-") as file:
         yield SlotFile(spec, file.fileno())
 

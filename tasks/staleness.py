@@ -1,5 +1,5 @@
-"""Late updates that count in a later round than their own: what they weigh there, and which may
-still come.
+"""Late updates that count in a later round than their own: their weights, and which may still
+arrive.
 
 Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation" (FedBuff,
 https://arxiv.org/abs/2106.06639), for the polynomial weight; Xie et al. 2019, "Asynchronous
@@ -8,7 +8,7 @@ Federated Optimization" (FedAsync, https://arxiv.org/abs/1903.03934):
     w <- w + sum_k n_k s_k Delta_k / sum_k n_k s_k, where s_k = 1 / sqrt(1 + staleness_k)
 
 Delta_k is an update minus the model that its site trained from. An update has its own round, whose
-question it answers and whose model is its base, and the round that it counts in; its *staleness* is
+assignment it answers and whose model is its base, and the round that counts it. Its *staleness* is
 the number of commits between the two.
 """
 
@@ -29,7 +29,7 @@ class Origin:
 
     Attributes:
         base: the global model of its own round.
-        staleness: rounds from its own to the one that it counts in, at least 1.
+        staleness: number of rounds from its own to the one that counts it, at least 1.
     """
 
     base: Tensors
@@ -42,17 +42,13 @@ def discount(staleness: int) -> float:
 
 
 def update_key(site: str, staleness: int) -> str:
-    """Tells the updates of a round apart, of which a site may have more than one: a fresh one,
-    and late ones.
-    """
+    """Distinguishes the updates of a round. A site may have several: a fresh one and late ones."""
     return f"{site}@{staleness}" if staleness else site
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """A late update that no round has judged yet; each of the attempts in which the site was
-    asked may bring it.
-    """
+    """A late update that no round has judged yet. It may arrive in any of the listed attempts."""
 
     round: int
     site: str
@@ -60,12 +56,12 @@ class Awaited:
 
 
 def awaited(records: "Sequence[RoundRecord]") -> list[Awaited]:
-    """The late updates of training rounds that may still come, oldest first: a function of what is
-    committed.
+    """The late updates of training rounds that may still arrive, oldest first, from the committed
+    records.
 
-    A site does one assignment after the other: once its update of one round is judged, whatever it
-    owed of earlier ones is judged as well, or will never come. So an update counts at most once,
-    also when a job was lost and goes on.
+    A site does one assignment at a time: once its update of one round is judged, its updates of
+    earlier rounds have been judged as well or will never arrive. So an update counts at most once,
+    even if the job was lost and resumed.
 
     Args:
         records: of all the job's rounds so far.

@@ -1,9 +1,9 @@
-"""Writes runs as TensorBoard's event files, a folder for each, with tensorboardX. Runs in a process
-of its own.
+"""Writes runs as TensorBoard event files with tensorboardX, a folder per run. Runs in its own
+process.
 
-A batch is appended to the run's file, which is open only meanwhile: a thousand sites need no
-thousand open files. Nothing is forced to disk. After a failure, as on a full disk, the file may end
-in half an event; the next batch begins another file.
+A run's file is open only while a batch is appended, so a thousand sites don't need a thousand open
+files. Nothing is synced to disk. After a failure, such as a full disk, the file may end in the
+middle of an event; the next batch starts a new file.
 """
 
 import os
@@ -23,7 +23,7 @@ from fedpool.tasks.tracker_process import SERVER_RUN, Row, Writer
 
 
 class TensorBoardWriter(Writer):
-    """Event files below a folder."""
+    """Writes event files below a folder."""
 
     def __init__(self) -> None:
         self._folder = Path()
@@ -63,9 +63,7 @@ class TensorBoardWriter(Writer):
         self._files[run] = path
 
     def _new_file(self, run: str) -> Path:
-        """A name that no other process has, so that a job that is resumed adds a file to its
-        runs.
-        """
+        """A name that no other process uses, so a resumed job adds files to its runs."""
         self._num_files += 1
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{self._num_files}"
         return self._folder / run / name

@@ -1,7 +1,6 @@
-"""Which trackers of experiments a job has: what an environment's `track` says, checked before
-anything runs.
+"""Parses and checks an environment's `track`, which lists a job's experiment trackers.
 
-Loads none of their libraries: they are imported in a process of their own
+Runs before anything starts. Doesn't load the trackers' libraries: a separate process imports them
 (`fedpool.tasks.tracker_process`).
 """
 
@@ -27,11 +26,11 @@ _SQLITE = "sqlite:///"
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """A tracker of experiments.
+    """An experiment tracker.
 
     Attributes:
-        target: TensorBoard: the folder to write below, empty for the job's own. MLflow: URI of its
-            store or server.
+        target: for TensorBoard, the folder to write below; empty: the job's own. For MLflow, the
+            URI of its store or server.
     """
 
     kind: Kind
@@ -41,16 +40,16 @@ class Tracker:
         return f"{self.kind}:{self.target}" if self.target else self.kind
 
     def check_installed(self) -> None:
-        """Refuse a tracker whose library this machine lacks.
+        """Refuse a tracker whose library is not installed on this machine.
 
         Raises:
-            RecipeError: names the extra.
+            RecipeError: names the extra to install.
         """
         if (why := self.missing()) is not None:
             raise RecipeError(f"track={[str(self)]!r}: {why}")
 
     def missing(self) -> str | None:
-        """What this machine lacks for it; None when nothing."""
+        """The missing library, with the remedy; None if it is installed."""
         library = _LIBRARIES[self.kind]
         if find_spec(library) is None:
             return f'{library} is not installed: pip install "fedpool[{self.kind}]"'
@@ -58,14 +57,16 @@ class Tracker:
 
 
 def parse_tracker(text: str, *, here: bool) -> Tracker:
-    """A tracker, as an environment's `track` names it: `tensorboard`, `tensorboard:FOLDER`,
-    `mlflow:URI`, or `mlflow` for the URI of `MLFLOW_TRACKING_URI`.
+    """Parse an entry of an environment's `track`.
+
+    It is `tensorboard`, `tensorboard:FOLDER`, `mlflow:URI`, or `mlflow` for the URI in
+    `MLFLOW_TRACKING_URI`.
 
     Args:
-        here: whether the coordinator runs on this machine, so that a relative path means one.
+        here: whether the coordinator runs on this machine, so relative paths are allowed.
 
     Raises:
-        RecipeError: there is no such tracker, or it cannot write there.
+        RecipeError: the tracker is unknown, or can't write to the target.
     """
     kind, _, target = text.partition(":")
     if kind == "tensorboard":
@@ -75,26 +76,26 @@ def parse_tracker(text: str, *, here: bool) -> Tracker:
     known = get_args(Kind)
     meant = nearest(kind, known)
     hint = f"did you mean {meant!r}? " if meant else ""
-    raise RecipeError(f"track={[text]!r}: {hint}There is no such tracker: give {' or '.join(map(repr, known))}")
+    raise RecipeError(f"track={[text]!r}: {hint}The tracker is unknown: give {' or '.join(map(repr, known))}")
 
 
 def check_places(trackers: Sequence[str], *, is_local: bool) -> None:
-    """Refuse TensorBoard without a folder where the job's own is not on a local disk.
+    """Refuse TensorBoard without a folder if the job's own folder is not on a local disk.
 
     Raises:
-        RecipeError: it has none.
+        RecipeError: it needs a folder.
     """
     if not is_local and "tensorboard" in trackers:
         raise RecipeError(
-            "track=['tensorboard']: TensorBoard's files cannot lie in a store that is not a local folder: name a folder of the "
-            "coordinator's machine, track=['tensorboard:/FOLDER']"
+            "track=['tensorboard']: TensorBoard can write only to a local folder, but the job's store is not one: give a folder "
+            "on the coordinator's machine, track=['tensorboard:/FOLDER']"
         )
 
 
 def _folder(text: str, folder: str, *, here: bool) -> str:
     path = Path(folder).expanduser()
     if "://" in folder:
-        raise RecipeError(f"track={[text]!r}: give a folder of the coordinator's machine, not a URL")
+        raise RecipeError(f"track={[text]!r}: give a folder on the coordinator's machine, not a URL")
     if here:
         return str(check_folder("track", path.absolute()))
     return _absolute(text, path)
@@ -102,7 +103,7 @@ def _folder(text: str, folder: str, *, here: bool) -> str:
 
 def _absolute(text: str, path: Path) -> str:
     if not path.is_absolute():
-        raise RecipeError(f"track={[text]!r}: give an absolute path: it is the coordinator's machine that writes there")
+        raise RecipeError(f"track={[text]!r}: give an absolute path, because the coordinator's machine writes there")
     return str(path)
 
 
@@ -120,7 +121,7 @@ def _mlflow_uri(text: str, uri: str, *, here: bool) -> str:
         )
     if urlsplit(uri).password is not None:
         raise RecipeError(
-            "track: the URI of MLflow has a password in it, which everybody who sees the job would read: leave it out, and set "
+            "track: the MLflow URI contains a password, which everyone who can read the job would see: leave it out, and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, where the coordinator runs"
         )
     if uri.startswith(_SQLITE):

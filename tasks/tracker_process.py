@@ -1,10 +1,10 @@
-"""The process in which a tracker's library runs, at the lowest priority: reads messages from its
-input, a JSON object a line.
+"""The process in which a tracker's library runs, at the lowest priority.
 
-`begin` tells of the job, `scalars` has rows of name, value, step and time for a run, `end` says how
-the job ended. The end of the input ends the process, also when the coordinator was killed. What
-fails is tried again, with pauses that grow, because servers come back; after the end of the input
-only for a short time more. What it has to say goes to its output, after `WARNING`.
+It reads messages from its input, a JSON object per line: `begin` describes the job, `scalars` has
+rows of name, value, step and time for a run, `end` says how the job ended. The process ends at the
+end of the input, even if the coordinator was killed. Failed writes are retried with growing pauses,
+because servers come back; after the end of the input, only for a short time. Warnings go to its
+output, after the prefix `WARNING`.
 """
 
 import importlib
@@ -18,32 +18,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
 
 SERVER_RUN = "server"
-"""The run of the job itself, beside those of the sites."""
+"""The run of the job itself, in addition to those of the sites."""
 WARNING = "fedpool-warning: "
 GAVE_UP = 3
 """Exit code of a process that could not write everything."""
 GRACE_S = 5.0
-"""How long what fails is still tried again after the end of the input."""
+"""How long failed writes are retried after the end of the input."""
 
 _MAX_PAUSE_S = 60.0
 _MAX_WAITING_BYTES = 256 << 20
-"""What waits while a tracker fails; more is dropped."""
+"""Maximum backlog while a tracker fails; further messages are dropped."""
 
 Row = tuple[str, float, int, float]
 """Name, value, step and time in seconds since 1970."""
 
 
 class Refused(Exception):
-    """The tracker takes this message neither now nor later."""
+    """The tracker will never accept this message."""
 
 
 class Writer(Protocol):
-    """A tracker. A method that raises is called again with the same arguments, unless it raises
+    """A tracker. A method that raises is called again with the same arguments, except after
     `Refused`.
     """
 
     def begin(self, target: str, job_id: str, name: str, params: Mapping[str, str]) -> None:
-        """Begin the runs of a job, or go on with them."""
+        """Begin or continue the runs of a job."""
         ...
 
     def scalars(self, run: str, rows: Sequence[Row]) -> None:
@@ -56,7 +56,7 @@ class Writer(Protocol):
 
 
 class Inbox:
-    """Messages that have come and wait, read by a thread as they come. Thread-safe."""
+    """Messages waiting to be written, read by a thread as they arrive. Thread-safe."""
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
@@ -64,12 +64,12 @@ class Inbox:
         self._bytes = 0
         self._changed = threading.Condition()
         self.ended = threading.Event()
-        """That nothing more will come."""
+        """Set when no more messages will arrive."""
         self.dropped = 0
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def first(self) -> dict[str, Any] | None:
-        """The message that has waited longest, which stays; None when none will come any more."""
+        """The oldest message, without removing it; None if no more will arrive."""
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self.ended.is_set())
             line = self._lines[0] if self._lines else None
@@ -77,14 +77,15 @@ class Inbox:
         return message
 
     def done(self) -> None:
-        """That message is written."""
+        """Remove the oldest message: it is written."""
         with self._changed:
             self._bytes -= len(self._lines.popleft())
 
     def _read(self) -> None:
         for line in self._source:
             with self._changed:
-                # The end is let in: without it a run would look as if it were still under way.
+                # The end is never dropped: without it, a run would look as if it were still
+                # running.
                 if self._bytes + len(line) > _MAX_WAITING_BYTES and not line.startswith(b'{"do": "end"'):
                     self.dropped += 1
                     continue
@@ -103,15 +104,16 @@ def serve(writer: Writer, inbox: Inbox) -> int:
         try:
             getattr(writer, message.pop("do"))(**message)
         except Refused as refused:
-            _warn(f"it refuses what it is given: {refused}")
-        except Exception as error:  # noqa: BLE001  # only its library knows in what ways a tracker fails
-            _warn(f"it cannot be written to, which is tried again: {_brief(error)}")
+            _warn(f"it refused a message, which is lost: {refused}")
+        except Exception as error:  # noqa: BLE001  # a tracker's library may raise anything
+            _warn(f"writing failed and is retried: {_brief(error)}")
             num_failures += 1
             if inbox.ended.is_set():
                 ended = ended or time.monotonic()
                 if time.monotonic() - ended > GRACE_S:
                     return GAVE_UP
-            # While messages come it waits for the last of them; after that only a moment.
+            # While messages arrive, wait for the pause or the last message; after that, only
+            # briefly.
             pause_s = min(_MAX_PAUSE_S, 0.5 * 2 ** min(num_failures, 10))
             if inbox.ended.wait(pause_s):
                 threading.Event().wait(min(pause_s, 0.5))
@@ -119,7 +121,7 @@ def serve(writer: Writer, inbox: Inbox) -> int:
         num_failures = 0
         inbox.done()
     if inbox.dropped:
-        _warn(f"{inbox.dropped} messages were dropped while it could not be written to")
+        _warn(f"{inbox.dropped} messages were dropped while writing failed")
     return 0
 
 
@@ -132,11 +134,11 @@ def _brief(error: Exception) -> str:
 
 
 def main() -> int:
-    """Serve the tracker that is named on the command line."""
+    """Serve the tracker that the command line names."""
     os.nice(10)
     inbox = Inbox(sys.stdin.buffer)
-    # A tracker's library would import it, which takes seconds and much memory, for tensors that
-    # nobody gives it.
+    # A tracker's library would import torch, which takes seconds and much memory, and it never gets
+    # tensors.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         writer: Writer = importlib.import_module(f"fedpool.tasks.{sys.argv[1]}_writer").make_writer()

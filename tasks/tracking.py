@@ -1,10 +1,10 @@
-"""`Tracking`: an observer that passes on what it is told to a tracker of experiments, in the
-background and in order.
+"""`Tracking`: an observer that forwards events to an experiment tracker, in the background and in
+order.
 
-The tracker's library runs in a process of its own (`fedpool.tasks.tracker_process`), because
-importing one takes seconds, and writing would take the interpreter from the rounds. A thread feeds
-that process through a pipe: what it was given is written even if this process is killed. Whatever
-fails is one warning in the job's log.
+The tracker's library runs in a separate process (`fedpool.tasks.tracker_process`), because
+importing it takes seconds, and writing would slow down the rounds. A thread feeds that process
+through a pipe, so messages already sent are written even if this process is killed. A failure is
+logged as one warning in the job's log.
 """
 
 import asyncio
@@ -31,11 +31,9 @@ from fedpool.tasks.tracker_process import GAVE_UP, GRACE_S, SERVER_RUN, WARNING,
 
 _MODULE = "fedpool.tasks.tracker_process"
 _DRAIN_S = 300.0
-"""How long the end of a job waits for a tracker that is at work; one that fails gives up much
-sooner.
-"""
+"""How long a job's end waits for a busy tracker; a failing one gives up much sooner."""
 _MAX_WAITING = 20_000
-"""Messages that wait for a tracker's process which does not read them."""
+"""Messages that wait while a tracker's process doesn't read them."""
 
 _Message = dict[str, Any]
 
@@ -44,7 +42,7 @@ class Tracking(Observer):
     """One tracker of one job.
 
     Args:
-        tracker: which.
+        tracker: the tracker to write to.
     """
 
     __slots__ = ("_feeder", "_key_metric", "_log", "_process", "_queue", "_reader", "_tracker", "_warned")
@@ -85,7 +83,7 @@ class Tracking(Observer):
         self._put(lambda: _end(ending))
         self._queue.put(None)
         if self._feeder is not None:
-            self._feeder.join(1.0)  # the process goes on by itself with what is in its pipe
+            self._feeder.join(1.0)  # the process continues with the messages in its pipe
 
     async def finish(self) -> None:
         await asyncio.to_thread(self._finish)
@@ -101,7 +99,7 @@ class Tracking(Observer):
                 self._process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._warn(f"it had not written everything {_DRAIN_S:g} s after the end of the job")
+                self._warn(f"it had not written everything {_DRAIN_S:g} s after the end of the job, so it was killed")
         if self._reader is not None:
             self._reader.join(GRACE_S)
 
@@ -111,20 +109,20 @@ class Tracking(Observer):
         if self._queue.qsize() < _MAX_WAITING:
             self._queue.put(make)
         else:
-            self._warn(f"{_MAX_WAITING} messages wait for it: what comes now is lost")
+            self._warn(f"{_MAX_WAITING} messages are waiting for it: new messages are lost")
 
     def _feed(self) -> None:
-        """Pass messages on until there are no more; then the process sees the end of its input,
-        and ends.
+        """Forward messages until there are no more; the process then sees the end of its input, and
+        ends.
         """
         try:
             self._process = process = subprocess.Popen(
-                # -P: no file of the folder that this runs in may stand for a library.
+                # -P: files in the current folder must not shadow a library.
                 [sys.executable, "-P", "-m", _MODULE, self._tracker.kind],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C ends the job, and then this has still to write how
+                start_new_session=True,  # Ctrl-C ends the job, and this process still has to write the result
             )
             assert process.stdin is not None
             self._reader = _thread("read", self._listen)
@@ -137,12 +135,12 @@ class Tracking(Observer):
                         continue
                     pipe.write(json.dumps(message).encode() + b"\n")
                     pipe.flush()
-        except OSError as error:  # it could not be started, or has ended: then it has said why
+        except OSError as error:  # it could not start; if it has ended, its output says why
             if self._process is None or self._process.poll() is None:
                 self._warn(str(error))
 
     def _listen(self) -> None:
-        """Tell what the process says of itself, until it ends."""
+        """Log the process's warnings until it ends."""
         assert self._process is not None and self._process.stdout is not None
         last = ""
         with self._process.stdout as said:
@@ -161,16 +159,16 @@ class Tracking(Observer):
 
 
 def trackings(track: Sequence[str] | None) -> list[Tracking]:
-    """The observers of a job's trackers.
+    """The observers for a job's trackers.
 
     Raises:
-        RecipeError: there is no such tracker.
+        RecipeError: a tracker is unknown.
     """
     return [Tracking(parse_tracker(text, here=False)) for text in track or ()]
 
 
 def _thread(name: str, work: Callable[[], None]) -> threading.Thread:
-    """A thread that is started, and whose loggers find their Prefect run and settings."""
+    """A started thread whose loggers find their Prefect run and settings."""
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(work,), name=f"fedpool-tracker-{name}", daemon=True)
     thread.start()
@@ -197,7 +195,7 @@ def _message(run: str, rows: Sequence[Row]) -> _Message:
 
 
 def _row(scalar: Scalar, round: int) -> Row:
-    """A site's scalar; one that came without a step has that of the round."""
+    """A site's scalar; without a step of its own, its step is the round."""
     return scalar.key, scalar.value, round if scalar.step is None else scalar.step, scalar.time
 
 
@@ -215,8 +213,8 @@ def _end(ending: Ending) -> _Message:
 
 
 def _scores(record: RoundRecord, key_metric: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """What a round adds to runs: the server's has the means over the sites, a site's its own
-    scores of the global model.
+    """A round's values for each run: means over the sites for the server's, own scores for a
+    site's.
     """
     is_of_global = bool(of_global_models([record]))
     means = {**record.logged, **record.metrics} if is_of_global else dict(record.logged)
@@ -229,7 +227,9 @@ def _scores(record: RoundRecord, key_metric: str) -> Iterator[tuple[str, dict[st
 
 
 def _run_of(site: str) -> str:
-    """The name of a site's run, which is not the server's: no site's name has a space in it."""
+    """The name of a site's run. It differs from the server's, because names of sites have no
+    spaces.
+    """
     return f"{site} (site)" if site == SERVER_RUN else site
 
 

@@ -1,1 +1,1 @@
-"""What people see of a job: in the Prefect UI, in the terminal and in reports."""
+"""Presents a job to people: in the Prefect UI, in the terminal and in reports."""

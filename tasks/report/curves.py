@@ -1,9 +1,8 @@
-"""A metric over the rounds of a job as a small picture: pure functions from the rounds' records to
-SVG text.
+"""Draws a metric over the rounds of a job: pure functions from the rounds' records to SVG text.
 
-Same records, same text. A value is drawn at the round whose record holds it; the metrics of a round
-are the score of the model that it started from. Names of metrics come from the sites: they are
-escaped in the picture, and made into keys with care.
+The same records give the same text. A value is drawn at the round whose record holds it. The
+metrics of a round are the score of the model that it started from. Metric names come from the
+sites, so the picture escapes them, and keys contain only safe characters.
 """
 
 import base64
@@ -20,9 +19,9 @@ MAX_CURVES = 8
 
 _WIDTH, _HEIGHT = 640, 320
 _LEFT, _TOP, _RIGHT, _BOTTOM = 96, 48, 624, 272
-"""Edges of the area that is drawn in, in pixels."""
+"""Edges of the plot area, in pixels."""
 _MAX_POINTS = 600
-"""More are thinned out: there is a pixel for each, and no more."""
+"""More points are thinned out, because the plot has only about one pixel for each."""
 _MAX_DOTS = 60
 _MAX_TITLE, _MAX_SLUG = 30, 40
 _LARGEST = 1e100
@@ -37,7 +36,7 @@ class Curve:
 
     Attributes:
         key: of its artifact: lowercase letters, digits and dashes.
-        metric: its name as the sites report it.
+        metric: the name as the sites report it.
         svg: the picture.
     """
 
@@ -47,21 +46,21 @@ class Curve:
 
     @property
     def uri(self) -> str:
-        """The picture itself, as a `data:` URI."""
+        """The picture as a `data:` URI."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
 
 
 def curves(records: Sequence[RoundRecord], *, first: str) -> list[Curve]:
-    """A picture per metric or logged scalar of a job, at most `MAX_CURVES`; none of one that never
-    had a finite value.
+    """A picture per metric or logged scalar of a job, at most `MAX_CURVES`, if it has finite
+    values.
 
     Args:
-        first: metric that comes first, whatever its name; the others follow in the order of theirs.
+        first: the metric that comes first; the others follow in the order of their names.
     """
     drawn: dict[str, Curve] = {}
     for name in sorted(metric_names(records), key=lambda name: (name != first, name)):
         known = [(record.round, values(record)[name]) for record in records if name in values(record)]
-        points = [(round, value) for round, value in known if abs(value) <= _LARGEST]  # so neither NaN nor infinity
+        points = [(round, value) for round, value in known if abs(value) <= _LARGEST]  # excludes NaN and infinity
         if points and len(drawn) < MAX_CURVES:
             key = _key(name, drawn)
             drawn[key] = Curve(key, name, draw(name, points))
@@ -69,12 +68,11 @@ def curves(records: Sequence[RoundRecord], *, first: str) -> list[Curve]:
 
 
 def draw(name: str, points: Sequence[Point]) -> str:
-    """The SVG of a metric: a line through its values with both axes labelled; a dot where there is
-    one value only.
+    """The SVG of a metric: a line through its values, with labelled axes; a dot for a single value.
 
     Args:
         name: of the metric, any text.
-        points: one or more (round, value) by ascending round; values are at most 1e100 in
+        points: one or more (round, value), by ascending round; values are at most 1e100 in
             magnitude.
     """
     axes = _Axes.of(points)
@@ -102,8 +100,8 @@ def draw(name: str, points: Sequence[Point]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """Rounds from `start` to `end` across, values from `bottom` to `top` upwards, in steps of
-    round figures.
+    """The x axis: rounds from `start` to `end`; the y axis: values from `bottom` to `top`; round
+    steps.
     """
 
     start: int
@@ -127,7 +125,7 @@ class _Axes:
         return _BOTTOM - (value - self.bottom) / (self.top - self.bottom) * (_BOTTOM - _TOP)
 
     def drawn(self) -> list[str]:
-        """The two lines, with a label at each step, and a line across at each of the values'."""
+        """The two axes, with a label at each step, and a grid line at each step of the values."""
         parts = []
         digits = _digits(max(abs(self.bottom), abs(self.top)), self.y_step)
         for count in range(round(self.bottom / self.y_step), round(self.top / self.y_step) + 1):
@@ -145,10 +143,10 @@ class _Axes:
 
 
 def _value_axis(numbers: Sequence[float]) -> tuple[float, float, float]:
-    """Lower end, upper end and step of an axis that holds the numbers, in round figures."""
+    """Lower end, upper end and step of an axis that holds the numbers, rounded."""
     low, high = min(numbers), max(numbers)
     size = max(abs(low), abs(high))
-    if high - low <= max(1e-9 * size, _SMALLEST):  # all the same: nothing to magnify
+    if high - low <= max(1e-9 * size, _SMALLEST):  # all values are equal: nothing to magnify
         room = size / 2 if size > _SMALLEST else 1.0
         low, high = low - room, high + room
     step = _nice((high - low) / 5)
@@ -156,7 +154,7 @@ def _value_axis(numbers: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _nice(least: float) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that is not below."""
+    """The smallest number >= `least` that is 1, 2 or 5 times a power of ten."""
     if least <= 0:
         return 0.0
     power = math.floor(math.log10(least))
@@ -164,13 +162,13 @@ def _nice(least: float) -> float:
 
 
 def _digits(size: float, step: float) -> int:
-    """Significant digits that tell numbers of a size apart which differ by a step."""
+    """Significant digits needed to distinguish numbers of a size that differ by a step."""
     return max(6, math.ceil(math.log10(size / step)) + 1)
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """At most `_MAX_POINTS` of them; of those that share a place the lowest and the highest
-    stay, so that no peak is lost.
+    """At most `_MAX_POINTS` of the points: the lowest and the highest of each group, so no peak is
+    lost.
     """
     if len(points) <= _MAX_POINTS:
         return points
@@ -181,8 +179,8 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _key(name: str, taken: dict[str, Curve]) -> str:
-    """A metric's key: `curve-` and its name with dashes for what a key may not hold; numbered
-    where two would have the same.
+    """A metric's key: `curve-` and its name, with dashes for other characters; numbered if it is
+    taken.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_SLUG] or "metric"
     key, number = f"curve-{slug}", 1

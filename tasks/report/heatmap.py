@@ -1,8 +1,8 @@
-"""A cross-site matrix as a small picture: a pure function from the matrix to SVG text. Same matrix,
-same text.
+"""Draws a cross-site matrix: a pure function from the matrix to SVG text.
 
-A row per data site, a column per model; the darker a cell, the better its score is among those
-shown, and a hole is empty. Names come from outside: they are escaped in the picture.
+The same matrix gives the same text. A row per data site, a column per model. The darker a cell, the
+better its score compared to the other cells; without a score, the cell is empty. Names come from
+outside, so the picture escapes them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fedpool.tasks.matrix import Matrix, owners
 from fedpool.tasks.report.curves import Curve
 
 MAX_CELLS = 40
-"""Rows and columns at most; the report and `cross_site.json` have all of them."""
+"""Maximum number of rows and of columns. The report and `cross_site.json` have all of them."""
 
 _LEFT, _TOP = 120, 110
 _CELL_WIDTH, _CELL_HEIGHT = 64, 28
@@ -24,10 +24,10 @@ _LIGHT, _DARK = (239, 246, 255), (30, 64, 175)
 
 
 def heat_map(matrix: Matrix, metric: str, mode: Literal["max", "min"]) -> Curve | None:
-    """The picture of a metric; None when nobody has reported it.
+    """The picture of a metric; None if no site has reported it.
 
     Args:
-        mode: whether more or less of it is better.
+        mode: whether higher or lower values are better.
     """
     rows, columns = in_order(matrix)[:MAX_CELLS], owners(matrix)[:MAX_CELLS]
     scores = {
@@ -45,7 +45,7 @@ def heat_map(matrix: Matrix, metric: str, mode: Literal["max", "min"]) -> Curve 
         f"<title>{_name(metric)} of every model at every site</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text x="16" y="24" font-size="16" font-weight="bold" fill="#0f172a">{_name(metric)}</text>',
-        f'<text x="16" y="42">rows: data of a site; columns: whose model{_left_out(matrix, rows, columns)}</text>',
+        f'<text x="16" y="42">rows: sites (data); columns: owners of the models{_left_out(matrix, rows, columns)}</text>',
     ]
     for column, owner in enumerate(columns):
         middle = _LEFT + _CELL_WIDTH * column + _CELL_WIDTH // 2
@@ -60,16 +60,14 @@ def heat_map(matrix: Matrix, metric: str, mode: Literal["max", "min"]) -> Curve 
             value = scores.get((site, owner))
             quality = None
             if value is not None:
-                share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5  # halves do not overflow
+                share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5  # halves don't overflow
                 quality = share if mode == "max" else 1 - share
             parts += _cell(_LEFT + _CELL_WIDTH * column, top, value, quality)
     return Curve("cross-site-map", metric, "\n".join([*parts, "</svg>\n"]))
 
 
 def _cell(left: int, top: int, value: float | None, quality: float | None) -> list[str]:
-    """One score; `quality` says how dark it is, from 0, the worst of those shown, to 1. Without
-    a score an empty frame.
-    """
+    """One score, or an empty frame. `quality`, from 0 (worst) to 1 (best), is its darkness."""
     frame = f'x="{left}" y="{top}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}"'
     if value is None or quality is None:
         return [f'<rect {frame} fill="#ffffff" stroke="#e2e8f0"/>']

@@ -1,8 +1,8 @@
-"""Writes what a person sees of a job in the Prefect UI: a progress bar, a table per round; at the
-end a report, a picture per metric, and links to the final and the best model.
+"""Shows a job in the Prefect UI: a progress bar, a table per round, and at the end a report.
 
-Artifacts are written in the background, in order, so that no round waits for them; a report that
-cannot be written is a warning in the job's log and never fails the job.
+With the report come a picture per metric, and links to the final and the best model. Artifacts are
+written in the background, in order, so no round waits for them. A failed write is a warning in the
+job's log, and never fails the job.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _PROGRESS_INTERVAL_S = 1.0
 
 
 class Reporter(Observer):
-    """Writes artifacts behind the job's back: in order, each for the flow run that asked for it."""
+    """Writes artifacts in the background: in order, each for the flow run that requested it."""
 
     __slots__ = ("_last", "_moved", "_progress", "_shown", "_wanted")
 
@@ -49,12 +49,12 @@ class Reporter(Observer):
         self._wanted = 0.0
 
     def progressed(self, percent: float) -> None:
-        """See `Observer.progressed`: show or move the job's progress bar."""
+        """See `Observer.progressed`: creates or moves the job's progress bar."""
         self._wanted = percent
         self._later(self._move())
 
     def committed(self, record: RoundRecord) -> None:
-        """See `Observer.committed`: the table of the round."""
+        """See `Observer.committed`: writes the table of the round."""
         self._later(
             acreate_table_artifact(
                 round_table(record), key="round-table", description=f"round {record.round}: {record.task}"
@@ -62,8 +62,8 @@ class Reporter(Observer):
         )
 
     def ended(self, ending: Ending) -> None:
-        """See `Observer.ended`: the report, the metrics' curves, the scores across sites, and
-        links to the models.
+        """See `Observer.ended`: writes the report, the curves, the cross-site scores, and links to
+        models.
         """
         name, result, records = ending.name, ending.result, ending.records
         pictures = curves(of_global_models(records), first=result.key_metric)
@@ -90,9 +90,7 @@ class Reporter(Observer):
         )
 
     def _across_sites(self, name: str, matrix: Matrix, *, first: str, mode: Literal["max", "min"]) -> None:
-        """A table and a picture of the metric that matters most: `first`, or the first there is
-        by name.
-        """
+        """A table and a picture of the main metric: `first`, or the first one by name."""
         for metric in matrix_metrics(matrix, first=first)[:1]:
             header, rows = matrix_rows(matrix, metric)
             about = f"{metric} of every model (columns) at every site (rows) of {name}"
@@ -102,7 +100,7 @@ class Reporter(Observer):
                 self._later(acreate_image_artifact(picture.uri, key=picture.key, description=about))
 
     async def finish(self) -> None:
-        """Wait for everything to be written."""
+        """Wait until everything is written."""
         if self._last is not None:
             await self._last
 
@@ -112,7 +110,7 @@ class Reporter(Observer):
     async def _move(self) -> None:
         now = time.monotonic()
         if self._wanted == self._shown or (self._wanted < 100 and now - self._moved < _PROGRESS_INTERVAL_S):
-            return  # an earlier write brought this one's news, or is too recent for anyone to see the difference
+            return  # an earlier write showed this value, or is too recent for anyone to see the difference
         self._moved = now
         self._shown = self._wanted
         if self._progress is None:
@@ -123,9 +121,7 @@ class Reporter(Observer):
 
 
 def link_to(store: Store, path: str) -> str:
-    """The URL of what a store calls `path` in full: `file://` for a local one, else with the
-    store's own protocol.
-    """
+    """The URL of a full path in a store: `file://` if it is local, else the store's protocol."""
     return quote(store.fs.unstrip_protocol(path), safe="/:")
 
 

@@ -1,5 +1,5 @@
-"""Rounds as tables and a job as a report: pure functions of the rounds' records, for the UI and
-the terminal alike.
+"""Shows rounds as tables and a job as a report, from the rounds' records, for the UI and the
+terminal.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,12 @@ def metric_names(records: Sequence[RoundRecord]) -> list[str]:
 
 
 def values(record: RoundRecord) -> dict[str, float]:
-    """Metrics and logged scalars of a round; a metric wins over a scalar of its name."""
+    """Metrics and logged scalars of a round; a metric wins over a scalar with the same name."""
     return {**record.logged, **record.metrics}
 
 
 def round_table(record: RoundRecord) -> list[dict[str, Any]]:
-    """One row per site: site, state, examples (its weight), metrics and logged scalars, seconds,
-    bytes.
-    """
+    """One row per site: site, state, examples (its weight), metrics and scalars, seconds, bytes."""
     names = metric_names([record])
     rows: list[dict[str, Any]] = []
     for entry in record.accepted:
@@ -45,7 +43,7 @@ def round_table(record: RoundRecord) -> list[dict[str, Any]]:
 
 
 def late_rows(record: RoundRecord) -> list[dict[str, Any]]:
-    """One row per update of an earlier round that came in this one."""
+    """One row per update of an earlier round that arrived in this one."""
     rows: list[dict[str, Any]] = []
     for entry in record.late_accepted:
         state = f"late from round {entry.round}, counted in round {record.round} (staleness {entry.staleness})"
@@ -59,9 +57,7 @@ def late_rows(record: RoundRecord) -> list[dict[str, Any]]:
 
 
 def task_and_owner(record: RoundRecord) -> str:
-    """What a round was for: its task, and whose model was scored where it is not the one that
-    the round is the start of.
-    """
+    """The task of a round; if it scored a site's model, also the owner."""
     owner = record.model.owner
     return record.task if owner == SERVER else f"{record.task} {owner}"
 
@@ -94,11 +90,11 @@ def final_report(
     pictures: Sequence[str] = (),
     findings: Sequence[str] = (),
 ) -> str:
-    """The job in markdown: outcome, final and best model, the per-round table.
+    """The job in markdown: outcome, final and best model, the table of rounds.
 
     Args:
         pictures: keys of the artifacts that show the metrics over the rounds.
-        findings: what the table does not show; see `fedpool.tasks.findings`.
+        findings: facts that the table doesn't show; see `fedpool.tasks.findings`.
     """
     lines = [f"# {name}: {result.status.lower()}", ""]
     if result.error:
@@ -123,7 +119,7 @@ def final_report(
         lines.append(f"- curves: the artifacts {', '.join(f'`{key}`' for key in pictures)}")
     header, rows = report_rows(records)
     lines += ["", "The metrics of a round are the score of the model that it started from.", ""]
-    # What metrics are called is up to the sites.
+    # Sites choose the names of their metrics.
     header = [" ".join(cell.split()).replace("|", "\\|") for cell in header]
     lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
     if told := untold(findings, result.error):
@@ -136,5 +132,5 @@ def _first_line(text: str) -> str:
 
 
 def untold(findings: Sequence[str], error: str | None) -> list[str]:
-    """Those of the findings that the job's error does not tell already."""
+    """The findings that the job's error doesn't already mention."""
     return [finding for finding in findings if finding not in (error or "")]
