@@ -1,6 +1,4 @@
-"""Asking: a round's sites are reached before its turn, asked at its turn, and asked again when
-too few have answered.
-"""
+"""Asking: reaching a round's sites before its turn, asking them, asking again if too few answer."""
 
 import asyncio
 import time
@@ -27,14 +25,14 @@ from fedpool.tensors import Digest, TensorReader
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """What a round asks, from its turn on.
+    """The details of a round from its turn on.
 
     Attributes:
         head: digest of its global model.
         base: that model.
         chosen: its sites.
-        probes: those of them that are in quarantine.
-        not_asked: site -> why the round goes ahead without it.
+        probes: those of its sites that are in quarantine.
+        not_asked: site -> why the round doesn't ask it.
         started: `time.monotonic()` of its turn.
     """
 
@@ -50,8 +48,9 @@ class Asking:
 
 
 async def ask(job: Job, number: int) -> tuple[Asking | None, list[Outcome]]:
-    """Reach the round's sites, as far as they are known, and ask them at its turn; no `Asking`
-    when that never comes.
+    """Reach the round's sites as far as they are known, and ask them at its turn.
+
+    Returns: None and no outcomes if the turn never comes.
     """
     recipe, names = job.recipe, job.sites.names
     everyone = asks_everyone(recipe, job.records, number)
@@ -81,7 +80,7 @@ async def ask(job: Job, number: int) -> tuple[Asking | None, list[Outcome]]:
 
 
 async def _asking(job: Job, number: int, step: Step) -> Asking:
-    """What a round asks whose turn has come."""
+    """The details of a round whose turn has come."""
     started = time.monotonic()
     head = step.model or job.ledger.head
     await asyncio.to_thread(_have_model, job, number, step)
@@ -95,11 +94,11 @@ async def _asking(job: Job, number: int, step: Step) -> Asking:
 
 
 def _turn(job: Job, asking: Asking, sites: Collection[str], probes: Collection[str], num_there: int = 0) -> Turn:
-    """What the sites of a round are asked, from now on.
+    """The turn of a round: what to ask its sites now.
 
     Args:
         probes: those of the sites that are in quarantine.
-        num_there: updates that the round has already.
+        num_there: number of updates that the round already has.
     """
     step, timeout_s = asking.step, job.recipe.round_timeout
     shared = job.strategy.shared and step.task == "train"
@@ -118,13 +117,11 @@ def _turn(job: Job, asking: Asking, sites: Collection[str], probes: Collection[s
 
 
 async def ask_until_enough(job: Job, asking: Asking, outcomes: list[Outcome]) -> tuple[Asking, list[Outcome]]:
-    """Ask the missing sites again while the round has too few updates, as often as the recipe
-    allows.
-    """
+    """Ask the missing sites again, up to `round_retries` times, while there are too few updates."""
     retries = job.recipe.round_retries
     while len(accepted(outcomes)) < asking.step.min_answers and retries and not job.sites.cancelled:
         retries -= 1
-        # Those that the round had gone ahead without are asked now, too.
+        # Now ask the sites that were left out, too.
         left_out = {site: reason for site, reason in asking.not_asked.items() if site in asking.probes}
         asking = replace(asking, not_asked=left_out)
         outcomes = [*outcomes, *await _ask_again(job, asking, outcomes)]
@@ -132,13 +129,11 @@ async def ask_until_enough(job: Job, asking: Asking, outcomes: list[Outcome]) ->
 
 
 async def _ask_again(job: Job, asking: Asking, before: Collection[Outcome]) -> list[Outcome]:
-    """Ask the sites once more whose updates the round still lacks; updates that were accepted
-    stay.
-    """
+    """Ask the sites whose updates are missing once more; accepted updates stay."""
     there = {outcome.site for outcome in accepted(before)}
     attempts = {outcome.site: outcome.attempt for outcome in before}  # the last of a site wins
     missing = in_order(set(asking.chosen) - asking.probes - there)
-    get_run_logger().warning("round %d is tried again with %s: too few updates", asking.number, ", ".join(missing[:8]))
+    get_run_logger().warning("round %d has too few updates: asking %s again", asking.number, ", ".join(missing[:8]))
     again = {site: Asked(attempts[site] + 1, False) for site in missing if site in attempts}
     round = job.round(asking.number, again)
     round.begin(_turn(job, asking, missing, (), len(there)))
@@ -149,14 +144,14 @@ async def _ask_again(job: Job, asking: Asking, before: Collection[Outcome]) -> l
 
 
 def _have_model(job: Job, number: int, step: Step) -> None:
-    """See to it that the round's global model is there: for a submission, it is still that of the
-    round before.
+    """Make sure that the round's global model exists: for a submission, a copy of the previous
+    round's.
 
     Raises:
-        IntegrityError: it is not what was committed.
+        IntegrityError: it isn't the committed one.
     """
     if step.task != "submit_model":
-        return  # the round that it came of has written it
+        return  # the round that produced it has written it
     path, head = job.paths.global_model(number), job.ledger.head
     if job.store.exists(path):  # an earlier coordinator has written it, and sites may be reading it
         with job.store.open(path) as file:

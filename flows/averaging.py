@@ -1,4 +1,4 @@
-"""What the recipes share that average whole models: the choice of the aggregator."""
+"""The choice of the aggregator, for recipes that average whole models."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from fedpool.tasks.own_function import OwnFunction
 from fedpool.tasks.strategy import Strategy
 
 _FLAT = ("num_byzantine", "trim_ratio", "num_selected", "clip_norm", "even_median", "weighted_median")
-"""Fields of a recipe that an earlier version had for the parameters of all aggregators."""
+"""Recipe fields in which an earlier version had the parameters of all aggregators."""
 
 _RENAMED = {"weighted_median": "weighted"}
 
@@ -24,12 +24,12 @@ _BEFORE_THERE_WAS_A_CHOICE: Mapping[str, dict[str, Any]] = {
     "bulyan": {"even_median": "midpoint"},
     "geometric_median": {"weighted_median": False},
 }
-"""Aggregator -> what a job means that does not have the field at all."""
+"""Aggregator -> the value of a field for jobs from before the field existed."""
 
 
 @dataclass(frozen=True)
 class Averaging(Strategy):
-    """A strategy that makes one update of all, by an aggregator."""
+    """A strategy that combines the updates into one with an aggregator."""
 
     rule: Aggregator
 
@@ -42,20 +42,20 @@ class Averaging(Strategy):
 
 
 class AveragingRecipe(LateUpdates):
-    """A recipe whose rounds average the sites' models, with an aggregator of the user's choice."""
+    """A recipe whose rounds average the sites' models with an aggregator of the user's choice."""
 
     aggregator: AggregatorField = Field(
         default="mean",
         validate_default=True,
-        description="how updates become one: an aggregator such as Krum(num_byzantine=2); the name of one that needs nothing: "
-        "mean, median, geometric_median; or a function of yours, or its path, package.module:function",
+        description="how to combine the updates: an aggregator such as Krum(num_byzantine=2); the name of one without required "
+        "parameters: mean, median, geometric_median; or your own function, or its path, package.module:function",
     )
 
     @model_validator(mode="after")
     def _updates_are_enough(self) -> Self:
         if self.min_clients < self.rule.fewest:
             raise RecipeError(
-                f"aggregator {self.rule!r} needs {self.rule.fewest} updates, and min_clients={self.min_clients} lets a round "
+                f"aggregator {self.rule!r} needs {self.rule.fewest} updates, but min_clients={self.min_clients} lets a round "
                 "have fewer: raise min_clients"
             )
         return self
@@ -71,19 +71,15 @@ class AveragingRecipe(LateUpdates):
     @property
     def rule(self) -> Aggregator:
         """The aggregator."""
-        assert isinstance(self.aggregator, Aggregator), "that is what validation makes of whatever was given"
+        assert isinstance(self.aggregator, Aggregator), "validation converts whatever was given"
         return self.aggregator
 
 
 def _in_one(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a job, with those that an earlier version had for its aggregator in one, as
-    they are written today.
-    """
+    """A job's fields, with an earlier version's aggregator fields merged into one."""
     rest = {name: value for name, value in fields.items() if name not in _FLAT}
     name = fields.get("aggregator")
-    if (
-        not isinstance(name, str) or name not in AGGREGATORS
-    ):  # it has its parameters in it, or is the path of a function
+    if not isinstance(name, str) or name not in AGGREGATORS:  # it includes its parameters, or is the path of a function
         return rest
     flat = _BEFORE_THERE_WAS_A_CHOICE.get(name, {}) | {what: fields[what] for what in _FLAT if what in fields}
     own = {_RENAMED.get(what, what): value for what, value in flat.items() if value is not None}

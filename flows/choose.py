@@ -1,4 +1,4 @@
-"""Which sites a round asks, and for how many of them it waits: functions of what is committed."""
+"""Which sites a round asks, and how many it waits for: functions of the committed state."""
 
 from collections.abc import Collection, Sequence
 
@@ -27,7 +27,7 @@ def choose(
 
     Args:
         names: of all sites.
-        everyone: whether all are asked, whatever the recipe says of sampling.
+        everyone: whether to ask all sites, whatever the recipe says about sampling.
     """
     probes = quarantined(ledger.records, recipe.max_rejections)
     draw = strategy.choose if task == "train" and not everyone else choose_sites
@@ -38,11 +38,11 @@ def choose(
 
 
 def quorum_of(recipe: Recipe, step: Step, sites: Collection[str], num_there: int = 0) -> Quorum:
-    """When a round closes.
+    """The rule that closes a round.
 
     Args:
-        sites: that are asked.
-        num_there: updates that the round has already.
+        sites: those that are asked.
+        num_there: number of updates that the round already has.
     """
     if step.everyone:
         return Quorum(len(sites))

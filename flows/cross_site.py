@@ -1,7 +1,6 @@
-"""Cross-site evaluation without training: sites submit their best local models, and every site
-scores every model.
+"""Cross-site evaluation without training: sites submit their best local models; all score all.
 
-`model` is the server's. A training recipe does the same after its training, with
+`model` is the server's model. A training recipe does the same after its training with
 `cross_site_eval=True`.
 """
 
@@ -13,13 +12,13 @@ from fedpool.flows.evaluation import EvaluationRecipe
 
 
 class CrossSiteEvalRecipe(EvaluationRecipe):
-    """Score the server's model and each site's own at every site.
+    """Score the server's model and each site's own model at every site.
 
-    `min_clients` counts the answers about the server's model; of the sites' models, those that are
-    missing leave a hole.
+    `min_clients` counts the sites that score the server's model. A site's model that is missing
+    leaves gaps in the matrix.
 
     Client script: examples/cross-site/client.py
-        It sends metrics of what it receives, and its best local model when it is asked for that.
+        It sends metrics for the model that it receives, and its best local model when asked for it.
 
             if flare.is_evaluate():
                 meta = {"NUM_EVAL_EXAMPLES": int((~rows).sum())}
@@ -28,13 +27,13 @@ class CrossSiteEvalRecipe(EvaluationRecipe):
                 flare.send(flare.FLModel(params=best_params))
 
     Raises:
-        RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its
-            value and the remedy.
+        RecipeError (also a pydantic.ValidationError): a field is invalid; says which, its value and
+            the remedy.
     """
 
     cross_site_eval: ClassVar[Literal[True]] = True
 
     keep_updates: Literal["all", "last", "none"] = Field(
         default="all",
-        description="whose updates stay in the store after their round: of all rounds, of the last, of none; hashes stay",
+        description="rounds whose updates stay in the store afterwards: all, only the last, or none; hashes always stay",
     )

@@ -1,6 +1,6 @@
-"""Cyclic weight transfer: the model goes from site to site, and each trains it in its turn.
+"""Cyclic weight transfer: the model goes from site to site, and each site trains it in turn.
 
-A round is one site's turn: the next global model is what it sends.
+A round is one site's turn: the next global model is the model that the site sends.
 
 Paper:
     Chang et al. 2018, "Distributed deep learning networks among institutions for medical imaging",
@@ -28,9 +28,7 @@ class Cyclic(Strategy):
     order: str | tuple[str, ...]
 
     def choose(self, *, seed: int, round: int, sites: Sequence[str], count: int | None) -> tuple[str, ...]:
-        """See `Strategy.choose`: one site, by the order. A site that is not there (any more) is
-        passed over.
-        """
+        """See `Strategy.choose`: the next site in the order that still takes part."""
         turns = [site for site in self.order if site in sites] if isinstance(self.order, tuple) else list(sites)
         cycle, position = divmod(round, len(turns) or 1)
         if self.order == "random":
@@ -47,32 +45,34 @@ class Cyclic(Strategy):
 
 
 class CyclicRecipe(NoLateUpdates):
-    """Weight transfer from site to site: no averaging, one model at a time, for few sites with
-    little data each.
+    """Weight transfer from site to site, without averaging, for few sites with little data each.
 
-    A round is one site's turn: `num_rounds` of 30 takes the model through 10 sites three times.
+    A round is one site's turn: with `num_rounds=30`, the model visits each of 10 sites three times.
 
     Client script: examples/algorithms/plain.py
-        That of federated averaging.
+        The same script as for federated averaging.
     """
 
     min_clients: int = Field(
-        default=1, description="accepted updates that a round needs: the one of the site's turn", ge=1, le=1
+        default=1,
+        description="accepted updates that a round needs: always the one of the site whose turn it is",
+        ge=1,
+        le=1,
     )
     order: str | tuple[str, ...] = Field(
         default="fixed",
-        description="fixed: by name, site-2 before site-10; random: drawn from the seed for each cycle; or the sites' names",
+        description="fixed: by name, site-2 before site-10; random: drawn for each cycle from the seed; or a list of sites",
     )
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if isinstance(self.order, str) and self.order not in ("fixed", "random"):
-            raise RecipeError(f"order={self.order!r} is not known: use 'fixed', 'random', or a list of sites")
+            raise RecipeError(f"order={self.order!r} is unknown: use 'fixed', 'random', or a list of sites")
         if not self.order:
-            raise RecipeError("order=[] names no site")
+            raise RecipeError("order=[] names no sites: list them, or use 'fixed' or 'random'")
         if self.clients_per_round is not None:
             raise RecipeError(
-                f"clients_per_round={self.clients_per_round}: in cyclic weight transfer each round is one site's"
+                f"clients_per_round={self.clients_per_round}: each round of cyclic weight transfer has one site: leave it out"
             )
         return self
 

@@ -1,13 +1,13 @@
 """A recipe as a deployment: the flow that `prefect deployment run`, a schedule or the UI starts.
 
-`deployed(FedAvgRecipe)` makes a flow named `federated-job` whose parameters are the recipe's
-fields, with their bounds and descriptions, and a few of its own. Each run is a new job, made from a
-job that was staged as its template and never runs itself; or, when `job_id` names a job, that very
-job, from where it is. The store and the sites' work pools are all it needs.
+`deployed(FedAvgRecipe)` makes a flow named `federated-job`. Its parameters are the recipe's fields,
+with their bounds and descriptions, and a few more. Each run makes a new job from a *template*, a
+staged job that never runs itself. If `job_id` names a job, the run continues that job instead. It
+needs only the store and the sites' work pools.
 
-A class that is not fedpool's own has no flow in a module: its deployments load `own(NAMES)`, which
-knows the names of the class's own fields, because Prefect checks parameters by their names. The
-class itself is that of the template, or of the job.
+Users' own classes have no flow in a module. Their deployments load `own(NAMES)`, with the names of
+the fields that the class adds, because Prefect checks parameters by name. The class itself comes
+from the template or the job.
 """
 
 import asyncio
@@ -47,26 +47,24 @@ from fedpool.tasks.tracking import trackings
 from fedpool.training_recipe import TrainingRecipe
 
 _SITES_POLL_S = 2.0
-"""How often to look whether enough sites can take part."""
+"""Seconds between checks whether enough sites can take part."""
 
 _Parameter = tuple[str, Any, Any, str]
-"""Of a form: its name, type, default and description."""
+"""A parameter of a form: its name, type, default and description."""
 
 _REQUIRED = inspect.Parameter.empty
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{8}-\d{6}-[0-9a-f]{6}")
-"""What `new_job_id` makes."""
+"""The form of the ids that `new_job_id` makes."""
 
 _LEFT_OUT = "<as in the template>"
-"""Of a parameter that a run of `own_flow` was not given, as the form of `prefect deploy` shows
-it.
-"""
+"""Marks a parameter that a run of `own_flow` was not given, in the form of `prefect deploy`."""
 
 _STAGED = frozenset({"name", "model", "train_script", "initial_ckpt", "include"})
-"""Fields that are in the template and not in the form: files and objects of whoever deployed."""
+"""Fields in the template but not in the form: files and objects of the user who deployed."""
 
 _SHARED = tuple(name for name in TrainingRecipe.model_fields if name not in _STAGED)
-"""What the forms of all recipes that train have."""
+"""Fields in the forms of all training recipes."""
 
 
 def form_fields(kind: type[Recipe]) -> list[str]:
@@ -75,9 +73,7 @@ def form_fields(kind: type[Recipe]) -> list[str]:
 
 
 def entrypoint_of(kind: type[Recipe]) -> str:
-    """The path by which the coordinator finds the flow of a recipe's deployments; see
-    `fedpool.flows.entrypoints`.
-    """
+    """The path of the flow for a recipe's deployments; see `fedpool.flows.entrypoints`."""
     own = ",".join(sorted(set(form_fields(kind)) - set(_SHARED)))
     return f"fedpool.flows.entrypoints.{flow_name(kind) or f'own({own})'}"
 
@@ -92,17 +88,16 @@ def deployed(kind: type[Recipe]) -> "Flow[..., Any]":
 
 
 def own_flow(names: Sequence[str]) -> "Flow[..., Any]":
-    """The flow of every recipe class that has fields of these names beside those of all recipes."""
+    """The flow of every recipe class that adds fields with these names to those of all recipes."""
     form = [(name, Any, _LEFT_OUT, "") for name in (*_SHARED, *names)]
-    return _flow(None, "Run a recipe of an own class at sites behind work pools.", [*_common(), *form])
+    return _flow(None, "Run a recipe of your own class at sites behind work pools.", [*_common(), *form])
 
 
 def _flow(kind: type[Recipe] | None, head: str, own: Sequence[_Parameter]) -> "Flow[..., Any]":
     async def federated_job(**given: Any) -> State[Any]:
         return await _run(kind, **{name: value for name, value in given.items() if value != _LEFT_OUT})
 
-    # Prefect reads the form's types and bounds off the signature, and its descriptions off the
-    # docstring.
+    # Prefect reads types and bounds from the signature, and descriptions from the docstring.
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         (inspect.Parameter(name, keyword_only, annotation=annotation, default=default), description)
@@ -126,42 +121,42 @@ def _flow(kind: type[Recipe] | None, head: str, own: Sequence[_Parameter]) -> "F
 
 def _run_name() -> str:
     name = flow_run.get_name()
-    if name and _JOB_ID.fullmatch(name):  # it is run again, and keeps the name by which its job is found
+    if name and _JOB_ID.fullmatch(name):  # a retry keeps the name by which its job is found
         return str(name)
     return str(flow_run.get_parameters().get("job_id") or deployment.get_name() or "job")
 
 
 def _common() -> list[_Parameter]:
-    """What every form has."""
+    """The parameters of every form."""
     return [
-        ("template", str, "", "id of the staged job that this one is made from"),
-        ("store", str, _REQUIRED, "URL of the store; its credentials are in the environment"),
+        ("template", str, "", "id of the staged job that new jobs are made from"),
+        ("store", str, _REQUIRED, "URL of the store; its credentials come from the environment"),
         ("sites", Annotated[list[str], Field(min_length=1)], _REQUIRED, "names of the sites that take part"),
-        ("job_id", str | None, None, "go on with this job instead of making a new one"),
+        ("job_id", str | None, None, "continue this job instead of making a new one"),
         (
             "look_ahead",
             Annotated[int, Field(ge=0, le=100)],
             LOOK_AHEAD,
-            "rounds that are announced to the sites ahead of the one that trains; 0: each waits for the one before",
+            "number of rounds announced to the sites before the current one ends; 0: each waits for the previous one",
         ),
-        ("warm_start", bool, False, "start from the final model of the recipe's last completed job"),
+        ("warm_start", bool, False, "start from the final model of this recipe's last completed job"),
         (
             "track",
             list[str],
             [],
-            "trackers that get all scalars, such as mlflow:URI; their libraries are installed where the job runs",
+            "trackers that get all scalars, such as mlflow:URI; their libraries must be installed where the job runs",
         ),
         (
             "cancel_earlier",
             bool,
             False,
-            "cancel the runs of this deployment that are still under way, and begin when they have ended",
+            "first cancel this deployment's unfinished runs, and start when they have ended",
         ),
     ]
 
 
 def _form(kind: type[Recipe]) -> Iterator[_Parameter]:
-    """A recipe's fields."""
+    """The parameters for a recipe's fields."""
     taken = {name for name, *_ in _common()}
     for name in form_fields(kind):
         if name in taken:
@@ -191,7 +186,7 @@ async def _run(
     storage = Store(store)
     if cancel_earlier and job_id is None:
         await overlap.cancel_earlier()
-    if job_id is None or _is_run_again():  # else whoever has submitted the job has looked
+    if job_id is None or _is_run_again():  # otherwise the submission has checked the sites
         needed, patience_s = await asyncio.to_thread(_needs, storage, job_id or template, fields)
         await _wait_for_sites(sites, needed, patience_s)
     staged = job_id or await asyncio.to_thread(_begun_before, storage)
@@ -199,13 +194,13 @@ async def _run(
         recipe = await asyncio.to_thread(_remade, kind, template, storage, sites, warm_start, fields)
         staged = new_job_id(recipe.name)
         environment = (await asyncio.to_thread(JobRecord.read, storage, JobPaths(template).job)).environment
-        if environment is not None and track:  # with those of this run the job goes on, when it is resumed
+        if environment is not None and track:  # a resumed job uses this run's trackers
             environment = environment.model_copy(update={"settings": {**environment.settings, "track": track}})
         await asyncio.to_thread(partial(stage, environment=environment), recipe, staged, storage, tuple(sites))
         await _name_after(staged)
     else:
         recipe = await asyncio.to_thread(recipe_of, staged, storage, kind)
-    get_run_logger().info("job %s lies in %s", staged, storage.full(staged))
+    get_run_logger().info("job %s is in %s", staged, storage.full(staged))
     with storage.held(staged):
         if await asyncio.to_thread(has_completed, storage, staged):
             return Completed(message=f"job {staged} had already ended")
@@ -215,8 +210,9 @@ async def _run(
 
 
 def _needs(store: Store, staged: str, fields: Mapping[str, Any]) -> tuple[int, float]:
-    """How many sites every round needs, and the seconds to wait for them: the run's values, else
-    those of what was staged.
+    """The number of sites that every round needs, and the seconds to wait for them.
+
+    The run's own values override those of the staged job.
     """
     path = JobPaths(staged).job
     if "min_clients" in fields and "site_patience_s" in fields:
@@ -238,11 +234,10 @@ def _is_run_again() -> bool:
 
 
 async def _wait_for_sites(sites: list[str], needed: int, patience_s: float) -> None:
-    """Wait until as many sites as every round needs can take part; the rounds themselves wait for
-    the others.
+    """Wait until enough sites can take part; the rounds themselves wait for the others.
 
     Raises:
-        ConfigError: they cannot, after that long; the message says why, and what to do.
+        ConfigError: too few can within that time; the message has the reasons and remedies.
     """
     logger, told = get_run_logger(), None
     async with get_client() as client:
@@ -251,28 +246,30 @@ async def _wait_for_sites(sites: list[str], needed: int, patience_s: float) -> N
             told_now = "\n".join(problem for of_site in problems.values() for problem in of_site)
             enough = len(sites) - len(problems) >= needed
             if told_now and told_now != told:
-                logger.warning("%s\n%s", "going ahead without" if enough else "waiting for too many", told_now)
+                logger.warning(
+                    "%s\n%s",
+                    "starting without:" if enough else "waiting, too many sites can't take part:",
+                    told_now,
+                )
                 told = told_now
             if enough:
                 return
             await asyncio.sleep(pause_s)
     raise ConfigError(
-        f"{len(sites) - len(problems)} of {len(sites)} sites can take part, min_clients is {needed}; that did not "
-        f"change in {patience_s:g} s (site_patience_s)\n{told_now}"
+        f"{len(sites) - len(problems)} of {len(sites)} sites can take part, but min_clients is {needed}; that did not "
+        f"change within {patience_s:g} s (site_patience_s)\n{told_now}"
     )
 
 
 def _begun_before(store: Store) -> str | None:
-    """The job of this flow run, when it is run again: Prefect retries a run that failed or
-    crashed, where it is asked to.
-    """
+    """The job of this flow run if Prefect is retrying the run."""
     context = FlowRunContext.get()
     name = context.flow_run.name if context and context.flow_run else ""
     return name if _JOB_ID.fullmatch(name) and store.exists(JobPaths(name).job) else None
 
 
 async def _name_after(job_id: str) -> None:
-    """Name the flow run after its job, by which `fedpool job` finds it."""
+    """Name the flow run after its job, so `fedpool job` finds it."""
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None:
         async with get_client() as client:
@@ -285,7 +282,7 @@ def _remade(
     """The recipe of a template, with the fields that this run changes.
 
     Raises:
-        RecipeError: there is no such template, or what it would become cannot run.
+        RecipeError: the template doesn't exist, or the changed recipe can't run.
     """
     try:
         recipe = recipe_of(template, store, kind).revise(**fields)

@@ -1,6 +1,6 @@
-"""DiLoCo: many local steps, and a step of outer Nesterov momentum at the server.
+"""DiLoCo: many local steps at the sites, and a step of outer Nesterov momentum at the server.
 
-The outer gradient is the mean of the sites' differences, and the outer optimizer:
+delta is the mean of the sites' differences to w. The outer optimizer takes -delta as its gradient:
 
     m <- outer_momentum m + delta; w <- w + outer_lr (delta + outer_momentum m)
 
@@ -17,15 +17,16 @@ from fedpool.tasks.optimizers import Momentum, Schedule
 
 
 class DiLoCoRecipe(AveragingRecipe):
-    """Distributed low-communication training: AdamW for hundreds of steps at the sites, outer
-    Nesterov momentum at the server.
+    """Distributed low-communication training: hundreds of local AdamW steps, outer Nesterov
+    momentum.
 
-    For language models over slow links: a round costs one model's transfer, however many steps it
+    For language models over slow links: a round transfers the model once, however many steps it
     takes.
 
     Client script: examples/algorithms/plain.py
-        That of federated averaging. The inner optimizer is the script's own, in the paper AdamW for
-        500 steps. Make it once, before the loop, and its state goes on from round to round.
+        The same script as for federated averaging. The inner optimizer is the script's own; in the
+        paper it is AdamW, for 500 steps. Create it once, before the loop, so its state lasts from
+        round to round.
     """
 
     outer_lr: float = Field(default=0.7, description="learning rate of the outer optimizer", gt=0, allow_inf_nan=False)

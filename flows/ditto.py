@@ -1,13 +1,13 @@
-"""Ditto: a global model by federated averaging, and beside it at each site a personal one that
-never leaves.
+"""Ditto: a global model by federated averaging, and a personal model at each site that never leaves
+it.
 
-Beside its part in the global model, a site minimises this for its personal v:
+In addition to its part in the global model, a site minimises this for its personal v:
 
     F_k(v) + lambda/2 ||v - w_global||^2
 
-The paper starts every v from the initial model, also at a site that is first drawn in a later
-round. `personal_start="received"` starts it there from the model which that site receives first, in
-which the other sites have had their part.
+The paper starts every v from the initial model, even at a site that is first drawn in a later
+round. With `personal_start="received"`, v starts from the first model that the site receives, which
+other sites have already trained.
 
 Paper:
     Li et al. 2021, "Ditto: Fair and Robust Federated Learning Through Personalization", algorithm 1
@@ -23,8 +23,7 @@ from fedpool.flows.fedavg import FedAvgRecipe
 
 
 class DittoRecipe(FedAvgRecipe):
-    """Personalisation: each site gets a model of its own, near the global one by as much as
-    `ditto_lambda` says.
+    """Personalisation: each site has its own model, and `ditto_lambda` pulls it to the global one.
 
     Client script: examples/algorithms/ditto.py
         It trains two models, and keeps the personal one at the site from round to round.
@@ -36,13 +35,13 @@ class DittoRecipe(FedAvgRecipe):
     """
 
     ditto_lambda: float = Field(
-        description="pull of the personal model to the global one; 0: purely local; the paper tries 0.05 to 2",
+        description="strength of the pull to the global model; 0: purely local; the paper tries 0.05 to 2",
         ge=0,
         allow_inf_nan=False,
     )
     personal_start: Literal["initial", "received"] = Field(
         default="initial",
-        description="what a site's personal model starts from: the job's initial model (the paper), or the first one received",
+        description="start of a site's personal model: the job's initial model, as in the paper, or the first model received",
     )
 
     @classmethod

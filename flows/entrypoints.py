@@ -1,6 +1,8 @@
-"""The flows that deployments load, made when they are loaded: `fedpool.flows.entrypoints.fedavg`
-for a recipe of fedpool's own, `fedpool.flows.entrypoints.own(server_lr)` for any other, with the
-names of the fields that it adds to those of all recipes.
+"""The flows that deployments load, created on first use.
+
+`fedpool.flows.entrypoints.fedavg` is the flow of one of fedpool's recipes.
+`fedpool.flows.entrypoints.own(server_lr)` is that of any other recipe, with the names of the fields
+that it adds.
 """
 
 import re
@@ -16,7 +18,7 @@ def __getattr__(name: str) -> Any:
     if found := _OWN.fullmatch(name):
         return own_flow(found[1].split(",") if found[1] else ())
     if name not in BUILT_IN:
-        raise AttributeError(f"there is no flow {__name__}.{name}: there are {', '.join(BUILT_IN)} and own(NAMES)")
+        raise AttributeError(f"there is no flow {__name__}.{name}: use {', '.join(BUILT_IN)} or own(NAMES)")
     kind = find_installed(BUILT_IN[name])
-    assert kind is not None, "it is one of fedpool's own"
+    assert kind is not None, "it is part of fedpool"
     return deployed(kind)

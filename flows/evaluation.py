@@ -1,6 +1,4 @@
-"""What recipes have in common that train nothing: what a job asks of a training is settled, and
-no field.
-"""
+"""The base class of recipes without training, in which the fields about training are constants."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,9 +9,9 @@ from fedpool.recipe import Recipe
 
 
 class EvaluationRecipe(Recipe):
-    """Base of the recipes without training: sites score `model`, by the task `evaluate`.
+    """Base of the recipes without training: sites score `model` with the task `evaluate`.
 
-    `min_clients` counts the sites that answer: with fewer, the job fails.
+    `min_clients` counts the sites that answer. With fewer, the job fails.
     """
 
     num_rounds: ClassVar[Literal[0]] = 0
@@ -32,5 +30,5 @@ class EvaluationRecipe(Recipe):
     final_evaluation: ClassVar[Literal[True]] = True
 
     def strategy(self, num_sites: int) -> FedAvg:
-        """See `Recipe.strategy`: the plain mean, which is never taken, because nobody trains."""
+        """See `Recipe.strategy`: the plain mean, never computed because no site trains."""
         return FedAvg()

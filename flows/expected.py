@@ -1,4 +1,4 @@
-"""What the updates of a round have to fit: for who runs it, verifies it or replays it."""
+"""The requirements on a round's updates, for running, verifying and replaying it."""
 
 from fedpool.exclude import excluded
 from fedpool.messages import Task
@@ -21,12 +21,12 @@ def expected(
     holes: frozenset[str] | None,
     arithmetic: Arithmetic,
 ) -> Expected:
-    """What the updates of a round have to fit.
+    """The requirements on a round's updates.
 
     Args:
         head: digest of the round's global model.
         base: that model.
-        holes: names of the tensors that need not be finite; see `fedpool.tasks.holes`.
+        holes: names of tensors that may hold infinities; see `fedpool.tasks.holes`.
         arithmetic: of the job.
     """
     left_out = excluded(recipe.exclude_vars, base.spec)
@@ -40,7 +40,7 @@ def expected(
         spec=spec | beside_spec(strategy.extras, spec) if trains else spec,
         transfer="FULL" if task == "submit_model" else recipe.params_transfer_type,
         base=base,
-        max_norm=None if task == "submit_model" else recipe.max_update_norm,  # what is only scored moves nothing
+        max_norm=None if task == "submit_model" else recipe.max_update_norm,  # submitted models are only scored
         clip=recipe.clip_updates,
         positive_meta=strategy.positive_meta if trains else (),
         holes=holes,

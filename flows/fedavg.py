@@ -1,6 +1,6 @@
 """Federated averaging: sites train from the global model, and the next one is the mean of theirs.
 
-The n_k are the sites' local steps (`NUM_STEPS_CURRENT_ROUND`), times their `aggregation_weights`,
+The n_k are the sites' local steps (`NUM_STEPS_CURRENT_ROUND`) times their `aggregation_weights`,
 and n is their sum.
 
 Paper:
@@ -21,8 +21,8 @@ from fedpool.tasks.strategy import State, Update
 class FedAvg(Averaging):
     """w <- sum_k (n_k / n) w_k
 
-    With another aggregator than the mean, w is what that makes of the w_k. The state is the global
-    model alone.
+    With an aggregator other than the mean, w is the aggregate of the w_k. The only state is the
+    global model.
     """
 
     rule: Aggregator = field(default_factory=Mean)
@@ -35,8 +35,8 @@ class FedAvg(Averaging):
 class FedAvgRecipe(AveragingRecipe):
     """Federated averaging, the baseline: start here.
 
-    Sites train alone between rounds, so it needs little transfer. Where their data differ much,
-    long local training pulls the model apart: see FedProx, SCAFFOLD and FedOpt then.
+    Sites train alone between rounds, so little data is transferred. If their data differ much, long
+    local training pulls the model apart: try FedProx, SCAFFOLD or FedOpt.
 
     Client script: examples/algorithms/plain.py
         Your training loop between `receive()` and `send()`.
@@ -45,12 +45,12 @@ class FedAvgRecipe(AveragingRecipe):
             model.load_state_dict(received.params)
             flare.send(flare.FLModel(params=model.state_dict(), metrics=metrics))
 
-        With `meta={"NUM_STEPS_CURRENT_ROUND": steps}` the site's model counts by its steps;
-        without, all count alike.
+        With `meta={"NUM_STEPS_CURRENT_ROUND": steps}`, the site's model is weighted by its steps.
+        Without it, all sites count equally.
 
     Raises:
-        RecipeError (also a pydantic.ValidationError): a field that cannot work, with its name, its
-            value and the remedy.
+        RecipeError (also a pydantic.ValidationError): a field is invalid; says which, its value and
+            the remedy.
     """
 
     def strategy(self, num_sites: int) -> FedAvg:

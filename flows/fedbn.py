@@ -1,7 +1,7 @@
-"""FedBN: federated averaging whose batch normalisation stays at the site.
+"""FedBN: federated averaging in which batch normalisation stays at the site.
 
-The server is that of federated averaging; a site finds its own batch normalisation in the model
-that it receives.
+The server does federated averaging. Each site finds its own batch normalisation in the model that
+it receives.
 
 Paper:
     Li et al. 2021, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization",
@@ -21,13 +21,13 @@ _STATISTIC = "running_mean"
 
 
 class FedBNRecipe(FedAvgRecipe):
-    """Federated averaging for sites whose inputs look different (scanners, cameras): each keeps its
-    own batch normalisation.
+    """Federated averaging for sites whose inputs look different, for example from other scanners.
 
-    Adds to `exclude_vars` every layer that has running statistics, with its scale and shift.
+    Each site keeps its own batch normalisation: the recipe adds every layer with running statistics
+    to `exclude_vars`, with its scale and shift.
 
     Client script: examples/algorithms/plain.py
-        That of federated averaging.
+        The same script as for federated averaging.
     """
 
     @model_validator(mode="after")
@@ -36,7 +36,7 @@ class FedBNRecipe(FedAvgRecipe):
         layers = sorted(name.removesuffix(_STATISTIC) for name in names if name.split(".")[-1] == _STATISTIC)
         if not layers:
             raise RecipeError(
-                f"FedBN needs batch normalisation, and no parameter is named {_STATISTIC}: {', '.join(sorted(names)[:8])}"
+                f"FedBN needs batch normalisation, but no parameter is named {_STATISTIC}: {', '.join(sorted(names)[:8])}"
             )
         patterns = tuple(f"^{re.escape(layer)}[^.]*$" for layer in layers)
         missing = tuple(pattern for pattern in patterns if pattern not in self.exclude_vars)

@@ -1,5 +1,4 @@
-"""FedNova: averages what the sites' steps come to each, so that a site that took more of them does
-not pull the model to itself.
+"""FedNova: averages the sites' differences per local step, so more steps don't mean more influence.
 
 Paper:
     Wang et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
@@ -22,10 +21,10 @@ from fedpool.tasks.strategy import State, Strategy, Update
 class FedNova(Strategy):
     """w <- w + tau_eff sum_k p_k (w_k - w) / tau_k, where tau_eff = sum_k p_k tau_k
 
-    p_k are the weights and tau_k = `meta["LOCAL_STEPS"]` the steps of the sites: of plain SGD their
-    number, of any other local optimizer the L1 norm of how much each gradient counts in its update.
-    With equal steps it is federated averaging. Where groups of parameters differ in that, tau_k is
-    their mean. A site that took no step has weight 0.
+    p_k are the weights and tau_k = `meta["LOCAL_STEPS"]` the local steps of the sites: for plain
+    SGD their number, for any other local optimizer the L1 norm of the weights that its update gives
+    to the gradients. If groups of parameters differ in that, tau_k is their mean. With equal steps,
+    this is federated averaging. A site that took no step has weight 0.
     """
 
     positive_meta = (LOCAL_STEPS,)
@@ -46,7 +45,7 @@ class FedNova(Strategy):
 
 def _steps(update: Update) -> float:
     value = update.meta[LOCAL_STEPS]
-    assert isinstance(value, int | float), "the gate has seen to it"
+    assert isinstance(value, int | float), "the gate checks this"
     return float(value)
 
 
@@ -55,13 +54,14 @@ def _scalar(value: float) -> torch.Tensor:
 
 
 class FedNovaRecipe(NoLateUpdates):
-    """Federated averaging for sites that take unequal numbers of local steps (different data,
-    epochs or speed).
+    """Federated averaging for sites that take unequal numbers of local steps.
+
+    Their data, epochs or speed may differ.
 
     Client script: examples/algorithms/fednova.py
-        It says how far it went. Let its weight be its rows, which do not depend on that. A patched
-        Lightning or Hugging Face trainer does both by itself. The optimizer is SGD, with momentum
-        or a schedule as you like.
+        It reports its number of steps. As its weight, use its number of rows, which doesn't depend
+        on the steps. A patched Lightning or Hugging Face trainer does both automatically. The
+        optimizer is SGD, optionally with momentum or a schedule.
 
             steps = flare.LocalSteps(optimizer)
             meta = {"NUM_STEPS_CURRENT_ROUND": len(digits.labels), "LOCAL_STEPS": steps.count}

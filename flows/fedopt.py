@@ -1,8 +1,7 @@
-"""Adaptive federated optimization: the server takes a step of an optimizer towards the aggregate,
-not all the way to it.
+"""Adaptive federated optimization: the server takes an optimizer step towards the aggregate.
 
-With delta, the aggregate minus w, with m = 0 and v = tau^2 at first, and without bias correction,
-the optimizers are:
+Plain averaging would move all the way to it. delta is the aggregate minus w; initially m = 0 and v
+= tau^2; there is no bias correction. The optimizers are:
 
     adam      m <- beta1 m + (1 - beta1) delta; v <- beta2 v + (1 - beta2) delta^2
               w <- w + lr m / (sqrt(v) + tau)
@@ -11,8 +10,8 @@ the optimizers are:
     momentum  m <- beta1 m + delta; w <- w + lr m
     nesterov  m <- beta1 m + delta; w <- w + lr (delta + beta1 m)
 
-Defaults are those of the papers: FedAdagrad has no momentum (beta1 is 0), and the rate of FedAvgM,
-`momentum`, is 1 (Hsu et al. 2019, https://arxiv.org/abs/1909.06335).
+The defaults are those of the papers: FedAdagrad has no momentum (beta1 = 0), and FedAvgM, here
+`momentum`, has a learning rate of 1 (Hsu et al. 2019, https://arxiv.org/abs/1909.06335).
 
 Paper:
     Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2
@@ -35,7 +34,7 @@ from fedpool.tasks.strategy import State, Update
 class FedOpt(Averaging):
     """delta <- aggregate - w; w <- optimizer(w, -delta)
 
-    Parameters that are no floating point numbers, and what nobody trains, are aggregated.
+    Parameters that aren't floating point, and those that aren't trained, are aggregated.
     """
 
     optimizer: ServerOptimizer
@@ -60,14 +59,14 @@ class FedOpt(Averaging):
 
 
 class FedOptRecipe(AveragingRecipe):
-    """Federated averaging with an optimizer at the server: FedAdam, FedYogi, FedAdagrad, FedAvgM,
-    or a class of `torch.optim`.
+    """Federated averaging with an optimizer at the server.
 
-    Converges in fewer rounds than plain averaging where sites differ or gradients are sparse; its
-    learning rate wants tuning.
+    It is FedAdam, FedYogi, FedAdagrad, FedAvgM or a class of `torch.optim`. Converges in fewer
+    rounds than plain averaging if sites differ or gradients are sparse, but its learning rate needs
+    tuning.
 
     Client script: examples/algorithms/plain.py
-        That of federated averaging: the server alone differs.
+        The same script as for federated averaging: only the server differs.
     """
 
     server_optimizer: str = Field(
@@ -76,7 +75,7 @@ class FedOptRecipe(AveragingRecipe):
     )
     server_lr: float | None = Field(
         default=None,
-        description="learning rate of the server; empty: 1 for momentum and nesterov, as in their paper, and 0.1 for the others",
+        description="the server's learning rate; empty: 1 for momentum and nesterov, as in their paper, and 0.1 for the others",
         gt=0,
         allow_inf_nan=False,
     )
@@ -90,7 +89,7 @@ class FedOptRecipe(AveragingRecipe):
     beta2: float = Field(default=0.99, description="decay of the second moment, for adam and yogi", ge=0, lt=1)
     tau: float = Field(
         default=1e-3,
-        description="adaptivity of adam, yogi and adagrad: less is more adaptive",
+        description="adaptivity of adam, yogi and adagrad: a smaller value is more adaptive",
         gt=0,
         allow_inf_nan=False,
     )
@@ -99,7 +98,7 @@ class FedOptRecipe(AveragingRecipe):
     )
     server_scheduler: str | None = Field(
         default=None,
-        description="class of torch.optim.lr_scheduler for server_lr, stepped once a round, e.g. CosineAnnealingLR",
+        description="class of torch.optim.lr_scheduler for server_lr, stepped once per round, e.g. CosineAnnealingLR",
     )
     server_scheduler_args: dict[str, JsonValue] = Field(default_factory=dict, description="arguments of the scheduler")
 

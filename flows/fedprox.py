@@ -1,6 +1,6 @@
-"""FedProx: federated averaging whose sites are held near the global model.
+"""FedProx: federated averaging with sites held near the global model.
 
-A site minimises its loss with a term beside it; the server is that of federated averaging.
+A site adds a proximal term to its loss. The server does federated averaging.
 
     F_k(w) + mu/2 ||w - w_global||^2
 
@@ -19,12 +19,13 @@ from fedpool.model import FEDPROX_MU
 
 
 class FedProxRecipe(FedAvgRecipe):
-    """Federated averaging for sites that differ much, or do unequal amounts of work: each is pulled
-    back to the global model.
+    """Federated averaging for sites that differ much or do unequal amounts of work.
+
+    A proximal term pulls each site back to the global model.
 
     Client script: examples/algorithms/fedprox.py
         The term is one line of the loss. A patched Lightning or Hugging Face trainer adds its
-        gradient by itself.
+        gradient automatically.
 
             mu = flare.get_config()["fedprox_mu"]
             loss = loss + flare.prox_loss(model, received.params, mu)

@@ -1,8 +1,9 @@
 """`federated_job`: one execution of a recipe, one flow run.
 
-Writes the bundle, the initial model and `job.json`, runs the rounds that `fedpool.flows.plan` says,
-and writes `result.json`, which says that the job ended and how. Requires sites that nobody else
-uses; ends their scripts in every case. Persists no Prefect result: whatever lasts is in the store.
+Writes the bundle, the initial model and `job.json`, runs the rounds that `fedpool.flows.plan`
+determines, and writes `result.json`, which marks the job's end and says how it ended. Needs sites
+that no other job uses, and always ends their scripts. Persists no Prefect result: all results are
+in the store.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ from fedpool.tasks.record import RoundRecord, num_trained
 from fedpool.tensors import Digest
 
 _MAX_ERROR = 1 << 18
-"""Characters of what a job says of its failure, which names every site."""
+"""Maximum length of a job's error message, which names every site."""
 
 
 @flow(name="federated-job", flow_run_name="{recipe.name}", validate_parameters=False, persist_result=False)
@@ -64,16 +65,16 @@ async def federated_job(
         job_id: the job's folder in the store.
         store: fsspec URL of the store.
         sites: how to reach the sites.
-        resume: go on with a job that was begun before.
-        parent: what a new job is a fork of.
-        environment: where a new job runs, and how.
-        observers: who watches it.
+        resume: continue a job that was begun before.
+        parent: the job and round that a new job is a fork of.
+        environment: where and how a new job runs.
+        observers: those who follow the job.
 
     Returns: a Completed or a Cancelled state; the result is in the store.
 
     Raises:
-        JobFailed: a round failed; `result.json` names the last committed model all the same.
-        RecipeError: the job that is to go on has another recipe or other sites.
+        JobFailed: a round failed; `result.json` still names the last committed model.
+        RecipeError: the job to resume has another recipe or other sites.
         StoreError: another process runs the job.
     """
     storage = Store(store)
@@ -92,9 +93,7 @@ async def federated_job(
 
 
 async def run_job(job: Job) -> State[Any]:
-    """Run a staged job to its end, inside its flow run; see `federated_job`. Ends the sites in
-    every case.
-    """
+    """Run a staged job to its end, in its flow run; see `federated_job`. Always ends the sites."""
     recipe, storage, sites = job.recipe, job.store, job.sites
     for note in recipe.bundle.notes:
         get_run_logger().info("%s", note)
@@ -108,11 +107,11 @@ async def run_job(job: Job) -> State[Any]:
         await asyncio.to_thread(sites.open, recipe.client_job(job.job_id, job.ledger.job.model), storage)
         try:
             stopped_by = await _run_rounds(job)
-        except Exception as failure:  # noqa: BLE001  # the store says how the job ended, whatever ended it
+        except Exception as failure:  # noqa: BLE001  # the store has to record every kind of ending
             error = "cancelled" if sites.cancelled else _failure(failure, job)
         except asyncio.CancelledError:
-            # Someone cancels the run, or ends this process, and waits for nothing: the sites learn
-            # of it from the result.
+            # The run is being cancelled, or this process ended, without waiting: the sites learn it
+            # from the result.
             sites.cancel()
             result = _result(job, "CANCELLED", None, "cancelled")
             storage.write_json(job.paths.result, result.as_json())
@@ -132,7 +131,7 @@ async def run_job(job: Job) -> State[Any]:
     result = _result(job, status, stopped_by, error, cross_site if matrix is not None else None)
     try:
         await asyncio.to_thread(storage.write_json, job.paths.result, result.as_json())
-    except StoreError as unwritten:  # what ended the job may keep its result from being written, too
+    except StoreError as unwritten:  # the cause of the failure may prevent this write too
         job.observer.interrupted(Ending(recipe.name, result, job.records, storage))
         raise JobFailed(f"job {job.job_id} failed: {error or _failure(unwritten, job)}") from unwritten
     await asyncio.to_thread(name_dropped, job)
@@ -147,19 +146,17 @@ async def run_job(job: Job) -> State[Any]:
 
 
 def _ask_for_scalars(job: Job) -> None:
-    """Have sites elsewhere send all that their scripts log. Who watches a job fails it in no
-    case.
-    """
+    """Have remote sites send all scalars that their scripts log. Never fails the job."""
     try:
         if not job.store.exists(job.paths.tracked):
             job.store.write_json(job.paths.tracked, {})
     except StoreError as error:
-        get_run_logger().warning("trackers do not get what scripts log: %s", error)
+        get_run_logger().warning("trackers won't get the values that scripts log: %s", error)
 
 
 def _failure(failure: Exception, job: Job) -> str:
-    """What a job says of its failure; one that the store is to blame for can go on."""
-    if not isinstance(failure, FedpoolError):  # nobody expected it: its traceback is needed
+    """The job's error message; if the store caused the failure, it says how to resume the job."""
+    if not isinstance(failure, FedpoolError):  # unexpected, so log its traceback
         get_run_logger().error("a round ended with an unexpected error", exc_info=failure)
         return storable(f"{type(failure).__name__}: {failure}", _MAX_ERROR)
     if not isinstance(failure, StoreError) or isinstance(failure, IntegrityError):
@@ -168,7 +165,7 @@ def _failure(failure: Exception, job: Job) -> str:
 
 
 async def _run_rounds(job: Job) -> str | None:
-    """Run the rounds that are left; returns what stopped the training early, if anything did."""
+    """Run the remaining rounds; returns the rule that stopped the training early, if any."""
     recipe, num_sites = job.recipe, len(job.sites.names)
     step, stopped_by = next_step(recipe, job.records)
     has_gap = _check_metrics(job, job.records)
@@ -195,19 +192,20 @@ async def _run_rounds(job: Job) -> str | None:
     if failed := evaluation_error(job.records):
         get_run_logger().warning("%s", failed)
     elif len(job.records) == num_trained(job.records):
-        why = "no site reported metrics" if recipe.final_evaluation else "final_evaluation is off"
+        why = "no site reported metrics" if recipe.final_evaluation else "final_evaluation is False"
         get_run_logger().info(
-            "%s: the final model is not scored; the best one is round %d's", why, best_model(recipe, job.records)
+            "%s, so the final model is not scored; the best one is the start of round %d",
+            why,
+            best_model(recipe, job.records),
         )
     return stopped_by
 
 
 def _check_metrics(job: Job, records: Sequence[RoundRecord]) -> bool:
-    """Whether the metrics that the recipe goes by are missing from some rounds, which the log then
-    says.
+    """Whether rounds lack the metrics that the recipe uses. If so, the log says it.
 
     Raises:
-        RecipeError: what the user asked for depends on them.
+        RecipeError: the user asked for something that depends on them.
     """
     gap = metric_gap(job.rules, records)
     if gap is None:
@@ -225,7 +223,7 @@ def _begin(job: Job, number: int) -> asyncio.Task[None]:
 
 
 async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:
-    """Wait until the round is committed; raises what its run raises."""
+    """Wait until the round is committed; raises its run's exception."""
     commit = asyncio.create_task(job.rounds[number].committed.wait())
     try:
         await asyncio.wait({commit, run}, return_when=asyncio.FIRST_COMPLETED)
@@ -238,9 +236,7 @@ async def _committed(job: Job, number: int, run: asyncio.Task[None]) -> None:
 def _result(
     job: Job, status: JobOutcome, stopped_by: str | None, error: str | None, cross_site: Digest | None = None
 ) -> JobResult:
-    """What `result.json` holds: how the job ended, its final and its best model with their
-    scores.
-    """
+    """The contents of `result.json`: how the job ended, its final and best models, with scores."""
     recipe = job.recipe
     final = num_trained(job.records)
 

@@ -1,6 +1,4 @@
-"""Late updates of a job that is under way: those that have come are judged for the round that
-commits next.
-"""
+"""Judges the late updates of a running job that have arrived, for the round that commits next."""
 
 import asyncio
 from collections.abc import Collection
@@ -21,8 +19,7 @@ from fedpool.tasks.staleness import Awaited, awaited
 
 
 async def late_arrivals(job: Job, number: int, probes: Collection[str]) -> list[Arrival]:
-    """The late updates that count in a training round, or that it rejects: whatever the store holds
-    when the round has closed.
+    """The late updates that a training round counts or rejects: all in the store when it closes.
 
     Args:
         number: of the round.
@@ -33,7 +30,7 @@ async def late_arrivals(job: Job, number: int, probes: Collection[str]) -> list[
     found = []
     for owed in awaited(job.records):
         if job.clock is not None and job.clock.owes(owed.site, owed.round):
-            continue  # in virtual time it is still at work, though its update may lie there
+            continue  # in virtual time, it is still working even if its update is there
         arrival = await asyncio.to_thread(_judged, job, number, owed, probes)
         if arrival is not None:
             _tell(job, number, arrival)
@@ -42,32 +39,30 @@ async def late_arrivals(job: Job, number: int, probes: Collection[str]) -> list[
 
 
 def name_dropped(job: Job) -> None:
-    """Say at the job's end which late updates have come after its last training round was
-    committed.
-    """
+    """At the job's end, log late updates that arrived after the last training round's commit."""
     if not folds(job.recipe):
         return
     try:
         for owed in awaited(job.records):
             if any(job.store.exists(job.paths.manifest(owed.round, owed.site, attempt)) for attempt in owed.attempts):
                 get_run_logger().warning(
-                    "%s's update of round %d came after the last training round: it stays in the store, and is not used",
+                    "%s's update of round %d arrived after the last training round: it stays in the store, and is not used",
                     owed.site,
                     owed.round,
                 )
     except (OSError, StoreError) as error:  # the job is over, and its result is written
-        get_run_logger().warning("nobody knows which late updates came after the last training round: %s", error)
+        get_run_logger().warning("could not look for late updates after the last training round: %s", error)
 
 
 def late_expected(job: Job, round: int) -> Expected:
-    """What an update of an earlier round has to fit: what was asked then."""
+    """The requirements on an update of an earlier round: those of its own round."""
     head = job.records[round].base
     base = job.store.tensors(job.paths.global_model(round), head.size)
     return expected(job.recipe, job.strategy, job.job_id, round, "train", head, base, job.holes, job.arithmetic)
 
 
 def _judged(job: Job, number: int, owed: Awaited, probes: Collection[str]) -> Arrival | None:
-    """A late update as the gate judges it against its own round; None when it has not come."""
+    """A late update as the gate judges it against its own round; None if it hasn't arrived."""
     for attempt in _attempts(job, owed):
         try:
             delivery = _delivered(job, owed, attempt)
@@ -86,9 +81,7 @@ def _judged(job: Job, number: int, owed: Awaited, probes: Collection[str]) -> Ar
 
 
 def _attempts(job: Job, owed: Awaited) -> Collection[int]:
-    """The attempts that may have brought a late update; in virtual time a site that was late may
-    have been asked once more.
-    """
+    """The attempts that may have brought a late update; virtual time may have added one."""
     if job.clock is None:
         return owed.attempts
     there = asked_before(job.store.tree(job.paths.round(owed.round)), lives_on=False).get(owed.site)
@@ -110,7 +103,7 @@ def _tell(job: Job, number: int, arrival: Arrival) -> None:
         )
     elif isinstance(outcome, Accepted):
         logger.info(
-            "%s's update of round %d came late: it counts in round %d (staleness %d)",
+            "%s's update of round %d arrived late: it counts in round %d (staleness %d)",
             site,
             arrival.round,
             number,

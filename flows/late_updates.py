@@ -1,4 +1,4 @@
-"""The recipe's choice of what becomes of late updates, for the recipes that average."""
+"""The field `late` for recipes that average: what happens to late updates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,11 +11,11 @@ from fedpool.training_recipe import TrainingRecipe
 
 
 class LateUpdates(TrainingRecipe):
-    """A recipe whose rounds may count updates that come late, by `fedpool.tasks.staleness`."""
+    """A recipe whose rounds may count late updates, see `fedpool.tasks.staleness`."""
 
     late: Literal["drop", "fold"] = Field(
         default="drop",
-        description="what becomes of an update that comes when its round has closed: drop it, or fold it into the next round, "
+        description="what happens to an update that arrives after its round has closed: drop it, or fold it into the next round, "
         "with its weight times 1 / sqrt(1 + staleness)",
     )
 
@@ -25,7 +25,7 @@ class LateUpdates(TrainingRecipe):
         if folds(self) and (strategy.extras or strategy.shared):
             raise RecipeError(
                 f"late='fold' does not work with {type(strategy).__name__}: what its sites send beside parameters (extras), or "
-                "see of the server's state, is meant for the round that they were asked in. Leave out late"
+                "see of the server's state, is only valid in the round that asked for it. Leave out late"
             )
 
 
@@ -44,5 +44,5 @@ class NoLateUpdates(TrainingRecipe):
 
 
 def folds(recipe: Recipe) -> bool:
-    """Whether an update that comes when its round has closed counts in a later one."""
+    """Whether an update that arrives after its round has closed counts in a later one."""
     return isinstance(recipe, LateUpdates) and recipe.late == "fold"

@@ -1,8 +1,8 @@
-"""What becomes of a deployment's runs that would overlap: what a run itself has to do about it.
+"""Overlapping runs of a deployment: the part that a run itself has to handle.
 
-Whether a run waits for the one before, or is skipped, is decided by Prefect before the run begins,
-by the deployment's concurrency limit. That a run ends the one before is not among what Prefect can
-do.
+Prefect decides before a run starts, by the deployment's concurrency limit, whether the run waits
+for the previous one or is skipped. Prefect can't have a run end the previous one, so this module
+does.
 """
 
 import asyncio
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 _POLL_S = 1.0
 _PATIENCE_S = 120.0
-"""How long a run that is cancelled may take to end; one whose machine is gone never does."""
+"""How long a cancelled run may take to end; if its machine is gone, it never does."""
 
 
 async def cancel_earlier() -> None:
-    """Cancel the runs of this run's deployment that began before it, and wait for their end."""
+    """Cancel earlier runs of this run's deployment, and wait for them to end."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     if run is None or run.deployment_id is None:
@@ -54,7 +54,7 @@ async def cancel_earlier() -> None:
             await asyncio.sleep(pause_s)
     for other in earlier:
         logger.warning(
-            "run %s did not end in %g s: going on beside it. If the machine that ran it is gone: prefect flow-run delete %s",
+            "run %s did not end within %g s: starting anyway. If the machine that ran it is gone: prefect flow-run delete %s",
             other.name,
             _PATIENCE_S,
             other.id,
@@ -62,9 +62,7 @@ async def cancel_earlier() -> None:
 
 
 async def _under_way_before(client: PrefectClient, run: FlowRun) -> list[FlowRun]:
-    """Runs of the same deployment that are under way and were due before a run: of two that
-    start at once, one ends the other.
-    """
+    """Unfinished runs of the same deployment that were due before a run; ties are broken by id."""
     states = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
     found = await client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[run.deployment_id])),
@@ -80,21 +78,20 @@ def _due(run: FlowRun) -> tuple[float, str]:
 
 
 async def outlasting_its_slot(work: Awaitable[T]) -> T:
-    """Do some work to its end, though Prefect may cancel the run that does it for want of its
-    deployment's slot.
+    """Do some work to its end, even if Prefect cancels its run for losing the deployment's slot.
 
-    A run holds its slot by a lease, which Prefect renews. When that fails, because the server was
-    restarted or did not answer for some seconds, Prefect cancels the run. A job is worth more than
-    that two of them might overlap then.
+    A run holds its slot through a lease, which Prefect renews. If that fails because the server was
+    restarted or didn't answer for some seconds, Prefect cancels the run. Finishing the job is worth
+    the risk that two of them overlap.
     """
-    # Against Prefect's scope; a task that is cancelled, or a signal, still ends the work.
+    # Shields from Prefect's scope only: a cancelled task or a signal still ends the work.
     with anyio.CancelScope(shield=True):
         result = await work
-    return result  # noqa: RET504  # to mypy, a scope may go on without it
+    return result  # noqa: RET504  # mypy thinks that a scope may swallow exceptions
 
 
 async def believe_the_store(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook for a run that crashed: one whose job has come to its end has done what it was for."""
+    """Hook for a crashed run: if its job has completed, mark the run as completed too."""
     store = Store(str(flow_run.parameters["store"]))
     if await asyncio.to_thread(has_completed, store, flow_run.name):
         completed: State[Any] = Completed(message=f"job {flow_run.name} has completed")

@@ -1,4 +1,4 @@
-"""The code of a recipe that is not fedpool's own: what travels with its jobs, and what cannot."""
+"""The code of a recipe that isn't part of fedpool: what travels with a job, and what can't."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,7 @@ from fedpool.user_code import Code, build_code, find_home, is_installed
 
 
 def code_of(recipe: Recipe) -> Code | None:
-    """The code that a job of the recipe takes along; None when there is none to take, or when it
-    cannot be taken.
+    """The code that travels with a job of the recipe; None if there is none, or if it can't travel.
 
     Raises:
         RecipeError: see `build_code`.
@@ -22,7 +21,7 @@ def code_of(recipe: Recipe) -> Code | None:
 
 
 def filter_code_of(recipe: Recipe) -> Code | None:
-    """The code that the sites need of it, for its filters alone; None as in `code_of`.
+    """The code of its filters, which the sites need; None as in `code_of`.
 
     Raises:
         RecipeError: see `build_code`.
@@ -32,14 +31,12 @@ def filter_code_of(recipe: Recipe) -> Code | None:
 
 
 def why_it_stays(recipe: Recipe) -> str | None:
-    """Why a recipe runs in the process alone that holds it, and what to do about it; None when
-    it runs anywhere.
-    """
+    """Why a recipe runs only in this process, with the remedy; None if it runs anywhere."""
     return next((why for path in _own(recipe) if (why := _why_it_stays(path, recipe))), None)
 
 
 def check_travels(recipe: Recipe) -> None:
-    """Refuse a recipe whose code cannot be taken to another process.
+    """Refuse a recipe whose code can't travel to another process.
 
     Raises:
         RecipeError: see `why_it_stays`.
@@ -49,7 +46,7 @@ def check_travels(recipe: Recipe) -> None:
 
 
 def _own(recipe: Recipe) -> Iterator[str]:
-    """The `module:name` of what a recipe needs beside fedpool and what is installed for it."""
+    """The `module:name` of a recipe's code that is neither fedpool's nor installed."""
     full = type_of(type(recipe))
     if full not in BUILT_IN.values() and not is_registered(full):
         yield full
@@ -71,14 +68,12 @@ def _why_it_stays(path: str, recipe: Recipe) -> str | None:
     what = f"class {class_name(path)}" if path == type_of(type(recipe)) else f"{what} {name}"
     if is_installed(module):
         return (
-            f"{what} is of the installed module {module}, which does not register it: give its package the entry point "
+            f"{what} is in the installed module {module}, which does not register it: give its package the entry point "
             f'[project.entry-points."{group}"] {module.rpartition(".")[2]} = "{path}"'
         )
     if "<locals>" in name:
         return f"{what} is defined inside a function of {module}: define it at the top of a module"
     if find_home(module) is None:
-        where = (
-            "the script that is run" if module in ("__main__", "<run_path>") else f"{module}, which has no source file"
-        )
+        where = "the script itself" if module in ("__main__", "<run_path>") else f"{module}, which has no source file"
         return f"{what} is defined in {where}: put it into a module beside the script, and import it from there"
     return None

@@ -1,14 +1,13 @@
-"""What a job does next: pure functions of its recipe and of the rounds that it has committed,
-nothing else.
+"""The next step of a job: pure functions of its recipe and its committed rounds.
 
-So a job that is resumed goes on as it would have gone on, and whoever verifies a job knows what had
-to follow. In order:
+So a resumed job continues exactly as it would have, and verifying a job can tell what had to
+follow. In order:
 
 1. training, `num_rounds` rounds or until it is stopped early;
-2. one round in which sites score the last model, when any site reports metrics or the recipe asks
-   for scores, and unless the recipe says otherwise (`final_evaluation`);
+2. one round in which sites score the last model, if any site reports metrics or the recipe asks
+   for scores, unless the recipe turns it off (`final_evaluation`);
 3. with `cross_site_eval`, one round in which sites submit their best local models, and one for each
-   of the models that are not scored yet, in which all sites score it.
+   model that isn't scored yet, in which all sites score it.
 """
 
 from collections.abc import Collection, Sequence
@@ -23,18 +22,18 @@ from fedpool.tensors import Digest
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a round does.
+    """The assignment of a round.
 
     Attributes:
-        task: what sites are asked.
-        owner: whose model they are given: `SERVER`, `SERVER_BEST`, or the site that submitted it.
-        origin: the round that a server's model is the start of, or in which a site submitted its
-            own.
+        task: of the sites.
+        owner: of the model that they get: `SERVER`, `SERVER_BEST`, or the site that submitted it.
+        origin: for a server's model, the round that starts from it; for a site's, the round in
+            which it was submitted.
         model: digest of the model; None for the newest global model.
-        everyone: whether all sites are asked and waited for, whatever the recipe says of sampling
-            and quorum.
-        min_answers: accepted updates without which the job fails; with 0, sites that are missing
-            leave a hole.
+        everyone: whether to ask and wait for all sites, whatever the recipe says about sampling and
+            quorum.
+        min_answers: number of accepted updates that the job needs; with fewer, it fails. If it is
+            0, missing sites leave gaps.
     """
 
     task: Task
@@ -46,8 +45,8 @@ class Step:
 
 
 def next_step(recipe: Recipe, records: Sequence[RoundRecord]) -> tuple[Step | None, str | None]:
-    """What the next round does, None at the job's end; and what stopped the training early, if
-    anything did.
+    """The next round's step, None at the job's end; and the rule that stopped the training early,
+    if any.
     """
     training, scoring = _split(records)
     stopped_by = None
@@ -59,7 +58,7 @@ def next_step(recipe: Recipe, records: Sequence[RoundRecord]) -> tuple[Step | No
     if not scoring:
         if not _scores_the_last(recipe, training):
             return None, stopped_by
-        # Where nothing is trained this is the job's purpose: without answers it has failed.
+        # Without training, scores are the job's purpose: it fails without answers.
         needed = 0 if recipe.num_rounds else recipe.min_clients
         return Step("evaluate", SERVER, trained, everyone=recipe.cross_site_eval, min_answers=needed), stopped_by
     if not recipe.cross_site_eval:
@@ -74,9 +73,7 @@ def next_step(recipe: Recipe, records: Sequence[RoundRecord]) -> tuple[Step | No
 
 
 def num_expected(recipe: Recipe, records: Sequence[RoundRecord], num_sites: int) -> int:
-    """How many rounds the job will have in the end, as far as is known: nothing stops it, and
-    every site has a model.
-    """
+    """The expected number of rounds, if nothing stops the job and every site has a model."""
     training, scoring = _split(records)
     count = _num_training(recipe, records) + _scores_the_last(recipe, training)
     if recipe.cross_site_eval:
@@ -85,16 +82,16 @@ def num_expected(recipe: Recipe, records: Sequence[RoundRecord], num_sites: int)
 
 
 def asks_everyone(recipe: Recipe, records: Sequence[RoundRecord], number: int) -> bool:
-    """Whether a round to come will ask all sites, as far as is known now."""
+    """Whether a future round will ask all sites, as far as is known now."""
     return recipe.cross_site_eval and number >= _num_training(recipe, records)
 
 
 def best_model(recipe: Recipe, records: Sequence[RoundRecord]) -> int:
-    """The round that the best global model is the start of, by its own score; the final one when
-    none is scored.
+    """The round that starts from the best global model, by its score; the final one if none has a
+    score.
 
-    A model that is not scored, such as the final one where nobody evaluates it, is not the best one
-    as long as another is.
+    A model without a score, such as a final model that isn't evaluated, is not the best one as long
+    as another has a score.
     """
     trained = len(_split(records)[0])
     best = best_round(
@@ -104,9 +101,7 @@ def best_model(recipe: Recipe, records: Sequence[RoundRecord]) -> int:
 
 
 def unscored_best(recipe: Recipe, records: Sequence[RoundRecord], sites: Collection[str]) -> SubmittedModel | None:
-    """The best global model as an entry of `models`, when it is not the final one and some site
-    has not scored it.
-    """
+    """The best global model as an entry of `models`, if a site still has to score it."""
     best = best_model(recipe, records)
     record = records[best]
     if record.task != "train" or {entry.site for entry in record.accepted} >= set(sites):
@@ -115,7 +110,7 @@ def unscored_best(recipe: Recipe, records: Sequence[RoundRecord], sites: Collect
 
 
 def _split(records: Sequence[RoundRecord]) -> tuple[Sequence[RoundRecord], Sequence[RoundRecord]]:
-    """The rounds that trained, and those after them."""
+    """The training rounds, and those after them."""
     trained = num_trained(records)
     return records[:trained], records[trained:]
 
@@ -127,9 +122,7 @@ def _num_training(recipe: Recipe, records: Sequence[RoundRecord]) -> int:
 
 
 def _scores_the_last(recipe: Recipe, training: Sequence[RoundRecord]) -> bool:
-    """Sites score the model that they receive: the last one needs a round of its own, when
-    scores are to be had.
-    """
+    """Whether the last model needs an evaluation round, as sites only score models they receive."""
     if recipe.num_rounds == 0 or recipe.cross_site_eval:
         return True
     return recipe.final_evaluation and any(record.metrics for record in training)

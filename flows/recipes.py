@@ -1,8 +1,8 @@
-"""The recipes that there are: a name for each that comes with fedpool, and those that installed
-packages register.
+"""The known recipes: fedpool's own, with a name for each, and those that installed packages
+register.
 
-An algorithm of fedpool's own is named here and in its own file, and nowhere else: the facade, the
-deployments and the catalogue go by this. Nothing is imported before it is used, because the facade
+An algorithm that comes with fedpool is named only here and in its own file: the facade, the
+deployments and the catalogue use this list. Modules are imported on first use, because the facade
 looks here when a client script imports `fedpool.client`.
 """
 
@@ -54,56 +54,48 @@ BUILT_IN: Mapping[str, str] = {
         "cross_site": "CrossSiteEvalRecipe",
     }.items()
 }
-"""Name -> `module:Class`, in the order in which they are shown. The name is that of the file and
-of the deployments' flow.
-"""
+"""Name -> `module:Class`, in display order. Files and deployments' flows have the same name."""
 
 GROUP = "fedpool.recipes"
-"""The entry point group by which an installed package registers a recipe: `name =
-"package.module:Class"`.
-"""
+"""The entry point group with which packages register recipes: `name = "package.module:Class"`."""
 
 _OF_CLASS = {full.rpartition(":")[2]: full for full in BUILT_IN.values()}
 
 
 def class_name(full: str) -> str:
-    """What a recipe's class is called, as people are shown it."""
+    """The name of a recipe's class, as shown to people."""
     return full.rpartition(":")[2]
 
 
 def type_of(kind: "type[Recipe]") -> str:
-    """A recipe's class as `job.json` names it, `module:Class`."""
+    """A recipe's class as in `job.json`, `module:Class`."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def full_type(recorded: str) -> str:
-    """The `module:Class` that a job means; jobs of an earlier version have the class alone,
-    which is one of fedpool's.
-    """
+    """The `module:Class` of a job. Earlier versions wrote only the class, one of fedpool's."""
     return recorded if ":" in recorded else _OF_CLASS.get(recorded, recorded)
 
 
 def flow_name(kind: "type[Recipe]") -> str | None:
-    """The name of a recipe of fedpool's own; None for any other."""
+    """The name of one of fedpool's recipes; None for any other."""
     return next((name for name, full in BUILT_IN.items() if full == type_of(kind)), None)
 
 
 def built_in() -> "Mapping[str, type[Recipe]]":
-    """The recipes of fedpool's own by the names of their classes."""
+    """Name of the class -> recipe, for fedpool's own recipes."""
     return {class_name(full): _load(full) for full in BUILT_IN.values()}
 
 
 def is_registered(full: str) -> bool:
     """Whether an installed package registers a class, `module:Class`, as a recipe."""
-    from importlib.metadata import entry_points  # what a client script can do without
+    from importlib.metadata import entry_points  # not needed by client scripts
 
     return any(entry.value == full for entry in entry_points(group=GROUP))
 
 
 def find_installed(full: str) -> "type[Recipe] | None":
-    """The class that is `module:Class`, of fedpool's own or registered; None when it is neither:
-    then nothing is imported.
-    """
+    """The class `module:Class` if it is fedpool's or registered; else None, without an import."""
     return _load(full) if full in BUILT_IN.values() or is_registered(full) else None
 
 

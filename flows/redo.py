@@ -1,6 +1,6 @@
-"""What simulated sites were at work on, in virtual time, when a coordinator was lost.
+"""Redoes the work of simulated sites in virtual time that was lost with a coordinator.
 
-It is done again, from the model of its own round, in a new attempt.
+Each site repeats it from the model of its own round, in a new attempt.
 """
 
 import asyncio
@@ -16,9 +16,7 @@ from fedpool.tasks.virtual_round import VirtualClock
 
 
 async def go_on_in_virtual_time(job: Job, clock: VirtualClock) -> None:
-    """Have every site go on with what it is at work on; what is in the store already is not done
-    again.
-    """
+    """Have every site continue its current work, except updates that are in the store already."""
     for site, part in clock.schedule.at_work.items():
         found = await asyncio.to_thread(job.store.tree, job.paths.round(part.round))
         before = asked_before(found, lives_on=False).get(site, Asked(0, answered=False))
@@ -28,7 +26,7 @@ async def go_on_in_virtual_time(job: Job, clock: VirtualClock) -> None:
 
 
 def _turn(job: Job, number: int, site: str) -> Turn:
-    """What the site was asked in a round that is committed."""
+    """The site's assignment in a committed round."""
     record = job.records[number]
     base = job.store.tensors(job.paths.global_model(number), record.base.size)
     wanted = expected(

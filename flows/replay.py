@@ -1,6 +1,4 @@
-"""Replay of a round: what its updates come to under another strategy, or without some of the
-sites. The job stays as it is.
-"""
+"""Replays a round with another strategy or without some sites. The job stays as it is."""
 
 import math
 from collections.abc import Callable, Collection
@@ -34,15 +32,15 @@ from fedpool.tensors import TensorReader, blocks_of
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a replay came to.
+    """The result of a replay.
 
     Attributes:
-        round: that was replayed.
-        sites: whose updates went into it.
-        sha256: of the model that came of it.
-        moved: L2 distance from the round's global model to the one that was committed, over all
+        round: the round that was replayed.
+        sites: the sites whose updates were used.
+        sha256: of the resulting model.
+        moved: L2 distance from the round's global model to the committed next one, over all
             parameters.
-        distance: L2 distance from the committed model to the one of the replay.
+        distance: L2 distance from the committed model to the replayed one.
     """
 
     round: int
@@ -62,26 +60,26 @@ def replay_round(
     leave_out: Collection[str] = (),
     allow: Permission = by_environment,
 ) -> Replayed:
-    """Aggregate the accepted updates of a round once more.
+    """Aggregate the accepted updates of a round again.
 
     Args:
-        target: file that the model is written to; it must not exist.
+        target: file to write the model to; it must not exist.
         round: None for the job's last training round.
-        strategy: an aggregator, as a recipe has it: a name, `Krum(num_byzantine=2)`; None for the
-            recipe's own strategy.
-        leave_out: sites to do without.
-        allow: is asked before code is run that came with the job; see `recipe_of`.
+        strategy: an aggregator as in a recipe: a name, or for example `Krum(num_byzantine=2)`; None
+            for the recipe's own strategy.
+        leave_out: sites whose updates are left out.
+        allow: called before running code that came with the job; see `recipe_of`.
 
     Raises:
         ConfigError: the job's code may not be run.
-        RecipeError: an aggregator or a site that is not there, or nothing is left.
+        RecipeError: the aggregator or a site is unknown, or no update is left.
         RoundError: the round is not committed, or its updates were not kept.
-        IntegrityError: an update is not what its record says.
+        IntegrityError: an update doesn't match its record.
     """
     other = None if strategy is None else FedAvg(chosen(strategy))
     recipe, paths = recipe_of(job_id, store, allow=allow), JobPaths(job_id)
     record = _training_round(store, job_id, num_trained(store, job_id) - 1 if round is None else round)
-    assert record.next_global is not None, "a training round has made a model"
+    assert record.next_global is not None, "a training round makes a model"
     number = record.round
     job = JobRecord.read(store, paths.job)
     own: Strategy = recipe.strategy(len(job.sites))
@@ -127,10 +125,10 @@ def replay_round(
 
 
 def _training_round(store: Store, job_id: str, round: int) -> RoundRecord:
-    """The record of a round that can be replayed; raises `RoundError` when it made no model."""
+    """The record of a round that can be replayed; raises `RoundError` if it made no model."""
     paths = JobPaths(job_id)
     if round < 0:
-        raise RoundError(f"job {job_id} has not committed such a round")
+        raise RoundError(f"job {job_id} has no such training round: give the number of a committed one")
     if not store.exists(paths.record(round)):
         raise RoundError(f"round {round} of job {job_id} is not committed")
     record = RoundRecord.read(store, paths.record(round))
@@ -146,16 +144,16 @@ def _judged_again(
     wanted_of: Callable[[int], Expected],
     leave_out: Collection[str],
 ) -> list[Accepted]:
-    """The updates that count in a round, late ones among them, through the gate once more, without
-    those of some sites.
+    """Pass the updates that a round counted, including late ones, through the gate again.
 
     Args:
-        wanted_of: what the updates of an earlier round have to fit.
+        wanted_of: returns the requirements on an earlier round's updates.
+        leave_out: sites whose updates are left out.
     """
     there = in_order({entry.site for entry in (*record.accepted, *record.late_accepted)})
     if unknown := in_order(set(leave_out) - set(there)):
         raise RecipeError(
-            f"{', '.join(unknown)} sent nothing that round {record.round} used: these did: {', '.join(there)}"
+            f"{', '.join(unknown)} sent nothing that round {record.round} used: name some of {', '.join(there)}"
         )
     updates = [_passed(store, entry, wanted) for entry in record.accepted if entry.site not in leave_out]
     for late in record.late_accepted:
@@ -165,16 +163,16 @@ def _judged_again(
             assert isinstance(outcome, Accepted)
             updates.append(outcome)
     if not updates:
-        raise RecipeError("no update is left: leave out fewer sites")
+        raise RecipeError("no updates are left: leave out fewer sites")
     if not any(update.weight for update in updates):
-        raise RecipeError("no update that is left has a weight above 0: leave out fewer sites")
+        raise RecipeError("none of the remaining updates has a weight above 0: leave out fewer sites")
     return updates
 
 
 def _passed(store: Store, entry: AcceptedEntry, wanted: Expected) -> Accepted:
-    """An update that was accepted, through the gate once more."""
+    """Pass an accepted update through the gate again."""
     if not store.exists(JobPaths(wanted.job_id).update(wanted.round, entry.site, entry.attempt)):
-        raise RoundError(f"the updates of round {wanted.round} were not kept (keep_updates): it cannot be replayed")
+        raise RoundError(f"the updates of round {wanted.round} were not kept (keep_updates), so it cannot be replayed")
     delivery = read_delivery(store, wanted.job_id, wanted.round, entry.site, entry.attempt)
     outcome = judge(store, entry.site, entry.attempt, delivery, wanted)
     if not isinstance(outcome, Accepted):
@@ -183,13 +181,13 @@ def _passed(store: Store, entry: AcceptedEntry, wanted: Expected) -> Accepted:
 
 
 def _state(store: Store, paths: JobPaths, round: int) -> TensorReader | None:
-    """What the strategy carried into a round."""
+    """The strategy's state at the start of a round."""
     said = RoundRecord.read(store, paths.record(round - 1)).state if round > 0 else None
     return store.tensors(paths.state(round - 1), said.size) if said else None
 
 
 def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> float:
-    """L2 distance of two models of the same parameters, in float64."""
+    """L2 distance of two models with the same parameters, in float64."""
     total = 0.0
     for name, start, stop in blocks_of(one.spec, block_elements):
         values = (
@@ -197,6 +195,6 @@ def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> fl
             for model in (one, other)
         )
         difference = next(values) - next(values)
-        difference[~difference.isfinite()] = 0.0  # of holes there is none
+        difference[~difference.isfinite()] = 0.0  # holes have no difference
         total += torch.dot(difference, difference).item()
     return math.sqrt(total)

@@ -1,12 +1,12 @@
 """`federated_round`: one global step, one flow run, named "<job name> round 3".
 
-Its run is created (`fedpool.flows.round_run`) while an earlier round still trains, because a short
-round takes no longer than that does, and waits for its turn. Then it asks the chosen sites, passes
-every update through the gate as it arrives, and, once all have answered, failed or run into
-`round_timeout`, or the quorum's rule says so, aggregates, writes the next global model and then
-`round.json`, which commits the round. With fewer than `min_clients` accepted updates it asks the
-missing sites again, `round_retries` times, and then fails, with every missing site's cause in its
-message. Caches and persists nothing.
+The run is created (`fedpool.flows.round_run`) while an earlier round still trains, because that
+takes as long as a short round. At its turn, the round asks the chosen sites and passes every update
+through the gate as it arrives. It closes when all sites have answered, failed or exceeded
+`round_timeout`, or when the quorum rule says so. Then it aggregates, writes the next global model,
+and finally `round.json`, which commits the round. With fewer than `min_clients` accepted updates,
+it asks the missing sites again, up to `round_retries` times, and then fails with the cause for
+every missing site. Caches and persists nothing.
 """
 
 import asyncio
@@ -43,9 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a round has made of its updates, and of late ones: the next model, or the models that
-    sites have submitted.
-    """
+    """The results of a round: the next model, or the models that sites have submitted."""
 
     outcomes: Sequence[Outcome]
     arrivals: Sequence[Arrival] = ()
@@ -55,12 +53,12 @@ class Made:
 
 @flow(name="federated-round", validate_parameters=False, persist_result=False)
 async def federated_round(job: Job, number: int) -> State[Any] | None:
-    """Wait for the round's turn, run it and commit it: the job's ledger has its record then.
+    """Wait for the round's turn, run it and commit it to the job's ledger.
 
-    Returns: a Cancelled state when the job ended before the round's turn.
+    Returns: a Cancelled state if the job ended before the round's turn.
 
     Raises:
-        RoundError: fewer updates were accepted than its step needs.
+        RoundError: the round has fewer accepted updates than its step needs.
     """
     asking, outcomes = await ask(job, number)
     if asking is None:
@@ -74,14 +72,12 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     job.ledger = job.ledger.advance(record, digest.sha256)
     job.observer.committed(record)
     job.rounds[number].committed.set()
-    await _tidy(job, number, made.outcomes, made.arrivals)  # the next round is under way by now: this costs it nothing
+    await _tidy(job, number, made.outcomes, made.arrivals)  # the next round has started, so this doesn't delay it
     return None
 
 
 async def _make(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made:
-    """Make of the updates what the round is for; one that was changed since the gate let it pass
-    is rejected.
-    """
+    """Use the updates as the task requires. An update that changed after the gate is rejected."""
     if asking.step.task == "train":
         return await _aggregate(job, asking, outcomes)
     if asking.step.task == "submit_model":
@@ -118,16 +114,14 @@ async def _submit(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made
     for of_site in lost:
         outcomes = [_unless_changed(outcome, of_site) for outcome in outcomes]
     if without := [outcome.site for outcome in accepted(outcomes) if outcome.tensors is None]:
-        get_run_logger().warning("no model of their own, and so none to score: %s", ", ".join(without))
+        get_run_logger().warning("these sites submitted no model, so there is none to score: %s", ", ".join(without))
     return Made(outcomes, models=models)
 
 
 def _publish(
     job: Job, asking: Asking, best: SubmittedModel | None, submitted: Collection[Accepted]
 ) -> tuple[list[SubmittedModel], list[UpdateChanged]]:
-    """Write the models that are to be scored as those of the rounds to come; see
-    `publish_submitted`.
-    """
+    """Write the models to score as the next rounds' global models; see `publish_submitted`."""
     number, models = asking.number, [] if best is None else [best]
     if best is not None:
         source, target = job.paths.global_model(best.round), job.paths.global_model(number + 1)
@@ -172,29 +166,27 @@ def _recorded(job: Job, asking: Asking, made: Made, trained: float) -> RoundReco
 
 
 def _check(job: Job, asking: Asking, record: RoundRecord) -> None:
-    """Say who is missing from a round and why; raise `RoundError` when its step needs more
-    updates than there are.
-    """
+    """Log why sites are missing from a round; raise `RoundError` if it has too few updates."""
     missing = causes(record)
     if len(record.accepted) < asking.step.min_answers:
         raise RoundError(
             f"round {record.round}: {len(record.accepted)} of {len(asking.chosen)} sites sent an update that was accepted, "
-            f"min_clients is {job.recipe.min_clients}\n{missing}{how_to_resume(record)}"
+            f"but min_clients is {job.recipe.min_clients}\n{missing}{how_to_resume(record)}"
         )
     if missing:
-        get_run_logger().warning("round %d goes on without some sites\n%s", record.round, missing)
+        get_run_logger().warning("round %d continues without some sites\n%s", record.round, missing)
     if (why := uncounted(record, job.recipe.aggregation_weights)) is not None:
         get_run_logger().warning("round %d: %s", record.round, why)
 
 
 async def _tidy(job: Job, number: int, outcomes: Sequence[Outcome], arrivals: Sequence[Arrival]) -> None:
-    """What is left to do when a round is committed."""
+    """Tidy up after the commit of a round."""
     for outcome in accepted(outcomes):
         await asyncio.to_thread(job.store.settle, job.paths.update(number, outcome.site, outcome.attempt))
     for came in arrivals:
         if isinstance(update := came.outcome, Accepted):
             await asyncio.to_thread(job.store.settle, job.paths.update(came.round, update.site, update.attempt))
-    for old in outdated(job.records, job.recipe.keep_updates)[-1:]:  # those before it went in their time
+    for old in outdated(job.records, job.recipe.keep_updates)[-1:]:  # older ones were dropped before
         await asyncio.to_thread(drop_updates, job.store, job.job_id, old)
     if not folds(job.recipe):
         job.late |= {(number, outcome.site, outcome.attempt) for outcome in outcomes if isinstance(outcome, Late)}
@@ -202,20 +194,20 @@ async def _tidy(job: Job, number: int, outcomes: Sequence[Outcome], arrivals: Se
 
 
 def _name_late(job: Job) -> None:
-    """Say which updates have come after their rounds had closed."""
+    """Log updates that arrived after their rounds had closed."""
     for key in sorted(job.late):
         round, site, attempt = key
         if job.store.exists(job.paths.manifest(round, site, attempt)):
             job.late.discard(key)
             get_run_logger().warning(
-                "%s's update of round %d came when that round had closed: it stays in the store, and is not used",
+                "%s's update of round %d arrived after that round had closed: it stays in the store, and is not used",
                 site,
                 round,
             )
 
 
 def _unless_changed(outcome: T, changed: UpdateChanged) -> T | Rejected:
-    """The outcome, or that of an update which was changed after the gate had let it pass."""
+    """The outcome, or a rejection if it is the update that changed after the gate accepted it."""
     if not isinstance(outcome, Accepted) or outcome.key != changed.key:
         return outcome
     get_run_logger().warning("%s: update rejected (changed): %s", changed.site, changed)

@@ -1,8 +1,8 @@
 """The flow run of a round, inside the process and the flow run of its job.
 
-Prefect's own engine would do the same at twice the price: for every run of a subflow it looks for
-one to go on with, names it and reads it back, each by a request of its own. A short round takes as
-long as its requests take the server.
+Prefect's own engine would cost twice as much: for every subflow run, it looks for a run to
+continue, names it and reads it back, with a request each. A short round takes about as long as the
+server needs for its requests.
 """
 
 import asyncio
@@ -31,19 +31,18 @@ from fedpool.tasks.watch import gone
 
 @task(name="federated-round")
 def _round_in_job() -> None:
-    """Stands for the round in the job's graph; never called."""
+    """Represents the round in the job's graph; never called."""
 
 
 async def run_round(job: Job, number: int) -> None:
-    """Create the flow run of a round, named "<job name> round 3", do the round in it, and report
-    how it ended.
+    """Create the flow run of a round, named "<job name> round 3", run the round in it, and report
+    its end.
 
-    The run is pending until the round's turn comes: so it shows in the UI when the round began, and
-    not when it was made ready.
+    The run is pending until the round's turn comes, so the UI shows when the round started, not
+    when the run was created.
 
-    Raises: what the round raises; its run is reported first: as failed, cancelled with its job, or
-    crashed if the process is
-        being ended.
+    Raises: the round's exception, after reporting the run as failed, as cancelled with its job, or
+    as crashed if the process is being ended.
     """
     parent = FlowRunContext.get()
     assert parent is not None and parent.flow_run is not None, "a round runs inside the run of its job"
@@ -65,10 +64,10 @@ async def run_round(job: Job, number: int) -> None:
             finally:
                 await _settle(starting, job.rounds[number])
         except (asyncio.CancelledError, termination()):
-            await _report(client, run, Crashed(message="the coordinator was ended"))
+            await _report(client, run, Crashed(message="the coordinator's process was ended"))
             raise
         except Exception as error:
-            if job.sites.cancelled:  # nobody's failure
+            if job.sites.cancelled:  # not a failure
                 await _report(client, run, Cancelled(message="the job was cancelled"))
                 raise
             logger.error("%s", error, exc_info=not isinstance(error, FedpoolError))
@@ -79,7 +78,7 @@ async def run_round(job: Job, number: int) -> None:
 
 @contextmanager
 def _noted(event: asyncio.Event) -> Iterator[None]:
-    """Set an event at the end of what is done, however it ends."""
+    """Set an event at the end of a block, however it ends."""
     try:
         yield
     finally:
@@ -89,26 +88,24 @@ def _noted(event: asyncio.Event) -> Iterator[None]:
 async def _start_at_turn(
     client: PrefectClient, run: FlowRun, job: Job, number: int, logger: "LoggerAdapter[Logger]"
 ) -> None:
-    """Report that a round's run has started once its turn has come, while the round does its
-    work.
-    """
+    """Report that a round's run has started once its turn has come, while the round works."""
     if await asyncio.shield(job.rounds[number].step) is None:
         return
     if (before := job.rounds.get(number - 1)) is not None:
         await before.ended.wait()
     try:
         await _report(client, run, Running())
-    except (httpx.HTTPError, PrefectException) as error:  # the round goes on: it is only seen less well
-        logger.warning("the Prefect server was not told that the round has started: %s", error)
+    except (httpx.HTTPError, PrefectException) as error:  # the round continues: only its display suffers
+        logger.warning("could not report to the Prefect server that the round has started: %s", error)
 
 
 async def _settle(starting: "asyncio.Task[None]", signals: RoundSignals) -> None:
-    """Let no state of a round's run be reported after that of its end."""
+    """Make sure that no state of a round's run is reported after its final state."""
     if not signals.step.done():
         starting.cancel()
     await asyncio.wait({starting})
     if not starting.cancelled():
-        starting.result()  # raises what nobody expected of it
+        starting.result()  # raises unexpected errors
 
 
 async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -> FlowRun:
@@ -121,21 +118,21 @@ async def _create(client: PrefectClient, job_run: UUID, job: Job, number: int) -
         parameters={"number": number},
         tags=current_tags(),
         parent_task_run_id=tracking.id,
-        state=Pending(message="waits for its turn"),
+        state=Pending(message="waiting for its turn"),
     )
     return run
 
 
 async def why_refused(client: PrefectClient, job_run: UUID, number: int, error: Exception) -> ServerError:
-    """What is to be said of a round whose run the server did not take."""
+    """The error for a round whose run the server didn't accept."""
     try:
         await client.read_flow_run(job_run)
     except ObjectNotFound:
         return ServerError(gone(client, job_run))
-    except (httpx.HTTPError, PrefectException):  # it does not answer, as the error says
+    except (httpx.HTTPError, PrefectException):  # no answer, as the error says
         pass
     return ServerError(
-        f"round {number} could not be begun, because the Prefect server at {client.api_url} failed: {error}"
+        f"round {number} could not start, because the Prefect server at {client.api_url} failed: {error}"
     )
 
 

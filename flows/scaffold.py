@@ -1,7 +1,7 @@
 """SCAFFOLD: control variates correct the drift of each site's gradient.
 
-The server's variate c travels with the global model; a site keeps its own c_i, adds c - c_i to each
-gradient g of its S local steps, and sends what its c_i changed by.
+The server's variate c travels with the global model. Each site keeps its own c_i, adds c - c_i to
+each gradient g of its S local steps, and sends the change of its c_i.
 
     y <- y - lr_k (g(y) + c - c_i), from y = x
     c_i <- c_i - c + (x - y) / (S lr_k)
@@ -30,12 +30,12 @@ Weighted = bool | Literal["model"]
 class Scaffold(Strategy):
     """x <- x + lr sum_k (w_k / w) (y_k - x); c <- sum_k (w_k / W) c_k
 
-    The first sum is over the sites whose updates count in the round, of which w is the weight; the
-    second over all of the job's, of which W is: c stays the mean of the sites' variates, whoever
-    takes part. The paper has equal weights, as with `weighted=False`. A site's weight in W is that
-    of its first update that counted; a site that nobody has heard of yet weighs as much as the
-    others on average. What `clip_updates` scales down of y_k - x it scales down of the change of
-    c_k.
+    The first sum is over the sites whose updates count in the round, with total weight w. The
+    second is over all sites of the job, with total weight W, so c stays the mean of the sites'
+    variates, whichever sites take part. The paper has equal weights, as with `weighted=False`. A
+    site's weight in W is that of its first update that counted. A site without one weighs as much
+    as the others on average. If `clip_updates` scales down y_k - x, the change of c_k is scaled
+    down by the same factor.
     """
 
     num_sites: int
@@ -80,13 +80,13 @@ def _change(name: str, update: Update) -> torch.Tensor:
 
 
 class ScaffoldRecipe(NoLateUpdates):
-    """Federated learning for sites that differ much and train long between rounds, at twice the
-    transfer of averaging.
+    """Federated learning for sites that differ much and train long between rounds.
 
-    Every site should take part often: a control variate that is many rounds old corrects little.
+    Transfers twice as much as averaging. Every site should take part often: a control variate that
+    is many rounds old corrects little.
 
     Client script: examples/algorithms/scaffold.py
-        A helper corrects the steps of the optimizer, SGD, and keeps the site's variate; a patched
+        A helper corrects the steps of the optimizer, SGD, and keeps the site's variate. A patched
         Lightning or Hugging Face trainer has it built in.
 
             control = flare.Scaffold(model, optimizer)  # corrects the optimizer's steps
@@ -94,12 +94,12 @@ class ScaffoldRecipe(NoLateUpdates):
             flare.send(flare.FLModel(params=params, metrics=metrics, extras=extras))
     """
 
-    server_lr: float = Field(default=1.0, description="learning rate of the server", gt=0, allow_inf_nan=False)
+    server_lr: float = Field(default=1.0, description="the server's learning rate", gt=0, allow_inf_nan=False)
 
     weighted: Weighted = Field(
         default=True,
-        description="whether sites count by their weights, in the model and in the control variates, or all alike, as in the "
-        "paper; model: in the model alone, as in earlier versions",
+        description="true: sites count by their weights, in the model and in the control variates; false: equally, as in the "
+        "paper; model: by their weights in the model only, as in earlier versions",
     )
 
     @classmethod

@@ -1,10 +1,10 @@
 """`site_round`: one assignment at one site, one flow run; the site's half of a round.
 
-Waits for the assignment to be written to the store, has the site's script do it, and commits the
-update there. As a flow, in a process, docker or kubernetes pool, it starts a script for this round
-alone, with the site's settings from the environment. A `fedpool-site` worker does the same with the
-job's warm session, without the flow (sites/piece.py), and reports the run's states itself. Persists
-no result: what it leaves is in the store.
+Waits for the assignment in the store, has the site's script do it, and commits the update to the
+store. As a flow, in a process, docker or kubernetes pool, it starts a script for this round only,
+with the site's settings from the environment. A `fedpool-site` worker does the same with the job's
+warm session, without the flow (sites/piece.py), and reports the run's states itself. Persists no
+Prefect result: all results are in the store.
 """
 
 import asyncio
@@ -35,10 +35,10 @@ async def site_round(
         job_id: the job.
         site: the site that is asked.
         round: the round, from 0.
-        attempt: how often the site has been asked in this round before.
-        store: URL of the store that the job lies in.
+        attempt: how often the site was asked in this round before.
+        store: URL of the store that the job is in.
 
-    Returns: Completed; Cancelled when the job, or the round, was over before it began here.
+    Returns: Completed; Cancelled if the job or the round ended before the work started here.
 
     Raises:
         SiteError: the script or the store failed; the run fails with the site, the round and the

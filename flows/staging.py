@@ -1,7 +1,7 @@
-"""A job's beginnings, in the store: a new one is staged; a lost one is found again; a fork starts
-from a model of another.
+"""The start of a job in the store: staging a new job, finding an existing one, forking.
 
-Costs no Prefect, because an environment looks here before anything runs.
+A fork starts from a model of another job. Doesn't load Prefect, because environments call this
+before anything runs.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from fedpool.tensors import Digest
 from fedpool.user_code import Code
 
 _NOT_COMPARED = {"train_script", "initial_ckpt"}
-"""Fields of a recipe that may differ when a job goes on: what they name is in the store."""
+"""Fields of a recipe that may differ when a job is resumed: their contents are in the store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a job begins.
+    """How a job starts.
 
     Attributes:
-        recipe: what to run; a fork's has the model that it starts from.
-        job_id: a new one, or the one that goes on.
+        recipe: what to run; a fork's recipe has the model that it starts from.
+        job_id: a new id, or that of the job to resume.
         resumes: whether it was begun before.
-        parent: what it is a fork of.
+        parent: the job and round that it is a fork of.
     """
 
     recipe: Recipe
@@ -50,10 +50,10 @@ class Start:
 
 
 def start_of(recipe: Recipe, store: Store, begin: Begin) -> Start:
-    """What a job is, of which is said how it begins.
+    """The start of a job, from the user's choice of a new job, a resumed one or a fork.
 
     Raises:
-        RecipeError: there is no such job, or no such model.
+        RecipeError: the job or the model to start from doesn't exist.
     """
     if begin.resume is None:
         return Start(recipe, new_job_id(recipe.name))
@@ -67,14 +67,12 @@ def start_of(recipe: Recipe, store: Store, begin: Begin) -> Start:
 
 
 def num_trained(store: Store, job_id: str) -> int:
-    """How many training rounds a job has committed: its newest global model is the one of that
-    round.
-    """
+    """Number of training rounds that a job has committed, so the number of its newest model."""
     return sum(1 for _ in takewhile(lambda record: record.task == "train", stored_records(store, job_id)))
 
 
 def num_committed(store: Store, job_id: str) -> int:
-    """How many rounds a job has committed, those that only score or submit models included."""
+    """Number of rounds that a job has committed, including those without training."""
     number, paths = 0, JobPaths(job_id)
     while store.exists(paths.record(number)):
         number += 1
@@ -82,7 +80,7 @@ def num_committed(store: Store, job_id: str) -> int:
 
 
 def has_completed(store: Store, job_id: str) -> bool:
-    """Whether a job has come to its end, so that there is nothing to go on with."""
+    """Whether a job has completed, so there is nothing to resume."""
     path = JobPaths(job_id).result
     return store.exists(path) and JobResult.read(store, path).status == "COMPLETED"
 
@@ -90,12 +88,12 @@ def has_completed(store: Store, job_id: str) -> bool:
 def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[str]) -> None:
     """Check that a job has this recipe and these sites.
 
-    The values of the recipe's model do not matter, because the job has its own; where the script
-    lies does not matter either.
+    The values of the recipe's model don't matter, because the job has its own; neither does the
+    script's path.
 
     Raises:
-        FileNotFoundError: there is no such job.
-        RecipeError: something differs; names all of it.
+        FileNotFoundError: the job doesn't exist.
+        RecipeError: something differs; lists all differences.
     """
     paths = JobPaths(job_id)
     job = JobRecord.read(store, paths.job)
@@ -104,7 +102,7 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
     here = {"sites": sorted(sites), "script": recipe.bundle.sha256, **_described(recipe)}
     if ":" in there["type"]:
         there["code"], here["code"] = (code and code.sha256 for code in (job.code, code_of(recipe)))
-    else:  # of an earlier version, which had no code with it
+    else:  # of an earlier version, which stored no code
         there["type"] = full_type(there["type"])
         here["type"] = here["type"] if ":" in there["type"] else class_name(here["type"])
     model = store.tensors(paths.global_model(0), job.model.size)
@@ -115,18 +113,18 @@ def check_unchanged(recipe: Recipe, job_id: str, store: Store, sites: Sequence[s
     )
     if differing:
         what = "\n".join(
-            f"{name}: {_brief(there.get(name))} there, {_brief(here.get(name))} here" for name in differing
+            f"{name}: {_brief(there.get(name))} in the job, {_brief(here.get(name))} here" for name in differing
         )
-        raise RecipeError(f"job {job_id} was begun with another recipe: fork it (fork=True) to change\n{what}")
+        raise RecipeError(f"job {job_id} was started with another recipe: fork it (fork=True) to change\n{what}")
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as `job.json` holds it."""
+    """A recipe as in `job.json`."""
     return {"type": type_of(type(recipe)), **recipe.model_dump(mode="json")}
 
 
 def _told(full: str, other: str) -> str:
-    """A class as people are shown it, by its name, unless that is the other's, too."""
+    """The class as shown to people: its name, or in full if the other has the same name."""
     return full if class_name(full) == class_name(other) else class_name(full)
 
 
@@ -146,19 +144,19 @@ def stage(
     parent: Parent | None = None,
     environment: EnvironmentRecord | None = None,
 ) -> Digest:
-    """Write a new job's bundle, initial model and, as their commit, `job.json`; returns the initial
-    model's digest.
+    """Write a new job's bundle, initial model and, as the commit, `job.json`; returns the model's
+    digest.
 
     Args:
-        simulated: its sites are of this machine, and no one else's.
-        template: it never runs itself: a deployment makes its jobs from it.
-        parent: what it is a fork of.
-        environment: where it runs, and how.
+        simulated: whether only this machine simulates its sites.
+        template: whether it never runs itself: a deployment makes its jobs from it.
+        parent: the job and round that it is a fork of.
+        environment: where and how it runs.
     """
     paths = JobPaths(job_id)
     store.write_bytes(paths.bundle(recipe.bundle.sha256), recipe.bundle.data)
     code, filter_code = code_of(recipe), filter_code_of(recipe)
-    travelling = {each.sha256: each.data for each in (code, filter_code) if each is not None}  # often one and the same
+    travelling = {each.sha256: each.data for each in (code, filter_code) if each is not None}  # often the same
     for sha256, data in travelling.items():
         store.write_bytes(paths.code(sha256), data)
     digest: Digest = recipe.model.digest
@@ -194,14 +192,14 @@ def _named(code: Code | None) -> NamedCode | None:
 
 
 def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
-    """The recipe of a staged job, as the store holds it.
+    """The recipe of a staged job, as in the store.
 
     Args:
         kind: class of the recipe.
 
     Raises:
-        FileNotFoundError: there is no such job.
-        IntegrityError: what lies there is not what its `job.json` says.
+        FileNotFoundError: the job doesn't exist.
+        IntegrityError: an object doesn't match the job's `job.json`.
         RecipeError: the job has another kind of recipe.
     """
     paths = JobPaths(job_id)
@@ -222,10 +220,10 @@ def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
     """A recipe that starts from a model of another job.
 
     Raises:
-        RecipeError: there is no such model, or it has other parameters than the recipe's.
+        RecipeError: the model doesn't exist, or has other parameters than the recipe's.
     """
     paths = JobPaths(parent.job_id)
-    job = JobRecord.read(store, paths.job)  # `begin` has found it
+    job = JobRecord.read(store, paths.job)  # `start_of` has found it
     known: Digest | None = None
     if parent.round == 0:
         known = job.model
@@ -238,6 +236,6 @@ def _fork(recipe: Recipe, parent: Parent, store: Store) -> Recipe:
     model = StoredModel(store, paths.global_model(parent.round), known, job.holes)
     if dict(model.spec) != dict(recipe.model.spec):
         raise RecipeError(
-            f"job {parent.job_id} has a model with other parameters than the recipe's: it cannot be forked"
+            f"job {parent.job_id} has a model with other parameters than the recipe's, so it cannot be forked"
         )
     return recipe.revise(model=model, initial_ckpt=None)

@@ -1,6 +1,4 @@
-"""The recipe of a job that lies in the store, made of what lies there: its class as well, where
-that came with the job.
-"""
+"""The recipe of a stored job, including its class if that came with the job."""
 
 import sys
 from typing import Any
@@ -21,18 +19,17 @@ from fedpool.user_code import Code, is_loaded, load_code
 def recipe_of(
     job_id: str, store: Store, kind: type[Recipe] | None = None, *, allow: Permission = by_environment
 ) -> Recipe:
-    """The recipe of a job, as the store holds it.
+    """The recipe of a job, as in the store.
 
     Args:
-        kind: what its class has to be, if that is known.
-        allow: is asked before code is run that came with the job, and refuses by raising.
+        kind: the expected class, if known.
+        allow: called before running code that came with the job; refuses by raising.
 
     Raises:
-        FileNotFoundError: there is no such job.
-        IntegrityError: what lies there is not what its `job.json` says, or of a class that is not
-            known here.
-        RecipeError: it is of another class than `kind`.
-        ConfigError: its code may not be run, or cannot be imported in this process.
+        FileNotFoundError: the job doesn't exist.
+        IntegrityError: an object doesn't match the job's `job.json`, or the class is unknown here.
+        RecipeError: the recipe is of another class than `kind`.
+        ConfigError: the code may not be run, or can't be imported in this process.
     """
     path = JobPaths(job_id).job
     record = JobRecord.read(store, path)
@@ -48,15 +45,15 @@ def recipe_of(
     if kind is None:
         known = ", ".join(map(class_name, BUILT_IN.values()))
         raise IntegrityError(
-            f"{store.full(path)} has a recipe of class {full!r}: known are {known}, and what installed packages register "
-            f"({GROUP}). The code of another class is in its jobs if it is defined in a module beside the script that was run"
+            f"{store.full(path)} has a recipe of class {full!r}: known are {known}, and classes that installed packages register "
+            f"({GROUP}). A job includes the code of another class if it is defined in a module beside the script that was run"
         )
     return restore(kind, job_id, store)
 
 
 def _own_class(full: str, code: Code | None, where: str, *, trains: bool) -> type[Recipe] | None:
-    """The class of a recipe out of the job's own code, which is loaded; None when it is of
-    another module.
+    """The class of a recipe from the job's own code, which is loaded; None if it is in another
+    module.
     """
     module, _, name = full.partition(":")
     if code is None or module not in code.modules:
@@ -65,11 +62,11 @@ def _own_class(full: str, code: Code | None, where: str, *, trains: bool) -> typ
     for part in name.split("."):
         found = getattr(found, part, None)
     if not (isinstance(found, type) and issubclass(found, Recipe)):
-        raise IntegrityError(f"{where} names {full}, which is not a recipe: it is {found!r}")
+        raise IntegrityError(f"{where} names {full}, which is {found!r}, not a recipe")
     return found if issubclass(found, TrainingRecipe) or not trains else _of_an_earlier_version(found)
 
 
 def _of_an_earlier_version(kind: type[Recipe]) -> type[Recipe]:
-    """A class that was written when every recipe had the fields of a training, with them."""
+    """A class from when every recipe had the fields of a training, with those fields."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind, TrainingRecipe), names)

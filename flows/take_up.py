@@ -1,4 +1,4 @@
-"""A job is taken up from its last commit, whether it is new or was lost."""
+"""Prepares a job to run from its last commit, whether it is new or resumed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -30,20 +30,18 @@ def take_up(
     observers: Sequence[Observer] = (),
     fresh: bool = False,
 ) -> Job:
-    """A job that was staged, or begun and lost, as far as it has come: from its last commit on it
-    is run like any other.
+    """A job that was staged, or begun and lost, ready to continue from its last commit.
 
-    What is committed is checked against the records' chain of hashes. A global model or a state
-    that no record names yet is nobody's word, and goes; so does the result of a job that has failed
-    or was cancelled.
+    Checks the committed state against the records' chain of hashes. Removes any global model or
+    state that no record names yet, and the result of a job that failed or was cancelled.
 
     Args:
-        observers: who watches it from now on.
-        fresh: this very process has just staged it.
+        observers: those who follow the job from now on.
+        fresh: whether this process has just staged the job.
 
     Raises:
-        FileNotFoundError: there is no such job.
-        IntegrityError: what is committed is not what it says.
+        FileNotFoundError: the job doesn't exist.
+        IntegrityError: the committed state doesn't match its hashes.
         RecipeError: the job has another recipe or other sites.
     """
     paths = JobPaths(job_id)
@@ -62,9 +60,7 @@ def take_up(
 
 
 def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
-    """All that a job has committed; raises `IntegrityError` at the first record that does not
-    follow from those before it.
-    """
+    """Read a job's commits; raises `IntegrityError` at the first record that doesn't follow."""
     paths = JobPaths(ledger.job.job_id)
     while store.exists(path := paths.record(ledger.number)):
         data = store.read_bytes(path)
@@ -82,7 +78,7 @@ def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
 
 
 def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None) -> None:
-    """Check that the models and the state that the rest of the job needs are what was committed."""
+    """Check that the models and the state that the rest of the job needs are the committed ones."""
     paths, trained = JobPaths(ledger.job.job_id), ledger.num_trained
     named = {paths.global_model(trained): ledger.head}
     if step is not None and step.model is not None:
@@ -99,10 +95,10 @@ def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None
 
 
 def _remove_unnamed(store: Store, ledger: Ledger) -> None:
-    """Remove the models that the round under way, which is lost, has made for those after it."""
+    """Remove the models that the lost round made for the rounds after it."""
     paths, number = JobPaths(ledger.job.job_id), ledger.number + 1
     while store.exists(paths.global_model(number)):
         number += 1
-    # The last first: no gap is left by one who is killed here.
+    # The last first: a process killed here leaves no gap.
     for unnamed in reversed(range(ledger.number + 1, number)):
         store.remove(paths.global_model(unnamed))

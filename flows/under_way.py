@@ -1,6 +1,4 @@
-"""A job that is under way: what its rounds share, and how its loop and the runs of its rounds
-talk.
-"""
+"""A running job: the state its rounds share, and the signals between its loop and its rounds."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -25,18 +23,16 @@ from fedpool.tasks.virtual_time import Schedule, units_of
 from fedpool.tensors import TensorReader
 
 LOOK_AHEAD = 2
-"""Rounds that are begun ahead of the one that trains: beginning one takes Prefect longer than a
-short round does.
-"""
+"""Rounds started ahead: in Prefect, starting a round takes longer than a short round."""
 
 
 class RoundSignals:
-    """How a job's loop and the run of a round talk: `step` tells the round what to do, `committed`
-    tells the loop.
+    """The signals between a job's loop and the run of a round.
 
-    `created`, that its run is there or could not be created, tells the next round, which the server
-    would serve no sooner; `ended`, that its run has ended, too, so that in the UI one round ends
-    before the next one starts.
+    `step` tells the round what to do, `committed` tells the loop that it is done. `created` (the
+    run exists or could not be created) tells the next round to create its own, because the server
+    handles them one by one. `ended` (the run has ended) lets the next round start, so the UI shows
+    one round after the other.
     """
 
     __slots__ = ("committed", "created", "ended", "step")
@@ -44,16 +40,16 @@ class RoundSignals:
     def __init__(self) -> None:
         self.created = asyncio.Event()
         self.step: asyncio.Future[Step | None] = asyncio.get_running_loop().create_future()
-        """None when the job ends before the round's turn."""
+        """None if the job ends before the round's turn."""
         self.committed = asyncio.Event()
         self.ended = asyncio.Event()
 
 
 class Job:
-    """A job that is under way: what its rounds share, and what they have committed so far."""
+    """A running job: the state that its rounds share, and what they have committed so far."""
 
-    # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and this is
-    # nothing for it to walk.
+    # Not a dataclass and without __dict__: Prefect walks the parameters of flows, and must not walk
+    # this.
     __slots__ = (
         "clock",
         "counted",
@@ -86,23 +82,21 @@ class Job:
         self.sites = sites
         self.look_ahead = look_ahead
         self.rules = MetricRules.stored(ledger.job)
-        """Of metrics: as the job began, whoever goes on with it."""
+        """The rules about metrics from the job's start, also when it is resumed."""
         self.strategy: Strategy = recipe.strategy(len(sites.names))
         self.ledger = ledger
-        """What is committed; each commit puts another in its place."""
+        """The committed state; each commit replaces it."""
         self.resumed_at = ledger.number
-        """The round in which an earlier coordinator left the job, if there was one: parts of it
-        may be done.
-        """
+        """The round where the job continues; an earlier coordinator may have done parts of it."""
         self.counted = Counted(recipe.aggregation_weights)
         units = units_of(ledger.job.environment)
         self.clock = None if units is None else VirtualClock(Schedule.after(units, ledger.records))
-        """Of a simulation in virtual time."""
+        """The clock of a simulation in virtual time."""
         self.late: set[tuple[int, str, int]] = set()
-        """Rounds, sites and attempts of the updates that were late and have not come yet."""
+        """Rounds, sites and attempts of late updates that haven't arrived yet."""
         self.rounds: dict[int, RoundSignals] = {}
         self.observer: Observer = Observers(*observers)
-        """Whoever watches it: its environment says who does."""
+        """Its observers, chosen by its environment."""
 
     @property
     def job_id(self) -> str:
@@ -116,12 +110,12 @@ class Job:
 
     @property
     def records(self) -> Sequence[RoundRecord]:
-        """Of all rounds that are committed."""
+        """The records of all committed rounds."""
         return self.ledger.records
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """How its numbers come about."""
+        """The version of its arithmetic."""
         return self.ledger.job.arithmetic
 
     @property
@@ -130,7 +124,7 @@ class Job:
         return self.ledger.job.holes
 
     def round(self, number: int, asked: Mapping[str, Asked]) -> Round:
-        """What the tasks of a round share.
+        """The state that the tasks of a round share.
 
         Args:
             asked: site -> how it was asked in that round before.
@@ -147,7 +141,7 @@ class Job:
         )
 
     def before(self, number: int, base: TensorReader) -> Before:
-        """What a training round starts from."""
+        """The state that a training round starts from."""
         state = self.ledger.state
         self.counted.follow(self.records)
         return Before(

@@ -1,6 +1,4 @@
-"""Late updates of a job that is verified: each is judged anew, against the round that asked for
-it.
-"""
+"""Judges the late updates of a job again while verifying it, each against its own round."""
 
 from fedpool.flows.expected import expected
 from fedpool.flows.late_updates import folds
@@ -18,13 +16,13 @@ from fedpool.tasks.strategy import Strategy
 def late_again(
     recipe: Recipe, strategy: Strategy, store: Store, ledger: Ledger, record: RoundRecord, audit: UpdateAudit
 ) -> list[Arrival]:
-    """The late updates that a record names, judged anew.
+    """The late updates that a record names, judged again.
 
     Args:
         ledger: of the rounds before it.
 
     Raises:
-        IntegrityError: one of them was not owed: it was in time, or has counted already.
+        IntegrityError: an update was not owed: it was in time, or has counted already.
     """
     owed = awaited(ledger.records) if folds(recipe) else []
     arrivals = []

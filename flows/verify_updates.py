@@ -1,4 +1,4 @@
-"""Updates of a job that is verified: each passes the gate again, as far as it was kept."""
+"""Verifies the updates of a job: each passes the gate again, as far as it was kept."""
 
 import hashlib
 
@@ -15,16 +15,16 @@ from fedpool.tasks.retention import KeepUpdates
 
 
 def differs(store: Store, path: str, how: str) -> IntegrityError:
-    """The error that something in the store is not what it says."""
+    """The error for an object in the store that is wrong."""
     return IntegrityError(f"{store.full(path)} {how}")
 
 
 class UpdateAudit:
-    """Judges the updates of a job anew.
+    """Judges the updates of a job again.
 
     Attributes:
-        num_updates: that were judged.
-        num_pruned: those of them that were not kept, and of which only the manifest was judged.
+        num_updates: number of updates that were judged.
+        num_pruned: number of those that were not kept, so only their manifests were judged.
     """
 
     def __init__(self, store: Store, job_id: str, keep_updates: KeepUpdates) -> None:
@@ -34,11 +34,10 @@ class UpdateAudit:
         self.num_updates = self.num_pruned = 0
 
     def passed(self, number: int, entry: AcceptedEntry | ProbedEntry, wanted: Expected) -> Accepted | Probed:
-        """An update that was accepted, or would have been but for the quarantine of its site,
-        judged anew.
+        """Judge an update again that was accepted, or only not because of its site's quarantine.
 
         Raises:
-            IntegrityError: it is to be rejected.
+            IntegrityError: it should be rejected.
         """
         outcome = self.judge(number, entry, wanted)
         if isinstance(outcome, Rejected):
@@ -49,7 +48,7 @@ class UpdateAudit:
         return Probed(outcome) if isinstance(entry, ProbedEntry) else outcome
 
     def judge(self, number: int, entry: AcceptedEntry | ProbedEntry, wanted: Expected) -> Accepted | Rejected:
-        """An update that was accepted, judged anew."""
+        """Judge an accepted update again."""
         site, attempt = entry.site, entry.attempt
         delivery = self._delivered(number, entry)
         if isinstance(delivery, Rejected):
@@ -61,17 +60,17 @@ class UpdateAudit:
         return gate.judge(self._store, site, attempt, delivery, wanted)
 
     def judge_rejected(self, number: int, entry: RejectedEntry, wanted: Expected) -> Accepted | Rejected:
-        """An update that was rejected, judged anew."""
+        """Judge a rejected update again."""
         site, attempt = entry.site, entry.attempt
         delivery = self._delivered(number, entry)
         if isinstance(delivery, Rejected):
             return delivery
-        if entry.code == "changed":  # which is over: what the gate had seen is not there any more
+        if entry.code == "changed":  # can't be repeated: the bytes that the gate saw are gone
             return Rejected(site, attempt, delivery.manifest, delivery.manifest_sha256, entry.code, entry.reason)
         return gate.judge(self._store, site, attempt, delivery, wanted)
 
     def _delivered(self, number: int, entry: Entry) -> Delivery | Rejected:
-        """What a site sent; or that it cannot be read."""
+        """The delivery of a site, or a rejection if its manifest can't be read."""
         site, attempt = entry.site, entry.attempt
         self.num_updates += 1
         try:
@@ -84,14 +83,12 @@ class UpdateAudit:
         return delivery
 
     def _was_pruned(self, number: int, site: str, attempt: int) -> bool:
-        """Whether an update is missing by the word of the recipe, or of whoever pruned the job."""
+        """Whether an update is missing because the recipe doesn't keep it or the job was pruned."""
         allowed = self._keep_updates != "all" or self._store.exists(self._paths.pruned)
         return allowed and not self._store.exists(self._paths.update(number, site, attempt))
 
     def _verify_assignment(self, number: int, site: str, attempt: int, sha256: str) -> None:
-        """Check what the site was asked, where it is in the store, against what it says that it
-        was asked.
-        """
+        """Check the site's assignment, if it is stored, against the hash in the site's manifest."""
         path = self._paths.assignment(number, site, attempt)
         if self._store.exists(path) and hashlib.sha256(self._store.read_bytes(path)).hexdigest() != sha256:
-            raise differs(self._store, path, "does not match what the site says it was asked")
+            raise differs(self._store, path, "does not match the assignment that the site says it got")

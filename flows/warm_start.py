@@ -1,6 +1,4 @@
-"""The model that a deployment's job starts from where each goes on from the one before
-(`warm_start`).
-"""
+"""The model that a deployment's job starts from if it continues the previous one (`warm_start`)."""
 
 from prefect.logging import get_run_logger
 
@@ -15,8 +13,10 @@ from fedpool.tasks.record import RoundRecord
 
 
 def last_model(recipe: Recipe, store: Store) -> InitialModel | None:
-    """The final model of the last job of that name that trained and completed, when it fits the
-    recipe's.
+    """The final model of the last job with the recipe's name that trained and completed.
+
+    Raises:
+        RecipeError: the model has other parameters than the recipe's.
     """
     for job_id in sorted((name for name in store.names("") if name.startswith(f"{recipe.name}-")), reverse=True):
         paths = JobPaths(job_id)
@@ -29,10 +29,12 @@ def last_model(recipe: Recipe, store: Store) -> InitialModel | None:
         if job.fields["name"] != recipe.name:
             continue
         digest = RoundRecord.read(store, paths.record(result.num_rounds - 1)).next_global
-        assert digest is not None, "a round that trained has made a model"
+        assert digest is not None, "a training round makes a model"
         model = StoredModel(store, paths.global_model(result.num_rounds), digest, job.holes)
         if dict(model.spec) != dict(recipe.model.spec):
-            raise RecipeError(f"warm_start: the model of job {job_id} has other parameters than the recipe's")
+            raise RecipeError(
+                f"warm_start: the model of job {job_id} has other parameters than the recipe's: leave out warm_start"
+            )
         get_run_logger().info("starting from the final model of job %s", job_id)
         return model
     return None

@@ -57,9 +57,7 @@ def left_out(
 async def unasked(
     records: Sequence[RoundRecord], sites: Sites, chosen: Collection[str], *, probes: Collection[str], needed: int
 ) -> dict[str, str]:
-    """site -> why a round doesn't ask it; looks up which missing sites are unreachable, see
-    `left_out`.
-    """
+    """site -> why a round doesn't ask it; looks up unreachable sites, see `left_out`."""
     missing = silent(records) & set(chosen)
     if not missing:
         return {}

@@ -35,9 +35,7 @@ class Block:
 
     @cached_property
     def origin(self) -> torch.Tensor | None:
-        """The values that integers are differences to: the block, made even so that halves round
-        the same way.
-        """
+        """The base of integer differences: the block made even, so halves round the same way."""
         return self.value.to(torch.int64) & ~1 if self.spec.kind == "int" else None
 
     @cached_property
@@ -53,16 +51,12 @@ class Block:
 
 
 def widen(value: torch.Tensor, origin: torch.Tensor | None) -> torch.Tensor:
-    """A block in float64. Integers become differences to `origin`, as float64 is inexact above
-    2**53.
-    """
+    """A block in float64, which is inexact above 2**53: integers become differences to `origin`."""
     return (value if origin is None else value.to(torch.int64) - origin).to(torch.float64)
 
 
 def narrow(value: torch.Tensor, block: Block) -> torch.Tensor:
-    """The inverse of `widen`: integers are rounded, booleans go by majority (a tie changes
-    nothing).
-    """
+    """The inverse of `widen`: rounds integers; booleans go by majority (a tie changes nothing)."""
     dtype = torch_dtype(block.spec.dtype)
     if block.spec.kind == "bool":
         return torch.where(value == 0.5, block.value, value > 0.5)

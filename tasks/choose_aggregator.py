@@ -55,9 +55,7 @@ def chosen(given: Given) -> Aggregator:
 
 
 def written(aggregator: Aggregator | str) -> str | dict[str, Any]:
-    """An aggregator as in `job.json` and a deployment's parameters: its path, or its name if that
-    suffices.
-    """
+    """An aggregator as in `job.json`: its name if that suffices, its fields, or its path."""
     if isinstance(aggregator, str):  # the field's default, which a schema shows
         return aggregator
     if isinstance(aggregator, OwnFunction):

@@ -33,9 +33,7 @@ from fedpool.tasks.observer import Observer, tell_logged
 from fedpool.tasks.virtual_round import VirtualClock
 
 MAX_SITE_TASKS = 64
-"""With more sites in a round, a task serves a slot: Prefect tasks don't scale to thousands of
-sites.
-"""
+"""With more sites, a task serves a slot: Prefect tasks don't scale to thousands of sites."""
 
 T = TypeVar("T")
 
@@ -134,9 +132,7 @@ class _Shared:
 
 
 async def _part(round: Round, site: str) -> bool:
-    """One site's part of the round; False if the turn never came. Raises `SiteError` if the site
-    fails.
-    """
+    """One site's part of the round; False if its turn never came. Raises its `SiteError`."""
     before = round.asked.get(site, Asked(0, answered=False))
     attempt = before.attempt
     if not before.answered:
@@ -175,9 +171,7 @@ async def _ask_site(round: Round, site: str) -> State[Any] | None:
 
 @task(persist_result=False)
 async def _ask_slot(round: Round, shared: _Shared) -> None:
-    """The parts of the sites that this slot takes. A failure goes to the log and the round's
-    record.
-    """
+    """The parts of the sites that this slot takes. Failures go to the log and the record."""
     turn = await asyncio.shield(round.turn)
     while turn is not None and (site := shared.take()) is not None:
         if site not in turn.sites:
@@ -190,9 +184,7 @@ async def _ask_slot(round: Round, shared: _Shared) -> None:
 
 
 async def ask_site(round: Round, turn: Turn, site: str, attempt: int, answers: Answers) -> None:
-    """Ask a site and note the outcome; a lost site is asked again. Raises `SiteError` if it fails
-    for good.
-    """
+    """Ask a site until it answers, and note the outcomes. Raises its `SiteError` if it gives up."""
     logger = get_run_logger()
     again = Again(round.retries, round.patience_s if round.sites.traits.come_back else 0.0)
     while True:

@@ -1,6 +1,4 @@
-"""The requirements on an update, and the exception for one that is refused; shared by the gate's
-parts.
-"""
+"""The requirements on an update, and the exception for a refused one, for the gate's parts."""
 
 import math
 from dataclasses import dataclass

@@ -48,9 +48,7 @@ def check_finite(seen: Inspection, tensors: Tensors, params_type: str, expected:
 
 
 def check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
-    """Refuse values that the model's dtype can't hold: the mean would overflow, and fail the whole
-    round.
-    """
+    """Refuse values outside the range of the model's dtype: they would make the mean overflow."""
     for name, (low, high) in sorted(seen.extremes.items()):
         lowest, highest = dtype_limits(expected[name].dtype)
         # A difference is added to an existing value: half of the range leaves room for it.
@@ -65,9 +63,7 @@ def check_range(seen: Inspection, expected: Spec, params_type: str) -> None:
 def norm_and_scale(
     tensors: Tensors, params_type: str, expected: Expected, block_elements: int
 ) -> tuple[float | None, float]:
-    """L2 norm of the update's difference to the global model, and the factor that brings it to the
-    limit.
-    """
+    """L2 norm of the difference to the global model, and the factor that brings it to the limit."""
     limit = expected.max_norm
     if limit is None:
         return None, 1.0
@@ -99,9 +95,7 @@ def open_update(store: Store, path: str, manifest: UpdateManifest, expected: Exp
 
 
 def max_update_bytes(expected: Expected) -> int:
-    """The largest possible file of an update: all parameters in the widest dtype, and a generous
-    header.
-    """
+    """The largest possible update file: all parameters in the widest dtype, a generous header."""
     values = max(ITEM_SIZES.values()) * sum(entry.num_elements for entry in expected.spec.values())
     return round(expected.growth * (_max_header_bytes(expected.spec) + values))
 

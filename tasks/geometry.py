@@ -77,9 +77,7 @@ def _products(chunk: torch.Tensor) -> torch.Tensor:
 
 
 def _halved(values: torch.Tensor, width: int) -> torch.Tensor:
-    """(rows, at most `width`) sums of (rows, a power of two) values: repeatedly adds right half to
-    left.
-    """
+    """Row sums of (rows, a power of two) values to at most `width` columns, half onto half."""
     while values.shape[1] > width:
         half = values.shape[1] // 2
         values = values[:, :half] + values[:, half:]

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 def holes(value: "torch.Tensor") -> "torch.Tensor | None":
-    """Where a block of floating point numbers isn't finite, as booleans; None if it is finite
-    everywhere.
-    """
+    """Where a block of floating point numbers isn't finite, as booleans; None if nowhere."""
     where = ~value.isfinite()
     return where if bool(where.any()) else None
 

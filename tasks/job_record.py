@@ -102,9 +102,7 @@ class JobRecord(Written):
 
     @property
     def holes(self) -> frozenset[str] | None:
-        """Names of tensors that may hold infinities; None for jobs of earlier versions, where none
-        may.
-        """
+        """Tensors that may hold infinities; None for jobs of earlier versions, where none may."""
         return None if self.hole_names is None else frozenset(self.hole_names)
 
 

@@ -61,9 +61,7 @@ def pooled(matrix: Matrix, metric: str) -> dict[str, float]:
 
 
 def matrix_rows(matrix: Matrix, metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one per data site, then the pooled scores. A column per model; empty: no
-    score.
-    """
+    """Header and rows: a row per data site, then the pooled scores; a column per model."""
     columns = owners(matrix)
     rows = [
         [site, *(_shown(row.get(owner, {}).get(metric)) for owner in columns)]

@@ -1,6 +1,4 @@
-"""Aggregates the metrics that sites report, and derives the best model and early stopping from
-them.
-"""
+"""Aggregates the sites' metrics, and derives the best model and early stopping from them."""
 
 import math
 import sys

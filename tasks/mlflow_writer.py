@@ -113,8 +113,6 @@ def _asking(ask: Callable[..., object], *arguments: object) -> None:
 
 
 def _key(text: str) -> str:
-    """A name that MLflow accepts: like a normalised path, with few characters besides letters and
-    digits.
-    """
+    """A name that MLflow accepts: like a normalised path, with a limited set of characters."""
     key = posixpath.normpath(_UNFIT.sub("_", text)).lstrip("./ ")[:_MAX_KEY].rstrip("/")
     return key or "_"

@@ -64,18 +64,14 @@ class Observer(Protocol):
     """Follows a job. Subclasses define only the methods that they need."""
 
     wants_scalars: ClassVar[bool] = False
-    """Whether `logged` is used. If not, remote sites needn't send the values that their scripts
-    log.
-    """
+    """Whether `logged` is used. If not, remote sites needn't send what their scripts log."""
 
     def begun(self, beginning: Beginning) -> None:
         """The job starts or is resumed. Called first, from its flow run."""
         return
 
     def logged(self, site: str, round: int, read: ReadScalars) -> None:
-        """A site has answered, and its script has logged scalars. Called whatever happens to its
-        update.
-        """
+        """A site has answered, and its script has logged scalars. Its update may be rejected."""
         return
 
     def committed(self, record: RoundRecord) -> None:

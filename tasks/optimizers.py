@@ -23,9 +23,7 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Schedule:
-    """The server's learning rate: constant, or from a `torch.optim.lr_scheduler` stepped once per
-    round.
-    """
+    """The server's learning rate: constant, or from a scheduler that is stepped once per round."""
 
     lr: float
     scheduler: str | None = None

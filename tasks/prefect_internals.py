@@ -109,9 +109,7 @@ def termination() -> type[BaseException]:
 
 
 def engine_signals(run_id: UUID) -> AbstractContextManager[None]:
-    """Exit as Prefect's workers expect from a run's process: 0 if the run has ended already, 1 on
-    error.
-    """
+    """Exit as Prefect's workers expect: 0 if the run has ended already, 1 after an error."""
     from prefect.engine import handle_engine_signals
 
     return handle_engine_signals(run_id)
@@ -133,9 +131,7 @@ async def delete_worker(client: "PrefectClient", pool: str, name: str) -> None:
 
 
 async def delete_variable(client: "PrefectClient", variable: UUID) -> None:
-    """Remove a variable by its id, so a newer one of the same name stays. Does nothing if it is
-    gone.
-    """
+    """Remove a variable by its id, which spares a newer one of the same name, if it exists."""
     await _delete(client, "/variables/{id}", {"id": str(variable)})
 
 
@@ -159,9 +155,7 @@ def import_for_first_run() -> None:
 
 
 def surrounding_api() -> str | None:
-    """The API of the surrounding flow or task, if Prefect started a server because none is
-    configured.
-    """
+    """The API of the surrounding run, if Prefect started a server for it; else None."""
     from prefect.context import FlowRunContext, TaskRunContext
 
     around = FlowRunContext.get() or TaskRunContext.get()
@@ -206,18 +200,14 @@ def quiet_console() -> Iterator[None]:
 
 
 def server_database() -> Any:
-    """The database of this process's server: `engine()` (SQLAlchemy) and `create_db()` (migrates
-    it).
-    """
+    """The database of this process's server: an SQLAlchemy `engine()`; `create_db()` migrates."""
     from prefect.server.database import provide_database_interface
 
     return provide_database_interface()
 
 
 def server_app() -> Callable[..., Any]:
-    """Prefect's server as an ASGI app, ready for the first runs as early as possible. Once per
-    process.
-    """
+    """Prefect's server as an ASGI app that is ready for the first runs early. Once per process."""
     from prefect.server.api import server
     from prefect.settings import Settings
 

@@ -25,9 +25,7 @@ from prefect.client.schemas.objects import WorkerStatus, WorkPool
 from fedpool.messages import SITE_PROTOCOL
 
 SITE_POOL = "fedpool-site"
-"""Type of the pools whose workers do the sites' rounds themselves, so a lost worker loses its
-round.
-"""
+"""Type of the pools whose workers do the sites' rounds: a lost worker loses its round."""
 
 NO_WORKER = "no worker online"
 PAUSED = "its work pool is paused"
@@ -37,9 +35,7 @@ _PAGE = 200
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How to reach a site: its deployment, its work pool, and whether that is a pool of site
-    workers.
-    """
+    """How to reach a site: its deployment, its work pool, and whether that has site workers."""
 
     deployment: UUID
     pool: str
@@ -124,9 +120,7 @@ def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
 
 
 async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str, list[str]]:
-    """site -> why it can't take part now, with the remedies; only sites that can't, in the given
-    order.
-    """
+    """site -> why it can't take part now, with remedies; only such sites, in the given order."""
     deployments = {}
     for start in range(0, len(sites), _PAGE):
         for deployment in await client.read_deployments(
@@ -171,8 +165,6 @@ def unreachable(places: Mapping[str, Place], pools: Mapping[str, Pool]) -> dict[
 
 
 async def clock_ahead(client: PrefectClient) -> timedelta:
-    """How far this machine's clock is ahead of the server's, to the second; negative if it is
-    behind.
-    """
+    """How far this machine's clock is ahead of the server's, to the second; may be negative."""
     answered = (await client.hello()).headers.get("Date")
     return datetime.now(UTC) - parsedate_to_datetime(answered) if answered else timedelta(0)

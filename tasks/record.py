@@ -63,9 +63,7 @@ class AcceptedEntry(UpdateEntry):
 
     @property
     def metrics_weight(self) -> float:
-        """The weight of its metrics: the number of their examples, if the site sent it, else its
-        weight.
-        """
+        """The weight of its metrics: their number of examples if the site sent it, else its own."""
         return self.weight if self.num_eval_examples is None else self.num_eval_examples
 
 
@@ -132,9 +130,7 @@ class Timings(Written):
 
 
 class WhoseModel(Written):
-    """The owner of a round's global model, and the round that starts from it or in which it was
-    submitted.
-    """
+    """The owner of a round's global model, and the round that starts from it or received it."""
 
     owner: str
     round: int

@@ -124,9 +124,7 @@ def geometric_median_weights(products: torch.Tensor, weights: torch.Tensor | Non
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
-    """Running mean over the first dimension: equal values give exactly that value, and no sum
-    overflows.
-    """
+    """Running mean over dimension 0: equal values give exactly that value; no sum overflows."""
     mean = values[0].clone()
     for count, value in enumerate(values[1:], start=2):
         mean.lerp_(value, 1 / count)

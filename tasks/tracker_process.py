@@ -38,9 +38,7 @@ class Refused(Exception):
 
 
 class Writer(Protocol):
-    """A tracker. A method that raises is called again with the same arguments, except after
-    `Refused`.
-    """
+    """A tracker. A method that raises anything but `Refused` is called again, same arguments."""
 
     def begin(self, target: str, job_id: str, name: str, params: Mapping[str, str]) -> None:
         """Begin or continue the runs of a job."""

@@ -112,9 +112,7 @@ class Tracking(Observer):
             self._warn(f"{_MAX_WAITING} messages are waiting for it: new messages are lost")
 
     def _feed(self) -> None:
-        """Forward messages until there are no more; the process then sees the end of its input, and
-        ends.
-        """
+        """Forward messages until there are no more; the end of its input then ends the process."""
         try:
             self._process = process = subprocess.Popen(
                 # -P: files in the current folder must not shadow a library.
@@ -213,9 +211,7 @@ def _end(ending: Ending) -> _Message:
 
 
 def _scores(record: RoundRecord, key_metric: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """A round's values for each run: means over the sites for the server's, own scores for a
-    site's.
-    """
+    """A round's values for each run: means over sites for the server's, a site's own scores."""
     is_of_global = bool(of_global_models([record]))
     means = {**record.logged, **record.metrics} if is_of_global else dict(record.logged)
     if is_of_global and key_metric in record.metrics:
@@ -227,9 +223,7 @@ def _scores(record: RoundRecord, key_metric: str) -> Iterator[tuple[str, dict[st
 
 
 def _run_of(site: str) -> str:
-    """The name of a site's run. It differs from the server's, because names of sites have no
-    spaces.
-    """
+    """The name of a site's run, different from the server's: sites' names have no spaces."""
     return f"{site} (site)" if site == SERVER_RUN else site
 
 

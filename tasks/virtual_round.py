@@ -1,9 +1,8 @@
-"""Rounds in virtual time: sites do their work as fast as this machine lets them; what counts is
-when they would be done.
+"""Rounds in virtual time: sites work as fast as this machine allows, but only virtual time counts.
 
-So the order in which updates come, who is late, and when a round closes follow from
-`SimEnv(speeds=...)` alone: the same bits on any machine, and nothing sleeps. The clock moves from
-the end of one site's part to the next, and waits there for its real work.
+So `SimEnv(speeds=...)` alone decides in which order updates arrive, which sites are late and when a
+round closes: the bits are the same on any machine, and nothing sleeps. The clock jumps from the end
+of one site's part to the next, and waits there for its real work.
 """
 
 import asyncio
@@ -20,42 +19,40 @@ from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.virtual_time import Part, Schedule
 
 _NEVER = Quorum(min_clients=1)
-"""Closes nothing: the clock decides."""
+"""Never closes a round: the clock decides."""
 
 Ask = Callable[[Answers], Coroutine[Any, Any, None]]
-"""Has a site do its part, and notes what comes of it."""
+"""Has a site do its part, and notes the outcome."""
 
 
 class VirtualClock:
-    """The virtual time of a job, and the real work that is under way in it.
+    """The virtual time of a job, and the real work that is running in it.
 
     Args:
-        schedule: as the job begins, or goes on.
+        schedule: when the job starts or is resumed.
     """
 
-    # No __dict__: Prefect walks the parameters of tasks, and this is nothing for it to walk.
+    # No __dict__: Prefect walks the parameters of tasks, and must not walk this.
     __slots__ = ("_attempts", "_driving", "_ended", "_turns", "_works", "schedule")
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._ended: dict[str, asyncio.Future[list[Outcome]]] = {}
-        """site -> what has come of what it is at work on."""
+        """site -> outcomes of its current work."""
         self._turns: dict[str, asyncio.Future[bool]] = {}
-        """site -> whether it begins the round that is under way; decided when it is done with
-        what came before.
-        """
+        """site -> whether it starts the current round; decided when its earlier work is done."""
         self._attempts: dict[str, int] = {}
-        """site -> the attempt in which it is first asked in the round that is under way."""
+        """site -> the attempt that first asks it in the current round."""
         self._works: set[asyncio.Task[None]] = set()
         self._driving: asyncio.Task[None] | None = None
 
     def owes(self, site: str, round: int) -> bool:
-        """Whether a site is still at work on its part of a round."""
+        """Whether a site is still working on its part of a round."""
         part = self.schedule.at_work.get(site)
         return part is not None and part.round == round
 
     def begin(self, number: int, turn: Turn, answers: Answers) -> None:
-        """A round's turn has come, or it asks once more those who are missing."""
+        """A round's turn has come, or it asks the missing sites again."""
         loop = asyncio.get_running_loop()
         self._turns, self._attempts = {site: loop.create_future() for site in turn.sites}, {}
         self._driving = asyncio.create_task(self._drive(number, turn, answers))
@@ -64,7 +61,7 @@ class VirtualClock:
         """Have a site do its part as soon as it is free; returns when the round has closed.
 
         Raises:
-            SiteError: it failed, in time.
+            SiteError: the site failed before the round closed.
         """
         assert self._driving is not None, "begin() comes first"
         self._attempts[site] = attempt
@@ -74,12 +71,12 @@ class VirtualClock:
             raise error
 
     def go_on(self, site: str, turn: Turn, work: Ask) -> None:
-        """Redo what a site was at work on when an earlier coordinator was lost."""
+        """Redo the work that a site was doing when an earlier coordinator was lost."""
         self._ended[site] = asyncio.get_running_loop().create_future()
         self._begin_work(site, turn, work)
 
     async def close(self) -> None:
-        """The job is over: nobody waits for what is under way. Idempotent."""
+        """The job is over: cancel the running work. Idempotent."""
         left = [*self._works, *([self._driving] if self._driving is not None else [])]
         for each in left:
             each.cancel()
@@ -94,7 +91,7 @@ class VirtualClock:
         return task
 
     def _start(self, number: int, sites: Collection[str]) -> None:
-        """Those of some sites that are idle begin the round now."""
+        """Start the round now at those of some sites that are idle."""
         idle = [site for site in sites if site not in self.schedule.at_work]
         self.schedule = self.schedule.begin(number, idle)
         for site in idle:
@@ -102,7 +99,7 @@ class VirtualClock:
             self._turns[site].set_result(True)
 
     async def _drive(self, number: int, turn: Turn, answers: Answers) -> None:
-        """Move from one end of a part to the next, until the round closes."""
+        """Jump from one end of a part to the next until the round closes."""
         opened, waited, closes = self.schedule.now, set(turn.sites), None
         accepted: list[float] = []
         try:
@@ -133,9 +130,7 @@ def _late(done: Mapping[str, Part], number: int) -> set[str]:
 
 
 def _closing(quorum: Quorum, accepted: list[float], opened: float, moment: float) -> float | None:
-    """When the round closes by what has come until a moment; None while it waits for whatever
-    comes.
-    """
+    """When the round closes, given the updates so far; None: no time is set yet."""
     after = quorum.closes_after(accepted)
     if after is None:
         return None
@@ -145,10 +140,10 @@ def _closing(quorum: Quorum, accepted: list[float], opened: float, moment: float
 def _note(
     fresh: Mapping[str, list[Outcome]], answers: Answers, take: int | None, accepted: list[float], at: float
 ) -> list[float]:
-    """Note what has come at one moment, in the order of the sites; what is beyond what the round
-    takes is late.
+    """Note the outcomes of one moment, in site order; updates beyond those that the round takes are
+    late.
 
-    Returns: the times of the updates that were accepted.
+    Returns: the times of the accepted updates.
     """
     times: list[float] = []
     for outcomes in fresh.values():
@@ -164,8 +159,8 @@ def _note(
 
 
 def _settle(ended: "asyncio.Future[list[Outcome]]", answers: Answers, work: "asyncio.Task[None]") -> None:
-    """Tell what has come of a site's work; an error of its own is among the outcomes."""
-    if ended.done():  # the job has ended meanwhile
+    """Pass on the outcomes of a site's work; a `SiteError` is already among them."""
+    if ended.done():  # the job has ended in the meantime
         return
     if work.cancelled():
         ended.cancel()

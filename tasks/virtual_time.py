@@ -1,10 +1,9 @@
-"""Virtual time of a simulation: who is at work on what, and until when, as a pure function of the
-sites' speeds and the records.
+"""Virtual time of a simulation: each site's current work, from the sites' speeds and the records.
 
-A site needs so many units of virtual time for an assignment, whatever this machine needs for it,
-and however often its script is started. It does one after the other: when it is done with one, it
-begins the round that is under way then, from that round's model, unless it has answered that round
-already; then it waits for the next. What ends as a round closes is in time.
+A site needs a fixed number of units of virtual time for an assignment, however long the machine
+takes and however often the script is restarted. It does one assignment at a time. When it is done,
+it starts the current round, from that round's model, unless it has answered that one already; then
+it waits for the next round. Work that ends at the moment when a round closes is in time.
 """
 
 import math
@@ -18,12 +17,12 @@ from fedpool.tasks.job_record import EnvironmentRecord
 from fedpool.tasks.record import RoundRecord
 
 SPEEDS = "speeds"
-"""The setting of a simulation that names the units, in `job.json` site by site."""
+"""The setting of a simulation with the units, site by site in `job.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a site is at work on: its part of a round, and the virtual time at which it is done."""
+    """A site's current work: its part of a round, and the virtual time at which it will be done."""
 
     round: int
     ends: float
@@ -34,9 +33,9 @@ class Schedule:
     """The sites at a moment of virtual time.
 
     Attributes:
-        units: site -> virtual time that an assignment takes it.
+        units: site -> virtual time that it needs for an assignment.
         now: the moment.
-        at_work: site -> what it is at work on.
+        at_work: site -> its current work.
     """
 
     units: Mapping[str, float]
@@ -57,16 +56,16 @@ class Schedule:
 
     @property
     def next_end(self) -> float:
-        """When the next site is done; infinite when none is at work."""
+        """When the next site is done; infinite if none is working."""
         return min((part.ends for part in self.at_work.values()), default=math.inf)
 
     def begin(self, round: int, sites: Iterable[str]) -> Self:
-        """Those of some sites that are idle begin their parts of a round now."""
+        """The schedule after the idle ones among some sites have started their parts of a round."""
         parts = {site: Part(round, self.now + self.units[site]) for site in sites if site not in self.at_work}
         return replace(self, at_work={**self.at_work, **parts})
 
     def at(self, moment: float) -> "tuple[Self, dict[str, Part]]":
-        """The schedule at a later moment, and who is done by then, in the order of the sites."""
+        """The schedule at a later moment, and the work done by then, in site order."""
         done = {site: self.at_work[site] for site in in_order(self.at_work) if self.at_work[site].ends <= moment}
         left = {site: part for site, part in self.at_work.items() if site not in done}
         return replace(self, now=moment, at_work=left), done
@@ -84,16 +83,19 @@ class Schedule:
 
 
 def contradiction(schedule: Schedule | None, record: RoundRecord) -> str | None:
-    """What a record says against the speeds of the sites, as the rest of a sentence; None where it
-    says nothing.
+    """How a record contradicts the sites' speeds, as the end of a sentence; None if it doesn't.
 
     Args:
-        schedule: when the round before had closed; None where time is the machine's.
+        schedule: when the previous round had closed; None if the job isn't in virtual time.
     """
     if schedule is None or record.virtual_time is None:
-        return None if schedule is None and record.virtual_time is None else "is of another kind of time than the job"
+        return (
+            None
+            if schedule is None and record.virtual_time is None
+            else "differs from its job in whether time is virtual"
+        )
     if record.virtual_time < schedule.now:
-        return f"closed at {record.virtual_time:g}, before the round before it, at {schedule.now:g}"
+        return f"closed at {record.virtual_time:g}, before the previous round, which closed at {schedule.now:g}"
     left = schedule.follow(record).at_work
     answered = {
         entry.site: record.round for entry in (*record.accepted, *record.rejected, *record.probed, *record.failed)
@@ -101,14 +103,12 @@ def contradiction(schedule: Schedule | None, record: RoundRecord) -> str | None:
     came = [*answered.items(), *((entry.site, entry.round) for entry in record.judged_late)]
     for site, round in came:
         if site in left and left[site].round <= round:
-            return f"has {site}'s part of round {round}, which ends at {left[site].ends:g}, and closed at {record.virtual_time:g}"
+            return f"has {site}'s part of round {round}, which ends at {left[site].ends:g}, but closed at {record.virtual_time:g}"
     return None
 
 
 def units_of(environment: EnvironmentRecord | None) -> Mapping[str, float] | None:
-    """site -> virtual time that an assignment takes it, by what `job.json` says; None where time
-    is the machine's.
-    """
+    """site -> virtual time per assignment, from `job.json`; None without virtual time."""
     said: Any = None if environment is None else environment.settings.get(SPEEDS)
     return None if said is None else {site: float(units) for site, units in said.items()}
 
@@ -123,10 +123,10 @@ def speeds_by_site(speeds: Sequence[float] | Mapping[str, float], sites: Sequenc
     """site -> units of virtual time.
 
     Args:
-        speeds: a value for each site, in their order or by name.
+        speeds: a value for each site, in site order or by name.
 
     Raises:
-        RecipeError: they are not those of the sites.
+        RecipeError: the values don't match the sites.
     """
     if not isinstance(speeds, Mapping):
         if len(speeds) != len(sites):

@@ -1,8 +1,8 @@
-"""Watching sites behind work pools: the store and Prefect tell when a site has done its part.
+"""Watches sites behind work pools: the store and Prefect show when a site has done its part.
 
-A site has answered when the manifest of its update lies in the store: one listing tells of all
-sites of a round. Prefect knows seconds later that a run has ended, and is asked, in one query for
-all runs, only after those that ended without.
+A site has answered once the manifest of its update is in the store: one listing covers all sites of
+a round. Prefect learns seconds later that a run has ended. One query for all runs asks it which
+ones ended without a manifest.
 """
 
 import asyncio
@@ -26,23 +26,23 @@ from fedpool.tasks.waiting import Waiting
 
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25
-"""How often to look for manifests."""
+"""Seconds between listings for manifests."""
 _API_POLL_S = 2.0
 _WORKERS_POLL_S = 5.0
-"""How often to look whether the sites' workers are online, at the least: a query for each, so no
-more than one a second.
+"""Minimum seconds between checks whether the sites' workers are online. A check takes a query per
+site, so there is at most one query per second.
 """
 _API_PATIENCE_S = 600.0
 """How long the Prefect API may be unreachable before the sites count as lost."""
 
 
 class Watch:
-    """Watches those sites of a job that someone waits for.
+    """Watches the sites of a job that are being waited for.
 
     Args:
         runs: of the sites.
         paths: of the job.
-        store: where the sites leave their manifests.
+        store: where the sites write their manifests.
         job_run: id of the job's own run, if it has one.
         cancel: called when someone has cancelled the job's run.
     """
@@ -65,13 +65,13 @@ class Watch:
 
         Args:
             key: of the site's run.
-            deadline: `time.monotonic()` at which it is given up; None waits for ever.
-            waiting: for it.
+            deadline: `time.monotonic()` at which to give up; None: never.
+            waiting: the wait.
 
         Returns: see `Waiting.ended`.
 
         Raises:
-            SiteError: it missed the deadline.
+            SiteError: the site missed the deadline.
         """
         self._waiting[key] = waiting
         if self._task is None or self._task.done():
@@ -92,17 +92,17 @@ class Watch:
             waiting.resolve(Cancelled(message=why))
 
     def end(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         if self._task is not None:
             self._task.cancel()
 
     async def _watch_sites(self) -> None:
-        """Pass on what the store and Prefect tell of sites that are waited for, until `end`."""
+        """Pass on news from the store and Prefect to the waits, until `end`."""
         try:
-            async with asyncio.TaskGroup() as watches:  # apart from each other: a busy server takes seconds to answer
+            async with asyncio.TaskGroup() as watches:  # separate, because a busy server takes seconds to answer
                 watches.create_task(self._watch_store())
                 watches.create_task(self._watch_runs())
-        except* Exception as group:  # noqa: BLE001  # whoever waits would wait for ever
+        except* Exception as group:  # noqa: BLE001  # otherwise the waits would never end
             error = next((e for e in group.exceptions if isinstance(e, StoreRefused)), group.exceptions[0])
             for waiting in self._waiting.values():
                 if not waiting.ended.done():
@@ -122,7 +122,7 @@ class Watch:
                 await self._look_at_runs()
                 now = time.monotonic()
                 if (away_s := now - answered) > _WORKERS_POLL_S:
-                    # The workers could not reach it either, and try again at growing intervals.
+                    # The workers could not reach it either, and retry at growing intervals.
                     for waiting in self._waiting.values():
                         waiting.away_since = None
                     looked_at_workers = now + away_s
@@ -132,7 +132,7 @@ class Watch:
                     await self._look_at_workers()
             except (httpx.HTTPError, PrefectException) as error:
                 if time.monotonic() - answered > _API_PATIENCE_S:
-                    message = f"the Prefect API could not be reached for {_API_PATIENCE_S:g} s: {error}"
+                    message = f"the Prefect API was unreachable for {_API_PATIENCE_S:g} s: {error}"
                     self.resolve_all(message)
 
     async def _look_for_manifests(self) -> None:
@@ -142,7 +142,7 @@ class Watch:
             except StoreRefused:
                 raise
             except (OSError, StoreError):
-                return  # it does not answer; a site that cannot write to it either says so by its run
+                return  # no answer; a site that can't write either reports it by its run
             for key in list(self._waiting):
                 if key[1:] == (round, attempt) and self._paths.site_manifest(key[0]) in found:
                     self._waiting[key].resolve(None)
@@ -156,9 +156,9 @@ class Watch:
                     waiting.ended.set_exception(ServerError(gone(await self._runs.connect(), self._job_run)))
             return
         for run_id in waited.keys() - {run.id for run in found}:
-            # Deleted by itself, or with its deployment before a worker had taken it: nobody would
-            # ever answer.
-            lost: State[Any] = Crashed(name="Deleted", message="someone has deleted its run from the Prefect server")
+            # Deleted on its own, or with its deployment before a worker had taken it: it will never
+            # be answered.
+            lost: State[Any] = Crashed(name="Deleted", message="its run was deleted from the Prefect server")
             waited[run_id].resolve(lost)
         for run in found:
             if run.state is None:
@@ -172,7 +172,7 @@ class Watch:
                 waited[run.id].begun = not run.state.is_scheduled()
 
     async def _look_at_workers(self) -> None:
-        """Give up on sites that stay unreachable: their workers are gone, or get no work."""
+        """Give up on sites that stay unreachable: no worker is online, or the pool is paused."""
         waited = {key: waiting for key, waiting in self._waiting.items() if key[0] in self._runs.places}
         places = dict(self._runs.places)
         pools = await read_pools(await self._runs.connect(), {places[site].pool for site, _, _ in waited})
@@ -183,7 +183,7 @@ class Watch:
 
 
 def gone(client: PrefectClient, job_run: UUID) -> str:
-    """What is to be said of a job whose run the server does not know any more."""
+    """The error message for a job whose run the server no longer knows."""
     return (
         f"its run {job_run} is gone from the Prefect server at {client.api_url}: someone has deleted it, or the server has "
         "lost its database"

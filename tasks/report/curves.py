@@ -100,9 +100,7 @@ def draw(name: str, points: Sequence[Point]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """The x axis: rounds from `start` to `end`; the y axis: values from `bottom` to `top`; round
-    steps.
-    """
+    """The axes: rounds from `start` to `end`, values from `bottom` to `top`, in round steps."""
 
     start: int
     end: int
@@ -167,9 +165,7 @@ def _digits(size: float, step: float) -> int:
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:
-    """At most `_MAX_POINTS` of the points: the lowest and the highest of each group, so no peak is
-    lost.
-    """
+    """At most `_MAX_POINTS` points: the lowest and highest of each group, so no peak is lost."""
     if len(points) <= _MAX_POINTS:
         return points
     size = math.ceil(len(points) / (_MAX_POINTS // 2))
@@ -179,9 +175,7 @@ def _thinned(points: Sequence[Point]) -> Sequence[Point]:
 
 
 def _key(name: str, taken: dict[str, Curve]) -> str:
-    """A metric's key: `curve-` and its name, with dashes for other characters; numbered if it is
-    taken.
-    """
+    """A metric's key: `curve-` and its name, with dashes for other characters; made unique."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_SLUG] or "metric"
     key, number = f"curve-{slug}", 1
     while key in taken:

@@ -62,9 +62,7 @@ class Reporter(Observer):
         )
 
     def ended(self, ending: Ending) -> None:
-        """See `Observer.ended`: writes the report, the curves, the cross-site scores, and links to
-        models.
-        """
+        """See `Observer.ended`: writes the report, curves, cross-site scores, links to models."""
         name, result, records = ending.name, ending.result, ending.records
         pictures = curves(of_global_models(records), first=result.key_metric)
         if ending.matrix is not None:

@@ -1,6 +1,4 @@
-"""Shows rounds as tables and a job as a report, from the rounds' records, for the UI and the
-terminal.
-"""
+"""Shows rounds as tables and a job as a report, for the UI and the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
