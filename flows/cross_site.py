@@ -1,7 +1,7 @@
-"""Cross-site evaluation without training: sites submit their best local models; all score all.
+"""Cross-site evaluation without training: every site scores every site's best local model.
 
-`model` is the server's model. A training recipe does the same after its training with
-`cross_site_eval=True`.
+`model` is the server's model, and scored as well. A training recipe does the same after its
+training with `cross_site_eval=True`.
 """
 
 from typing import ClassVar, Literal

@@ -55,7 +55,7 @@ class CyclicRecipe(NoLateUpdates):
 
     min_clients: int = Field(
         default=1,
-        description="accepted updates that a round needs: always the one of the site whose turn it is",
+        description="accepted updates that a round needs: always 1, from the site whose turn it is",
         ge=1,
         le=1,
     )

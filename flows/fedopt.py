@@ -59,11 +59,10 @@ class FedOpt(Averaging):
 
 
 class FedOptRecipe(AveragingRecipe):
-    """Federated averaging with an optimizer at the server.
+    """Federated averaging with a server optimizer: FedAdam, FedYogi, FedAdagrad, FedAvgM, torch.optim.
 
-    It is FedAdam, FedYogi, FedAdagrad, FedAvgM or a class of `torch.optim`. Converges in fewer
-    rounds than plain averaging if sites differ or gradients are sparse, but its learning rate needs
-    tuning.
+    Converges in fewer rounds than plain averaging if sites differ or gradients are sparse, but its
+    learning rate needs tuning.
 
     Client script: examples/algorithms/plain.py
         The same script as for federated averaging: only the server differs.

@@ -45,9 +45,7 @@ class Step:
 
 
 def next_step(recipe: Recipe, records: Sequence[RoundRecord]) -> tuple[Step | None, str | None]:
-    """The next round's step, None at the job's end; and the rule that stopped the training early,
-    if any.
-    """
+    """The next step, None at the job's end; and what stopped the training early, if anything."""
     training, scoring = _split(records)
     stopped_by = None
     if len(training) < recipe.num_rounds:

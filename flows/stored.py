@@ -45,16 +45,14 @@ def recipe_of(
     if kind is None:
         known = ", ".join(map(class_name, BUILT_IN.values()))
         raise IntegrityError(
-            f"{store.full(path)} has a recipe of class {full!r}: known are {known}, and classes that installed packages register "
-            f"({GROUP}). A job includes the code of another class if it is defined in a module beside the script that was run"
+            f"{store.full(path)} has a recipe of the unknown class {full!r}: known classes are {known}, and those that packages "
+            f"register ({GROUP}). A job includes the code of another class if it is defined in a module beside the script"
         )
     return restore(kind, job_id, store)
 
 
 def _own_class(full: str, code: Code | None, where: str, *, trains: bool) -> type[Recipe] | None:
-    """The class of a recipe from the job's own code, which is loaded; None if it is in another
-    module.
-    """
+    """A recipe's class from the job's own code, which is loaded; None if it isn't in it."""
     module, _, name = full.partition(":")
     if code is None or module not in code.modules:
         return None

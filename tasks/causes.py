@@ -72,7 +72,7 @@ def causes_over_rounds(records: Sequence[RoundRecord]) -> list[str]:
 
 
 def evaluation_error(records: Sequence[RoundRecord]) -> str | None:
-    """Why the final model has no score although sites were asked; None if there is no such case."""
+    """Why the final model has no score although sites were asked for one; else None."""
     number = num_trained(records)
     if number == len(records) or records[number].metrics:
         return None

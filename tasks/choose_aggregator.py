@@ -50,7 +50,7 @@ def chosen(given: Given) -> Aggregator:
     if callable(given):
         return OwnFunction(path_of(given))
     raise RecipeError(
-        f"aggregator {given!r} is not an aggregator: give a name, an instance such as Krum(num_byzantine=...), or a function"
+        f"aggregator={given!r} cannot be used: give a name, an instance such as Krum(num_byzantine=...), or a function"
     )
 
 
@@ -74,15 +74,14 @@ def _made(name: str, fields: Mapping[str, Any]) -> Rule:
     kind = AGGREGATORS.get(name)
     if kind is None:
         meant = nearest(name, AGGREGATORS)
-        ask = "" if meant is None else f'did you mean "{meant}"? '
+        ask = "" if meant is None else f' Did you mean "{meant}"?'
         raise RecipeError(
-            f'aggregator "{name}" is unknown: {ask}Known are {_known()}, and the path of a function, '
-            '"package.module:function"'
+            f'aggregator "{name}" is unknown.{ask} Use {_known()}, or the path of a function, "package.module:function"'
         )
     if missing := [field for field in _needed(kind) if field not in fields]:
         call = f"{kind.__name__}({', '.join(f'{field}=...' for field in missing)})"
         in_json = f'"kind": "{name}"' + "".join(f', "{field}": ...' for field in missing)
-        raise RecipeError(f'aggregator "{name}" needs {", ".join(missing)}: write {call}, or in JSON {{{in_json}}}')
+        raise RecipeError(f'aggregator "{name}" needs {", ".join(missing)}: {call}, or in JSON {{{in_json}}}')
     try:
         return kind.model_validate({"kind": name, **fields})
     except RecipeError as error:

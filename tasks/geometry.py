@@ -77,7 +77,7 @@ def _products(chunk: torch.Tensor) -> torch.Tensor:
 
 
 def _halved(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Row sums of (rows, a power of two) values to at most `width` columns, half onto half."""
+    """(rows, at most `width`) partial sums of (rows, a power of two) values, by adding halves."""
     while values.shape[1] > width:
         half = values.shape[1] // 2
         values = values[:, :half] + values[:, half:]

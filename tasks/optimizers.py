@@ -140,9 +140,7 @@ class Momentum(ServerOptimizer):
 
 @dataclass(frozen=True)
 class TorchOptimizer(ServerOptimizer):
-    """A class of `torch.optim` that works element by element and keeps no state besides slots and
-    steps.
-    """
+    """A class of `torch.optim` that works element by element; its state is slots and steps."""
 
     name: str
     schedule: Schedule

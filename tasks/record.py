@@ -234,9 +234,7 @@ def known_weights(records: Sequence[RoundRecord]) -> dict[str, float]:
 
 
 def of_global_models(records: Sequence[RoundRecord]) -> list[RoundRecord]:
-    """The rounds that score the global model they start from: no submissions or models of other
-    rounds.
-    """
+    """The rounds that score the global model they start from; no submissions, no other models."""
     return [record for record in records if record.task != "submit_model" and record.model.round == record.round]
 
 

@@ -26,7 +26,7 @@ def outdated(records: Sequence[RoundRecord], keep: KeepUpdates) -> Sequence[Roun
 
 
 def drop_updates(store: Store, job_id: str, record: RoundRecord) -> int:
-    """Remove a committed round's accepted updates and its initial state; returns bytes freed."""
+    """Remove a committed round's accepted updates and its starting state; returns bytes freed."""
     paths, number = JobPaths(job_id), record.round
     sent = [entry for entry in (*record.accepted, *record.probed) if entry.sha256 is not None]
     gone = [paths.update(number, entry.site, entry.attempt) for entry in sent]

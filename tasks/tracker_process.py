@@ -38,7 +38,7 @@ class Refused(Exception):
 
 
 class Writer(Protocol):
-    """A tracker. A method that raises anything but `Refused` is called again, same arguments."""
+    """A tracker. A method that raises, except with `Refused`, is called again the same way."""
 
     def begin(self, target: str, job_id: str, name: str, params: Mapping[str, str]) -> None:
         """Begin or continue the runs of a job."""

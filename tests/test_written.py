@@ -49,9 +49,7 @@ def test_a_number_that_is_not_finite_is_refused() -> None:
 
 def test_a_job_of_a_later_version_is_refused() -> None:
     data = to_json({**job_of({}).as_json(), "arithmetic": 9})
-    with pytest.raises(
-        IntegrityError, match="arithmetic 9 is not known here: a later version of fedpool wrote this job"
-    ):
+    with pytest.raises(IntegrityError, match="arithmetic 9 is unknown: a later version of fedpool wrote this job"):
         JobRecord.from_bytes(data, "here")
 
 

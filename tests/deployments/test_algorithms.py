@@ -151,7 +151,7 @@ def test_a_script_that_sends_no_control_variates_is_told_what_is_missing(run_job
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("FedOptRecipe", {"server_optimizer": "sgdd"}, "server_optimizer 'sgdd' is not known"),
+        ("FedOptRecipe", {"server_optimizer": "sgdd"}, "server_optimizer 'sgdd' is unknown"),
         ("FedOptRecipe", {"server_optimizer": "torch.optim.LBFGS"}, "torch.optim.LBFGS"),
         ("FedOptRecipe", {"server_optimizer": "torch.optim.NAdam"}, "keeps 'mu_product'"),
         ("FedOptRecipe", {"server_optimizer": "torch.optim.Nope"}, "cannot be used"),
@@ -168,7 +168,7 @@ def test_a_script_that_sends_no_control_variates_is_told_what_is_missing(run_job
         ("FedProxRecipe", {"fedprox_mu": -1}, "greater than or equal to 0"),
         ("CyclicRecipe", {"order": "up"}, "use 'fixed', 'random', or a list of sites"),
         ("CyclicRecipe", {"order": []}, "names no site"),
-        ("CyclicRecipe", {"clients_per_round": 2}, "each round is one site's"),
+        ("CyclicRecipe", {"clients_per_round": 2}, "each round of cyclic weight transfer has one site"),
         ("FedBNRecipe", {}, "FedBN needs batch normalisation"),
         ("FedAvgRecipe", {"aggregator": "krum"}, '"krum" needs num_byzantine: Krum(num_byzantine=...)'),
         ("FedAvgRecipe", {"aggregator": lambda values, weights: values[0]}, "put it into a module"),

@@ -135,7 +135,7 @@ def test_the_default_recipe_outlasts_a_worker_that_stands_still_for_a_minute(env
         result = run.get_result(240)
     assert [len(record["accepted"]) for record in result.rounds] == [3, 3, 3]
     assert [record["failed"] for record in result.rounds] == [[], [], []]
-    told = "b: no worker of work pool b is online: waiting for it for up to 120 s (site_patience_s)"
+    told = "b: no worker of work pool b is online: waiting for up to 120 s (site_patience_s)"
     wait_until(lambda: told in all_logs(env))  # logs are sent in batches
 
 
@@ -180,7 +180,7 @@ def test_a_paused_pool_is_named_by_the_submission_and_is_a_site_away_to_a_run_in
     (away,) = result.rounds[4]["failed"]
     assert away["cause"].startswith("work pool c is paused")
     assert not_asked(result.rounds[5]) == [{"site": "c", "reason": "its work pool is paused"}]
-    told = "c: work pool c is paused: waiting for it for up to 5 s (site_patience_s)"
+    told = "c: work pool c is paused: waiting for up to 5 s (site_patience_s)"
     wait_until(lambda: told in all_logs(env))
 
 
@@ -228,7 +228,7 @@ def test_a_site_whose_run_is_deleted_is_asked_again(env: PocEnv, tmp_path: Path)
             set_paused(env, "c", paused=False)
         result = run.get_result(120)
     (lost,) = result.rounds[2]["failed"]
-    assert lost["cause"] == "Deleted: someone has deleted its run from the Prefect server"
+    assert lost["cause"] == "Deleted: its run was deleted from the Prefect server"
     assert [entry["attempt"] for entry in result.rounds[2]["accepted"]] == [0, 0, 1]
 
 

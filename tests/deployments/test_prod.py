@@ -165,7 +165,7 @@ def test_everything_that_is_missing_is_said_at_once(
     assert refused(env(sites=sites, coordinator_pool="idle"), recipe, ConfigError).splitlines() == [
         "no worker of work pool 'idle' is online: prefect worker start --type process --pool idle",
         "no worker of work pool 'asleep' is online: fedpool site start --name asleep",
-        f"site 'old' speaks protocol 0, this one {SITE_PROTOCOL}: upgrade it",
+        f"site 'old' speaks protocol 0, but this version of fedpool speaks {SITE_PROTOCOL}: upgrade it",
         "site 'unknown' is not registered: fedpool site start --name unknown",
     ]
     assert refused(env(coordinator_pool="nowhere"), recipe, ConfigError) == (

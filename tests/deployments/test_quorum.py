@@ -81,7 +81,7 @@ def test_a_late_update_is_kept_and_named_and_never_mixed_in(
     np.testing.assert_array_equal(result.params["w"], np.full(3, 3))
     kept = json.loads((tmp_path / "runs" / result.job_id / "rounds/00000/sites/site-2/update.json").read_text())
     assert (kept["round"], kept["attempt"]) == (0, 0)
-    assert "site-2's update of round 0 came when that round had closed" in caplog.text
+    assert "site-2's update of round 0 arrived after that round had closed" in caplog.text
     verify_job(Store(tmp_path / "runs"), result.job_id)
 
 

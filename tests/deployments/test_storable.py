@@ -99,6 +99,4 @@ def test_a_state_that_the_server_refuses_is_reported_without_its_message(on_post
     with temporary_settings({PREFECT_API_URL: on_postgres, PREFECT_CLIENT_MAX_RETRIES: 0}):
         state = asyncio.run(report()).state
     assert state is not None and state.is_failed()
-    assert state.message == (
-        "the server refused the message of this state (HTTP 503): the job's record in the store has it"
-    )
+    assert state.message == "the server refused this state's message (HTTP 503): see the job's record in the store"

@@ -62,11 +62,11 @@ def recipe(write_script: Callable[..., Path]) -> Callable[..., FedAvgRecipe]:
             10,
             r"aggregator Bulyan\(num_byzantine=2, even_median='element'\) needs 11 updates, and min_",
         ),
-        (Krum(num_byzantine=2), 6, "needs 7 updates, and min_clients=6 lets a round have fewer: raise min_clients"),
+        (Krum(num_byzantine=2), 6, "needs 7 updates, but min_clients=6 lets a round have fewer: raise min_clients"),
         ({"kind": "multi_krum", "num_byzantine": 2, "num_selected": 8}, 11, "needs 12 updates"),
         (TrimmedMean(trim_ratio=0.1), 9, "needs 10 updates"),
         ("krum", 11, r'FedAvgRecipe: aggregator "krum" needs num_byzantine: Krum\(num_byzantine=\.\.\.\)'),
-        ("medien", 11, 'FedAvgRecipe: aggregator "medien" is not known: did you mean "median"'),
+        ("medien", 11, 'FedAvgRecipe: aggregator "medien" is unknown. Did you mean "median"'),
         (
             {"kind": "krum", "num_byzantine": 0},
             11,

@@ -193,7 +193,8 @@ def test_a_job_of_an_earlier_version_goes_on_with_the_class_of_the_user(folder: 
     folder.store.write_json("job-1/job.json", described)
     check_unchanged(recipe, "job-1", folder.store, SITES)
     with pytest.raises(
-        IntegrityError, match=r"recipe of class 'HalvesRecipe': known are FedAvgRecipe.*beside the script"
+        IntegrityError,
+        match=r"recipe of the unknown class 'HalvesRecipe': known classes are FedAvgRecipe.*beside the script",
     ):
         recipe_of("job-1", folder.store)
 
@@ -306,8 +307,11 @@ def test_a_zip_that_was_tampered_with_is_not_run_wherever_it_is_allowed(
         (lambda job: job["code"].update(sha256="../../x"), "does not describe a job: code.sha256: "),
         (lambda job: job["code"].pop("modules"), "does not describe a job: code.modules: "),
         (lambda job: job.update(code=[]), "does not describe a job: code"),
-        (lambda job: job["recipe"].update(type="halves:Path"), "halves:Path, which is not a recipe: it is None"),
-        (lambda job: job["recipe"].update(type="os:system"), "recipe of class 'os:system': known are"),
+        (lambda job: job["recipe"].update(type="halves:Path"), "halves:Path, which is None, not a recipe"),
+        (
+            lambda job: job["recipe"].update(type="os:system"),
+            "recipe of the unknown class 'os:system': known classes are",
+        ),
         (lambda job: job["recipe"].update(type="antigravity:Recipe"), "recipe of class 'antigravity:Recipe'"),
     ],
 )
@@ -338,7 +342,7 @@ def test_what_is_installed_and_not_registered_stays_and_says_how_to_register_it(
             check_travels(recipe)
         stage(recipe, "job-1", folder.store, SITES)
         assert "code" not in folder.store.read_json("job-1/job.json")
-        with pytest.raises(IntegrityError, match="recipe of class 'acme_algos:FedAvgRecipe': known are"):
+        with pytest.raises(IntegrityError, match="recipe of the unknown class 'acme_algos:FedAvgRecipe'"):
             recipe_of("job-1", folder.store, allow=allow)
     finally:
         forget(package)

@@ -200,7 +200,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a recipe of another kind": (
         lambda job: edit(job / "job.json", lambda record: record["recipe"].update(type="FedSecretRecipe")),
-        r"job\.json has a recipe of class 'FedSecretRecipe': known are .*FedAvgRecipe",
+        r"job\.json has a recipe of the unknown class 'FedSecretRecipe': known classes are .*FedAvgRecipe",
     ),
     "a record that is none": (
         lambda job: edit(job / R.format(2), lambda record: record.pop("accepted")),

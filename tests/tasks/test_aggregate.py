@@ -327,7 +327,8 @@ def test_an_aggregate_that_is_not_finite_is_an_error_and_leaves_nothing(tmp_path
     round = Round(tmp_path, {"w": f32(3e38)})
     round.send("site-1", {"w": f32(1e38)}, params_type="DIFF")
     with pytest.raises(
-        RoundError, match="the aggregate of w is not finite, though every update was: their values are too large"
+        RoundError,
+        match="the aggregate of w is not finite although every update was, because their values are too large",
     ):
         round.aggregate()
     assert not round.store.exists(PATHS.global_model(1))

@@ -61,7 +61,9 @@ def test_without_any_metric_only_what_was_asked_for_is_missed() -> None:
 
 def test_a_metric_that_was_only_logged_is_named() -> None:
     gap = metric_gap(rules(patience=2), [a_round(0, logged=("accuracy",))])
-    assert gap is not None and "though they logged accuracy: send it as FLModel(metrics={'accuracy': ...})" in gap.text
+    assert (
+        gap is not None and "although they logged accuracy: send it as FLModel(metrics={'accuracy': ...})" in gap.text
+    )
 
 
 def test_a_metric_that_was_not_finite_was_reported() -> None:

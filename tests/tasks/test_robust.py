@@ -206,7 +206,7 @@ KNOWN = "mean, median, trimmed_mean, krum, multi_krum, bulyan, geometric_median,
     [
         (
             "krum",
-            'aggregator "krum" needs num_byzantine: Krum(num_byzantine=...), in JSON {"kind": "krum", "num_byzantine": ...}',
+            'aggregator "krum" needs num_byzantine: Krum(num_byzantine=...), or in JSON {"kind": "krum", "num_byzantine": ...}',
         ),
         (Krum, 'aggregator "krum" needs num_byzantine: Krum(num_byzantine=...)'),
         ({"kind": "multi_krum", "num_selected": 1}, "needs num_byzantine: MultiKrum(num_byzantine=...)"),
@@ -217,15 +217,15 @@ KNOWN = "mean, median, trimmed_mean, krum, multi_krum, bulyan, geometric_median,
         ({"kind": "median", "trim_ratio": 0.1}, "Median: trim_ratio: there is no such field"),
         ({"kind": "bulyan", "num_byzantine": 1, "even_medians": "midpoint"}, "did you mean even_median?"),
         ({"kind": "bulyan", "num_byzantine": 1, "even_median": "upper"}, "must be 'element' or 'midpoint'"),
-        ("crum", f'aggregator "crum" is not known: did you mean "krum"? There are {KNOWN}, and the path of a function'),
-        ({"kind": "Median"}, 'aggregator "Median" is not known: did you mean "median"?'),
-        ("zzz", f'aggregator "zzz" is not known: There are {KNOWN}'),
+        ("crum", f'aggregator "crum" is unknown. Did you mean "krum"? Use {KNOWN}, or the path of a function'),
+        ({"kind": "Median"}, 'aggregator "Median" is unknown. Did you mean "median"?'),
+        ("zzz", f'aggregator "zzz" is unknown. Use {KNOWN}'),
         ({"num_byzantine": 1}, f'has no "kind": give one of {KNOWN}'),
-        (3, "aggregator 3 is none of fedpool's"),
-        (RoundMean(), "is none of fedpool's: give the name of one, such as Krum(num_byzantine=...), or a function"),
+        (3, "aggregator=3 cannot be used: give a name"),
+        (RoundMean(), "cannot be used: give a name, an instance such as Krum(num_byzantine=...), or a function"),
         ("no.such:rule", "aggregator 'no.such:rule' cannot be imported"),
         ("fedpool:no_such", "cannot be imported"),
-        ("string:digits", "is not a function: it is a str"),
+        ("string:digits", "is a str: give the path of a function"),
         (lambda values, weights: values[0], "put it into a module"),
     ],
 )
@@ -297,7 +297,7 @@ def test_a_function_of_the_users_is_an_aggregator(monkeypatch: pytest.MonkeyPatc
     rule = chosen("users_rules:a_rule")
     assert isinstance(rule, OwnFunction)
     assert combined(rule, np.array([[1.0, 5.0], [2.0, 3.0]])).tolist() == [4.0, 10.0]
-    with pytest.raises(RoundError, match=r"must return a tensor \[2\], it returned \[3, 2\]"):
+    with pytest.raises(RoundError, match=r"must return a tensor of shape \[2\], but it returned \[3, 2\]"):
         combined(chosen("users_rules:a_wrong_rule"), np.zeros((3, 2)))
 
 

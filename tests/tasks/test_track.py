@@ -26,13 +26,13 @@ def test_a_tracker_has_a_kind_and_where_it_writes(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("track", "message"),
     [
-        ("tensorbord", r"did you mean 'tensorboard'\? There is no such tracker"),
-        ("wandb", "There is no such tracker: give 'tensorboard' or 'mlflow'"),
+        ("tensorbord", r"did you mean 'tensorboard'\? The tracker is unknown"),
+        ("wandb", "The tracker is unknown: give 'tensorboard' or 'mlflow'"),
         ("mlflow", "give MLflow's store, mlflow:sqlite:////FOLDER/mlflow.db"),
         ("mlflow:./mlruns", "stores in plain folders are deprecated"),
         ("mlflow:file:///tmp/mlruns", "stores in plain folders are deprecated"),
-        ("mlflow:https://me:secret@host", "has a password in it"),
-        ("tensorboard:s3://bucket/logs", "give a folder of the coordinator's machine, not a URL"),
+        ("mlflow:https://me:secret@host", "contains a password"),
+        ("tensorboard:s3://bucket/logs", "give a folder on the coordinator's machine, not a URL"),
         (f"tensorboard:{__file__}", "is a file"),
         (["tensorboard", "tensorboard"], "names one twice"),
     ],
@@ -62,14 +62,14 @@ def test_a_library_that_is_missing_is_refused_by_its_extra(
 
 
 def test_production_takes_paths_of_its_coordinator_only() -> None:
-    with pytest.raises(RecipeError, match="give an absolute path: it is the coordinator's machine that writes there"):
+    with pytest.raises(RecipeError, match="give an absolute path, because the coordinator's machine writes there"):
         ProdEnv(store="s3://x", sites=("a",), track=["tensorboard:logs"])
 
 
 def test_tensorboard_needs_a_folder_where_the_store_is_not_one() -> None:
     check_places(["tensorboard"], is_local=True)
     check_places(["tensorboard:/logs", "mlflow:http://host"], is_local=False)
-    with pytest.raises(RecipeError, match="name a folder of the coordinator's machine"):
+    with pytest.raises(RecipeError, match="give a folder on the coordinator's machine"):
         check_places(["tensorboard"], is_local=False)
 
 

@@ -103,7 +103,7 @@ def test_what_fails_is_tried_again_in_order_until_it_works(tracker: Tracker, tmp
     (tmp_path / "logs").touch()  # a file where the folder is to be
     begin(tracker, tmp_path / "logs")
     tracker.put(do="scalars", run="server", rows=[["a", 1.0, 0, 1.0]])
-    assert "cannot be written to, which is tried again" in tracker.read_warning()
+    assert "writing failed and is retried" in tracker.read_warning()
     (tmp_path / "logs").unlink()
     tracker.put(do="scalars", run="server", rows=[["a", 2.0, 1, 2.0]])
     assert tracker.end() == 0

@@ -156,10 +156,10 @@ def test_a_job_says_the_speeds_of_its_sites_and_no_other_job_does() -> None:
     ("said", "against"),
     [
         ({"virtual_time": 2.0, "accepted": [{"site": "a"}, {"site": "b"}], "late": [{"site": "c"}]}, None),
-        ({"accepted": [{"site": "a"}]}, "is of another kind of time than the job"),
+        ({"accepted": [{"site": "a"}]}, "differs from its job in whether time is virtual"),
         (
             {"virtual_time": 2.0, "accepted": [{"site": "a"}, {"site": "c"}], "late": [{"site": "b"}]},
-            "has c's part of round 0, which ends at 5, and closed at 2",
+            "has c's part of round 0, which ends at 5, but closed at 2",
         ),
     ],
 )
@@ -170,4 +170,4 @@ def test_a_record_that_the_speeds_contradict_is_found_out(said: Mapping[str, Any
 def test_time_does_not_run_backwards_and_a_job_without_speeds_has_none() -> None:
     assert contradiction(Schedule(UNITS, now=3.0), record_of({"virtual_time": 2.0})) is not None
     assert contradiction(None, record_of({})) is None
-    assert contradiction(None, record_of({"virtual_time": 2.0})) == "is of another kind of time than the job"
+    assert contradiction(None, record_of({"virtual_time": 2.0})) == "differs from its job in whether time is virtual"
