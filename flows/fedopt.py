@@ -59,7 +59,7 @@ class FedOpt(Averaging):
 
 
 class FedOptRecipe(AveragingRecipe):
-    """Federated averaging with a server optimizer: FedAdam, FedYogi, FedAdagrad, FedAvgM, torch.optim.
+    """Federated averaging with FedAdam, FedYogi, FedAdagrad, FedAvgM or torch.optim at the server.
 
     Converges in fewer rounds than plain averaging if sites differ or gradients are sparse, but its
     learning rate needs tuning.
