@@ -146,7 +146,7 @@ class TestSend:
         client = Client(host)
         client.receive()
         client.send(FLModel(params=MODEL))
-        with pytest.raises(ClientError, match=r"round 0 was sent already: call flare\.is_running\(\)"):
+        with pytest.raises(ClientError, match=r"round 0 was already sent: call flare\.is_running\(\)"):
             client.send(FLModel(params=MODEL))
         assert len(host.updates) == 1
 

@@ -134,9 +134,7 @@ def test_parameters_sent_in_an_evaluation_are_named_once(tmp_path: Path, capsys:
     client, model = received(host_of(tmp_path, MODEL, MODEL, task="evaluate"))
     client.send(FLModel(params=model.params, metrics={"a": 1}))
     told = capsys.readouterr().err
-    assert told.startswith(
-        "fedpool: round 0 at site-1 is an evaluation, and the parameters that were sent are ignored:"
-    )
+    assert told.startswith("fedpool: round 0 at site-1 is an evaluation, so the parameters that were sent are ignored:")
     assert "is_evaluate()" in told and "final_evaluation=False" in told
     client.receive()
     client.send(FLModel(params=model.params, metrics={"a": 1}))

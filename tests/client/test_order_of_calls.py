@@ -74,8 +74,8 @@ def test_it_is_told_again_as_often_as_it_tries_and_may_still_send(tmp_path: Path
 @pytest.mark.parametrize(
     ("task", "remedy"),
     [
-        ("evaluate", r"or metrics=\{\} where there is nothing to score"),
-        ("submit_model", r"or metrics=\{\} where it has none"),
+        ("evaluate", r"or metrics=\{\} if there is nothing to score"),
+        ("submit_model", r"or metrics=\{\} if it has none"),
     ],
 )
 def test_a_script_that_continues_on_what_it_cannot_do_is_told_how_to_say_so(

@@ -121,7 +121,7 @@ def test_a_disk_without_room_for_the_beginning_of_a_job_leaves_no_job(
         recipe.execute(SimEnv(clients=SITES, workspace=disk.path / "runs", progress=False))
     with pytest.raises(SystemExit):
         main(["job", "list", "--store", str(disk.path / "runs")])
-    assert "there are no jobs in it" in capsys.readouterr().out
+    assert "it has no jobs" in capsys.readouterr().out
 
 
 def test_a_workspace_that_is_read_only_is_told_before_anything_starts(

@@ -203,7 +203,7 @@ def test_the_store_that_is_meant_is_said_first_and_found_by_one_rule(
     assert given[0] == f"store: {tmp_path / 'runs'} (--store)" and any(run.job_id in line for line in given)
     assert first_lines() == [
         f"store: {tmp_path / 'fedpool-runs'} (the folder of simulations here)",
-        "there are no jobs in it",
+        "it has no jobs",
     ]
     (home / "store").mkdir(parents=True)
     assert first_lines()[1] == f"The proof of concept is down. For its jobs: --store {home / 'store'}"
@@ -292,6 +292,6 @@ def test_a_command_that_needs_a_server_says_so_where_there_is_none(
             assert ended.value.code == 1
             said = capsys.readouterr().err
             assert (
-                said.startswith("no Prefect server is known: set PREFECT_API_URL, or bring one up")
+                said.startswith("no Prefect server is configured: set PREFECT_API_URL, or start a proof of concept")
                 and said.count("\n") == 1
             )

@@ -72,7 +72,7 @@ def test_a_replay_without_a_site_tells_what_it_contributed(
     assert command("job", "replay", run.job_id, *where, "--out", str(out)) == 0
     printed = capsys.readouterr().out
     assert f"round 0 of {run.job_id}, from site-1, site-2: sha256 " in printed
-    assert "the round moved the model by 22 (L2); this one lies 19 from what was committed" in printed
+    assert "the round moved the model by 22 (L2); this model is 19 from the committed one" in printed
     np.testing.assert_array_equal(load_file(out)["w"], np.full(4, 1.5))
     assert command("job", "replay", run.job_id, *where, "--json") == 0
     assert json.loads(capsys.readouterr().out)["distance"] == 19.0

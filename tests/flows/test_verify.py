@@ -88,7 +88,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_an_honest_record_passes_and_the_command_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(finished) == Verified(num_rounds=4, num_updates=11, num_pruned=0, status="COMPLETED")
     assert command("job", "verify", finished.name, "--store", str(finished.parent)) == 0
-    assert "4 rounds and 11 updates verified: every hash holds" in capsys.readouterr().out
+    assert "4 rounds and 11 updates verified: every hash matches" in capsys.readouterr().out
     assert command("job", "verify", finished.name, "--store", str(finished.parent), "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "num_rounds": 4,

@@ -1,4 +1,4 @@
-"""The command `fedpool job`: what ran, what runs, and what can be done to a job."""
+"""The command `fedpool job`: shows, verifies, replays, prunes, resumes and cancels jobs."""
 
 import json
 import runpy
@@ -30,41 +30,41 @@ from fedpool.store import Store
 from fedpool.tasks.job_record import JobRecord
 
 _CANCEL_LOOK_S = 3.0
-"""How long a command that does not wait looks whether the job has ended."""
+"""How long `cancel` without --wait checks whether the job has ended."""
 _CANCEL_WAIT_S = 120.0
 
-job = App(name="job", help="Jobs: what ran, what runs.")
+job = App(name="job", help="Jobs, past and running.")
 
-Home = Annotated[Path, Parameter(help="folder of logs, sites and store")]
+Home = Annotated[Path, Parameter(help="folder with logs, sites and store")]
 StoreUrl = Annotated[
     str | None,
     Parameter(
-        help="URL of the store; default: FEDPOOL_STORE, else that of the proof of concept that is up, else fedpool-runs"
+        help="URL of the store; default: FEDPOOL_STORE, else that of the running proof of concept, else fedpool-runs"
     ),
 ]
 AllowCode = Annotated[
     list[str] | None,
-    Parameter(help="sha256 of code that came with the job and may be run here; can be repeated", negative=""),
+    Parameter(help="sha256 of the job's own code, to allow it to run here; repeatable", negative=""),
 ]
 Json = Annotated[bool, Parameter(name="--json", help="print JSON", negative="")]
 
 
 @job.command(name="list")
 def list_(*, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
-    """The jobs of a store, newest first."""
+    """List the jobs of a store, newest first."""
     found = stored_jobs.list_jobs(_store(store, home, quiet=as_json), partial(meant_server, home))
     if as_json:
         print(json.dumps([asdict(entry) for entry in found], indent=2))
         return
     if not found:
-        print("there are no jobs in it")
+        print("it has no jobs")
         return
     print_jobs(found)
 
 
 @job.command
 def show(job_id: str, *, store: StoreUrl = None, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
-    """A job's rounds and models."""
+    """Show a job's rounds and models."""
     place = _store(store, home, quiet=as_json)
     summary, records, result = stored_jobs.read_job(place, job_id, partial(meant_server, home))
     described = JobRecord.read(place, JobPaths(job_id).job)
@@ -86,7 +86,7 @@ def verify(
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Check every hash of a job, and recompute every aggregate from the stored updates; ends
+    """Check every hash of a job, and recompute every aggregate from the stored updates. Exits
     with 1 at the first difference.
     """
     from fedpool.flows.verify import verify_job
@@ -104,10 +104,10 @@ def verify(
 def job_logs(
     job_id: str,
     *,
-    at: Annotated[str | None, Parameter(name="--site", help="only what this site's script has printed")] = None,
+    at: Annotated[str | None, Parameter(name="--site", help="only the output of this site's script")] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """What a job's runs have logged, from the Prefect server."""
+    """Print the logs of a job's runs, from the Prefect server."""
     with meant_server(home):
         for name, line in run_blocking(with_client(lambda client: job_runs.read_logs(client, job_id, at))):
             print(f"{name}: {line}")
@@ -120,8 +120,8 @@ def cancel(
     wait: Annotated[bool, Parameter(help="wait until it has ended", negative="")] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Ask a job to stop: its sites stop training, and it says that it was cancelled; ends with 1
-    if it has not in time.
+    """Ask a job to stop: its sites stop training, and it ends as cancelled. With --wait, exits
+    with 1 if that takes too long.
     """
     with meant_server(home):
         run_id = run_blocking(with_client(lambda client: job_runs.cancel(client, job_id)))
@@ -131,9 +131,9 @@ def cancel(
     if ended is not None:
         print(f"{job_id}: {ended}")
     elif wait:
-        raise ServerError(f"{job_id} has not stopped in {timeout_s:g} s: the coordinator's worker may be gone")
+        raise ServerError(f"{job_id} has not stopped within {timeout_s:g} s: the coordinator's worker may be gone")
     else:
-        print("it is stopping; --wait waits for its end")
+        print("it is stopping; --wait waits until it has stopped")
 
 
 @job.command
@@ -148,15 +148,15 @@ def replay(
             "recipe's own strategy"
         ),
     ] = None,
-    leave_out: Annotated[list[str] | None, Parameter(help="a site to leave out; can be repeated")] = None,
+    leave_out: Annotated[list[str] | None, Parameter(help="a site to leave out; repeatable")] = None,
     out: Annotated[Path | None, Parameter(help="safetensors file to write the model to")] = None,
     allow_code: AllowCode = None,
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Aggregate a round's updates once more: by another strategy, or without some sites. The job
-    stays as it is.
+    """Aggregate a round's updates again, with another strategy or without some sites. Doesn't
+    change the job.
     """
     from fedpool.flows.replay import replay_round
 
@@ -180,7 +180,7 @@ def replay(
 
 
 def _aggregator(text: str | None) -> "str | dict[str, Any] | None":
-    """What `--strategy` says: the name of an aggregator, or JSON."""
+    """The value of `--strategy`: the name of an aggregator, or JSON."""
     if text is None or not text.startswith("{"):
         return text
     try:
@@ -196,7 +196,7 @@ def _aggregator(text: str | None) -> "str | dict[str, Any] | None":
 def prune(
     job_id: str,
     *,
-    keep: Annotated[Literal["last", "none"], Parameter(help="whose updates stay: the last round's, or none")] = "last",
+    keep: Annotated[Literal["last", "none"], Parameter(help="keep the last round's updates, or none")] = "last",
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
@@ -210,14 +210,14 @@ def prune(
 def resume(
     job_id: str,
     *,
-    fork: Annotated[bool, Parameter(help="make a new job from a model of this one instead", negative="")] = False,
+    fork: Annotated[bool, Parameter(help="instead, start a new job from a model of this one", negative="")] = False,
     from_round: Annotated[int | None, Parameter(help="round whose global model a fork starts from")] = None,
     allow_code: AllowCode = None,
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Go on with a job that was lost, has failed or was cancelled, from its last committed
-    round; ends with 1 when it fails.
+    """Resume a lost, failed or cancelled job from its last committed round. Exits with 1 if it
+    fails.
     """
     from fedpool.deployments.prod import ProdEnv
     from fedpool.deployments.resumed import environment_of
@@ -237,13 +237,15 @@ def resume(
 
 @job.command(name="stage")
 def stage_(
-    source: Annotated[str, Parameter(help="FILE or FILE:NAME, a Python file and the recipe in it (default: recipe)")],
+    source: Annotated[
+        str, Parameter(help="FILE or FILE:NAME: a Python file, and the recipe's name in it (default: recipe)")
+    ],
     *,
     sites: Annotated[list[str], Parameter(help="names of the sites")],
     store: StoreUrl = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Write a recipe to the store as the template of a deployment, and print its id; for
+    """Write a recipe to the store as a deployment's template, and print its id, for
     prefect.yaml.
     """
     from fedpool.flows.own_code import check_travels
@@ -251,7 +253,7 @@ def stage_(
 
     path, _, name = source.partition(":")
     folder = str(Path(path).absolute().parent)
-    sys.path.insert(0, folder)  # as `python FILE` would
+    sys.path.insert(0, folder)  # like `python FILE`
     try:
         found = runpy.run_path(path).get(name or "recipe")
     finally:

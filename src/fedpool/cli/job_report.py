@@ -81,10 +81,10 @@ def print_verified(job_id: str, found: "Verified") -> None:
     """Print the result of a verification."""
     print(
         f"{job_id}: {found.num_rounds} rounds and {found.num_updates} updates verified: "
-        "every hash holds, and every aggregate comes out the same, to the byte"
+        "every hash matches, and every aggregate is the same, to the byte"
     )
     if found.num_pruned:
-        print(f"{found.num_pruned} updates were not kept: the aggregates of their rounds are taken on trust")
+        print(f"{found.num_pruned} updates were not kept, so the aggregates of their rounds could not be recomputed")
     if found.status is None:
         print("it has no result yet: it is still running, or its coordinator was lost")
 
@@ -93,7 +93,7 @@ def print_replayed(job_id: str, found: "Replayed") -> None:
     """Print the result of a replay."""
     print(f"round {found.round} of {job_id}, from {', '.join(found.sites)}: sha256 {found.sha256}")
     print(
-        f"the round moved the model by {found.moved:.6g} (L2); this one lies {found.distance:.6g} from what was committed"
+        f"the round moved the model by {found.moved:.6g} (L2); this model is {found.distance:.6g} from the committed one"
     )
 
 

@@ -26,7 +26,7 @@ def meant_server(home: Path) -> Iterator[None]:
     proof = PocEnv(home=home)
     if not proof.is_up():
         raise ConfigError(
-            f"no Prefect server is known: set PREFECT_API_URL, or bring one up in {proof.home}: fedpool poc up"
+            f"no Prefect server is configured: set PREFECT_API_URL, or start a proof of concept in {proof.home}: fedpool poc up"
         )
     with temporary_settings({PREFECT_API_URL: proof.api_url}):
         yield

@@ -1,4 +1,4 @@
-"""The client API's state machine: what may be called when, and what a call does."""
+"""The client API's state machine: when each function may be called, and its effect."""
 
 import sys
 import weakref
@@ -19,17 +19,17 @@ from fedpool.paths import check_name
 
 _ANSWERS = {
     "train": "send the trained model, flare.send(flare.FLModel(params=...))",
-    "evaluate": "send the scores, flare.send(flare.FLModel(metrics=...)), or metrics={} where there is nothing to score",
-    "submit_model": "send this site's own model, flare.send(flare.FLModel(params=...)), or metrics={} where it has none",
+    "evaluate": "send the scores, flare.send(flare.FLModel(metrics=...)), or metrics={} if there is nothing to score",
+    "submit_model": "send this site's own model, flare.send(flare.FLModel(params=...)), or metrics={} if it has none",
 }
-"""What a script has to do in a round, by its task."""
+"""A script's answer to a round, by its task."""
 
 _PATCHED = "call fit() or train() of the patched trainer, which sends"
 
 
 @dataclass(frozen=True, slots=True)
 class Patched:
-    """A trainer that takes part in the rounds, and the options that it was patched with."""
+    """A trainer that takes part in the rounds, and the options with which it was patched."""
 
     trainer: weakref.ref[Any]
     options: Mapping[str, Any]
@@ -39,8 +39,9 @@ class Client:
     """A client script's side of a session.
 
     Args:
-        host: where assignments come from.
-        params_format: how params arrive; None decides by whether the script has imported torch.
+        host: the source of assignments.
+        params_format: the type of params; None gives torch tensors if the script has imported
+            torch.
     """
 
     def __init__(self, host: Host, params_format: ParamsFormat | None = None) -> None:
@@ -55,9 +56,9 @@ class Client:
         self._asked_for_task = False
         self._told_of_evaluations = False
         self._told_of_repetition: FLModel | None = None
-        self._looks_itself = False  # of a rank above 0: it calls is_running(), and does not leave that to rank 0
+        self._looks_itself = False  # whether a rank above 0 calls is_running() itself
         self.patched_trainer: Patched | None = None
-        """The trainer that was patched last, which does the sending."""
+        """The trainer that was patched last; it sends the updates."""
 
     @property
     def site_name(self) -> str:
@@ -71,7 +72,7 @@ class Client:
 
     @property
     def system_info(self) -> dict[str, str | int]:
-        """Job and site, and which of how many sites it is."""
+        """Names of job and site, and the site's index among all sites."""
         welcome = self._host.welcome
         return {
             "job_id": welcome.job_id,
@@ -82,7 +83,7 @@ class Client:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the recipe and the site configured for this site (a copy)."""
+        """The configuration that the recipe and the site give this site (a copy)."""
         return dict(self._host.welcome.config)
 
     @property
@@ -95,14 +96,14 @@ class Client:
 
     @property
     def between_rounds(self) -> bool:
-        """Whether a round was sent and the next assignment was not asked for yet."""
+        """Whether a round was sent, and the next assignment not yet requested."""
         return self._assignment is None and self._sent_round is not None
 
     def join_ranks(self, rank: int) -> None:
-        """From here on be one rank of the process group, which must be there; collective.
+        """From now on, act as one rank of the process group, which must exist; collective.
 
-        For launchers that start the other ranks from within the script. Under torchrun it changes
-        nothing but that the ranks above 0 learn site, job and config now.
+        For launchers that start the other ranks from within the script. Under torchrun, the only
+        effect is that the ranks above 0 learn site, job and config now.
         """
         if not isinstance(self._host, TorchrunHost):
             self._host = TorchrunHost(rank, self._host)
@@ -111,14 +112,14 @@ class Client:
     def is_running(self) -> bool:
         """Block until there is an assignment (True) or the job is over (False).
 
-        Called again before the round was sent, it would only give the same assignment again, for
-        ever. A script that has neither received nor asked for the task may look twice, as in `if
-        is_running(): while is_running(): ...`.
+        A second call before the round is sent would return the same assignment forever, so it is
+        refused. A script that has neither received nor asked for the task may call it twice, as in
+        `if is_running(): while is_running(): ...`.
 
         Raises:
-            ClientError: the script has gone through a round without sending.
+            ClientError: the script went through a round without sending.
         """
-        if self._follows:  # where rank 0 goes, whether or not this rank has received and sent
+        if self._follows:  # follow rank 0, whether or not this rank has received and sent
             self._looks_itself = True
             return self._next(None)
         assignment = self._assignment
@@ -135,7 +136,7 @@ class Client:
         return True
 
     def receive(self, timeout: float | None = None) -> FLModel | None:
-        """The round's model, always the same one; None after timeout seconds, or at the end."""
+        """The round's model, always the same; None after `timeout` seconds or at the job's end."""
         if self._follows and not self._looks_itself:
             self._catch_up()
         if self._assignment is None:
@@ -163,9 +164,9 @@ class Client:
         if self._assignment is None or self._model is None:
             if self._assignment is None and self._sent_round is not None:
                 raise ClientError(
-                    f"round {self._sent_round} was sent already: call flare.is_running() for the next one"
+                    f"round {self._sent_round} was already sent: call flare.is_running() for the next one"
                 )
-            raise ClientError("send() before receive(): call flare.receive() first, then train, then send")
+            raise ClientError("send() was called before receive(): call flare.receive() first, then train, then send")
         assignment = self._assignment
         message = update_message(assignment, model, self._model)
         if self._took_no_step:
@@ -174,10 +175,10 @@ class Client:
             message |= write_params(assignment, model, self.config)
         elif model.params is not None and not self._told_of_evaluations:
             self._told_of_evaluations = True
-            # Not a warning: many a training script ignores those.
+            # Not a warning, because many training scripts ignore warnings.
             sys.stderr.write(
-                f"fedpool: round {assignment.round} at {self.site_name} is an evaluation, and the parameters that were sent "
-                "are ignored: check flare.is_evaluate() before you train and send metrics only, "
+                f"fedpool: round {assignment.round} at {self.site_name} is an evaluation, so the parameters that were sent "
+                "are ignored: check flare.is_evaluate() before you train and send only metrics, "
                 "or give the recipe final_evaluation=False\n"
             )
         self._host.put("update", **message)
@@ -188,7 +189,7 @@ class Client:
         keeping.keep(self._in_round("keep", name), name, params)
 
     def kept(self, name: str, *, initial: bool = False) -> dict[str, Any] | None:
-        """What this site has kept; see `fedpool.client.kept`."""
+        """The tensors that this site has kept; see `fedpool.client.kept`."""
         assignment, params_format = self._in_round("kept", name), self._params_format()
         found = keeping.kept(assignment, name, params_format)
         if found is not None or not initial:
@@ -198,15 +199,15 @@ class Client:
         return load_arrays(assignment.initial, params_format)
 
     def keep_with_update(self, name: str, params: Mapping[str, Any]) -> None:
-        """Keep tensors that hold only if this round's update counts."""
+        """Keep tensors that are valid only if this round's update counts."""
         keeping.keep_with_update(self._in_round("keep", name), name, params)
 
     def kept_with_update(self, name: str) -> tuple[dict[str, Any] | None, float]:
-        """What was kept with the last update that counted, and the factor on its difference."""
+        """The tensors kept with the last update that counted, and the factor on its difference."""
         return keeping.kept_with_update(self._in_round("kept", name), name, self._params_format())
 
     def count_nothing(self) -> None:
-        """Have this round's update count with weight 0: nothing was trained for it."""
+        """Give this round's update weight 0, because no step was taken."""
         self._took_no_step = True
 
     def _in_round(self, function: str, name: str) -> Assignment:
@@ -231,7 +232,7 @@ class Client:
         self._host.note(f"{key} = {text}")
 
     def shutdown(self) -> None:
-        """Say goodbye to the host; from here on the job is over for this script."""
+        """Say goodbye to the host. For this script the job is over."""
         self._host.close()
         self._ended = True
         self._assignment = self._model = None
@@ -245,7 +246,7 @@ class Client:
         if self._ended:
             return False
         assignment = self._host.next(timeout)
-        if assignment is not None and assignment == self._assignment:  # rank 0 has only looked again
+        if assignment is not None and assignment == self._assignment:  # rank 0 has only asked again
             return True
         self._assignment, self._model = assignment, None
         self._looked_again = self._asked_for_task = False
@@ -259,7 +260,9 @@ class Client:
         return isinstance(self._host, TorchrunHost) and self._host.follows
 
     def _catch_up(self) -> None:
-        """Of a rank that leaves the asking to rank 0: see whether that is in another round."""
+        """For a rank that doesn't call is_running() itself: check whether rank 0 is in another
+        round.
+        """
         assert isinstance(self._host, TorchrunHost)
         if self._host.catch_up():
             self._assignment = self._model = None

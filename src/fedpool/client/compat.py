@@ -1,8 +1,8 @@
-"""Names that scripts import from NVFlare's deeper modules; `fedpool migrate` points them here.
+"""Names that scripts import from NVFlare's deeper modules; `fedpool migrate` redirects them here.
 
-Names and values are NVFlare's, because scripts use them as keys and compare with them. What fedpool
-gives these keys is told by docs/from-nvflare.md. This module imports nothing but the standard
-library.
+Names and values are NVFlare's, because scripts use them as keys and compare with them.
+docs/from-nvflare.md lists fedpool's values for these keys. This module imports only the standard
+library and fedpool.
 """
 
 import math
@@ -45,7 +45,7 @@ __all__ = [
 
 
 class FLMetaKey:
-    """Keys of `FLModel.meta`. Of those a script sends only `NUM_STEPS_CURRENT_ROUND` counts."""
+    """Keys of `FLModel.meta`. In a sent model, only `NUM_STEPS_CURRENT_ROUND` has an effect."""
 
     NUM_STEPS_CURRENT_ROUND = NUM_STEPS
     PROCESSED_ALGORITHM = "PROCESSED_ALGORITHM"
@@ -79,7 +79,7 @@ class FLModelConst:
 
 
 class ModelName:
-    """What `meta["submit_model_name"]` asks for in a `submit_model` round."""
+    """Values of `meta["submit_model_name"]` in a `submit_model` round."""
 
     BEST_MODEL = "best_model"
     FINAL_MODEL = "final_model"
@@ -93,7 +93,7 @@ class ValidateType:
 
 
 class AlgorithmConstants:
-    """Keys by which an algorithm and a script find each other."""
+    """Keys that algorithms and scripts share."""
 
     FEDPROX_MU = FEDPROX_MU
     SCAFFOLD_CTRL_DIFF = SCAFFOLD_DIFFERENCE
@@ -107,7 +107,9 @@ class NPConstants:
 
 
 class ExchangeFormat(StrEnum):
-    """How params arrive; here `flare.init(params_format=...)` or the script's imports decide."""
+    """The type of params. In fedpool, `flare.init(params_format=...)` or the script's imports
+    decide.
+    """
 
     RAW = "raw"
     PYTORCH = "pytorch"
@@ -116,7 +118,7 @@ class ExchangeFormat(StrEnum):
 
 
 class TransferType(StrEnum):
-    """What an update holds; here the recipe's `params_transfer_type`."""
+    """The content of an update. In fedpool, the recipe's `params_transfer_type` decides."""
 
     FULL = "FULL"
     DIFF = "DIFF"
@@ -140,7 +142,7 @@ class ConfigKey:
 
 
 class AnalyticsDataType(Enum):
-    """What `flare.log` is given: a number, several, or a text."""
+    """The kind of value for `flare.log`: a number, several, or a text."""
 
     SCALARS = "SCALARS"
     SCALAR = "SCALAR"
@@ -158,7 +160,7 @@ class AnalyticsDataType(Enum):
 
 
 class LogWriterName(Enum):
-    """Whose interface a writer has; all of them write to the same place."""
+    """The library whose interface a writer has. All writers write to the same place."""
 
     TORCH_TB = "TORCH_TENSORBOARD"
     MLFLOW = "MLFLOW"
@@ -177,18 +179,18 @@ _REFUSED = (
 
 
 def entries(key: str, value: Any, data_type: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `log(key, value, data_type)` says: numbers by their names, and texts by theirs.
+    """The entries of `log(key, value, data_type)`: numbers by name, and texts by name.
 
-    SCALARS are named `key/name`, as TensorBoard shows them; METRICS, PARAMETERS and TAGS by their
-    own names, as MLflow does.
+    SCALARS are named `key/name`, as in TensorBoard; METRICS, PARAMETERS and TAGS have their own
+    names, as in MLflow.
 
     Raises:
-        ClientError: a data type that cannot be logged here, or several values that are not a dict.
+        ClientError: the data type can't be logged, or several values aren't a dict.
     """
     if data_type is None:
         return {key: value}, {}
     if data_type in _REFUSED:
-        raise ClientError(f"log({key!r}) of {data_type.value} is not possible here: log numbers or text")
+        raise ClientError(f"log({key!r}) of {data_type.value} is not possible: log numbers or text")
     if data_type in (*_MANY_TEXTS, *_MANY_NUMBERS):
         if not isinstance(value, Mapping):
             raise ClientError(f"log({key!r}) of {data_type.value} takes a dict, got {type(value).__name__}: {value!r}")
@@ -200,10 +202,10 @@ def entries(key: str, value: Any, data_type: Any) -> tuple[dict[str, Any], dict[
 
 
 def get_fedprox_mu(model: FLModel) -> float:
-    """The weight of FedProx's term, as the recipe gives it: from `model.meta` or the config.
+    """The weight of FedProx's term from the recipe, in `model.meta` or the config.
 
     Raises:
-        ClientError: neither has one, or it is not a positive number.
+        ClientError: neither has one, or it isn't a positive number.
     """
     import fedpool.client
 
