@@ -1,6 +1,4 @@
-"""What only a site knows: its name, its data, its devices. A TOML file, the environment
-(`FEDPOOL_SITE_...`), or both.
-"""
+"""A site's own settings, such as its name, data and devices, from TOML or `FEDPOOL_SITE_...`."""
 
 import os
 import re
@@ -26,64 +24,63 @@ from fedpool.sites.devices import missing_device
 from fedpool.sites.script_process import find_program
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
-"""Path of the site's TOML file, for what has no option for it, e.g. `prefect worker start --type
-fedpool-site`.
-"""
+"""Path of the site's TOML file, for commands without the option, such as `prefect worker start`."""
 
 
 _PREFIX = "FEDPOOL_SITE_"
 _ALLOWED = "allowed_code"
 _OF_KUBERNETES = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)\w*)?")
-"""What Kubernetes tells every pod of a service named `fedpool-site`."""
+"""Variables that Kubernetes sets in every pod for a service named `fedpool-site`."""
 
 
 class SiteConfig(BaseSettings):
-    """The settings of a site; what is given beats the environment, which beats the file."""
+    """A site's settings. Arguments override the environment, which overrides the file."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
 
-    name: str = Field(description="name of the site, as recipes know it")
+    name: str = Field(description="name of the site, as used in recipes")
     pool: str | None = Field(
         default=None, description="work pool that the site's worker polls; default: the site's name"
     )
     folder: Path = Field(
-        default=Path("fedpool-site"), description="the site's own folder: what it fetches, and where scripts run"
+        default=Path("fedpool-site"), description="the site's own folder, for its downloads and for running scripts"
     )
     config: dict[str, JsonValue] = Field(
-        default_factory=dict, description="what flare.get_config() returns here, over what the recipe says"
+        default_factory=dict, description="values that flare.get_config() returns here; they override the recipe's"
     )
     gpus: str | None = Field(
-        default=None, description='devices that scripts may use, as CUDA_VISIBLE_DEVICES, e.g. "0,1"'
+        default=None, description='devices that scripts may use, in the format of CUDA_VISIBLE_DEVICES, e.g. "0,1"'
     )
     command: str = Field(
-        default="python", description='what runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"'
+        default="python",
+        description='command that runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"',
     )
     store: str | None = Field(
-        default=None, description="the one store that this site works with; empty: the store that the job names"
+        default=None, description="the only store that this site uses; default: the store that the job names"
     )
     storage_options: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="options of the store for fsspec; secrets are better off in its own variables",
+        description="fsspec options of the store; keep secrets in the store's own environment variables instead",
         repr=False,
     )
     allowed_code: str | None = Field(
         default=None,
-        description="code of jobs' filters that may run here: sha256 hashes with commas between them, any, or none; default: "
-        "what FEDPOOL_ALLOWED_CODE says",
+        description="filter code of jobs that may run here: comma-separated sha256 hashes, any, or none; default: "
+        "the value of FEDPOOL_ALLOWED_CODE",
     )
     max_jobs: int | None = Field(
         default=None,
-        description="how many jobs may train here at once, the others wait for their turn; empty: all of them",
+        description="number of jobs that may train here at once; the others wait for their turn; default: no limit",
         ge=1,
     )
     idle_timeout_s: float = Field(
         default=1800.0,
-        description="seconds after which a job that asks for nothing is forgotten, and its script ended",
+        description="seconds without an assignment after which a job's script is ended",
         gt=0,
     )
     max_wait_s: float = Field(
         default=86_400.0,
-        description="seconds that a round which was announced is waited for; longer than the longest round",
+        description="seconds to wait for an announced round to begin; more than the longest round takes",
         gt=0,
     )
 
@@ -101,14 +98,15 @@ class SiteConfig(BaseSettings):
 
     @property
     def pool_name(self) -> str:
-        """The work pool of the site."""
+        """The site's work pool."""
         return self.pool or self.name
 
     def allow_code(self, request: Request) -> None:
         """Refuse code that came with a job, unless this site allows it.
 
         Raises:
-            ConfigError: it does not, or its setting is not one; the message has the remedy.
+            ConfigError: the site does not allow the code, or its setting is invalid. The message
+                gives the remedy.
         """
         setting, value = (
             (VARIABLE, os.environ.get(VARIABLE, "")) if self.allowed_code is None else (_ALLOWED, self.allowed_code)
@@ -116,14 +114,14 @@ class SiteConfig(BaseSettings):
         if not allows(value, request.sha256, what=setting):
             raise ConfigError(
                 f'{request}. Site {self.name} does not allow it: review it, then set {_ALLOWED} = "{request.sha256}" in the '
-                f"site's configuration, or {VARIABLE}={request.sha256} in the environment of its worker, and start that again"
+                f"site's configuration, or {VARIABLE}={request.sha256} in the environment of its worker, and restart the worker"
             )
 
     def check_devices(self) -> None:
-        """Check that this machine has the devices that scripts are to use.
+        """Check that this machine has the devices that scripts may use.
 
         Raises:
-            ConfigError: it has not.
+            ConfigError: a device is missing.
         """
         if self.gpus is not None and (wrong := missing_device(self.gpus)) is not None:
             raise ConfigError(f"site {self.name}: {wrong}")
@@ -137,7 +135,7 @@ class SiteConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given, then the environment, then the file."""
+        """Arguments first, then the environment, then the file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @classmethod
@@ -145,13 +143,13 @@ class SiteConfig(BaseSettings):
         """Read the settings of a site.
 
         Args:
-            file: TOML, with the fields as keys; None: the one that `FEDPOOL_SITE_CONFIG_FILE`
-                names, if it does.
-            given: fields that beat environment and file; None counts as not given.
+            file: a TOML file whose keys are the fields; None: the file named by
+                `FEDPOOL_SITE_CONFIG_FILE`, if set.
+            given: fields that override the environment and the file; None counts as not given.
 
         Raises:
-            ConfigError: the file cannot be read, or a field does not fit; with its name, its value
-                and the remedy. A variable of the environment has no field.
+            ConfigError: the file cannot be read, a field is invalid (the message gives its name,
+                its value and the remedy), or a variable in the environment matches no field.
         """
         check_variables(os.environ)
         if file is None and (named := os.environ.get(CONFIG_VARIABLE)):
@@ -173,19 +171,20 @@ class SiteConfig(BaseSettings):
 
 
 def check_variables(names: Iterable[str]) -> None:
-    """Check that every variable of a site's settings is one.
+    """Check that every variable with the prefix `FEDPOOL_SITE_` is a setting of a site.
 
     Args:
-        names: of variables; those without the prefix are others'.
+        names: names of variables; those without the prefix are ignored.
 
     Raises:
-        ConfigError: one is not, and would be ignored; says which one may be meant.
+        ConfigError: a variable is not a setting, so it would be ignored. The message suggests the
+            intended name.
     """
     known = [CONFIG_VARIABLE, *(f"{_PREFIX}{field.upper()}" for field in SiteConfig.model_fields)]
     for name in sorted(names):
-        upper = name.upper()  # in any case, as the settings are read
+        upper = name.upper()  # settings are read case-insensitively
         if upper in known or not upper.startswith(_PREFIX) or _OF_KUBERNETES.fullmatch(upper.removeprefix(_PREFIX)):
             continue
         meant = nearest(name.upper(), known)
-        hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
+        hint = f"did you mean {meant}?" if meant else f"the settings are {', '.join(known)}"
         raise ConfigError(f"the environment sets {name}, which is not a setting of a site: {hint}")

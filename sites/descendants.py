@@ -1,9 +1,9 @@
-"""All that a process has started, also what has left its session: adopted, found and killed.
+"""Finding and killing everything that a process started, including what left its session.
 
-A child that starts a session of its own (`start_new_session=True`, a daemon) is out of reach of a
-signal to the process group. On Linux a process can declare itself the *subreaper* of its
-descendants: what loses its parent becomes its own child, and so can be found by looking at its
-children until there are none. Elsewhere (macOS) only those are found whose parents still live.
+A child that starts its own session (`start_new_session=True`, a daemon) is out of reach of a signal
+to the process group. On Linux a process can declare itself the *subreaper* of its descendants: it
+becomes the parent of orphaned descendants, so killing its children until none are left finds all of
+them. Elsewhere (macOS) only descendants whose parents are still alive are found.
 """
 
 import ctypes
@@ -19,17 +19,17 @@ _OWN_THREADS = Path("/proc/self/task")
 
 
 def adopt_orphans() -> bool:
-    """Have whatever this process's descendants leave behind become its own children; False where
-    the system cannot.
+    """Make this process the parent of its orphaned descendants; returns False if the system cannot.
 
-    Adopted children are to be waited for, as all children are. Not inherited by a fork.
+    Adopted children have to be waited for, like all children. A fork does not inherit this setting.
     """
     return bool(_can_adopt() and ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
 def own_children() -> list[int]:
-    """Pids of this process's children, the adopted among them; where it cannot adopt, of all
-    descendants that can be found.
+    """Pids of this process's children, including adopted ones.
+
+    If the system cannot adopt, pids of all descendants that can be found.
     """
     if not _can_adopt():
         return living_descendants(os.getpid())
@@ -41,9 +41,7 @@ def own_children() -> list[int]:
 
 
 def living_descendants(pid: int) -> list[int]:
-    """Pids of what a process has started, and what that has started, as far as their parents
-    still live.
-    """
+    """Pids of a process's descendants whose parents are still alive."""
     import psutil
 
     try:
@@ -59,7 +57,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def kill_group(pid: int, number: int = signal.SIGKILL) -> bool:
-    """Signal a process group; returns whether there is one."""
+    """Signal a process group; returns whether it exists."""
     try:
         os.killpg(pid, number)
     except ProcessLookupError:
@@ -68,9 +66,7 @@ def kill_group(pid: int, number: int = signal.SIGKILL) -> bool:
 
 
 def end_children() -> list[tuple[int, int]]:
-    """Kill all children and what they leave behind, until nothing is left; returns pid and wait
-    status of each.
-    """
+    """Kill all children and what they leave behind; returns the pid and wait status of each."""
     ended = []
     while True:
         for pid in own_children():

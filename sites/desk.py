@@ -1,7 +1,7 @@
-"""What a site asks of whoever hands it work, in one place: a `Desk`.
+"""`Desk`: everything that a site asks of the side that hands it work.
 
-A site's worker is written against this protocol alone, and so knows nothing of a Prefect server.
-Values go in and out frozen. An implementation passes the tests in tests/deployments/test_desk.py.
+A site's worker is written against this protocol only, so it does not depend on a Prefect server.
+All values are frozen. Every implementation passes the tests in tests/deployments/test_desk.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from uuid import UUID
 
 SITE_ROUND = "site-round"
-"""The one kind of work that a site does."""
+"""The only kind of work that a site does."""
 
 
 class Phase(StrEnum):
-    """How far a piece of work has come. Each of the last four is an end."""
+    """How far a piece of work has come. The last four phases are final."""
 
     TAKEN = "taken"
     STARTED = "started"
@@ -26,16 +26,16 @@ class Phase(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing comes after it."""
+        """Whether this phase is final."""
         return self not in (Phase.TAKEN, Phase.STARTED)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a site says of a piece of work.
+    """A site's report on a piece of work.
 
     Attributes:
-        message: for people; empty: there is nothing to add.
+        message: text for people; may be empty.
     """
 
     phase: Phase
@@ -44,13 +44,12 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of work, as it is offered to a site. It comes from outside: nothing in it has been
-    checked.
+    """A piece of work offered to a site. It comes from outside, so nothing in it is checked yet.
 
     Attributes:
-        name: for people.
-        kind: what is to be done; a site does `SITE_ROUND` and nothing else.
-        parameters: of that.
+        name: a name for people.
+        kind: the kind of work; a site does only `SITE_ROUND`.
+        parameters: parameters of that kind of work.
     """
 
     id: UUID
@@ -61,13 +60,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """The answer to a sign of life.
+    """The answer to a heartbeat.
 
     Attributes:
-        new: whether the desk did not know this process until now: it has just started, or the desk
-            has lost its memory.
-        clock_ahead_s: by how much this machine's clock is ahead of the desk's; measured when `new`,
-            else 0.
+        new: whether the desk did not know this process yet, because the process has just started or
+            the desk has lost its state.
+        clock_ahead_s: seconds by which this machine's clock is ahead of the desk's; measured only
+            if `new`, else 0.
     """
 
     new: bool
@@ -75,45 +74,40 @@ class Presence:
 
 
 class Reports(Protocol):
-    """What whoever does a piece of work says of it, and asks about it.
+    """Reports on pieces of work, and questions about them.
 
-    All methods raise `Unreachable` when there is no answer, which may be worth another try, and
-    `ServerError` when there is a refusal, which is not.
+    All methods raise `Unreachable` if there is no answer, which may be worth another try, and
+    `ServerError` if the request is refused, which is not.
     """
 
     async def report(self, piece: Piece, report: Report) -> bool:
-        """Say how far a piece has come.
+        """Report how far a piece has come.
 
-        Returns: whether the report stands. False when somebody else has the piece, or someone is
-            cancelling it, so that the work is to end too; and False for a crash of a piece that has
-            ended. Another end, or a start, may replace an end that was reported.
+        Returns: whether the report was accepted. False if another process has the piece or someone
+        is cancelling it, so the work has to end, or if a crash is reported for a piece that has
+        already ended. Another final phase, or a start, may replace a final phase that was reported.
         """
         ...
 
     def log(self, piece: Piece, line: str, *, error: bool = False) -> None:
-        """Add a line to the log of a piece. Returns at once, loses lines rather than fail; from
-        any thread.
-        """
+        """Add a line to a piece's log, from any thread. Returns at once; may drop lines."""
         ...
 
     async def cancelled(self, pieces: Collection[UUID]) -> frozenset[UUID]:
-        """Those of some pieces that someone has cancelled."""
+        """The pieces among these that someone has cancelled."""
         ...
 
 
 class Desk(Reports, Protocol):
-    """What a site's worker asks beyond that: it is there, it asks for work, it has left work
-    behind, it leaves.
-    """
+    """What a worker also asks: to be online, to get work, to clean up after a crash, to leave."""
 
     @property
     def name(self) -> str:
-        """What to call it in a sentence, such as "the Prefect server"."""
+        """The desk's name for messages, such as "the Prefect server"."""
         ...
 
     async def attend(self) -> Presence:
-        """Give a sign of life, by which the site counts as online. The first one makes the site
-        known; the caller repeats it.
+        """Send a heartbeat, which keeps the site online; the first one registers it. Call it often.
 
         Raises:
             ConfigError: another process serves the site.
@@ -121,22 +115,17 @@ class Desk(Reports, Protocol):
         ...
 
     async def next(self) -> Sequence[Piece]:
-        """The pieces that are offered to this site now, the most urgent first. Whoever wants one
-        reports it as taken.
-        """
+        """The pieces offered to this site now, most urgent first. To take one, report that."""
         ...
 
     async def left_behind(self, in_hand: Collection[UUID]) -> Sequence[Piece]:
-        """Pieces that this site has taken and not ended, and which it is not at work on: an earlier
-        process of it was killed.
+        """Pieces that this site took and never ended, because an earlier process was killed.
 
         Args:
-            in_hand: those that it is at work on.
+            in_hand: the pieces that this process is working on.
         """
         ...
 
     async def leave(self) -> None:
-        """The site is offline from now on, and another process may serve it. Harmless when
-        repeated.
-        """
+        """Take the site offline, so that another process may serve it. Idempotent."""
         ...

@@ -1,8 +1,8 @@
-"""Which CUDA devices this machine has, asked without initialising CUDA in this process: what is
-forked from it could not use it.
+"""The CUDA devices of this machine, found without initialising CUDA in this process.
 
-NVIDIA's management library answers in milliseconds. Where there is none (no driver, or devices of
-another make) a fresh interpreter asks torch.
+Processes that are forked from this one could not use CUDA otherwise. NVIDIA's management library
+answers in milliseconds. Without it (no driver, or another vendor's devices) a fresh interpreter
+asks torch.
 """
 
 import ctypes
@@ -15,21 +15,20 @@ _TIMEOUT_S = 120.0
 
 
 def missing_device(gpus: str) -> str | None:
-    """What is wrong with a list of devices such as "0,1", in words; None when all of them are
-    there.
+    """Describe what is wrong with a list of devices such as "0,1"; None if all of them exist.
 
-    What is not a number, such as the id of a part of a device, is left to CUDA.
+    Entries that are not numbers, such as the id of a part of a device, are left to CUDA.
     """
     return why_missing(gpus, num_devices()) if _numbers(gpus) else None
 
 
 def why_missing(gpus: str, count: int) -> str | None:
-    """As `missing_device`, of a machine with so many devices."""
+    """Like `missing_device`, for a machine with `count` devices."""
     numbers = _numbers(gpus)
     if not numbers or max(numbers) < count:
         return None
     if count == 0:
-        return f"gpus={gpus!r}, but this machine has no CUDA device: leave gpus out to run on the processor"
+        return f"gpus={gpus!r}, but this machine has no CUDA device: leave gpus out to run on the CPU"
     there = "only device 0" if count == 1 else f"the devices 0 to {count - 1}"
     return f"gpus={gpus!r} names device {max(numbers)}, but this machine has {there}"
 
@@ -39,7 +38,7 @@ def _numbers(gpus: str) -> list[int]:
 
 
 def num_devices() -> int:
-    """How many devices `CUDA_VISIBLE_DEVICES` can name."""
+    """The number of devices that `CUDA_VISIBLE_DEVICES` can name."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
         if library.nvmlInit_v2() == 0:
@@ -49,7 +48,7 @@ def num_devices() -> int:
                     return count.value
             finally:
                 library.nvmlShutdown()
-    except (OSError, AttributeError):  # no driver, or one that is older than all that torch works with
+    except (OSError, AttributeError):  # no driver, or one too old for any torch
         pass
     return _ask_torch()
 
@@ -64,5 +63,5 @@ def _ask_torch() -> int:
         timeout=_TIMEOUT_S,
         check=False,
     )
-    # Without torch nobody here would use a device.
+    # Without torch, nothing here uses a device.
     return int(answer.stdout) if answer.returncode == 0 and answer.stdout.strip().isdigit() else 0

@@ -1,4 +1,4 @@
-"""File handles: how many a process may have open, and what to say when there are none left."""
+"""The limit on open files: raised for client scripts, and explained when it is reached."""
 
 import errno
 import os
@@ -7,23 +7,23 @@ import resource
 from fedpool.errors import ConfigError
 
 _PER_SCRIPT, _MOST_PER_SCRIPT = 3, 4
-"""What a live script takes of its host: its output, its status and the link; as it starts, the
-socket that waits for it.
+"""File handles that a running script takes in its host: its output, its status and the link;
+while it starts, also the listening socket.
 """
 _BESIDES, _MOST_BESIDES = 64, 256
-"""What the host itself uses: libraries, the store's files, connections to the Prefect server."""
+"""File handles of the host itself: libraries, the store's files, connections to the server."""
 
 
 def allow_scripts(at_least: int, at_most: int, *, remedy: str) -> None:
-    """Let this process, and so its children, have as many open files as its live scripts may take.
+    """Raise this process's limit on open files, and so its children's, to what its scripts need.
 
     Args:
-        at_least: scripts that will certainly live at the same time.
-        at_most: scripts that may.
-        remedy: what to do beside raising the limit.
+        at_least: number of scripts that will certainly run at the same time.
+        at_most: number of scripts that may run at the same time.
+        remedy: an alternative to raising the limit, for the message.
 
     Raises:
-        ConfigError: the system does not allow enough for `at_least`.
+        ConfigError: the system's limit is too low for `at_least` scripts.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -32,7 +32,7 @@ def allow_scripts(at_least: int, at_most: int, *, remedy: str) -> None:
     needed = _BESIDES + _PER_SCRIPT * at_least
     if needed > limit:
         raise ConfigError(
-            f"{at_least} client scripts that live at the same time need about {needed} open files, and this process may have "
+            f"{at_least} client scripts at the same time need about {needed} open files, but this process may have only "
             f"{hard}: raise the limit (`ulimit -Hn`), or {remedy}"
         )
     wanted = int(min(_MOST_BESIDES + _MOST_PER_SCRIPT * at_most, limit))
@@ -41,12 +41,12 @@ def allow_scripts(at_least: int, at_most: int, *, remedy: str) -> None:
 
 
 def explain(error: OSError) -> str:
-    """An error of the operating system, with the remedy where it is the lack of a file handle."""
+    """An error of the operating system as text, with the remedy if no file handle was left."""
     if error.errno not in (errno.EMFILE, errno.ENFILE):
         return str(error)
     whose = "this process has" if error.errno == errno.EMFILE else "this machine has"
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (
-        f"{whose} no file handle left ({os.strerror(error.errno)}, `ulimit -n` is {limit}): raise the limit, or run fewer "
+        f"{whose} no file handles left ({os.strerror(error.errno)}, `ulimit -n` is {limit}): raise the limit, or run fewer "
         "scripts at a time"
     )

@@ -1,9 +1,8 @@
-"""Huge pages for a process that forks many children: a fork copies the table of pages, and its end
-takes that apart again.
+"""Huge pages for a process that forks many children.
 
-With pages of 4 KiB both are proportional to the memory that the parent has written to: 18 ms for
-the 270 MB that torch and scikit-learn come to, against 4 ms with pages of 2 MiB. Linux 6.1 can turn
-the one into the other in place.
+A fork copies the page table, and the child's end frees it again. With pages of 4 KiB both take time
+proportional to the memory that the parent has written: 18 ms for the 270 MB of torch and
+scikit-learn, against 4 ms with pages of 2 MiB. Linux 6.1 can convert pages in place.
 """
 
 import ctypes
@@ -15,12 +14,12 @@ _MAPS = Path("/proc/self/maps")
 
 
 def collapse() -> int:
-    """Ask the kernel to back this process's own memory with huge pages, as far as it has them; an
-    older kernel has none.
+    """Ask the kernel to back this process's private memory with huge pages where it can.
 
-    Does not change what the memory holds, nor who may write to it. Costs some .3 ms a MB, once.
+    Neither the contents nor the permissions of the memory change. Takes about .3 ms per MB, once.
 
-    Returns: bytes in the mappings for which the kernel did all that was asked; 0 where it cannot.
+    Returns: bytes of the mappings that the kernel converted completely; 0 if it cannot (older
+    kernels, other systems).
     """
     if not _MAPS.exists():
         return 0

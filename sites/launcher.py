@@ -1,4 +1,4 @@
-"""What starts client scripts, as their host sees it."""
+"""The interface for starting and killing client scripts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,12 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A running client script: its pid, what it prints, and the pipe that tells its exit code (a
-    decimal number) at its end.
+    """A running client script.
+
+    Attributes:
+        pid: its process id.
+        output: a file descriptor to read what it prints.
+        status: a pipe that delivers its exit code, as a decimal number, when it ends.
     """
 
     pid: int
@@ -18,7 +22,7 @@ class Script:
 
 
 class Launcher(Protocol):
-    """What starts and kills client scripts."""
+    """Starts and kills client scripts."""
 
     def start(
         self, script: Path, *, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, seed: int
@@ -30,14 +34,14 @@ class Launcher(Protocol):
             arguments: its command line.
             environment: variables added to the host's.
             folder: where it runs.
-            seed: for the random generators it starts with.
+            seed: seed of the script's random generators.
 
         Raises:
-            OSError: this machine has no file handle, no memory or no process left for it.
-            FedpoolError: what starts scripts is gone.
+            OSError: this machine has no file handle, memory or process left for it.
+            FedpoolError: the process that starts scripts is gone.
         """
         ...
 
     def kill(self, pid: int) -> None:
-        """Kill a script and all it started; nothing happens when it ended already."""
+        """Kill a script and everything it started; does nothing if it has already ended."""
         ...

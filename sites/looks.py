@@ -1,6 +1,4 @@
-"""What a site looks for in the store, and how: its assignment, and whether its job, or a round
-of it, is over.
-"""
+"""How a site polls the store: for its assignment, and for the end of its job or of a round."""
 
 import threading
 import time
@@ -16,26 +14,26 @@ from fedpool.store import Store
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25
 _JOB_POLL_S = 1.0
-"""How often a site looks whether a job has ended, while it waits or trains."""
+"""Interval at which a site checks whether its job has ended, while it waits or trains."""
 
 
 class Either:
-    """Two events as one."""
+    """An event that is set when either of two events is."""
 
     def __init__(self, first: threading.Event, second: threading.Event) -> None:
         self._events = (first, second)
 
     def is_set(self) -> bool:
-        """Whether one of them is set."""
+        """Whether at least one of them is set."""
         return any(event.is_set() for event in self._events)
 
 
 class Looks:
-    """One job, as its site sees it in the store.
+    """A job as its site sees it in the store.
 
     Args:
         site: the site's name.
-        max_wait_s: how long it waits for a round to begin.
+        max_wait_s: how long to wait for a round to begin.
     """
 
     def __init__(self, site: str, store: Store, paths: JobPaths, *, max_wait_s: float) -> None:
@@ -55,19 +53,18 @@ class Looks:
     def _is_there(self, path: str) -> bool:
         try:
             return self._store.exists(path)
-        except (OSError, StoreError):  # the store does not answer: whatever it is, it is not known to be there
+        except (OSError, StoreError):  # without an answer, assume that it is not there
             return False
 
     def wait_for(self, round: int, attempt: int, stop: Either) -> SiteAssignment | None:
-        """The assignment, as soon as the coordinator has written it; None when the round or the job
-        is over first.
+        """Wait for the assignment; None if the round or the job ends before it is written.
 
         Args:
-            stop: looked at now and then.
+            stop: ends the wait when set; checked regularly.
 
         Raises:
-            SiteError: it was stopped, or the round did not begin in time.
-            IntegrityError: what lies there is not an assignment.
+            SiteError: the wait was stopped, or the round did not begin in time.
+            IntegrityError: the object is not an assignment.
             OSError, StoreError: the store has not answered for too long, or refuses.
         """
         path = self._paths.assignment(round, self._site, attempt)
@@ -81,7 +78,7 @@ class Looks:
                 answered = now
             except StoreRefused:
                 raise
-            except (OSError, StoreError):  # the store does not answer: give it as long as a write would
+            except (OSError, StoreError):  # no answer: wait as long as a write would
                 if now - answered > self._store.patience_s:
                     raise
             except ValidationError as error:
@@ -91,18 +88,18 @@ class Looks:
                 if self.is_over(round):
                     return None
             if stop.is_set():
-                raise SiteError(self._site, round, "it was cancelled before the round began")
+                raise SiteError(self._site, round, "the run was cancelled before the round began")
             if now - began > self._max_wait_s:
                 raise SiteError(
                     self._site,
                     round,
-                    f"the round did not begin in {self._max_wait_s:g} s (max_wait_s): the coordinator is gone",
+                    f"the round did not begin within {self._max_wait_s:g} s (max_wait_s): the coordinator is gone",
                 )
             pause.wait(_LOCAL_POLL_S if self._store.is_local else _REMOTE_POLL_S)
 
 
 class NowAndThen:
-    """A question to the store that is asked once in a while; in between the answer is no."""
+    """A question to the store, asked at most once per second; in between the answer is False."""
 
     def __init__(self, ask: Callable[[], bool]) -> None:
         self._ask = ask
@@ -116,9 +113,7 @@ class NowAndThen:
 
 
 class Watch:
-    """Calls `act` once when `condition` comes to hold, looking now and then, for the length of a
-    `with` block.
-    """
+    """Polls `condition` during a `with` block, and calls `act` once when it holds."""
 
     def __init__(self, condition: Callable[[], bool], act: Callable[[], None]) -> None:
         self.fired = False

@@ -1,4 +1,4 @@
-"""A file or a module that a script does not find, because it did not travel with it: what to do."""
+"""The remedy when a script does not find a file or a module that did not travel with it."""
 
 import re
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(?P<name>[^']+)'
 
 
 def missing(printed: Sequence[str], folder: Path) -> list[str]:
-    """The remedy, where a traceback ends with something that is not there: a line, or none.
+    """The remedy if a traceback ends with a missing file or module: a list of one line, or empty.
 
     Args:
         printed: the traceback's lines.
-        folder: that the script runs from, a copy of its own folder with what travels.
+        folder: the folder that the script runs from, a copy of its own folder without the files
+            that do not travel.
     """
     for line in reversed(printed):
         if found := _NO_FILE.search(line):
@@ -21,8 +22,8 @@ def missing(printed: Sequence[str], folder: Path) -> list[str]:
         if found := _NO_MODULE.search(line):
             name = found["name"].partition(".")[0]
             return [
-                f"If {name!r} is a module of yours, put it beside the script, and name it in the recipe if it is imported by a "
-                f"computed name: include=({name + '.py'!r},). If it is a package, install it where the script runs."
+                f"If {name!r} is a module of yours, put it next to the script; if it is imported by a computed name, also name "
+                f"it in the recipe: include=({name + '.py'!r},). If it is a package, install it where the script runs."
             ]
     return []
 
@@ -30,8 +31,8 @@ def missing(printed: Sequence[str], folder: Path) -> list[str]:
 def _file(path: str, folder: Path) -> list[str]:
     if not Path(path).is_absolute():
         return [
-            f"Scripts run in a folder that has no {path!r}. A file of the script's own travels with it if the recipe names it, "
-            f"include=({path!r},), and is then found as Path(__file__).parent / {path!r}."
+            f"Scripts run in a folder that has no {path!r}. A file in the script's folder travels if the recipe names it: "
+            f"include=({path!r},). The script then finds it as Path(__file__).parent / {path!r}."
         ]
     scratch = folder.parent
     while scratch.name and not scratch.name.startswith(".fedpool-"):
@@ -44,6 +45,6 @@ def _file(path: str, folder: Path) -> list[str]:
     else:
         where = f"copy {Path(path).name!r} into the script's folder and name it in the recipe's include="
     return [
-        f"The script runs from a copy of its folder, without its data. If the file is to travel, {where}; else give its path in "
-        "train_args."
+        f"The script runs from a copy of its folder that leaves data out. If the file should travel, {where}; otherwise give its "
+        "path in train_args."
     ]

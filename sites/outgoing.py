@@ -1,9 +1,8 @@
-"""What leaves a site of an update: the host's own steps, which no script can get round, then the
-recipe's filters.
+"""What happens to an update before it leaves a site: the host's own steps, then the filters.
 
-The host drops what the recipe excludes and subtracts the global model where the recipe asks for
-differences. A script's own process drops excluded parameters, too, because it keeps them; that
-saves writing them here, and nothing relies on it.
+The host drops the parameters that the recipe excludes, and subtracts the global model if the recipe
+asks for differences. A script cannot bypass these steps. Its own process drops excluded parameters
+as well, because it keeps them; that saves writing them here, but nothing relies on it.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ ParamsKind = Literal["FULL", "DIFF"]
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """What is done to the updates of a site in a round before they leave it."""
+    """Prepares a site's update of one round, and puts it into the store."""
 
     job: ClientJob
     assignment: SiteAssignment
@@ -37,16 +36,15 @@ class Outgoing:
     def deliver(
         self, written: Path, model: Path, said: ParamsKind, store: Store, path: str
     ) -> tuple[Inspection, ParamsKind]:
-        """Put what a script has written into the store, as it is to leave; it is hashed here, and
-        not in the script.
+        """Hash the update that a script has written, and put it into the store.
 
         Args:
-            written: the script's file, which is gone after that.
+            written: the script's file, which is removed.
             model: the round's global model.
-            said: what the script says that it holds.
-            path: in the store.
+            said: what the file contains according to the script.
+            path: path in the store.
 
-        Returns: what was seen of it, and what it holds now.
+        Returns: the inspection of the update that leaves, and what it contains now.
 
         Raises:
             SiteError: a filter failed; the message names it.
@@ -54,7 +52,7 @@ class Outgoing:
         found = _open(written)
         try:
             made, kind = self._made(found, model, said)
-            if made is found:  # as nearly always: it is moved, and not written once more
+            if made is found:  # the usual case: move it instead of writing it again
                 seen = inspect_tensors(found, store.block_elements)
                 store.adopt(written, path)
                 return seen, kind
@@ -70,7 +68,7 @@ class Outgoing:
     def _made(self, update: Tensors, model: Path, kind: ParamsKind) -> tuple[Tensors, ParamsKind]:
         asked = self.assignment
         made = self._without_excluded(update)
-        # A site's own model is to be scored at other sites, as it is.
+        # A site's own model is scored at other sites, so it has to leave in full.
         if self.job.transfer == "DIFF" and kind == "FULL" and asked.task != "submit_model":
             made, kind = difference(made, _open(model)), "DIFF"
         if self.filters:
@@ -83,17 +81,17 @@ class Outgoing:
         if not staying:
             return update
         kept_back = sorted(name for name, home in homes.items() if home in staying)
-        self.log(f"kept here, because the recipe excludes it: {', '.join(kept_back[:8])}")
+        self.log(f"these parameters stay here, because the recipe excludes them: {', '.join(kept_back[:8])}")
         spec = {name: entry for name, entry in update.spec.items() if homes[name] not in staying}
         return ComputedTensors(spec, update.read_block)
 
 
 def difference(update: Tensors, base: Tensors) -> Tensors:
-    """An update as its difference to the global model; integers as int64, because unsigned ones
-    would wrap around.
+    """An update as its difference to the global model.
 
-    A boolean has no difference and stays as it is; so does what lies beside parameters, and what
-    does not fit the model, which is for the gate to judge.
+    Integers become int64, because unsigned ones would wrap around. Booleans have no difference and
+    stay as they are. So do tensors beside the parameters, and tensors that do not fit the model:
+    the gate judges those.
     """
     changed = {
         name: TensorSpec("I64", entry.shape) if entry.kind == "int" else entry
@@ -111,13 +109,11 @@ def difference(update: Tensors, base: Tensors) -> Tensors:
 
 
 def _subtracted(value: BlockBytes, spec: TensorSpec, base: BlockBytes, base_spec: TensorSpec) -> BlockBytes:
-    """value - base of a block: of floating point numbers in the value's dtype, of integers in
-    int64.
-    """
+    """value - base of a block: floats in the value's dtype, integers in int64."""
     if spec.kind == "float":
         mine = torch_block(value, spec.dtype)
         return as_bytes(mine - torch_block(base, base_spec.dtype).to(mine.dtype))
-    import numpy as np  # torch cannot do this for all of its unsigned integers
+    import numpy as np  # torch cannot subtract all of its unsigned integers
 
     ours, theirs = np.frombuffer(value, numpy_dtype(spec.dtype)), np.frombuffer(base, numpy_dtype(base_spec.dtype))
     return as_bytes(ours.astype(np.int64) - theirs.astype(np.int64))

@@ -1,6 +1,4 @@
-"""What a client script prints: cut into lines, passed on, its tail kept for the message of an
-error.
-"""
+"""The output of a client script: split into lines, logged, and kept for error messages."""
 
 import os
 from collections import deque
@@ -13,9 +11,7 @@ from fedpool.sites.missing import missing
 from fedpool.storable import storable
 
 MAX_LINES_PER_ROUND = 1000
-"""Lines of a script's output that are passed on in one round; the end is always kept for an
-error's message.
-"""
+"""Lines of output that are logged in one round; the last lines are always kept for errors."""
 
 _TAIL_LINES = 200
 MAX_LINE_BYTES = 4096
@@ -27,13 +23,12 @@ _REFUSED = f"{StoreRefused.__module__}.{StoreRefused.__qualname__}: "
 
 
 class Output:
-    """What a script prints: cut into lines, passed on up to a limit in each round, its tail kept
-    for error messages.
+    """A script's output: logs lines up to a limit per round, and keeps the last ones for errors.
 
     Args:
-        folder: that the bundle was unpacked to: a scratch folder, in which nobody would look for a
-            line of a traceback.
-        origin: folder to show in its place; empty: paths inside the bundle.
+        folder: the scratch folder with the unpacked bundle.
+        origin: the folder to show in tracebacks instead, because nobody would look in a scratch
+            folder; empty: show paths inside the bundle.
     """
 
     def __init__(self, folder: Path, origin: str) -> None:
@@ -48,17 +43,17 @@ class Output:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
     def begin(self, log: LogLine) -> None:
-        """A round begins: from here on its lines go to `log`."""
+        """Begin a round: from now on, lines go to `log`."""
         self._log = log
         self._passed = self._dropped = 0
         self.forget()
 
     def forget(self) -> None:
-        """Begin the tail anew."""
+        """Forget the lines kept for error messages."""
         self._tail.clear()
 
     def read(self) -> None:
-        """Read what is there."""
+        """Read the available output."""
         if self.fd is None:
             return
         try:
@@ -75,31 +70,29 @@ class Output:
             self._pass(line)
 
     def drain(self) -> None:
-        """Read all that an ended script left in the pipe."""
+        """Read everything that an ended script left in the pipe."""
         if self.fd is None:
             return
         while self.fd is not None and wait([self.fd], 0):
             self.read()
 
     def finish(self) -> None:
-        """The round is over: pass on the last line, and say what was left out."""
+        """End the round: log the last line, and how many lines were left out."""
         self.drain()
         if self._partial:
             self._pass(self._partial)
             self._partial = b""
         if self._dropped:
-            self._log(f"... {self._dropped} more lines, not shown (limit {MAX_LINES_PER_ROUND} a round)")
+            self._log(f"... {self._dropped} more lines, not shown (limit: {MAX_LINES_PER_ROUND} per round)")
             self._dropped = 0
 
     def traceback(self) -> str:
-        """The last traceback that was printed, else the last lines, as the end of an error's
-        message.
-        """
+        """The last traceback that was printed, or else the last lines, for an error message."""
         if self._partial:
             self._pass(self._partial)
             self._partial = b""
         lines = list(self._tail)
-        # A disk that is full is not the script's fault: where it came upon that says nothing.
+        # A full disk is not the script's fault, so its traceback says nothing.
         if lines and lines[-1].startswith(_REFUSED):
             return f"\n{lines[-1].removeprefix(_REFUSED)}"
         starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
@@ -108,7 +101,7 @@ class Output:
 
     def _pass(self, line: bytes) -> None:
         text = storable(line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r"))
-        text = text.replace(self._scratch, self._shown)  # in tracebacks; what the script says of paths is left as it is
+        text = text.replace(self._scratch, self._shown)  # only in tracebacks, not in paths that the script prints
         self._tail.append(text)
         if self._passed < MAX_LINES_PER_ROUND:
             self._passed += 1

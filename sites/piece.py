@@ -1,6 +1,4 @@
-"""A piece of work at a site: what is asked for is checked, done by whoever lives here, and
-reported to the desk.
-"""
+"""Checks a piece of work, has the resident site do it, and reports to the desk."""
 
 import asyncio
 import threading
@@ -21,7 +19,7 @@ _RETRY_S = 2.0
 
 
 class RoundAsked(BaseModel):
-    """A site's part of a round, as it is asked for; see the flow `site_round`."""
+    """The parameters of a site's part of a round; see the flow `site_round`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,37 +31,35 @@ class RoundAsked(BaseModel):
 
 
 def check_piece(piece: Piece) -> None:
-    """Refuse any work but a site's part of a round, and that with other parameters than its own.
+    """Refuse everything except a site's part of a round with exactly its own parameters.
 
     Raises:
-        PermissionError: it is another one.
+        PermissionError: the kind of work or its parameters are not allowed.
     """
     if piece.kind != SITE_ROUND:
-        raise PermissionError(f"this site runs {SITE_ROUND} and nothing else: the run of {piece.kind!r} was refused")
+        raise PermissionError(f"this site runs only {SITE_ROUND}: the run of {piece.kind!r} was refused")
     takes = sorted(RoundAsked.model_fields)
     if sorted(piece.parameters) != takes:
-        given = ", ".join(sorted(piece.parameters)) or "none"
+        given = ", ".join(sorted(piece.parameters)) or "no parameters"
         raise PermissionError(f"{SITE_ROUND} takes {', '.join(takes)}: a run with {given} was refused")
 
 
 async def do_piece(desk: Reports, piece: Piece, resident: Resident, *, stop: threading.Event) -> None:
-    """Do a piece that `check_piece` has passed, and report how far it comes; returns when it has
-    ended.
+    """Do a piece that `check_piece` has passed, and report its progress; returns when it has ended.
 
     Args:
-        resident: the site that lives here.
-        stop: set it to have the piece end at once, as cancelled.
+        resident: the resident site.
+        stop: set it to end the piece at once, as cancelled.
     """
-    # A server that is busy may take seconds to hear that the work has begun: the round does not
-    # wait for that.
+    # A busy server may take seconds to accept the report that the work has begun. The round does
+    # not wait for that.
     beginning = asyncio.create_task(_begin(desk, piece, resident, stop))
 
     def work() -> Report:
         return do_round(resident, _asked(piece.parameters), stop=stop, log=lambda line: desk.log(piece, line))
 
     try:
-        # With a limit of its own: the sites' runs wait for their rounds, and would use up the
-        # threads of all others.
+        # A separate limit: pieces wait for their rounds, and would use up all other threads.
         ended = await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))
     except (FedpoolError, OSError) as error:
         ended = Report(Phase.FAILED, storable(str(error)))
@@ -79,15 +75,14 @@ async def do_piece(desk: Reports, piece: Piece, resident: Resident, *, stop: thr
 
 
 def do_round(resident: Resident, asked: RoundAsked, *, stop: threading.Event, log: LogLine) -> Report:
-    """Do a site's part of a round with the warm site that lives here. Blocks; belongs on a thread.
+    """Do a site's part of a round. Blocks, so call it on a thread.
 
     Args:
-        stop: set it to have it end at once.
+        stop: set it to end the work at once.
         log: called with each line that the script prints.
 
-    Returns: completed; cancelled when the job, or the round, was over before it began here, or it
-    was stopped; crashed when the
-        site was.
+    Returns: completed; cancelled if the work was stopped, or if the round or the job was over
+    before the work began here; crashed if the site was stopped.
 
     Raises:
         SiteError: the script or the store failed, or the run was meant for another site.
@@ -100,13 +95,13 @@ def do_round(resident: Resident, asked: RoundAsked, *, stop: threading.Event, lo
         came = resident.perform(asked.job_id, asked.round, asked.attempt, store=asked.store, stop=stop, log=log)
     except SiteError:
         if resident.closed:
-            return Report(Phase.CRASHED, "the site was stopped before it had done its part")
+            return Report(Phase.CRASHED, "the site was stopped before it finished its part")
         if stop.is_set():
-            return Report(Phase.CANCELLED, "it was cancelled")
+            return Report(Phase.CANCELLED, "the run was cancelled")
         raise
     if not came:
-        return Report(Phase.CANCELLED, "the round was over, or the job, before it had begun here")
-    return Report(Phase.COMPLETED, f"{asked.site} has done its part of round {asked.round}")
+        return Report(Phase.CANCELLED, "the round or the job was over before the work began here")
+    return Report(Phase.COMPLETED, f"{asked.site} finished its part of round {asked.round}")
 
 
 def _asked(parameters: Mapping[str, Any]) -> RoundAsked:
@@ -114,13 +109,11 @@ def _asked(parameters: Mapping[str, Any]) -> RoundAsked:
         return RoundAsked.model_validate(dict(parameters))
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise ConfigError(f"the run's parameters do not fit: {wrong}") from None
+        raise ConfigError(f"the run's parameters are invalid: {wrong}") from None
 
 
 async def _begin(desk: Reports, piece: Piece, resident: Resident, stop: threading.Event) -> bool:
-    """Report that a piece has begun; False, and the work stopped, when somebody else has ended
-    it.
-    """
+    """Report that a piece has begun; if it was ended elsewhere, stop the work and return False."""
     if await _report(desk, piece, Report(Phase.STARTED), resident):
         return True
     stop.set()
@@ -128,8 +121,10 @@ async def _begin(desk: Reports, piece: Piece, resident: Resident, stop: threadin
 
 
 async def _report(desk: Reports, piece: Piece, report: Report, resident: Resident) -> bool:
-    """Report as soon as the desk can be reached; True when it cannot and the site is closing, so
-    that nobody waits for that.
+    """Report as soon as the desk can be reached.
+
+    Returns: whether the report was accepted; True if the site is closing and the desk cannot be
+    reached, so that nothing waits.
     """
     while True:
         try:

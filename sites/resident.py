@@ -1,9 +1,8 @@
-"""A site of a proof of concept or of production: the jobs that it takes part in, and their warm
-sessions.
+"""A site outside a simulation: the jobs that it takes part in, and their warm sessions.
 
-A job's session is started by its first assignment and kept until the job ends (its `result.json` is
-there), is cancelled, or has asked for nothing for the idle time. The work of one job is done one
-assignment at a time, in the order of its rounds.
+A job's first assignment starts its session. The session stays until the job ends (its `result.json`
+exists), is cancelled, or has had no assignment for the idle timeout. A job does one assignment at a
+time, in the order of its rounds.
 """
 
 import shutil
@@ -31,17 +30,16 @@ from fedpool.sites.turns import Turns
 from fedpool.store import Store
 
 _IDLE_POLL_S = 3.0
-"""How often it looks otherwise: a job ends some time after its last round."""
+"""How often to check whether a job without calls has ended: that happens after its last round."""
 
 _CLOSE_GRACE_S = 15.0
 
 
 class Resident:
-    """What lives at a site between rounds. Thread-safe; used as a context manager, whose end kills
-    the scripts.
+    """The part of a site that lives between rounds. Thread-safe. On exit it kills the scripts.
 
     Args:
-        config: of the site.
+        config: the site's settings.
     """
 
     def __init__(self, config: SiteConfig) -> None:
@@ -68,20 +66,21 @@ class Resident:
     def perform(
         self, job_id: str, round: int, attempt: int = 0, *, store: str, stop: threading.Event, log: LogLine
     ) -> bool:
-        """Wait for the assignment of a round, do it, and commit what came of it to the store.
-        Blocks; belongs on a thread.
+        """Wait for a round's assignment, do it, and commit the outcome to the store.
+
+        Blocks, so call it on a thread.
 
         Args:
-            store: fsspec URL that the coordinator works with; the site's own setting beats it.
-            stop: set it to have the wait or the script end at once.
+            store: fsspec URL of the coordinator's store; the site's own setting overrides it.
+            stop: set it to end the wait or the script at once.
             log: called with each line that the script prints.
 
-        Returns: whether the round came; False when the job ended before it did, or went on without
-        this site.
+        Returns: whether the assignment came; False if the job ended first, or went on without this
+        site.
 
         Raises:
-            SiteError: the script failed, missed its time, or was stopped; or job and store do not
-                fit this site.
+            SiteError: the script failed, was stopped or missed its deadline, or the job or the
+                store does not fit this site.
         """
         with self._lock:
             if self.closed:
@@ -100,7 +99,7 @@ class Resident:
                 job.last_call = time.monotonic()
 
     def close(self) -> None:
-        """Kill all scripts and remove what was fetched. Idempotent."""
+        """Kill all scripts and remove all downloads. Idempotent."""
         with self._lock:
             self._closed.set()
             jobs = list(self._jobs.values())
@@ -109,16 +108,14 @@ class Resident:
             job.kill()
         for job in jobs:
             job.end()
-        self._keeper.join(_CLOSE_GRACE_S)  # it may be ending a script, or wait for a store that does not answer
+        self._keeper.join(_CLOSE_GRACE_S)  # it may be ending a script, or waiting for the store
         self._scratch.remove()
 
     def _open(self, store: str) -> Store:
         return Store(self.config.store or store, **self.config.storage_options)
 
     def _keep_house(self) -> None:
-        """End the scripts of jobs that have ended, or that have asked for nothing in the idle
-        time.
-        """
+        """End the scripts of jobs that have ended or had no assignment for the idle timeout."""
         while not self._closed.wait(min(_IDLE_POLL_S, self.config.idle_timeout_s)):
             with self._lock:
                 quiet = [job for job in self._jobs.values() if job.num_calls == 0]
@@ -126,7 +123,7 @@ class Resident:
                 over = time.monotonic() - job.last_call > self.config.idle_timeout_s or job.has_ended()
                 with self._lock:
                     if not over or job.num_calls or self._jobs.get(job.job_id) is not job:
-                        continue  # it has come back meanwhile
+                        continue  # it has a call again
                     del self._jobs[job.job_id]
                 job.end()
 
@@ -146,9 +143,7 @@ class _JobHere:
         self._sockets = make_socket_folder()
         self._working = threading.Lock()
         self.num_calls = 0
-        """Calls of `perform` that are under way; belongs to the resident, and to its lock, as
-        does the next.
-        """
+        """Calls of `perform` in progress. Guarded by the resident's lock, like the next one."""
         self.last_call = time.monotonic()
         self._client: ClientJob | None = None
         self._filters: tuple[Filter, ...] = ()
@@ -163,7 +158,7 @@ class _JobHere:
                 return False
             deadline = None if assignment.timeout_s is None else time.monotonic() + assignment.timeout_s
             with self._working:
-                if self._looks.is_over(round):  # while the script was still at work for the round before
+                if self._looks.is_over(round):  # it ended while the script worked on the previous round
                     return False
                 is_over = NowAndThen(lambda: self._looks.is_over(round))
 
@@ -175,7 +170,7 @@ class _JobHere:
                     if came:
                         self._do(assignment, deadline, stop, log)
                     elif stop.is_set():
-                        raise SiteError(self._config.name, round, "it was cancelled before its turn")
+                        raise SiteError(self._config.name, round, "the run was cancelled before its turn")
             return came
         except (OSError, StoreError) as error:
             raise SiteError(self._config.name, round, f"the store failed: {error}") from error
@@ -189,7 +184,7 @@ class _JobHere:
             session.kill()
 
     def end(self) -> None:
-        """Tell the script, give it time, and leave nothing of it behind."""
+        """Tell the script to end, give it time, and remove everything that it leaves."""
         with self._working:
             if self._session is not None:
                 how = self._session.end()
@@ -200,15 +195,13 @@ class _JobHere:
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _tell_ending(self, how: str) -> None:
-        """Say how the script failed after its last round: in its log, and to those who look at
-        the job.
-        """
+        """Report how the script failed after its last round, in its log and in the job."""
         assert self._last is not None, "a script is started by an assignment"
         assignment, log = self._last
         log(f"after its last round, {how}")
         path = self._paths.ending(assignment.round, assignment.site, assignment.attempt)
         try:
-            if self.has_ended():  # else it was idle, and may be started again
+            if self.has_ended():  # otherwise it was idle, and may be started again
                 self._store.write_json(path, {"how": how})
         except (OSError, StoreError) as error:
             log(f"{path} could not be written: {error}")
@@ -231,18 +224,18 @@ class _JobHere:
                 )
             except SiteError as error:
                 if watch.fired:
-                    raise SiteError(error.site, error.round, "it was cancelled") from error
+                    raise SiteError(error.site, error.round, "the run was cancelled") from error
                 raise
             finally:
-                if watch.fired:  # a session that was killed is killed for good
+                if watch.fired:  # a killed session cannot be used again
                     self._session = None
                     session.end(0)
 
     def _read_job(self, round: int) -> ClientJob:
-        """The job as the store describes it, its bundle unpacked.
+        """Read the job's description from the store, and unpack its bundle.
 
         Raises:
-            IntegrityError: something there is not what it says.
+            IntegrityError: an object is invalid or does not match its hash.
             SiteError: this site does not allow the code of the job's filters.
         """
         try:

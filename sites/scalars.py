@@ -1,6 +1,6 @@
-"""The scalars that a client script logs in a round: all of them, each with its step and its time.
+"""The scalars that a client script logs in a round, each with its step and its time.
 
-A script, and a site, may log what it likes: names are made storable, and what exceeds a bound is
+Neither scripts nor sites are trusted: names are made storable, and scalars beyond a limit are
 dropped and counted.
 """
 
@@ -20,21 +20,19 @@ from fedpool.storable import storable
 from fedpool.store import Store
 
 MAX_SCALARS = 100_000
-"""Of a site in a round."""
+"""Limit for a site in a round."""
 MAX_SHOWN = 50
-"""Of a site in a round, in its log: each line costs the log's file and the Prefect server as
-much as a short step takes.
-"""
+"""Lines in a site's log per round. Each costs the log and the server as much as a short step."""
 MAX_KEYS = 1_000
 MAX_KEY = 250
-"""Characters of a name, as many as MLflow takes."""
+"""Limit on the characters of a name, as in MLflow."""
 MAX_BYTES = 16 << 20
-"""Of a site's scalars of a round in the store: above what as many as are allowed can take."""
+"""Limit on a site's scalars of a round in the store: more than the allowed number can take."""
 
 _FORMAT = 1
 _MAX_STEP = (1 << 63) - 1
 _END_OF_TIME = 1e11
-"""In the year 5138: what a tracker can still take for a time."""
+"""In the year 5138: the largest time that trackers accept."""
 _COLUMNS = ("key", "value", "step", "time")
 
 
@@ -43,9 +41,9 @@ class Scalar:
     """A number that a script has logged.
 
     Attributes:
-        value: it need not be finite.
-        step: the script's own count; None where it gave none.
-        time: when it was logged, in seconds since 1970, by the site's clock.
+        value: may be infinite or NaN.
+        step: the script's own count; None if it gave none.
+        time: when it was logged, in seconds since 1970 by the site's clock.
     """
 
     key: str
@@ -55,31 +53,31 @@ class Scalar:
 
 
 class ScalarLog:
-    """What a script logs in a round, as it comes."""
+    """Collects the scalars that a script logs in a round."""
 
     def __init__(self) -> None:
         self.scalars: list[Scalar] = []
         self.dropped = 0
-        """How many there were beyond what is allowed."""
+        """Number of scalars beyond the limits."""
         self.last: dict[str, float] = {}
-        """The last value of each, without a bound."""
+        """The last value of every scalar, without a limit."""
         self._keys: dict[str, str] = {}
         self._num = 0
 
     def take(self, message: Mapping[str, Any]) -> Iterator[str]:
-        """Note the scalar of a message `log`, or those of `logs`; gives their lines for the log."""
+        """Add the scalar of a `log` message, or those of `logs`; yields their lines for the log."""
         for each in (message,) if message["kind"] == "log" else message["scalars"]:
             line = self.add(each["key"], each["value"], each["where"], each.get("time"))
             if line is not None:
                 yield line
 
     def add(self, key: str, value: float, where: Mapping[str, str], when: float | None = None) -> str | None:
-        """Note a scalar; returns its line for the log, unless there have been many.
+        """Add a scalar; returns its line for the log, or None once there were too many.
 
         Args:
-            where: what the script said besides. `global_step` or `step` is its step, `walltime` its
-                time.
-            when: its time otherwise; None for now.
+            where: the script's further arguments. `global_step` or `step` is the step, `walltime`
+                the time.
+            when: the time if `where` has none; None: now.
         """
         self._num += 1
         self.last[key] = value
@@ -95,12 +93,12 @@ class ScalarLog:
         return self._line(key, value, where)
 
     def left_out(self) -> Iterator[str]:
-        """Lines for the log, at the end of the round: what was not shown, and what was dropped."""
+        """Lines for the end of the round's log: how many scalars were not shown or were dropped."""
         if self._num > MAX_SHOWN:
-            yield f"... and {self._num - MAX_SHOWN} more scalars in this round, which are not shown here"
+            yield f"... and {self._num - MAX_SHOWN} more scalars in this round, not shown"
         if self.dropped:
             yield (
-                f"{self.dropped} scalars are dropped: trackers get {MAX_SCALARS} of a site in a round, of {MAX_KEYS} names"
+                f"{self.dropped} scalars were dropped: trackers get at most {MAX_SCALARS} per site and round, {MAX_KEYS} names"
             )
 
     def _line(self, key: str, value: float, where: Mapping[str, str]) -> str | None:
@@ -110,9 +108,7 @@ class ScalarLog:
 
 
 def encode(scalars: Sequence[Scalar]) -> bytes:
-    """Scalars as JSON, column by column; infinity and NaN are strings, which JSON has no numbers
-    for.
-    """
+    """Scalars as JSON, column by column; infinity and NaN are strings, because JSON lacks them."""
     keys = list(dict.fromkeys(scalar.key for scalar in scalars))
     index = {key: position for position, key in enumerate(keys)}
     said = {
@@ -127,11 +123,10 @@ def encode(scalars: Sequence[Scalar]) -> bytes:
 
 
 def decode(data: bytes) -> list[Scalar]:
-    """Scalars out of what `encode` has made, at a site that is not trusted; no more than
-    `MAX_SCALARS`.
+    """Decode the output of `encode` from an untrusted site; at most `MAX_SCALARS` scalars.
 
     Raises:
-        IntegrityError: it is something else.
+        IntegrityError: the data is not valid.
     """
     try:
         said = json.loads(data)
@@ -150,9 +145,7 @@ def decode(data: bytes) -> list[Scalar]:
 def send_scalars(
     scalars: Sequence[Scalar], store: Store, job_id: str, assignment: SiteAssignment, log: LogLine
 ) -> Stored | None:
-    """Put what a script has logged into the store, where the job asks for it; nothing fails for
-    its sake.
-    """
+    """Put a script's scalars into the store if the job is tracked. A failure is only logged."""
     paths = JobPaths(job_id)
     try:
         if not scalars or not store.exists(paths.tracked):
@@ -161,32 +154,34 @@ def send_scalars(
         store.write_bytes(paths.scalars(assignment.round, assignment.site, assignment.attempt), data)
         return Stored(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
     except (OSError, StoreError) as error:
-        log(f"trackers do not get what it has logged: {error}")
+        log(f"the scalars could not be stored for trackers: {error}")
         return None
 
 
 def read_scalars(store: Store, path: str, named: Stored) -> list[Scalar]:
-    """What a site has put into the store beside its manifest.
+    """Read the scalars that a site has put into the store with its manifest.
 
     Args:
-        named: what the manifest says of it.
+        named: size and hash from the manifest.
 
     Raises:
-        IntegrityError: it is not what the manifest says, is too much, or is something else.
+        IntegrityError: the object does not match the manifest, is too large, or is not valid.
         StoreError: the store does not answer.
     """
     if named.size > MAX_BYTES:
         raise IntegrityError(
-            f"{store.full(path)} has {named.size} bytes, {MAX_BYTES} are allowed: its scalars are dropped"
+            f"{store.full(path)} has {named.size} bytes, but only {MAX_BYTES} are allowed: its scalars are dropped"
         )
     try:
         if store.size(path) != named.size:
             raise FileNotFoundError
         data = store.read_bytes(path)
     except FileNotFoundError:
-        raise IntegrityError(f"{store.full(path)} is not there as its manifest says: its scalars are dropped") from None
+        raise IntegrityError(
+            f"{store.full(path)} is missing or has another size than its manifest says: its scalars are dropped"
+        ) from None
     if hashlib.sha256(data).hexdigest() != named.sha256:
-        raise IntegrityError(f"{store.full(path)} is not what its manifest says: its scalars are dropped")
+        raise IntegrityError(f"{store.full(path)} does not match the hash in its manifest: its scalars are dropped")
     try:
         return decode(data)
     except IntegrityError as error:
@@ -213,9 +208,7 @@ def _finite(value: Any) -> float:
 
 
 def _step(text: str | None) -> int | None:
-    """A script's step: an integer, or what is close to one, such as "3.0"; None for anything
-    else.
-    """
+    """A script's step, given as an integer or a number such as "3.0"; None for anything else."""
     if text is None:
         return None
     try:

@@ -1,6 +1,4 @@
-"""Scratch folders, which go with the process that made them; those of processes that were killed
-go when the next one comes.
-"""
+"""Scratch folders: removed by the process that made them, or by the next one if it was killed."""
 
 import logging
 import os
@@ -16,12 +14,12 @@ _LOG = logging.getLogger("fedpool.scratch")
 
 
 class Scratch:
-    """A new folder that nobody else uses, held by a lock that the system lets go of when this
-    process ends.
+    """A new folder that no other process uses. A lock marks it as in use until this process ends.
 
     Args:
-        parent: where; its abandoned folders of the same prefix are removed.
-        prefix: of its name.
+        parent: the folder to make it in; abandoned folders with the same prefix are removed from
+            it.
+        prefix: prefix of its name.
 
     Raises:
         StoreRefused: nothing can be written there.
@@ -30,16 +28,16 @@ class Scratch:
     def __init__(self, parent: Path, prefix: str) -> None:
         with explained(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            # Between its making and its locking, a folder would look abandoned to others.
+            # A folder that is made but not yet locked would look abandoned to other processes.
             with exclusive.locked(parent, _LOG.warning, wait=True) as has_locks:
-                if has_locks:  # without them nobody can tell whose folder is abandoned
+                if has_locks:  # without locks, abandoned folders cannot be recognized
                     _remove_abandoned(parent, prefix)
                 self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent.resolve()))
                 self._descriptor: int | None = os.open(self.path, os.O_RDONLY)
                 exclusive.lock(self._descriptor, str(self.path), _LOG.debug)
 
     def remove(self) -> None:
-        """Remove it with all that is in it. Idempotent."""
+        """Remove the folder and its contents. Idempotent."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -48,7 +46,7 @@ class Scratch:
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     for folder in parent.glob(f"{prefix}*"):
-        # One that is going at this moment, is a file, or is not ours to open stays as it is.
+        # Skip folders that are being removed, files, and folders that this user may not open.
         with suppress(OSError), exclusive.locked(folder, _LOG.debug) as ours:
             if ours:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,6 @@
-"""Running a client script: what happens between a fresh process and the script's first line, the
-same wherever it runs.
+"""Runs a client script, in the same way everywhere, from a fresh process to its first line.
 
-Used by the zygote in a forked child, and by a site's own process as `python -m fedpool.sites.script
+The zygote uses this in a forked child. Elsewhere a site runs `python -m fedpool.sites.script
 REQUEST`, where REQUEST is a JSON object with the arguments of `run_script`; `torchrun ... -m
 fedpool.sites.script REQUEST` works the same.
 """
@@ -21,16 +20,16 @@ from types import ModuleType
 from fedpool.startup import collector_off
 
 _ALWAYS = ("fedpool.client.tracking", "safetensors")
-"""What every client script imports sooner or later."""
+"""Modules that every client script imports sooner or later."""
 
 
 def preload(imports: Sequence[str]) -> dict[str, str]:
-    """Import what a script imports from outside its bundle, before the generators are seeded.
+    """Import the modules outside its bundle that a script imports, before generators are seeded.
 
     Args:
-        imports: dotted names; of `a.b`, from `from a import b`, b may be a module or any object.
+        imports: dotted names. `a.b`, from `from a import b`, may be a module or any other object.
 
-    Returns: name -> why it failed. The script will raise the error itself.
+    Returns: name -> error, for failed imports. The script will raise the error itself.
     """
     failed: dict[str, str] = {}
     with collector_off():
@@ -38,7 +37,7 @@ def preload(imports: Sequence[str]) -> dict[str, str]:
             package, _, attribute = name.rpartition(".")
             try:
                 __import__(package or name, fromlist=[attribute] if package else ())
-            except BaseException as error:  # noqa: BLE001  # imports run anyone's code; the script will raise it itself
+            except BaseException as error:  # noqa: BLE001  # imports run any code; the script will raise the error itself
                 failed[name] = f"{type(error).__name__}: {error}"
         if "torch" in sys.modules:
             _rehearse()
@@ -47,11 +46,10 @@ def preload(imports: Sequence[str]) -> dict[str, str]:
 
 
 def _rehearse() -> None:
-    """Have torch do what it puts off until a script first makes an optimizer and seeds it: 800
-    imports, 2 s, among them.
+    """Run what torch postpones until a script makes and seeds an optimizer: 800 imports, 2 s.
 
-    No more than that: what starts threads or looks for devices would break the scripts that are
-    forked from here.
+    Nothing else: starting threads or looking for devices would break the scripts that are forked
+    from here.
     """
     import torch
 
@@ -61,9 +59,7 @@ def _rehearse() -> None:
 
 
 class _SeedOnImport(MetaPathFinder):
-    """Seeds numpy and torch when the script itself is the first to import them, as it would find
-    them had they been there.
-    """
+    """Seeds numpy and torch when the script is the first to import them, as `run_script` would."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -90,8 +86,8 @@ def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int
     """Run a script as `python script.py ARGUMENTS` would; returns its exit code.
 
     Args:
-        threads: of torch.
-        seed: for the random generators it starts with.
+        threads: number of torch threads.
+        seed: seed of the script's random generators.
     """
     from fedpool.client.seeding import seed_everything
 
@@ -108,19 +104,19 @@ def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int
             return (end.code or 0) & 0xFF
         print(end.code, file=sys.stderr)
         return 1
-    except BaseException as error:  # noqa: BLE001  # the end of an interpreter: print what ended it
+    except BaseException as error:  # noqa: BLE001  # as at the end of an interpreter: print the error
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename != script:
-            trace = trace.tb_next  # our frames and runpy's say nothing about the script
+            trace = trace.tb_next  # skip our own frames and runpy's
         traceback.print_exception(type(error), error, trace or error.__traceback__)
         return 1
     return 0
 
 
 def main() -> None:
-    """The process of a script that has one of its own."""
+    """Entry point of a script's own process."""
     request = json.loads(sys.argv[1])
-    sys.path[0] = ""  # what `-m` has put there is the folder of whoever started this
+    sys.path[0] = ""  # `-m` has put the starting process's folder there
     preload(request["imports"])
     os.chdir(request["folder"])
     sys.exit(run_script(request["script"], request["arguments"], threads=request["threads"], seed=request["seed"]))

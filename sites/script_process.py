@@ -1,10 +1,9 @@
-"""Client scripts as processes of their own: how a site of a proof of concept or of production runs
-them.
+"""Client scripts as separate processes, as sites outside a simulation run them.
 
-Between the host and the script stands a guard: it waits on a pipe whose other end the host holds,
-so that the script and all it started die with the host, however the host dies. It adopts what
-leaves the script's session, so nothing gets away. The guard is
-`python -m fedpool.sites.script_process COMMAND...`.
+A guard stands between the host and the script. It waits on a pipe whose other end the host holds,
+so the script and everything it started die with the host, however the host dies. The guard adopts
+processes that leave the script's session, so none escapes. The guard is `python -m
+fedpool.sites.script_process COMMAND...`.
 """
 
 import json
@@ -26,10 +25,10 @@ _GUARD = (sys.executable, "-m", "fedpool.sites.script_process")
 
 
 def find_program(command: str) -> list[str]:
-    """The words of a command that runs Python scripts, its program as a path where it can be found.
+    """Split a command that runs Python scripts into words, with the program's path if it is found.
 
     Raises:
-        ValueError: it is empty, or its quotes do not match.
+        ValueError: the command is empty, or its quotes do not match.
     """
     try:
         words = shlex.split(command)
@@ -37,19 +36,19 @@ def find_program(command: str) -> list[str]:
         raise ValueError(f"command {command!r} cannot be split into words ({error}): balance its quotes") from None
     if not words:
         raise ValueError('command is empty: write "python"')
-    # What was installed with this Python comes first, whether or not its folder is on the PATH.
+    # Programs that were installed with this Python come first, even if they are not on the PATH.
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     program = sys.executable if words[0] == "python" else shutil.which(words[0], path=beside)
     return [program or words[0], *words[1:]]
 
 
 class ProcessLauncher:
-    """Starts each script in an interpreter of its own. Thread-safe.
+    """Starts each script in its own interpreter. Thread-safe.
 
     Args:
-        command: what runs Python: "python", or e.g. "torchrun --nproc-per-node 2".
+        command: command that runs Python: "python", or e.g. "torchrun --nproc-per-node 2".
         threads: torch, OpenMP and BLAS threads of every script.
-        imports: what the script imports from outside its bundle.
+        imports: modules outside its bundle that the script imports.
     """
 
     def __init__(self, command: str, *, threads: int, imports: Sequence[str]) -> None:
@@ -97,14 +96,14 @@ class ProcessLauncher:
         """See `Launcher.kill`."""
         if (process := self._running.get(pid)) is not None:
             _let_go(process)
-            kill(pid, signal.SIGCONT)  # the script may have stopped its whole group, and the guard is one of it
+            kill(pid, signal.SIGCONT)  # the script may have stopped its group, which includes the guard
 
     def _tell_end(self, process: "subprocess.Popen[bytes]", status: int) -> None:
         code = process.wait()
         self._running.pop(process.pid, None)
-        kill_group(process.pid)  # should the guard itself have been killed
+        kill_group(process.pid)  # in case the guard itself was killed
         _let_go(process)
-        with suppress(BrokenPipeError):  # nobody listens any more
+        with suppress(BrokenPipeError):  # the reader is gone
             os.write(status, str(code).encode())
         os.close(status)
 
@@ -116,13 +115,14 @@ def _let_go(process: "subprocess.Popen[bytes]") -> None:
 
 
 def guard(command: Sequence[str]) -> None:
-    """Run a command and end as it ends, and all it started with it; kill all of it when standard
-    input ends.
+    """Run a command, and exit as it does once all its descendants are killed.
+
+    When standard input ends, kill all of them at once.
     """
     adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # A script may signal its whole group. Handlers, unlike SIG_IGN, are not inherited by what
-        # is run.
+        # A script may signal its whole group. Handlers, unlike SIG_IGN, are not inherited by the
+        # command.
         signal.signal(number, lambda *_: None)
     let_go = threading.Event()
 
@@ -140,7 +140,7 @@ def guard(command: Sequence[str]) -> None:
         sys.exit(f"{command[0]} cannot be run: {error}")
     lifeline.start()
     pid = 0
-    while pid != process.pid:  # others that end are orphans
+    while pid != process.pid:  # other pids are orphans
         pid, wait_status = os.waitpid(-1, 0)
     end_children()
     code = -signal.SIGKILL if let_go.is_set() else os.waitstatus_to_exitcode(wait_status)

@@ -1,8 +1,8 @@
-"""The session that a client script is: a live process, and the conversation with it.
+"""The session of a client script: a running process, and the exchange of messages with it.
 
-`perform` runs one assignment: it starts the script when none is alive, hands over the assignment,
-passes on what the script prints and logs, and returns what it sent. All of it is one blocking wait
-on four sources (a new connection, a message, output, the script's end), so it belongs on a thread.
+`perform` does one assignment: it starts the script if none is running, hands over the assignment,
+logs the script's output and scalars, and returns its update. All of this is one blocking wait on
+four sources (a new connection, a message, output, the script's end), so call it on a thread.
 """
 
 import errno
@@ -30,13 +30,13 @@ from fedpool.storable import storable
 
 
 class ScriptSession:
-    """The client script of one job at one site; not thread-safe, except for `kill`.
+    """The client script of one job at one site. Not thread-safe, except for `kill`.
 
     Args:
-        work: what to run.
-        launcher: what starts the script.
-        folder: the session's own, for the socket; see `fedpool.sites.sockets`.
-        workdir: the script's current folder.
+        work: the script to run, and its parameters.
+        launcher: starts the script.
+        folder: the session's own folder for the socket; see `fedpool.sites.sockets`.
+        workdir: the script's working directory.
     """
 
     def __init__(self, work: Work, launcher: Launcher, *, folder: Path, workdir: Path) -> None:
@@ -48,8 +48,8 @@ class ScriptSession:
         self._listener: socket.socket | None = None
         self._link: Link | None = None
         self._key = b""
-        self._asked = False  # the script waits in is_running() for its next assignment
-        self._handed = False  # it has the assignment that is being performed
+        self._asked = False  # the script waits for an assignment in is_running()
+        self._handed = False  # the script has the current assignment
         self._exit_code: int | None = None
         self._output = self._new_output()
         self._killed = threading.Event()
@@ -62,30 +62,28 @@ class ScriptSession:
         try:
             if not warm:
                 self._start_or_say_why(assignment)
-            if self._killed.is_set():  # kill() may have looked just before there was a script
+            if self._killed.is_set():  # kill() may have come just before the script started
                 raise _Ended("was killed before it began")
             return self._converse(assignment, deadline, log)
         except _Ended as ended:
             finished = warm and not self._handed and self._exit_code == 0
             cause = str(ended) + self._output.traceback()
             self._clear()
-            if finished:  # a script without a loop did its one round and ended: each round gets a fresh one
+            if finished:  # a script without a loop ends after one round: start it again for each
                 return self.perform(assignment, deadline=deadline, log=log)
             raise SiteError(self._work.site, assignment.round, cause) from None
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._clear()
                 raise SiteError(self._work.site, assignment.round, f"was killed: {explain(error)}") from error
-            # The link broke under a put: the script is ending, and its exit code says more than the
-            # broken pipe.
+            # The link broke during a put: the script is ending, and its exit code says more than
+            # the broken pipe.
             cause = f"{self._wait_for_end() or error}{self._output.traceback()}"
             self._clear()
             raise SiteError(self._work.site, assignment.round, cause) from None
 
     def _converse(self, assignment: Assignment, deadline: float | None, log: LogLine) -> Reply:
-        """Hand the assignment over when the script asks for it, and take what it sends, up to
-        its update.
-        """
+        """Hand over the assignment when the script asks, and handle messages until the update."""
         logged = ScalarLog()
         while True:
             if self._asked and not self._handed and self._link:
@@ -95,8 +93,8 @@ class ScriptSession:
             if message is None:
                 continue
             if message["kind"] in ("log", "logs"):
-                # Those that came together are one entry of the log, because each costs what a short
-                # step does.
+                # Scalars that came together make one log entry, because each entry costs as much as
+                # a short step.
                 if lines := [storable(line, MAX_LINE_BYTES) for line in logged.take(message)]:
                     log("\n".join(lines))
             elif message["kind"] == "update" and self._handed and message["round"] == assignment.round:
@@ -114,7 +112,7 @@ class ScriptSession:
         """See `Session.end`."""
         if self._script is None:
             return None
-        self._output.forget()  # what the rounds printed does not tell how it ends
+        self._output.forget()  # the output of earlier rounds does not explain the end
         deadline = time.monotonic() + grace_s
         told = False
         try:
@@ -124,9 +122,9 @@ class ScriptSession:
                     told = True
                 self._step(deadline)
         except (_Ended, OSError):
-            how = self._wait_for_end(deadline)  # one that has called shutdown() may still be at work
+            how = self._wait_for_end(deadline)  # a script that has called shutdown() may still be working
         if self._exit_code == -signal.SIGKILL and time.monotonic() >= deadline:
-            how = f"the script was still at work {grace_s:g} s after the end of the job, and was killed"
+            how = f"the script was still running {grace_s:g} s after the end of the job, and was killed"
         how += self._output.traceback()
         failed = self._exit_code != 0 and not self.killed
         self._clear()
@@ -164,7 +162,7 @@ class ScriptSession:
         self._output.fd = self._script.output
 
     def _step(self, deadline: float | None) -> dict[str, Any] | None:
-        """Wait for one event; returns a message that concerns the assignment, if it was one."""
+        """Wait for one event; returns a message about the assignment, if the event was one."""
         assert self._script is not None
         sources: list[Any] = [self._script.status]
         sources += [self._output.fd] if self._output.fd is not None else []
@@ -180,15 +178,15 @@ class ScriptSession:
         if self._link is None and self._listener in ready:
             try:
                 self._accept()
-            except EOFError:  # killed in the midst of its handshake
+            except EOFError:  # killed during the handshake
                 raise _Ended(self._wait_for_end()) from None
             return None
         if self._link is not None and self._link.connection in ready:
             try:
                 return self._message()
             except (EOFError, OSError):
-                # The script closed the link by ending, or by shutdown(): either way it can send
-                # nothing more.
+                # The script closed the link by ending, or by shutdown(). Either way it can send no
+                # more.
                 raise _Ended(self._wait_for_end() or "closed its session without sending an update") from None
         if self._script.status in ready:
             raise _Ended(self._wait_for_end() or "ended")
@@ -211,7 +209,7 @@ class ScriptSession:
             case "hello":
                 if message["protocol"] != LINK_PROTOCOL:
                     raise _Ended(
-                        f"speaks protocol {message['protocol']} of the client API, this site speaks {LINK_PROTOCOL}"
+                        f"speaks protocol {message['protocol']} of the client API, but this site speaks {LINK_PROTOCOL}"
                     )
                 work = self._work
                 who = Welcome(work.job_id, work.site, dict(work.config), work.site_index, work.num_sites)
@@ -225,9 +223,7 @@ class ScriptSession:
         return None
 
     def _wait_for_end(self, deadline: float | None = None) -> str:
-        """Drain the output until the script has ended; returns how it ended. Kills one that
-        lingers.
-        """
+        """Read output until the script ends, or kill it at the deadline; returns how it ended."""
         assert self._script is not None
         deadline = time.monotonic() + END_GRACE_S if deadline is None else deadline
         while self._exit_code is None:
@@ -248,7 +244,7 @@ class ScriptSession:
         return _describe_exit(self._exit_code)
 
     def _clear(self) -> None:
-        """Make sure that the script is gone, and forget it."""
+        """Make sure that the script is gone, and reset the session."""
         if self._script is not None:
             self._launcher.kill(self._script.pid)
             self._wait_for_end()
@@ -270,7 +266,7 @@ class ScriptSession:
 
 
 class _Ended(Exception):
-    """The script ended, or was ended; the text says how."""
+    """The script has ended or was ended; the text says how."""
 
 
 def _describe_exit(code: int) -> str:

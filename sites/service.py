@@ -1,8 +1,7 @@
-"""The service that a site's worker runs, whoever hands it work: it is there, takes its rounds, does
-them, and stops in order.
+"""The service that a site's worker runs: it stays online, does its rounds, and stops in order.
 
-It is written against `Desk` alone. A desk that cannot be reached is waited for: scripts go on
-meanwhile.
+It is written against `Desk` only. While the desk cannot be reached, the service waits, and scripts
+go on.
 """
 
 import asyncio
@@ -29,24 +28,22 @@ _Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 _CANCEL_POLL_S = 8.0
 _FAREWELL_S = 5.0
-"""How long the desk may take to forget a site that stops."""
+"""How long a stopping site waits for the desk to take it offline."""
 _SKEW_S = 5.0
-"""From how many seconds on a clock that is off is worth a warning."""
+"""A clock that is off by at least this many seconds is worth a warning."""
 _LOOK_PAUSE_S = 8.0
-"""How long a site that has further rounds in hand leaves the desk alone before it looks for
-more.
-"""
+"""How long a site with several rounds in hand waits before it looks for more."""
 _JITTER = 0.3
-"""Of its intervals: sites that were started at once shall not ask at once for ever."""
+"""Relative variation of the intervals, so that sites that start together do not ask together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a site turns to its desk, in seconds.
+    """How often a site asks its desk, in seconds.
 
     Attributes:
-        look_s: for work.
-        attend_s: with a sign of life.
+        look_s: interval between looks for work.
+        attend_s: interval between heartbeats.
     """
 
     look_s: float
@@ -54,15 +51,14 @@ class Pace:
 
 
 class SiteService:
-    """A site at work, with each job's session warm between its rounds. As a context manager it
-    opens and closes the site.
+    """A working site, with each job's session warm between rounds. Its context opens and closes it.
 
     Args:
-        config: of the site.
-        desk: whoever hands it work.
-        pace: how often it turns there.
-        limit: how many pieces it has in hand at once, at the most; None: as many as there are.
-        logger: told what happens.
+        config: the site's settings.
+        desk: the side that hands it work.
+        pace: how often to ask the desk.
+        limit: the most pieces to have in hand at once; None: no limit.
+        logger: gets messages about the service.
     """
 
     def __init__(self, config: SiteConfig, desk: Desk, *, pace: Pace, limit: int | None, logger: _Log) -> None:
@@ -73,9 +69,7 @@ class SiteService:
         self._logger = logger
         self._resident: Resident | None = None
         self._hands: dict[UUID, threading.Event] = {}
-        """What it has in hand, from before it is taken until after its end is reported, and what
-        stops it.
-        """
+        """Pieces in hand, until their end is reported, each with the event that stops it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._known = False
         self._new = False
@@ -85,11 +79,11 @@ class SiteService:
 
     @property
     def silent_s(self) -> float:
-        """For how long it has not looked for work."""
+        """Seconds since it last looked for work."""
         return time.monotonic() - self._looked_at_all
 
     async def __aenter__(self) -> "SiteService":
-        """Open the site, and make it known if the desk can be reached.
+        """Open the site, and register it if the desk can be reached.
 
         Raises:
             ConfigError: another process serves the site.
@@ -106,13 +100,13 @@ class SiteService:
         await self._close()
 
     async def run(self, *, once: bool = False) -> None:
-        """Take work and do it, until this is cancelled.
+        """Take work and do it, until cancelled.
 
         Args:
-            once: only what is there now.
+            once: do only the work that is there now.
 
         Raises:
-            ConfigError: another process has come to serve the site.
+            ConfigError: another process now serves the site.
             ServerError: the desk refuses.
         """
         if once:
@@ -142,12 +136,12 @@ class SiteService:
             await self._patiently(act())
 
     async def _patiently(self, request: Awaitable[_T]) -> _T | None:
-        """Await a request; None when the desk cannot be reached just now."""
+        """Await a request; None if the desk cannot be reached."""
         try:
             answer = await request
         except Unreachable as error:
             if not self._away:
-                self._logger.warning("%s, trying again until it answers", error)
+                self._logger.warning("%s: trying again until it answers", error)
             else:
                 self._logger.debug("%s", error)
             self._away = True
@@ -165,42 +159,38 @@ class SiteService:
         self._new |= presence.new
         if presence.new:
             self._compare_clocks(presence.clock_ahead_s)
-        if self._new:  # also when the attempt before got no further
+        if self._new:  # also if the previous attempt failed here
             await self._hand_back_orphans()
             self._new = False
         self._known = True
 
     def _compare_clocks(self, ahead_s: float) -> None:
-        """Say how far this machine's clock is off: nothing here goes by it, but others do, such
-        as an object store.
-        """
+        """Warn if this machine's clock is off. Object stores depend on it, fedpool does not."""
         if abs(ahead_s) >= _SKEW_S:
             self._logger.warning(
-                "this machine's clock is %.0f s %s %s's. Rounds do not depend on it; object stores refuse requests that are "
-                "15 minutes off: set the clock",
+                "this machine's clock is %.0f s %s that of %s. Rounds do not depend on it, but object stores refuse requests "
+                "that are 15 minutes off: set the clock",
                 abs(ahead_s),
                 "ahead of" if ahead_s > 0 else "behind",
                 self._desk.name,
             )
 
     async def _hand_back_orphans(self) -> None:
-        """Report what this site was doing when its worker was killed as crashed: nobody else
-        knows that it is lost.
-        """
+        """Report the work of a killed worker as crashed: only this site knows that it is lost."""
         lost = await self._desk.left_behind(list(self._hands))
         cancelled = await self._desk.cancelled([piece.id for piece in lost]) if lost else frozenset()
         for piece in lost:
-            self._logger.warning("run %s was left behind when this worker ended: it has crashed", piece.name)
+            self._logger.warning("run %s was left behind by an earlier worker: reporting it as crashed", piece.name)
             phase = Phase.CANCELLED if piece.id in cancelled else Phase.CRASHED
             await self._desk.report(
-                piece, Report(phase, f"the worker of {self.config.name} was lost while it did its part")
+                piece, Report(phase, f"the worker of {self.config.name} was lost during its part of the round")
             )
 
     async def _look(self) -> None:
-        """Take what is offered.
+        """Take the work that is offered.
 
-        With pieces in hand that wait for their rounds there is no hurry to find the ones after
-        them, and a desk that has many sites would do little else than answer them all.
+        A site that already has pieces waiting for their rounds is in no hurry to find the next
+        ones, and a desk with many sites would do little else than answer them.
         """
         now = self._looked_at_all = time.monotonic()
         if not self._known or (len(self._hands) > 1 and now - self._looked < _LOOK_PAUSE_S):
@@ -223,22 +213,20 @@ class SiteService:
                 check_piece(piece)
                 await do_piece(self._desk, piece, self._resident, stop=self._hands[piece.id])
         except Exception as error:
-            self._logger.exception("run %s could not be done", piece.name)
+            self._logger.exception("run %s failed", piece.name)
             await self._give_up(piece, f"{type(error).__name__}: {error}")
         finally:
             del self._hands[piece.id]
 
     async def _claim(self, piece: Piece) -> bool:
-        """Take a piece; False when it is not to be had, because it was cancelled, or somebody
-        else was faster.
-        """
+        """Take a piece; False if it was cancelled, or if another process was faster."""
         try:
             if await self._desk.report(piece, Report(Phase.TAKEN)):
                 return True
-            if piece.id in await self._desk.cancelled([piece.id]):  # while it was being taken: nobody else ends it
-                await self._desk.report(piece, Report(Phase.CANCELLED, "it was cancelled before it had begun"))
-            self._logger.info("run %s was not taken: it is not to be had any more", piece.name)
-        except ServerError as error:  # a run that is still there is found again
+            if piece.id in await self._desk.cancelled([piece.id]):  # meanwhile, so nothing else ends it
+                await self._desk.report(piece, Report(Phase.CANCELLED, "the run was cancelled before it began"))
+            self._logger.info("run %s was not taken: it is no longer available", piece.name)
+        except ServerError as error:  # if the run is still there, the next look finds it
             self._logger.info("run %s was not taken: %s", piece.name, error)
         return False
 
@@ -246,27 +234,23 @@ class SiteService:
         try:
             await self._desk.report(piece, Report(Phase.CRASHED, why))
         except ServerError as error:
-            self._logger.warning("%s could not be told so of run %s: %s", self._desk.name, piece.name, error)
+            self._logger.warning("%s did not get the crash report of run %s: %s", self._desk.name, piece.name, error)
 
     async def _stop_cancelled(self) -> None:
-        """Stop what someone cancels in the UI; when a job ends, the site learns it from the
-        store.
-        """
+        """Stop pieces that were cancelled in the UI. The end of a job is seen in the store."""
         if not self._hands:
             return
         try:
             cancelled = await self._desk.cancelled(list(self._hands))
-        except ServerError as error:  # the next look may find it
-            self._logger.debug("could not look for cancelled runs: %s", error)
+        except ServerError as error:  # the next look may succeed
+            self._logger.debug("the look for cancelled runs failed: %s", error)
             return
         for piece in cancelled:
             if (stop := self._hands.get(piece)) is not None:
                 stop.set()
 
     async def _close(self) -> None:
-        """End every script first: the pieces that wait for them end as crashed, and are handed
-        back. Then the site leaves.
-        """
+        """End all scripts, so that their pieces are reported as crashed, then leave the desk."""
         with anyio.CancelScope(shield=True):
             if self._resident is not None:
                 await anyio.to_thread.run_sync(self._resident.close)
@@ -276,4 +260,6 @@ class SiteService:
             try:
                 await self._desk.leave()
             except ServerError as error:
-                self._logger.warning("the site's record stays on %s for a while: %s", self._desk.name, error)
+                self._logger.warning(
+                    "the site's record could not be removed from %s, and stays for a while: %s", self._desk.name, error
+                )

@@ -1,8 +1,7 @@
-"""A session: whoever does the assignments of one job at one site, one after the other, and may stay
-warm in between.
+"""A session: does the assignments of one job at one site in turn, and may stay warm between them.
 
-A client script is one (`ScriptSession`). Anything that takes an assignment and leaves an update at
-its path can be another, such as a coordinator that answers for sites of its own.
+A client script is a session (`ScriptSession`). Anything else that takes an assignment and leaves an
+update at its path can be one, such as a coordinator that answers for its own sites.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ END_GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a session runs: a script, where, and as whom."""
+    """The script that a session runs, with its arguments and its identity."""
 
     job_id: str
     site: str
@@ -30,15 +29,17 @@ class Work:
     site_index: int = 0
     num_sites: int = 1
     origin: str = ""
-    """Folder that tracebacks show the script in, where it was bundled from; empty: none, as on
-    another machine.
-    """
+    """Folder that the script was bundled from, for tracebacks; empty: on another machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a script sent for an assignment: the fields of its `update` message, the last value
-    of each logged scalar, and all of them for trackers.
+    """A script's answer to an assignment.
+
+    Attributes:
+        update: fields of its `update` message.
+        logged: last value of each logged scalar.
+        scalars: all logged scalars, for trackers.
     """
 
     update: Mapping[str, Any]
@@ -47,34 +48,32 @@ class Reply:
 
 
 class Session(Protocol):
-    """Does the assignments of one job at one site; not thread-safe, except for `kill`."""
+    """Does the assignments of one job at one site. Not thread-safe, except for `kill`."""
 
     def perform(self, assignment: Assignment, *, deadline: float | None, log: LogLine) -> Reply:
-        """Do an assignment: read the model where it says, and leave the update where it says.
+        """Do an assignment, which names the paths of the model and the update.
 
         Args:
-            assignment: what to do.
-            deadline: `time.monotonic()` at which it is given up; None waits for ever.
-            log: called with each line that is printed meanwhile.
+            assignment: the work to do.
+            deadline: `time.monotonic()` at which to give up; None: no deadline.
+            log: called with each line of output.
 
         Raises:
-            SiteError: it failed, was killed or did not answer in time; the session can be used
-                again, and begins afresh.
+            SiteError: the assignment failed, was killed or missed its deadline. The session can be
+                used again, and starts afresh.
         """
         ...
 
     def end(self, grace_s: float = END_GRACE_S) -> str | None:
-        """The job is over: finish within that time, and leave nothing behind.
+        """Finish at the end of the job, within `grace_s`, and leave nothing behind.
 
-        Returns: how it failed at its end; None when it ended well, or was killed, or there is
-        nothing to end.
+        Returns: how the session failed at its end; None if it ended well, was killed, or was not
+        running.
         """
         ...
 
     def kill(self) -> None:
-        """End it and all that it started, for good; a `perform` that is under way raises. From
-        any thread.
-        """
+        """End the session and all that it started, for good, from any thread; `perform` raises."""
         ...
 
     @property

@@ -1,6 +1,4 @@
-"""The filters of a job at a site: their code is fetched from the store by its hash, and runs
-here if the site allows it.
-"""
+"""A job's filters at a site: their code comes from the store, and runs if the site allows it."""
 
 import threading
 
@@ -15,19 +13,18 @@ from fedpool.stored_code import stored_code
 from fedpool.user_code import is_loaded, load_code, make_room
 
 _LOADING = threading.Lock()
-"""Modules are the process's: jobs load theirs one after the other."""
+"""Modules belong to the process, so jobs load theirs one after the other."""
 
 
 def load_filters(job: ClientJob, store: Store, allow: Permission) -> tuple[Filter, ...]:
-    """The filters of a job, ready to run.
+    """A job's filters, ready to run.
 
     Args:
-        allow: is asked before code is run that came with the job, and refuses by raising.
+        allow: called before any code of the job runs; raises to refuse.
 
     Raises:
-        ConfigError: the code may not be run here, or cannot be imported.
-        IntegrityError: it is not what its hash says, or does not have the filters that the job
-            names.
+        ConfigError: the code may not run here, or cannot be imported.
+        IntegrityError: the code does not match its hash, or lacks the filters that the job names.
     """
     if not job.filters:
         return ()
@@ -38,8 +35,8 @@ def load_filters(job: ClientJob, store: Store, allow: Permission) -> tuple[Filte
                 wanted = ", ".join(str(filter.get("type")) for filter in job.filters)
                 where = store.full(JobPaths(job.job_id).code(code.sha256))
                 allow(Request(job.job_id, wanted, code.modules, tuple(code.files), code.sha256, where))
-                # A site outlives its jobs: the code of an earlier one may have modules of the same
-                # names.
+                # A site outlives its jobs: the code of an earlier job may have modules with the
+                # same names.
                 make_room(code)
                 load_code(code)
         try:

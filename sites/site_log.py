@@ -1,6 +1,4 @@
-"""The log files of simulated sites, in the job's folder: what a site's script printed, and why its
-rounds failed.
-"""
+"""Log files of simulated sites, in the job's folder: script output, and causes of failures."""
 
 import threading
 from collections.abc import Callable
@@ -12,18 +10,18 @@ from fedpool.sites.output import LogLine
 from fedpool.store import Store
 
 MAX_BYTES = 8 << 20
-"""Of a log file. The one before it stays, so that the last 8 MiB are always there."""
+"""Limit for one log file. The previous file stays, so the last 8 MiB are always there."""
 
 
 class SiteLog:
-    """One site's log file, to which lines are added; thread-safe.
+    """One site's log file. Thread-safe.
 
-    It is opened anew for each line, because a thousand sites would need a thousand open files. One
-    that cannot be written is not the job's matter: it is told once, in place of the first line that
-    is lost.
+    The file is opened for each line, because a thousand sites would otherwise need a thousand open
+    files. If it cannot be written, the job goes on; the error is returned once, in place of the
+    first lost line.
 
     Args:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +30,7 @@ class SiteLog:
         self._failed = False
 
     def write(self, round: int, line: str) -> str | None:
-        """Add a line, with the time and the round; returns what to tell when that first fails."""
+        """Add a line with the time and the round; returns an error message on the first failure."""
         text = f"{datetime.now():%Y-%m-%d %H:%M:%S} round {round}: {line}\n".encode("utf-8", "replace")
         with self._lock:
             if self._failed:
@@ -59,8 +57,8 @@ class SiteLogs:
     """The log files of a job's sites. Thread-safe.
 
     Args:
-        job_id: of the job.
-        store: a local one, which holds the files.
+        job_id: the job's id.
+        store: the local store that holds the files.
         show: see `LocalSites`.
     """
 
@@ -75,7 +73,7 @@ class SiteLogs:
         return self._logs.setdefault(site, SiteLog(Path(self._store.full(self._paths.log(site)))))
 
     def writer(self, site: str, round: int, log: LogLine) -> LogLine:
-        """Passes lines on to the site's file, to `show` if there is one, and to `log`."""
+        """A function that writes lines to the site's file, to `show` if given, and to `log`."""
         file = self.of(site)
 
         def write(line: str) -> None:

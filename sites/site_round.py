@@ -1,6 +1,4 @@
-"""One assignment at one site: global model in, script, update and manifest out. The site's half
-of a round.
-"""
+"""The site's half of a round: global model in, script, update and manifest out."""
 
 import hashlib
 import math
@@ -31,47 +29,47 @@ MAX_MANIFEST_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class SiteFolder:
-    """A site's own folder: what it fetched and what its script writes."""
+    """A site's own folder, with its downloads and its script's output."""
 
     path: Path
     kept: Path
-    """What stays with the site over rounds, and after the job."""
+    """Folder for tensors that stay at the site between rounds, and after the job."""
 
     @property
     def update(self) -> Path:
-        """Where the script writes its update."""
+        """Path of the update that the script writes."""
         return self.path / "update.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What a site has put into the store: the manifest, its hash, and what was seen of the update's
-    bytes on their way there.
+    """What a site has put into the store.
 
-    `inspection` is None where nobody who is trusted has seen them, or there are none.
+    Attributes:
+        manifest: the update's manifest.
+        manifest_sha256: hash of the manifest.
+        inspection: inspection of the update's bytes on their way; None if there are none, or if no
+            trusted process inspected them.
     """
 
     manifest: UpdateManifest
     manifest_sha256: str
     inspection: Inspection | None = None
     scalars: Sequence[Scalar] = ()
-    """All that its script has logged, where the site is of this process; of others the manifest
-    names it.
-    """
+    """All scalars that the script logged if the site is part of this process, else none."""
 
 
 def read_delivery(store: Store, job_id: str, round: int, site: str, attempt: int) -> Delivery:
-    """What a site has put into the store, as its manifest says; it is not to be trusted before the
-    gate has judged it.
+    """Read what a site has put into the store. It is not trusted until the gate has judged it.
 
     Raises:
-        FileNotFoundError: there is none.
-        IntegrityError: what lies there is no manifest, or longer than one can be.
+        FileNotFoundError: there is no manifest.
+        IntegrityError: the manifest is invalid or too long.
     """
     path = JobPaths(job_id).manifest(round, site, attempt)
     try:
         if (size := store.size(path)) > MAX_MANIFEST_BYTES:
-            raise IntegrityError(f"its manifest has {size} bytes, {MAX_MANIFEST_BYTES} are allowed")
+            raise IntegrityError(f"its manifest has {size} bytes, but only {MAX_MANIFEST_BYTES} are allowed")
         data = store.read_bytes(path)
         return Delivery(UpdateManifest.model_validate_json(data), hashlib.sha256(data).hexdigest())
     except ValidationError as error:
@@ -81,9 +79,7 @@ def read_delivery(store: Store, job_id: str, round: int, site: str, attempt: int
 
 
 def site_seed(job_seed: int, site: str, round: int) -> int:
-    """A seed for everything random in a script: a function of (job seed, site, round), in [0,
-    2**63).
-    """
+    """The seed of a script in a round, a function of (job seed, site, round) in [0, 2**63)."""
     digest = hashlib.sha256(f"{job_seed}/{site}/{round}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -101,16 +97,14 @@ def run_site_round(
     apart: bool = True,
     filters: Sequence[Filter] = (),
 ) -> Delivery:
-    """Do an assignment and commit what came of it to the store.
+    """Do an assignment, and commit the outcome to the store.
 
     Args:
-        trusted: the global model's bytes were written by this very process, so they are not hashed
-            again.
-        apart: the coordinator is another process, so what the script logs travels through the
-            store.
-        filters: of the job, see `load_filters`.
+        trusted: this process wrote the global model itself, so its bytes are not hashed again.
+        apart: the coordinator is another process, so logged scalars travel through the store.
+        filters: the job's filters; see `load_filters`.
 
-    Returns: the manifest as written to the store, and what was seen of the update on its way there.
+    Returns: the manifest as written to the store, and the inspection of the update.
 
     Raises:
         SiteError: the script, a filter or the store failed.
@@ -130,9 +124,7 @@ def run_site_round(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A site's part of a round: what it fetches before its script works, and what it delivers
-    after.
-    """
+    """A site's part of a round: what it fetches for its script, and what it delivers."""
 
     job: ClientJob
     assignment: SiteAssignment
@@ -142,7 +134,7 @@ class _Part:
     outgoing: Outgoing
 
     def fetch(self) -> Assignment:
-        """Fetch the models of the round; returns what the script is asked."""
+        """Fetch the round's models; returns the script's assignment."""
         job, asked, paths = self.job, self.assignment, JobPaths(self.job.job_id)
         model = self._fetch(paths.global_model(asked.round), Digest(asked.base_sha256, asked.base_size))
         state = initial = None
@@ -167,12 +159,12 @@ class _Part:
         )
 
     def deliver(self, reply: Reply, model: Path, started: float, scalars: Stored | None) -> Delivery:
-        """Put the update and then its manifest, which commits it, into the store.
+        """Put the update into the store, and then its manifest, which commits it.
 
         Args:
             model: the round's global model.
-            started: `time.monotonic()` at the beginning of the part.
-            scalars: what was put there of all that the script has logged.
+            started: `time.monotonic()` when this part of the round began.
+            scalars: size and hash of the stored scalars.
         """
         asked, update = self.assignment, reply.update
         paths = JobPaths(self.job.job_id)
@@ -208,9 +200,7 @@ class _Part:
 
 
 def _perform(session: Session, work: Assignment, *, restarts: int, deadline: float | None, log: LogLine) -> Reply:
-    """Have the script do an assignment; one that fails is started again, unless it was killed on
-    purpose.
-    """
+    """Have the script do an assignment; restart it if it fails, unless it was killed on purpose."""
     failure: SiteError | None = None
     while True:
         try:
@@ -220,11 +210,11 @@ def _perform(session: Session, work: Assignment, *, restarts: int, deadline: flo
         except FedpoolError:
             if failure is None:
                 raise
-            raise failure from None  # what starts scripts is gone, too: why the first one failed says more
+            raise failure from None  # scripts cannot be started any more: report the first failure
         if restarts == 0 or session.killed or (deadline is not None and time.monotonic() >= deadline):
             raise failure
         restarts -= 1
-        log(f"it is started again, because it failed: {failure.cause}")
+        log(f"the script is restarted, because it failed: {failure.cause}")
 
 
 def _weight(meta: Mapping[str, Any]) -> float | str:

@@ -1,5 +1,6 @@
-"""`Sites`: how a job reaches its sites. Simulated ones are `LocalSites`, others
-`fedpool.tasks.dispatch.PoolSites`.
+"""`Sites`: how a job reaches its sites.
+
+In a simulation they are `LocalSites`, elsewhere `fedpool.tasks.dispatch.PoolSites`.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,14 +15,14 @@ from fedpool.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the coordinator has to know of sites, beside how to ask them.
+    """What the coordinator has to know about sites.
 
     Attributes:
-        simulated: they are processes of the coordinator's machine, and end with it.
-        have_runs: a site's part of a round is a Prefect run of its own, and needs no task of the
-            round's.
-        outlive: a site that was asked stays at work when the coordinator is lost.
-        come_back: a site that was lost may be waited for; else it is gone.
+        simulated: sites are processes on the coordinator's machine, and end with it.
+        have_runs: a site's part of a round has its own Prefect run, so the round needs no task for
+            it.
+        outlive: a site goes on with its work if the coordinator is lost.
+        come_back: a lost site may come back, so the round may wait for it.
     """
 
     simulated: bool
@@ -34,9 +35,9 @@ SIMULATED = Traits(simulated=True, have_runs=False, outlive=False, come_back=Fal
 ELSEWHERE = Traits(simulated=False, have_runs=True, outlive=True, come_back=True)
 
 
-@runtime_checkable  # Prefect asks for the type of a flow's parameters
+@runtime_checkable  # Prefect checks the types of a flow's parameters
 class Sites(Protocol):
-    """How a job reaches its sites; the coordinator knows no more of them than this."""
+    """How a job reaches its sites. This is all that the coordinator knows about them."""
 
     names: tuple[str, ...]
     num_slots: int
@@ -44,51 +45,48 @@ class Sites(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """Whether someone asked for the job to end."""
+        """Whether someone cancelled the job."""
         ...
 
     def open(self, job: ClientJob, store: Store) -> None:
-        """Get ready for a job whose bundle is in the store."""
+        """Prepare for a job whose bundle is in the store."""
         ...
 
     async def announce(self, site: str, round: int, attempt: int) -> bool:
-        """Tell a site that its part in a round will come, so that it is ready; not every round that
-        is announced comes.
+        """Tell a site to get ready for its part in a round. Not every announced round takes place.
 
-        Returns: False when that attempt is over: an earlier coordinator's, which ended with it.
+        Returns: False if the attempt is over, because it belonged to an earlier coordinator and
+        ended with it.
         """
         ...
 
     async def unreachable(self, sites: Collection[str]) -> Mapping[str, str]:
-        """Those of some sites that cannot be reached now, each with the reason in a few words."""
+        """The sites among these that cannot be reached now, each with a short reason."""
         ...
 
     async def perform(
         self, assignment: SiteAssignment, *, deadline: float | None, patience_s: float, log: LogLine
     ) -> Delivery:
-        """Have a site do an assignment. Given up when cancelled: then the site goes on by itself,
-        and nobody waits for it.
+        """Have a site do an assignment. If this call is cancelled, the site goes on without it.
 
         Args:
-            patience_s: how long a site that cannot be reached is waited for.
+            patience_s: how long to wait for a site that cannot be reached.
 
         Raises:
-            SiteError: it failed, or missed the deadline (`time.monotonic()`).
-            IntegrityError: what it left as a manifest is none.
+            SiteError: the site failed, or missed the deadline (`time.monotonic()`).
+            IntegrityError: the site's manifest is invalid.
         """
         ...
 
     @property
     def endings(self) -> Mapping[str, str]:
-        """site -> how its script failed after its last round, once `end` was called, as far as
-        is known by then.
-        """
+        """site -> how its script failed after its last round, as far as known after `end`."""
         ...
 
     def cancel(self) -> None:
-        """Stop what is under way: whoever waits for a site gets a `SiteError`."""
+        """Stop all work in progress; waiting `perform` calls raise `SiteError`."""
         ...
 
     async def end(self) -> None:
-        """The job is over: tell the scripts, and leave nothing of them behind."""
+        """End all scripts after the job, and remove everything that they leave."""
         ...

@@ -1,6 +1,4 @@
-"""Where sessions' sockets lie: the path of a Unix socket is limited to about 100 bytes, and
-`TMPDIR` may be longer.
-"""
+"""The folder for Unix sockets: their paths are limited to about 100 bytes."""
 
 import os
 import tempfile
@@ -9,14 +7,15 @@ from pathlib import Path
 from fedpool.errors import ConfigError
 
 MAX_PATH_BYTES = 103
-"""What macOS takes; Linux takes 107."""
+"""The limit of macOS; Linux allows 107."""
 
 _LONGEST_NAME = "fedpool-12345678/100000/s"
 
 
 def make_socket_folder() -> Path:
-    """A new folder, short enough for sockets `N/s` in it: in the folder for temporary files, else
-    in one that is always short.
+    """Make a folder with a path short enough for sockets `N/s` in it.
+
+    It is in the folder for temporary files, or else in one whose path is always short.
 
     Raises:
         ConfigError: no folder can be made in any of them.
@@ -33,6 +32,6 @@ def make_socket_folder() -> Path:
         except OSError as error:
             failures.append(str(error))
     raise ConfigError(
-        f"there is no folder for the sockets of client scripts ({'; '.join(failures)}): set TMPDIR to a short one that you "
-        "may write to"
+        f"no folder can be made for the sockets of client scripts ({'; '.join(failures)}): set TMPDIR to one with a short path "
+        "that you may write to"
     )

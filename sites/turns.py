@@ -1,7 +1,7 @@
-"""Who may train at a site: so many jobs at once, the others in the order in which they asked.
+"""Turns at a site: a limited number of jobs trains at once, the others wait in order.
 
-A turn is one round of one job. So jobs that share their sites go on side by side: if a site took a
-whole job first, two jobs could wait for each other at two sites, for ever.
+A turn is one round of one job, so jobs that share their sites make progress side by side. If a turn
+were a whole job, two jobs could wait for each other at two sites for ever.
 """
 
 import threading
@@ -15,7 +15,7 @@ class Turns:
     """The turns of a site. Thread-safe.
 
     Args:
-        limit: how many jobs may have their turn at once; None: all of them.
+        limit: number of jobs that may have a turn at once; None: no limit.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -26,13 +26,13 @@ class Turns:
 
     @contextmanager
     def turn(self, job_id: str, *, over: Callable[[], bool], tell: Callable[[str], None]) -> Iterator[bool]:
-        """Have a turn for the length of a `with` block.
+        """Have a turn during a `with` block.
 
         Args:
-            over: looked at now and then: whether the turn is not wanted any more.
-            tell: told once why there is a wait, if there is one.
+            over: whether the turn is no longer wanted; called regularly.
+            tell: called once with the reason, if there is a wait.
 
-        Returns: False when there was none to have before it was not wanted any more.
+        Returns: False if the turn was no longer wanted before it came.
         """
         came = self._wait(job_id, over, tell)
         try:
@@ -59,7 +59,7 @@ class Turns:
                     told = True
                     tell(
                         f"waiting for its turn: this site lets {self._limit} at a time train (max_jobs), and {', '.join(ahead)} "
-                        "asked before"
+                        "asked first"
                     )
                 if over():
                     return False

@@ -1,4 +1,4 @@
-"""The zygote that forks client scripts in a simulation, as their host sees it."""
+"""The host's side of the zygote, which forks client scripts in a simulation."""
 
 import json
 import os
@@ -25,7 +25,7 @@ class Zygote:
     def __init__(self, *, threads: int) -> None:
         if not hasattr(os, "fork"):
             raise FedpoolError(
-                "simulation forks client scripts, which this operating system cannot: use Linux or macOS"
+                "simulation forks client scripts, which this operating system does not support: use Linux or macOS"
             )
         ours, theirs = socket.socketpair()
         self._threads = threads
@@ -37,16 +37,15 @@ class Zygote:
             pass_fds=[theirs.fileno()],
             env={**os.environ, **limits},
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in the terminal must reach the host alone, which then ends the sessions in order
+            start_new_session=True,  # Ctrl-C in the terminal must reach only the host, which ends the sessions in order
         )
         theirs.close()
         self._preloading: threading.Thread | None = None
 
     def preload(self, modules: Sequence[str]) -> None:
-        """Begin to import modules in the zygote; returns at once, and the next `start` waits for
-        it.
+        """Begin to import modules in the zygote. Returns at once; the next `start` waits for them.
 
-        What cannot be imported is left to the script, which will say so itself.
+        Failed imports are left to the script, which will raise the error itself.
         """
         self._preloading = threading.Thread(target=self._ask, args=({"preload": list(modules)},), daemon=True)
         self._preloading.start()
@@ -85,11 +84,11 @@ class Zygote:
         """See `Launcher.kill`."""
         try:
             self._ask({"kill": pid})
-        except FedpoolError:  # the zygote itself was killed, and could not take its scripts with it
+        except FedpoolError:  # the zygote was killed before it could kill its scripts
             kill_group(pid)
 
     def close(self) -> None:
-        """Kill what still runs, end the zygote and wait for it."""
+        """Kill all scripts, end the zygote and wait for it."""
         with self._lock:
             self._control.close()
         self._process.wait()

@@ -1,20 +1,19 @@
-"""The zygote: a process that has imported what client scripts need, and forks a script in
-milliseconds.
+"""The zygote: a process that has imported what client scripts need, and forks scripts quickly.
 
-`multiprocessing`'s own fork server runs the caller's `__main__` again in every child, which would
-run a user's `job.py` again; this one runs nothing but the script it is asked to. It is
-single-threaded, so that forking is safe, and it is the parent of every script it forks: when its
-control socket closes (the host ended, or was killed), it kills them all and ends. What a script has
-started is killed when the script ends, also what has left its session. While a script lives, it
-adopts its own orphans; when it ends, the zygote does. So a child of the zygote that is no script,
-and was not started by an import, was left behind by a script that has ended.
+`multiprocessing`'s own fork server runs the caller's `__main__` again in every child, so it would
+run a user's `job.py` again. This one runs only the script that it is asked to. It has one thread,
+so forking is safe. It is the parent of every script: when its control socket closes, because the
+host ended or was killed, it kills all scripts and ends. When a script ends, everything it started
+is killed, including processes that left its session. A running script adopts its own orphans; after
+its end, the zygote does. So a child of the zygote that is not a script, and that no import started,
+was left behind by a script that has ended.
 
 Run as `python -m fedpool.sites.zygote_process FD`, where FD is a socket inherited from the host.
-Each request is one JSON line. `{"preload": [...]}` answers `{"failed": {name: why}}`;
-`{"fork": {...}}` comes with two file descriptors (the script's output, the status pipe) and answers
-`{"pid": n}`, or `{"errno": n}` when it could not; `{"kill": pid}` answers `{"killed": bool}`. The
-status pipe gets the script's exit code as a decimal number (negative: a signal) when it ends, and
-is closed then.
+Each request is one JSON line. `{"preload": [...]}` is answered by `{"failed": {name: why}}`.
+`{"fork": {...}}` comes with two file descriptors (the script's output, the status pipe), and is
+answered by `{"pid": n}`, or `{"errno": n}` if it failed. `{"kill": pid}` is answered by `{"killed":
+bool}`. When a script ends, its status pipe gets its exit code as a decimal number (negative: a
+signal) and is closed.
 """
 
 import atexit
@@ -43,24 +42,20 @@ MAX_REQUEST_BYTES = 1 << 20
 _CUDA_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 _MANY_FORKS = 32
-"""From here on each fork is made cheaper, once and for all, which costs as much as that many
-forks and more.
-"""
+"""Number of forks that are worth rearranging memory once to make further forks cheaper."""
 
 _AT_EXIT: tuple[Callable[[], object], ...] = (
     logging.shutdown,
     multiprocessing.util._exit_function,  # type: ignore[attr-defined]
     weakref.finalize._exitfunc,  # type: ignore[attr-defined]
 )
-"""What the standard library does at the end of every interpreter, the last first; a script may
-have given it something to do.
-"""
+"""Exit functions of the standard library, the last one first; a script may have given them work."""
 
 
 def serve(control: socket.socket) -> None:
     """Answer requests until the control socket closes."""
     children: dict[int, int] = {}  # pid of a running script -> its status pipe
-    helpers: set[int] = set()  # what libraries have started as they were imported, for all scripts
+    helpers: set[int] = set()  # processes that libraries started on import, for all scripts
     num_forks = 0
     adopt_orphans()
     wake_read, wake_write = os.pipe()
@@ -68,7 +63,7 @@ def serve(control: socket.socket) -> None:
         os.set_blocking(fd, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the host's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host handles Ctrl-C in the terminal
     sources: list[Any] = [control, wake_read]
     try:
         while True:
@@ -111,7 +106,7 @@ def _answer(
         return {"failed": failed}
     if "kill" in request:
         return {"killed": request["kill"] in children and _kill_script(request["kill"])}
-    if len(fds) < 2:  # they came, but no handle was free for them
+    if len(fds) < 2:  # they were sent, but no file handle was free
         for fd in fds:
             os.close(fd)
         return {"errno": errno.EMFILE}
@@ -134,9 +129,7 @@ def _answer(
 
 @contextlib.contextmanager
 def _asking_nvml() -> Iterator[None]:
-    """Libraries ask for GPUs as they are imported. By default torch then initialises CUDA, which
-    a fork cannot use any more.
-    """
+    """Keep torch from initialising CUDA on import: forked scripts could not use it then."""
     if _CUDA_CHECK in os.environ:
         yield
         return
@@ -148,23 +141,21 @@ def _asking_nvml() -> Iterator[None]:
 
 
 def _settle() -> None:
-    """Make what was imported cheap to share with thousands of children, which copy each page of
-    memory that they write to.
-    """
-    # At its end a script runs what it has registered itself, and not what the imported libraries
-    # have: that is about this process, whose temporary folders all scripts share, and torch takes
-    # its operators apart there, which writes to 30 MB.
+    """Make imported objects cheap to share with thousands of children, which copy on write."""
+    # A script runs only the exit functions that it registers itself. Those of the imported
+    # libraries belong to this process: all scripts share its temporary folders, and torch takes its
+    # operators apart, which writes to 30 MB.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
     atexit._clear()
     for function in _AT_EXIT:
         atexit.register(function)
     gc.collect()
-    gc.freeze()  # the collector in a child would write to every page of these objects
+    gc.freeze()  # a child's garbage collector would write to every page of these objects
 
 
 def _reap(children: dict[int, int], helpers: set[int]) -> None:
-    """Collect what has ended, and kill what ended scripts have left behind."""
+    """Collect ended processes, and kill what ended scripts have left behind."""
     ended: list[tuple[int, int]] = []
     with contextlib.suppress(ChildProcessError):
         while (waited := os.waitpid(-1, os.WNOHANG))[0]:
@@ -175,23 +166,23 @@ def _reap(children: dict[int, int], helpers: set[int]) -> None:
     helpers.difference_update(pid for pid, _ in ended)
     for pid in own_children():
         if pid not in children and pid not in helpers:
-            kill(pid)  # when it is collected, what it leaves behind is found in its turn
+            kill(pid)  # what it leaves behind is found when it is collected
     _report(children, scripts)
 
 
 def _report(children: dict[int, int], ended: Iterable[tuple[int, int]]) -> None:
-    """Tell how scripts have ended."""
+    """Report how scripts have ended."""
     for pid, wait_status in ended:
         status = children.pop(pid, None)
         if status is None:
             continue
-        with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+        with contextlib.suppress(BrokenPipeError):  # the reader is gone
             os.write(status, str(os.waitstatus_to_exitcode(wait_status)).encode())
         os.close(status)
 
 
 def _kill_script(pid: int) -> bool:
-    # Where nobody adopts orphans, this is the last moment to find what has left the session.
+    # Without adoption of orphans, this is the last moment to find processes that left the session.
     if sys.platform != "linux":
         for descendant in living_descendants(pid):
             kill(descendant)
@@ -201,9 +192,7 @@ def _kill_script(pid: int) -> bool:
 def _run_script(
     output: int, *, script: str, arguments: list[str], environment: dict[str, str], folder: str, threads: int, seed: int
 ) -> NoReturn:
-    """Become the script: own process group, own output, `sys.argv` and `sys.path` as `python
-    script.py` would set them.
-    """
+    """Become the script: own process group and output, `sys.argv` and `sys.path`."""
     os.setsid()
     adopt_orphans()
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
@@ -220,16 +209,16 @@ def _run_script(
         os.environ.update(environment)
         os.chdir(folder)
         code = run_script(script, arguments, threads=threads, seed=seed)
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as an interpreter's end does
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as the interpreter does
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        # Not sys.exit: tearing down the preloaded modules would touch, and so copy, pages shared
-        # with every other script.
+        # Not sys.exit: tearing down the preloaded modules would write to, and so copy, pages that
+        # all scripts share.
         os._exit(code)
 
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # nothing here needs tearing down, and modules by the thousand take half a second
+    os._exit(0)  # tearing down thousands of modules would take half a second

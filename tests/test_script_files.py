@@ -193,10 +193,13 @@ def test_a_job_runs_with_what_its_script_names(
     [
         (
             f"{HERE}open(HERE / 'data' / 'a.csv')",
-            r"copy of its folder, without its data.*include=\('data/a.csv',\).*train_args",
+            r"copy of its folder that leaves data out.*include=\('data/a.csv',\).*train_args",
         ),
         (f"{HERE}open(HERE.parent / 'a.csv')", r"copy 'a.csv' into the script's folder .*include="),
-        ("open('a.csv')", r"no 'a.csv'.*include=\('a.csv',\), and is then found as Path\(__file__\)\.parent / 'a.csv'"),
+        (
+            "open('a.csv')",
+            r"no 'a.csv'.*include=\('a.csv',\)\. The script then finds it as Path\(__file__\)\.parent / 'a.csv'",
+        ),
         ("import fedpool.client\n__import__('mine.net')", r"If 'mine' is a module of yours.*include=\('mine.py',\)"),
     ],
 )

@@ -174,7 +174,7 @@ def test_what_a_script_prints_and_logs_is_in_the_log_of_its_sites_run(
     expect(link(page, "hello round 1")).to_be_visible()
     expect(page.get_by_text("round 1 on 128 rows that stay here: loss 0.0972", exact=True)).to_be_visible()
     expect(page.get_by_text("loss = 0.0972222", exact=True)).to_be_visible()
-    expect(page.get_by_text("Completed: site-2 has done its part of round 1", exact=True)).to_be_visible()
+    expect(page.get_by_text("Completed: site-2 finished its part of round 1", exact=True)).to_be_visible()
     take("site-log.png")
 
 

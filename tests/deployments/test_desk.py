@@ -253,7 +253,7 @@ def test_of_some_pieces_those_that_were_cancelled_are_told(opened: Open, site: s
         assert await desk.cancelled(ids) == frozenset(ids[:2])
         assert await desk.cancelled(ids[2:]) == frozenset()
         assert await desk.cancelled([]) == frozenset()
-        assert await desk.report(pieces[0], Report(Phase.CANCELLED, "it was cancelled"))
+        assert await desk.report(pieces[0], Report(Phase.CANCELLED, "the run was cancelled"))
         assert (await coordinator.state(ids[0])).is_cancelled()
 
     at_desk(opened, site, work)

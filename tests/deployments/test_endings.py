@@ -47,7 +47,7 @@ ENDINGS: dict[str, tuple[str, str]] = {
     "raises after shutdown": ('flare.shutdown(); raise ValueError("late")', "the script ended with exit code 1"),
     "does not end": (
         "threading.Event().wait()",
-        "the script was still at work 10 s after the end of the job, and was killed",
+        "the script was still running 10 s after the end of the job, and was killed",
     ),
 }
 

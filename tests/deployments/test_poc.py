@@ -260,7 +260,9 @@ def test_a_site_whose_worker_comes_back_says_that_it_lost_its_work(env: PocEnv, 
         job.release()
         result = run.get_result(240)
     (failed,) = result.rounds[1]["failed"]
-    assert failed["site"] == "site-3" and "the worker of site-3 was lost while it did its part" in failed["cause"]
+    assert (
+        failed["site"] == "site-3" and "the worker of site-3 was lost during its part of the round" in failed["cause"]
+    )
     attempts = {entry["site"]: entry["attempt"] for entry in result.rounds[1]["accepted"]}
     assert attempts == {"site-1": 0, "site-2": 0, "site-3": 1}  # it was asked again, and did its part
 

@@ -172,7 +172,7 @@ def test_the_script_stays_warm_between_rounds_and_ends_with_the_job(hospital: Wo
     job = Job(tmp_path, "hospital")
     for round in (0, 1):
         state = final_state(job.ask(round))
-        assert state.name == "Completed" and state.message == f"hospital has done its part of round {round}"
+        assert state.name == "Completed" and state.message == f"hospital finished its part of round {round}"
     assert job.pid(0) == job.pid(1)
     assert scripts_of(tmp_path) != []
     job.end()
@@ -219,9 +219,7 @@ def test_a_run_of_another_flow_is_refused_and_none_of_its_code_runs(hospital: Wo
     variables = {"command": f"touch {canary}", "env": {"PYTHONPATH": str(tmp_path)}}
     state = final_state(run_deployment("wanted-by-someone/evil", {}, job_variables=variables))
     assert state.is_crashed()
-    assert "this site runs site-round and nothing else: the run of 'wanted-by-someone' was refused" in str(
-        state.message
-    )
+    assert "this site runs only site-round: the run of 'wanted-by-someone' was refused" in str(state.message)
     assert not canary.exists()
 
 
@@ -230,7 +228,9 @@ def test_a_deployment_that_calls_itself_site_round_brings_no_code_of_its_own(hos
     deploy_evil(site_round, "evil", tmp_path, canary)
     without = final_state(run_deployment("site-round/evil", {}))
     assert without.is_crashed()
-    assert "site-round takes attempt, job_id, round, site, store: a run with none was refused" in str(without.message)
+    assert "site-round takes attempt, job_id, round, site, store: a run with no parameters was refused" in str(
+        without.message
+    )
     asked = {"job_id": "a", "site": "hospital", "round": -1, "attempt": 0, "store": str(tmp_path)}
     before = final_state(run_deployment("site-round/evil", asked))
     assert before.is_failed() and "round: Input should be greater than or equal to 0" in str(before.message)
@@ -284,7 +284,7 @@ def test_sigterm_in_mid_training_ends_worker_and_script_and_hands_the_run_back(
     wait_until_gone(processes_of, worker.folder)
     wait_until_gone(scripts_of, tmp_path)
     state = state_of(run)
-    assert state.is_crashed() and state.message == "the site was stopped before it had done its part"
+    assert state.is_crashed() and state.message == "the site was stopped before it finished its part"
     assert not list(worker.folder.glob(".fedpool-*"))
 
 
@@ -301,7 +301,7 @@ def test_a_run_that_a_killed_worker_left_behind_crashes_when_the_worker_comes_ba
     assert state_of(run).is_running()
     site_worker("returns")
     state = final_state(run, 60)
-    assert state.is_crashed() and state.message == "the worker of returns was lost while it did its part"
+    assert state.is_crashed() and state.message == "the worker of returns was lost during its part of the round"
     job.release()
     assert final_state(job.ask(1)).is_completed()  # and the next round is done as ever
     job.end()

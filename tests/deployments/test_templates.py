@@ -338,7 +338,7 @@ async def run_deployment(name: str, parameters: dict[str, Any]) -> State[Any]:
 def test_a_process_pool_does_a_round(pool: ProcessPool, tmp_path: Path) -> None:
     job = StagedJob(tmp_path)
     state = asyncio.run(run_deployment(f"site-round/{SITE}", job.parameters))
-    assert (state.name, state.message) == ("Completed", f"{SITE} has done its part of round 0")
+    assert (state.name, state.message) == ("Completed", f"{SITE} finished its part of round 0")
     update = job.update()
     assert update is not None and update.size > 0
 
@@ -379,7 +379,7 @@ def test_nothing_of_a_hostile_deployment_is_executed(pool: ProcessPool, tmp_path
         assert state.is_completed() and job.update()
     else:
         assert state.is_crashed() and job.update() is None
-        assert state.message == "this site runs site-round and nothing else: the run of 'backup' was refused"
+        assert state.message == "this site runs only site-round: the run of 'backup' was refused"
     assert not pulled.exists() and not imported.exists()
 
 

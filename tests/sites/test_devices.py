@@ -15,7 +15,7 @@ def test_devices_that_are_there_and_ids_that_only_cuda_knows_are_accepted(gpus: 
 @pytest.mark.parametrize(
     ("gpus", "count", "words"),
     [
-        ("99", 0, "gpus='99', but this machine has no CUDA device: leave gpus out to run on the processor"),
+        ("99", 0, "gpus='99', but this machine has no CUDA device: leave gpus out to run on the CPU"),
         ("0,99", 4, "gpus='0,99' names device 99, but this machine has the devices 0 to 3"),
         ("1", 1, "gpus='1' names device 1, but this machine has only device 0"),
     ],

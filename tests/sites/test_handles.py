@@ -26,7 +26,7 @@ from fedpool.sites.zygote import Zygote
 from tests.conftest import ADD_ONE
 
 NONE_LEFT = (
-    r"no file handle left \(Too many open files, `ulimit -n` is \d+\): raise the limit, or run fewer scripts at a time"
+    r"no file handles left \(Too many open files, `ulimit -n` is \d+\): raise the limit, or run fewer scripts at a time"
 )
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")

@@ -79,7 +79,7 @@ def test_what_is_excluded_stays_whatever_the_script_has_written(said: ParamsKind
     site = Site(tmp_path, BASE, TRAINED)
     found, _ = site.leaves(said=said, exclude=("^head",))
     assert set(found) == {"body"}
-    assert site.lines == ["kept here, because the recipe excludes it: control::head, head"]
+    assert site.lines == ["these parameters stay here, because the recipe excludes them: control::head, head"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store"]
 
 

@@ -237,7 +237,7 @@ def test_a_site_that_takes_one_job_at_a_time_has_the_other_wait_for_its_turn_and
     (here.folder / "hang").unlink()
     second.assign()
     waiting = here.perform_aside(second)
-    why = f"(max_jobs), and {first.paths.job_id} asked before"
+    why = f"(max_jobs), and {first.paths.job_id} asked first"
     wait_until(lambda: any(why in line for line in here.printed))
     assert not second.store.exists(second.paths.update(0, "a"))
     first.end()  # its script is killed, and the turn is the other's
@@ -282,7 +282,7 @@ def test_a_job_that_ends_while_its_script_trains_kills_it(site: Callable[..., Si
     training = here.perform_aside(work)
     wait_until((here.folder / "hangs").exists)
     work.end()
-    assert "a, round 0: it was cancelled" in str(training.wait())
+    assert "a, round 0: the run was cancelled" in str(training.wait())
     wait_until_gone(scripts_of, here.folder)
 
 
@@ -305,8 +305,8 @@ def test_a_stop_ends_the_wait_and_the_script(site: Callable[..., Site], job: Cal
     training, waiting = here.perform_aside(work), here.perform_aside(work, 1)
     wait_until((here.folder / "hangs").exists)
     here.stop.set()
-    assert str(waiting.wait()) == "a, round 1: it was cancelled before the round began"
-    assert str(training.wait()) == "a, round 0: it was cancelled"
+    assert str(waiting.wait()) == "a, round 1: the run was cancelled before the round began"
+    assert str(training.wait()) == "a, round 0: the run was cancelled"
     wait_until_gone(scripts_of, here.folder)
     here.stop.clear()
     (here.folder / "hang").unlink()
@@ -324,7 +324,7 @@ def test_a_script_that_outlives_its_deadline_is_killed(site: Callable[..., Site]
 
 
 def test_a_round_that_never_begins_is_given_up(site: Callable[..., Site], job: Callable[..., Job]) -> None:
-    with pytest.raises(SiteError, match=r"did not begin in 0.2 s \(max_wait_s\): the coordinator is gone"):
+    with pytest.raises(SiteError, match=r"did not begin within 0.2 s \(max_wait_s\): the coordinator is gone"):
         site(max_wait_s=0.2).perform(job())
 
 

@@ -47,8 +47,8 @@ def test_what_exceeds_a_bound_is_dropped_and_told_and_the_log_shows_the_first_on
     assert shown[0] == "loss = 0, step 0" and shown[MAX_SHOWN - 1] is not None
     assert not any(shown[MAX_SHOWN:])
     assert list(log.left_out()) == [
-        f"... and {MAX_SCALARS + 5 - MAX_SHOWN} more scalars in this round, which are not shown here",
-        "5 scalars are dropped: trackers get 100000 of a site in a round, of 1000 names",
+        f"... and {MAX_SCALARS + 5 - MAX_SHOWN} more scalars in this round, not shown",
+        "5 scalars were dropped: trackers get at most 100000 per site and round, 1000 names",
     ]
 
 
@@ -117,13 +117,13 @@ def test_a_site_that_sends_more_than_is_allowed_is_read_up_to_the_bound() -> Non
 def test_they_are_read_as_the_manifest_names_them_and_refused_otherwise(tmp_path: Path) -> None:
     store, data = Store(tmp_path), encode([Scalar("a", 0.5, 1, 2.0)])
     named = Stored(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-    with pytest.raises(IntegrityError, match="is not there as its manifest says"):
+    with pytest.raises(IntegrityError, match="is missing or has another size than its manifest says"):
         read_scalars(store, "x.json", named)
     store.write_bytes("x.json", data)
     assert read_scalars(store, "x.json", named) == [Scalar("a", 0.5, 1, 2.0)]
-    with pytest.raises(IntegrityError, match="is not there as"):
+    with pytest.raises(IntegrityError, match="is missing or has another size"):
         read_scalars(store, "x.json", Stored(sha256=named.sha256, size=1))
-    with pytest.raises(IntegrityError, match="is not what its manifest says"):
+    with pytest.raises(IntegrityError, match="does not match the hash in its manifest"):
         read_scalars(store, "x.json", Stored(sha256="0" * 64, size=len(data)))
     with pytest.raises(IntegrityError, match="has 1000000000 bytes, 16777216 are allowed"):
         read_scalars(store, "x.json", Stored(sha256=named.sha256, size=10**9))

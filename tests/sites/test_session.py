@@ -89,7 +89,7 @@ def test_a_session_that_fails_is_asked_again_as_often_as_the_job_says(tmp_path: 
     lines: list[str] = []
     _, delivery = run(tmp_path, Region([1.0], failures=1), lines, restarts=1)
     assert delivery.manifest.weight == 1.0
-    assert lines == ["it is started again, because it failed: none of its sites answered", "1 sites"]
+    assert lines == ["the script is restarted, because it failed: none of its sites answered", "1 sites"]
 
 
 def test_a_session_that_was_killed_is_not_asked_again(tmp_path: Path) -> None:
