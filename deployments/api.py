@@ -1,7 +1,7 @@
-"""The Prefect server that is configured: whether it answers, and a client of it.
+"""The configured Prefect server: whether it answers, and a client for it.
 
-Prefect asks a server that is not there again and again, and then raises an error of its own; so it
-is asked once, before anything depends on it.
+Prefect retries requests to an unreachable server many times before it raises its own error. So the
+server is checked once, before anything depends on it.
 """
 
 import asyncio
@@ -23,28 +23,26 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 5.0
 _ANSWER_S = 20.0
-"""A server that has many sites may take seconds; one that is not there does not even take the
-connection.
-"""
+"""A busy server may take seconds to answer; a missing one does not accept the connection."""
 
 
 def check_server(remedy: str | None = None) -> str:
-    """Check that the Prefect server that is configured answers; returns the URL of its API.
+    """Check that the configured Prefect server answers; returns the URL of its API.
 
     Args:
-        remedy: what to do when it does not; default: to start it, or to correct the setting.
+        remedy: what to do if it does not; default: start it, or correct the setting.
 
     Raises:
-        ServerError: it does not answer, or does not let us in; the message says where it was looked
-            for, and what to do.
-        ConfigError: none is configured, or what is configured is not a URL.
+        ServerError: it does not answer, or refuses access. The message gives its URL and the
+            remedy.
+        ConfigError: no server is configured, or the setting is not a URL.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, get_current_settings
 
     url: str | None = PREFECT_API_URL.value()
     if not url:
         raise ConfigError(
-            "no Prefect server is known: set PREFECT_API_URL to its API, such as http://127.0.0.1:4200/api"
+            "no Prefect server is configured: set PREFECT_API_URL to the URL of its API, such as http://127.0.0.1:4200/api"
         )
     if not _is_url(url):
         raise ConfigError(
@@ -63,28 +61,26 @@ def check_server(remedy: str | None = None) -> str:
         with httpx.Client(timeout=timeout, headers=headers, verify=certificates, follow_redirects=True) as client:
             answer = client.get(f"{url.rstrip('/')}/hello")
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise _no_answer(url, _cause(error), remedy) from None  # the sentence says it; httpx's tracebacks would bury it
+        raise _no_answer(url, _cause(error), remedy) from None  # httpx's tracebacks would bury the message
     if answer.status_code in (401, 403):
         raise ServerError(
-            f"the Prefect server at {url} refused: {answer.status_code} {answer.reason_phrase}. Check "
+            f"the Prefect server at {url} refused access ({answer.status_code} {answer.reason_phrase}): check "
             "PREFECT_API_AUTH_STRING, or auth_string of the environment"
         )
     if answer.status_code >= 500:
         raise _no_answer(url, f"HTTP {answer.status_code} {answer.reason_phrase}", remedy)
     if answer.status_code >= 400 or not answer.headers.get("content-type", "").startswith("application/json"):
-        other = "" if url.rstrip("/").endswith("/api") else f", so it may be {url.rstrip('/')}/api"
+        other = "" if url.rstrip("/").endswith("/api") else f", so try {url.rstrip('/')}/api"
         raise ServerError(
             f"there is no Prefect API at {url} (HTTP {answer.status_code} {answer.reason_phrase}): "
-            f"the URL of one ends in /api{other}"
+            f"such a URL ends in /api{other}"
         )
     return url
 
 
 @asynccontextmanager
 async def open_client(remedy: str | None = None) -> AsyncIterator["PrefectClient"]:
-    """A client of the Prefect server that is configured, after a look whether it is there; see
-    `check_server`.
-    """
+    """A client for the configured Prefect server, after `check_server`."""
     from prefect.client.orchestration import get_client
 
     await asyncio.to_thread(check_server, remedy)
@@ -107,7 +103,7 @@ def _no_answer(url: str, cause: str, remedy: str | None) -> ServerError:
 
 
 def _setting() -> str:
-    """How to change the server that is asked."""
+    """How to change the configured server."""
     if "PREFECT_API_URL" in os.environ:
         return "correct PREFECT_API_URL"
     return f"correct PREFECT_API_URL of the Prefect profile {profile_name()!r}"
@@ -126,7 +122,7 @@ def _certificates(skip: bool, file: str | None) -> ssl.SSLContext:
 
 def _cause(error: Exception) -> str:
     if isinstance(error, httpx.ConnectTimeout):
-        return f"no connection in {_CONNECT_S:g} s"
+        return f"no connection within {_CONNECT_S:g} s"
     if isinstance(error, httpx.TimeoutException):
-        return f"no answer in {_ANSWER_S:g} s"
+        return f"no answer within {_ANSWER_S:g} s"
     return str(error) or type(error).__name__

@@ -1,6 +1,4 @@
-"""Waiting for a coroutine in code that is not asynchronous, also where an event loop runs, as in
-a notebook.
-"""
+"""Running a coroutine from synchronous code, even inside an event loop, as in a notebook."""
 
 import asyncio
 import contextvars
@@ -14,9 +12,9 @@ T = TypeVar("T")
 def run_blocking(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end and return its result, in the caller's context.
 
-    Where an event loop runs in this thread, the coroutine gets a thread and a loop of its own, and
-    the caller's loop stands still meanwhile. Ctrl-C cancels the coroutine, and is raised when it
-    has ended.
+    If an event loop runs in this thread, the coroutine gets its own thread and loop, and the
+    caller's loop is blocked meanwhile. Ctrl-C cancels the coroutine, and is raised once it has
+    ended.
     """
     try:
         asyncio.get_running_loop()

@@ -1,6 +1,4 @@
-"""How the commands that run the code of a job ask first: by an option, by the environment, or in
-the terminal.
-"""
+"""Permission for a command to run a job's code: an option, the environment, or a prompt."""
 
 import sys
 
@@ -9,13 +7,13 @@ from fedpool.errors import ConfigError
 
 
 def permission(allowed: list[str] | None) -> Permission:
-    """What allows the code of a job in a command.
+    """Permission to run a job's code in a command.
 
     Args:
-        allowed: hashes of code that may be run, as `--allow-code` has them.
+        allowed: hashes of code that may run, from `--allow-code`.
 
     Raises:
-        ConfigError: one is not a hash.
+        ConfigError: a value is not a hash.
     """
     hashes = check_hashes("--allow-code", allowed or [])
 
@@ -23,7 +21,7 @@ def permission(allowed: list[str] | None) -> Permission:
         if request.sha256 in hashes or is_allowed(request.sha256):
             return
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise ConfigError(f"{request}. To run it here, look at it, and say --allow-code {request.sha256}")
+            raise ConfigError(f"{request}. To run it here, review it and add --allow-code {request.sha256}")
         sys.stderr.write(f"{request}\nRun it here? [y/N] ")
         sys.stderr.flush()
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -1,6 +1,4 @@
-"""Processes that outlive the command which started them: started once, found again, told from
-strangers of the same pid.
-"""
+"""Processes that outlive the command that started them: started once, then found again by pid."""
 
 import json
 import os
@@ -21,38 +19,37 @@ _HEARING = (
     "-c",
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])",
 )
-"""Becomes the command that follows, with SIGINT as it is by default."""
+"""Becomes the given command, with the default handling of SIGINT."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A process that was started: its pid, and when it began (seconds since the epoch)."""
+    """A started process: its pid, and when it began, in seconds since the epoch."""
 
     pid: int
     created: float
 
 
 class Processes:
-    """The processes of one folder: `NAME.json` says which one it is, `NAME.log` holds what it
-    prints.
+    """The processes of a folder: `NAME.json` identifies one, `NAME.log` has its output.
 
     Args:
-        folder: theirs.
+        folder: the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def log(self, name: str) -> Path:
-        """Where a process's output goes."""
+        """Path of a process's output."""
         return self._folder / f"{name}.log"
 
     def names(self) -> list[str]:
-        """Those that were started and not stopped, running or not."""
+        """Names of the processes that were started and not stopped, running or not."""
         return sorted(path.stem for path in self._folder.glob("*.json"))
 
     def find(self, name: str) -> psutil.Process | None:
-        """The process, if it runs."""
+        """The process, if it runs. Another process with the same pid does not count."""
         try:
             started = Started(**json.loads((self._folder / f"{name}.json").read_text()))
             process = psutil.Process(started.pid)
@@ -62,10 +59,10 @@ class Processes:
         return process if same else None
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """Start a process in a session of its own."""
+        """Start a process in its own session."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        # A shell has what it runs in the background ignore SIGINT, and that is inherited. Prefect's
-        # worker then ignores SIGTERM, too, which it takes for a SIGINT.
+        # A shell makes its background processes ignore SIGINT, and children inherit that. Prefect's
+        # worker would then ignore SIGTERM as well, because it handles it as SIGINT.
         deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with self.log(name).open("ab") as output:
             process = subprocess.Popen(
@@ -81,14 +78,12 @@ class Processes:
         partial = self._folder / f".{name}.{os.getpid()}"
         partial.write_text(json.dumps(asdict(started)))
         partial.replace(self._folder / f"{name}.json")
-        # While we live it is our child: somebody has to take note of its end.
+        # While this process lives, the new one is its child, so it has to be waited for.
         threading.Thread(target=process.wait, name=f"fedpool-{name}", daemon=True).start()
         return process
 
     def stop(self, names: Sequence[str]) -> None:
-        """End processes and all they started: asked first, killed after a grace. Harmless for
-        what does not run.
-        """
+        """End processes and their descendants: SIGTERM, then SIGKILL after a grace. Idempotent."""
         found = [process for name in names if (process := self.find(name)) is not None]
         families = [process for parent in found for process in _family(parent)]
         for process in found:
@@ -102,7 +97,7 @@ class Processes:
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it has started; just itself when it has ended meanwhile."""
+    """A process and all its descendants; only itself if it has ended meanwhile."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,7 +1,8 @@
-"""How client scripts failed after their last round, in what they do once the job is over.
+"""How client scripts failed after their last round, while they finished up.
 
-In a simulation the job waits for that, and its result says so. Sites elsewhere learn of the job's
-end from the result: what they say comes later, and lies beside what they sent in their last round.
+In a simulation the job waits for its scripts, so its result has these failures. Sites elsewhere
+learn from the result that the job has ended, so they report failures later, next to the objects of
+their last round.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,8 @@ def read_endings(store: Store, job_id: str, result: JobResult, records: Sequence
     """site -> how its script failed, as far as is known now.
 
     Args:
-        result: of the job.
-        records: of all its rounds.
+        result: the job's result.
+        records: the records of all its rounds.
     """
     paths = JobPaths(job_id)
     found: dict[str, str] = dict(result.endings)
@@ -42,12 +43,12 @@ def read_endings(store: Store, job_id: str, result: JobResult, records: Sequence
 
 
 def tell_endings(endings: Mapping[str, str]) -> list[str]:
-    """One paragraph for each script that failed after its last round."""
+    """One line of text for each script that failed after its last round."""
     return [f"{site}: after its last round, {how}" for site, how in endings.items()]
 
 
 def _read(store: Store, path: str) -> str:
-    """What a site says, which is not to be trusted to be anything."""
+    """Read a site's report, which is not trusted to have any form."""
     try:
         if store.size(path) > _MAX_BYTES:
             return f"{store.full(path)} is longer than {_MAX_BYTES} bytes"

@@ -1,6 +1,4 @@
-"""What has become of jobs that left no result in the store: they run, or they were lost, and
-nobody was left to say so.
-"""
+"""The status of jobs without a result in the store: they are running, or were lost."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -22,29 +20,28 @@ _AT_ONCE = 200
 
 
 async def with_client(use: Callable[["PrefectClient"], Awaitable[T]]) -> T:
-    """Do something with a client of the Prefect server.
+    """Use a client for the Prefect server.
 
     Raises:
-        ServerError: it does not answer, or refuses.
+        ServerError: the server does not answer, or refuses.
     """
     async with open_client() as client:
         return await use(client)
 
 
 Server = Callable[[], AbstractContextManager[None]]
-"""Makes a Prefect server the one that is asked."""
+"""A context manager that selects a Prefect server."""
 
 
 def fates(store: Store, jobs: Sequence[tuple[str, bool]], server: Server | None = None) -> dict[str, JobStatus]:
-    """job -> RUNNING, FAILED or CANCELLED, of jobs that have no result; one of which nobody knows
-    is not in it.
+    """job -> RUNNING, FAILED or CANCELLED, for jobs without a result; unknown jobs are left out.
 
-    A simulation holds its folder for as long as it runs; of the others the Prefect server knows, if
+    A simulation holds its folder while it runs. Other jobs are looked up on the Prefect server, if
     it answers.
 
     Args:
-        jobs: id, and whether it is simulated.
-        server: the one to ask, if any.
+        jobs: the jobs' ids, and whether each is simulated.
+        server: the server to ask, if any.
     """
     found = {}
     for job_id, simulated in jobs:
@@ -71,7 +68,7 @@ async def _of_runs(client: "PrefectClient", job_ids: Sequence[str]) -> dict[str,
         limit=_AT_ONCE,
     )
     found: dict[str, JobStatus] = {}
-    for run in runs:  # the last of a job wins, and one that is under way wins anyhow
+    for run in runs:  # a job's last run wins, but any unfinished run beats it
         over = run.state is not None and run.state.is_final()
         if not over:
             found[run.name] = JobStatus.RUNNING

@@ -1,6 +1,4 @@
-"""`Run`: a handle on one job, and `Result`: what came of it. Both read the store, which is the
-truth about a job.
-"""
+"""`Run`, a handle on a job, and `Result`, its outcome. Both read the store, which has the truth."""
 
 import contextvars
 import tempfile
@@ -24,7 +22,7 @@ from fedpool.tasks.record import RoundRecord
 
 
 class JobStatus(StrEnum):
-    """Where a job stands, in Prefect's words."""
+    """A job's status, with Prefect's names."""
 
     RUNNING = "RUNNING"
     COMPLETED = "COMPLETED"
@@ -34,24 +32,24 @@ class JobStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """What a completed job came to.
+    """The outcome of a completed job.
 
     Attributes:
-        job_id: of the job.
-        path: of the final model, safetensors; fetched to this machine where the store is remote.
-        best_path: of the best model by the recipe's key metric; the final one when nothing was
+        job_id: the job's id.
+        path: path of the final model (safetensors); downloaded if the store is remote.
+        best_path: path of the best model by the recipe's key metric; the final model if none was
             scored.
         metrics: one dict per global model, from the initial one (index 0) to the last that was
-            scored; empty when none was.
-        records: of all rounds, evaluations and submissions included.
-        num_rounds: training rounds that were committed.
-        best_round: the round that the best model is the start of: 0 is the initial model,
+            scored; empty if none was.
+        records: records of all rounds, including evaluations and submissions.
+        num_rounds: number of committed training rounds.
+        best_round: the round that starts from the best model: 0 means the initial model,
             `num_rounds` the final one.
-        stopped_by: what stopped the job early, or None.
-        evaluation_error: why the final model has no score although sites were asked for one; else
+        stopped_by: the reason why the job stopped early, or None.
+        evaluation_error: why the final model has no score although sites were asked for one, or
             None.
-        endings: site -> how its script failed after its last round, by which the job has not
-            failed. Sites elsewhere say so some seconds after the job's end.
+        endings: site -> how its script failed after its last round, which does not fail the job.
+            Sites elsewhere report this some seconds after the end of the job.
         cross_site: data site -> owner of a model -> metrics and their weight; None without
             `cross_site_eval`.
     """
@@ -70,44 +68,38 @@ class Result:
 
     @cached_property
     def rounds(self) -> list[dict[str, Any]]:
-        """The records as they lie in the store, in `round.json`."""
+        """The records as stored in `round.json`."""
         return [record.as_json() for record in self.records]
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """The final model: name -> torch tensor, read when first asked for."""
+        """The final model: name -> torch tensor, read on first access."""
         return load_arrays(self.path, "torch")
 
     @cached_property
     def denominators(self) -> dict[str, float]:
-        """metric -> what its mean over the sites, of the final model, is over: their weights,
-        added up.
-        """
+        """metric -> the sum of the sites' weights in its mean, for the final model."""
         return dict(self._final.denominators) if self._final else {}
 
     @cached_property
     def site_metrics(self) -> dict[str, dict[str, float | None]]:
-        """site -> its metrics of the final model, and under `NUM_STEPS_CURRENT_ROUND` the weight
-        that they count with.
-        """
+        """site -> metrics of the final model, and their weight as `NUM_STEPS_CURRENT_ROUND`."""
         return {entry.site: site_scores(entry) for entry in self._final.accepted} if self._final else {}
 
     @property
     def _final(self) -> RoundRecord | None:
-        """The record of the round that scored the final model; None when none did."""
+        """The record of the round that scored the final model, or None."""
         return self.records[self.num_rounds] if len(self.records) > self.num_rounds else None
 
     @cached_property
     def best_params(self) -> dict[str, Any]:
-        """The best model: name -> torch tensor, read when first asked for."""
+        """The best model: name -> torch tensor, read on first access."""
         return load_arrays(self.best_path, "torch")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is, as the store tells: rounds committed, sites that have answered in the
-    one under way.
-    """
+    """A job's progress: committed rounds, and sites that have answered in the current one."""
 
     num_committed: int
     num_answered: int
@@ -115,14 +107,14 @@ class Progress:
 
 
 class Run:
-    """A handle on a job; safe to use from any thread.
+    """A handle on a job. Thread-safe.
 
     Args:
-        job_id: of the job.
-        store: that it writes to.
-        work: runs the job to its end; called on a thread of its own, which starts at once.
+        job_id: the job's id.
+        store: the store that the job writes to.
+        work: runs the job to its end; called at once, on its own thread.
         cancel: asks the job to end.
-        downloads: folder that models of a remote store are fetched to.
+        downloads: folder for models that are downloaded from a remote store.
     """
 
     def __init__(
@@ -141,10 +133,10 @@ class Run:
         self._downloads = downloads.absolute()
         self._error: BaseException | None = None
         self._committed: list[RoundRecord] = []
-        self._reading = threading.Lock()  # two threads that both find a record must not both keep it
+        self._reading = threading.Lock()  # only one of two threads that find a record may keep it
         self._done = threading.Event()
-        # In the caller's context: settings, tags and a surrounding flow of Prefect's are the job's
-        # too.
+        # In the caller's context, so that the job has its settings and tags, and any surrounding
+        # Prefect flow.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run, work), name=f"fedpool-{job_id}")
         self._thread.start()
@@ -155,7 +147,7 @@ class Run:
         return self._store.full(self.job_id)
 
     def get_status(self) -> JobStatus:
-        """Where the job stands now."""
+        """The job's current status."""
         if not self._done.is_set():
             return JobStatus.RUNNING
         result = self._last_word()
@@ -164,20 +156,20 @@ class Run:
         return JobStatus.CANCELLED if isinstance(self._error, JobCancelled) else JobStatus.FAILED
 
     def get_result(self, timeout: float | None = None) -> Result:
-        """Wait for the job and return what it came to.
+        """Wait for the job, and return its outcome.
 
         Args:
-            timeout: seconds to wait; None waits to the end.
+            timeout: seconds to wait; None: until the end.
 
         Raises:
-            TimeoutError: the job still runs.
-            JobFailed: it failed, and the message names site, round and cause; or it was lost, and
-                the message says after how many rounds, why, and how to go on.
-            JobCancelled: it was cancelled.
-            ServerError, StoreError: it could not even begin.
+            TimeoutError: the job is still running.
+            JobFailed: the job failed, and the message names site, round and cause; or it was lost,
+                and the message says after how many rounds, why, and how to continue.
+            JobCancelled: the job was cancelled.
+            ServerError, StoreError: the job could not begin.
         """
         if not self.wait(timeout):
-            raise TimeoutError(f"job {self.job_id} still runs after {timeout} s")
+            raise TimeoutError(f"job {self.job_id} is still running after {timeout} s")
         result = self._last_word()
         if result is None:
             if self._error is not None:
@@ -203,26 +195,24 @@ class Run:
         )
 
     def abort(self) -> None:
-        """Cancel the job: scripts are killed at once, and the job says that it was cancelled.
-        Harmless when it is over.
-        """
+        """Cancel the job: scripts are killed at once, and it ends as cancelled. Idempotent."""
         if not self._done.is_set():
             self._cancel()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the job's end; returns whether it came within timeout seconds."""
+        """Wait for the job to end; returns whether it ended within `timeout` seconds."""
         ended = self._done.wait(timeout)
         if ended:
             self._thread.join()
         return ended
 
     def raise_if_never_begun(self) -> None:
-        """Raise what kept an ended job from even beginning, if anything did."""
+        """Raise the error that kept the job from beginning, if any."""
         if self._error is not None and not isinstance(self._error, JobError) and self._last_word() is None:
             raise self._error
 
     def get_progress(self) -> Progress:
-        """How far the job is."""
+        """The job's progress."""
         with self._reading:
             while self._store.exists(self._paths.record(len(self._committed))):
                 self._committed.append(RoundRecord.read(self._store, self._paths.record(len(self._committed))))
@@ -233,13 +223,13 @@ class Run:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001  # kept for get_result(), which raises it in the caller's thread
+        except BaseException as error:  # noqa: BLE001  # get_result() raises it in the caller's thread
             self._error = error
         finally:
             self._done.set()
 
     def _local(self, round: int, records: Sequence[RoundRecord]) -> Path:
-        """Where a global model lies on this machine; one in a remote store is fetched first."""
+        """Path of a global model on this machine; downloads it from a remote store."""
         path = self._paths.global_model(round)
         if self._store.is_local:
             return Path(self._store.full(path))
@@ -249,15 +239,13 @@ class Run:
             assert known is not None, "the newest model is the work of the last round"
             with explained(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # Beside the target, so that it appears there whole.
+                # In the same folder, so that the complete file appears at once.
                 with tempfile.TemporaryDirectory(prefix=".fedpool-", dir=target.parent) as folder:
                     self._store.fetch(path, Path(folder), known).replace(target)
         return target
 
     def _last_word(self) -> JobResult | None:
-        """The result of an ended job; None when it left none, or when the store refuses us and
-        we know the end.
-        """
+        """The result of an ended job; None if it left none or the end is known otherwise."""
         try:
             return self._read_result()
         except StoreError:
@@ -273,7 +261,7 @@ class Run:
 
 
 def _scores(records: Sequence[RoundRecord]) -> list[dict[str, float]]:
-    """The metrics of the models that rounds are the starts of, up to the last that has any."""
+    """The metrics of the rounds' starting models, up to the last that has any."""
     scores = [dict(record.metrics) for record in records]
     while scores and not scores[-1]:
         scores.pop()

@@ -1,4 +1,4 @@
-"""The runs of a job, as the Prefect server has them."""
+"""A job's runs on the Prefect server."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ async def find_run(client: "PrefectClient", job_id: str) -> "FlowRun":
     """The flow run of a job.
 
     Raises:
-        ConfigError: the server knows none.
+        ConfigError: the server has none.
     """
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterName
     from prefect.client.schemas.sorting import FlowRunSort
@@ -33,20 +33,20 @@ async def find_run(client: "PrefectClient", job_id: str) -> "FlowRun":
     )
     if not runs:
         raise ConfigError(
-            f"the Prefect server at {client.api_url} knows no run of job {job_id!r}. `fedpool job show {job_id}` says what "
-            f"became of it, `fedpool job resume {job_id}` goes on with it"
+            f"the Prefect server at {client.api_url} has no run of job {job_id!r}. `fedpool job show {job_id}` shows what "
+            f"became of the job, `fedpool job resume {job_id}` continues it"
         )
     return runs[0]
 
 
 async def read_logs(client: "PrefectClient", job_id: str, site: str | None) -> list[tuple[str, str]]:
-    """What a job's runs have logged: (run's name, line), by time.
+    """The log of a job's runs: (run's name, line), by time.
 
     Args:
-        site: only what this site's runs have logged, which is what its script printed.
+        site: only lines of this site's runs, which are the output of its script.
 
     Raises:
-        ConfigError: the server knows no such job.
+        ConfigError: the server has no such job.
     """
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, LogFilter, LogFilterFlowRunId
     from prefect.client.schemas.sorting import LogSort
@@ -66,10 +66,10 @@ async def read_logs(client: "PrefectClient", job_id: str, site: str | None) -> l
 
 
 async def check_has_ended(client: "PrefectClient", job_id: str) -> None:
-    """Check that no run of a job is under way, as far as the server knows.
+    """Check that all runs of a job have ended, as far as the server knows.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: a run has not ended.
     """
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterName
 
@@ -79,31 +79,28 @@ async def check_has_ended(client: "PrefectClient", job_id: str) -> None:
     ):
         if run.state is None or not run.state.is_final():
             raise ConfigError(
-                f"job {job_id!r} is under way: its run {run.id} is {run.state.name if run.state else 'new'}. Cancel it first; "
-                f"if the machine that ran it is gone: prefect flow-run delete {run.id}"
+                f"job {job_id!r} has not ended: its run {run.id} is {run.state.name if run.state else 'new'}. Cancel it first; "
+                f"if its machine is gone, run prefect flow-run delete {run.id}"
             )
 
 
 async def cancel(client: "PrefectClient", job_id: str) -> "UUID":
-    """Ask for a job to be cancelled: its sites stop, and it says so. Returns the id of its flow
-    run.
+    """Cancel a job: its sites stop, and it ends as cancelled. Returns the id of its flow run.
 
     Raises:
-        ConfigError: the server knows no such job, or it has ended.
+        ConfigError: the server has no such job, or the job has ended.
     """
     from fedpool.deployments.following import cancel_run
 
     run = await find_run(client, job_id)
     if run.state is not None and run.state.is_final():
-        raise ConfigError(f"job {job_id!r} has ended already: {run.state.name}")
+        raise ConfigError(f"job {job_id!r} has already ended: {run.state.name}")
     await cancel_run(client, run.id)
     return run.id
 
 
 async def wait_until_over(client: "PrefectClient", run_id: "UUID", timeout_s: float) -> str | None:
-    """Wait for a flow run to end; returns the name of the state it ended in, None when it has
-    not ended in that time.
-    """
+    """Wait for a flow run to end; returns its final state's name, or None after `timeout_s`."""
     for pause_s in pauses(timeout_s, _POLL_S):
         state = (await client.read_flow_run(run_id)).state
         if state is not None and state.is_final():

@@ -1,4 +1,4 @@
-"""Runs of a deployment that would overlap: the choices, and what each means to Prefect."""
+"""What to do with runs of a deployment that would overlap, and how Prefect expresses it."""
 
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -10,24 +10,23 @@ if TYPE_CHECKING:
 Overlap = Literal["skip", "queue", "cancel"]
 
 _MEANINGS: dict[Overlap, str] = {
-    "skip": "A run that is due while another one is under way is skipped.",
-    "queue": "A run that is due while another one is under way waits for its end.",
-    "cancel": "A run that is due while another one is under way cancels that one, and begins when it has ended.",
+    "skip": "A run that is due while another one is in progress is skipped.",
+    "queue": "A run that is due while another one is in progress waits for its end.",
+    "cancel": "A run that is due while another one is in progress cancels it, and begins once it has ended.",
 }
 
 
 def chosen(overlap: str | None, *, scheduled: bool) -> Overlap | None:
-    """What was asked for, or what it is by default: a schedule skips, runs that people start do not
-    hinder each other.
+    """The choice, or its default: scheduled runs are skipped, other runs may overlap.
 
     Raises:
-        ConfigError: there is no such choice.
+        ConfigError: the choice is not known.
     """
     if overlap is None:
         return "skip" if scheduled else None
     if overlap not in get_args(Overlap):
         raise ConfigError(f"overlap={overlap!r} is not known: use {', '.join(map(repr, get_args(Overlap)))}")
-    return overlap  # type: ignore[return-value]  # one of them, as was just seen
+    return overlap  # type: ignore[return-value]  # checked above
 
 
 def described(overlap: Overlap | None) -> str:
@@ -36,9 +35,7 @@ def described(overlap: Overlap | None) -> str:
 
 
 def limit(overlap: Overlap | None) -> "tuple[int | None, ConcurrencyOptions | None]":
-    """The deployment's concurrency limit, and what Prefect does with the runs beyond it; for
-    "cancel" see `flows.overlap`.
-    """
+    """The deployment's concurrency limit and strategy; for "cancel" see `flows.overlap`."""
     from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 
     strategies = {"skip": ConcurrencyLimitStrategy.CANCEL_NEW, "queue": ConcurrencyLimitStrategy.ENQUEUE}

@@ -1,9 +1,8 @@
-"""`PocEnv`: a proof of concept on this machine. A Prefect server, a coordinator's worker and a
-worker process per site.
+"""`PocEnv`: a proof of concept on this machine: a Prefect server, a coordinator, and its sites.
 
-Everything that production has, on one machine: `up` starts what does not run yet (so it also
-heals), `down` ends all of it, the results stay. The processes outlive the command that started
-them; who they are is kept in the folder `home`.
+It has everything that production has, on one machine. `up` starts what is not running (so it also
+repairs), `down` ends everything; the results stay. The processes outlive the command that started
+them, and are recorded in the folder `home`.
 """
 
 import logging
@@ -32,10 +31,10 @@ _LOG = logging.getLogger("fedpool.poc")
 
 
 class PocEnv(RemoteEnv, NamedClients):
-    """A proof of concept on this machine; brought up by `execute` when it is not, and left up.
+    """A proof of concept on this machine. `execute` starts it if needed, and leaves it running.
 
     Raises:
-        RecipeError (also a pydantic.ValidationError): fields that do not fit.
+        RecipeError (also a pydantic.ValidationError): a field is invalid.
     """
 
     num_clients: int | None = Field(
@@ -48,8 +47,8 @@ class PocEnv(RemoteEnv, NamedClients):
     )
     home: Path = Field(
         default=DEFAULT_HOME,
-        description="folder of the processes' logs, the sites' folders and the store",
-        validate_default=True,  # it begins with ~
+        description="folder for the processes' logs, the sites' folders and the store",
+        validate_default=True,  # the default begins with ~
     )
 
     @field_validator("home")
@@ -60,19 +59,19 @@ class PocEnv(RemoteEnv, NamedClients):
     @model_validator(mode="after")
     def _one_way_to_name_the_store(self) -> Self:
         if self.s3 and self.store is not None:
-            raise RecipeError(f"s3=True starts a store of its own, but store={self.store!r}: give one of the two")
+            raise RecipeError(f"s3=True starts its own store, but store={self.store!r}: give only one of the two")
         return self
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sites."""
+        """Names of the sites."""
         return self.names_or(2)
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
         return self.names
 
     def prepare(self, recipe: Recipe) -> None:
-        """See `RemoteEnv.prepare`: bring up what is not."""
+        """See `RemoteEnv.prepare`: starts what is not running."""
         self.up()
 
     def open_store(self) -> Store:
@@ -80,7 +79,7 @@ class PocEnv(RemoteEnv, NamedClients):
         return Store(state.store, **state.storage_options)
 
     def recorded(self) -> EnvironmentRecord:
-        """See `RemoteEnv.recorded`: with its folder, by which it is found again."""
+        """See `RemoteEnv.recorded`: adds the folder, which identifies the proof of concept."""
         said = super().recorded()
         return said.model_copy(update={"settings": {**said.settings, "home": str(self.home)}})
 
@@ -98,7 +97,7 @@ class PocEnv(RemoteEnv, NamedClients):
         """URL of the Prefect server's API.
 
         Raises:
-            ConfigError: it was never brought up.
+            ConfigError: no proof of concept is up.
         """
         return PocState.read(self.home).api_url
 
@@ -108,33 +107,34 @@ class PocEnv(RemoteEnv, NamedClients):
         return PocState.read(self.home).address
 
     def is_up(self) -> bool:
-        """Whether it was brought up, and not down again."""
+        """Whether it is up."""
         return PocState.path(self.home).exists()
 
     def environment(self) -> dict[str, str]:
-        """Variables by which other programs reach server and store; with `s3` they hold its keys.
+        """Variables with which other programs reach the server and the store, with `s3` its keys.
 
         Raises:
-            ConfigError: it was never brought up.
+            ConfigError: no proof of concept is up.
         """
         state = PocState.read(self.home)
         return {"PREFECT_API_URL": state.api_url, "FEDPOOL_STORE": state.store, **state.environment}
 
     def up(self) -> None:
-        """Start what does not run: server, store, coordinator, sites; returns when all of it
-        answers. Harmless when repeated.
+        """Start the server, store, coordinator and sites that do not run; wait until all answer.
+
+        Idempotent.
 
         Raises:
-            ServerError: something did not start; the message ends with what it printed.
+            ServerError: a process did not start; the message ends with its output.
             ConfigError: a proof of concept with other settings is up, or a program is missing.
         """
-        bypass_proxies()  # the processes inherit it
+        bypass_proxies()  # the processes inherit this
         with self._locked():
             state = PocState.reconcile(self.home, database=self.database, store=self.store, s3=self.s3)
             self._services.start(state, self.names, self.coordinator_pool)
 
     def down(self) -> None:
-        """End all processes; the results stay. Harmless when nothing runs."""
+        """End all processes; the results stay. Idempotent."""
         if not self.home.exists():
             return
         with self._locked():
@@ -142,9 +142,7 @@ class PocEnv(RemoteEnv, NamedClients):
             PocState.path(self.home).unlink(missing_ok=True)
 
     def status(self) -> list[Service]:
-        """Every process: whether it runs, and whether it is healthy; empty when nothing was
-        brought up.
-        """
+        """Every process, with whether it runs and is healthy; empty if nothing is up."""
         try:
             state = PocState.read(self.home)
         except ConfigError:
@@ -152,7 +150,7 @@ class PocEnv(RemoteEnv, NamedClients):
         return self._services.status(state, self.coordinator_pool)
 
     def log(self, name: str) -> Path:
-        """Where the output of a process goes.
+        """Path of a process's output.
 
         Raises:
             ConfigError: there is no such process.

@@ -1,4 +1,4 @@
-"""The processes of a proof of concept: how each is started, and how it is seen that it is up."""
+"""The processes of a proof of concept: starting them, and checking that they are up."""
 
 import os
 import shutil
@@ -34,13 +34,13 @@ _SITE_PREFIX = "site."
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One process of a proof of concept.
+    """A process of a proof of concept.
 
     Attributes:
         name: server, s3, coordinator, or the site's name.
-        pid: None when it does not run.
-        healthy: it answers (server, store), or its worker is online.
-        log: where its output goes.
+        pid: its process id; None if it does not run.
+        healthy: whether it answers (server, store) or its worker is online.
+        log: path of its output.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Service:
 
 
 class Services:
-    """The processes that belong to a folder; some of them may not run.
+    """The processes of a folder, running or not.
 
     Args:
         home: the folder.
@@ -61,25 +61,25 @@ class Services:
         self._processes = Processes(home / "processes")
 
     def start(self, state: PocState, sites: Sequence[str], coordinator_pool: str) -> None:
-        """Start those that do not run, and wait until all answer.
+        """Start the processes that do not run, and wait until all of them answer.
 
         Raises:
-            ServerError: one did not start; the message ends with what it printed.
+            ServerError: a process did not start; the message ends with its output.
             ConfigError: a program is missing.
         """
         if state.s3 and self._processes.find(_S3) is None:
             self._start_s3(state)
         if self._processes.find(_SERVER) is None:
-            # What the workers know of a database in memory is gone with it.
+            # If the server's database was in memory, the workers' registrations are gone with it.
             if state.database == IN_MEMORY:
                 self._processes.stop(self._workers())
             self._start_server(state)
-        # One server answers all sites: the more there are, the less often each may ask.
+        # One server answers all sites, so with more sites each asks less often.
         often = {
             "PREFECT_WORKER_QUERY_SECONDS": f"{max(1.0, len(sites) / 8):g}",
             "PREFECT_WORKER_HEARTBEAT_SECONDS": f"{max(3, len(sites) // 3)}",
         }
-        # Whoever may submit a job here may run a program here anyway.
+        # Anyone who can submit a job here can run programs here anyway.
         environment = often | {allowed_code.VARIABLE: allowed_code.ANY}
         if self._processes.find(_COORDINATOR) is None:
             command = ["-m", "prefect", "worker", "start", "--type", "process", "--name", "coordinator"]
@@ -93,12 +93,12 @@ class Services:
         self._wait_for_workers(state, {_COORDINATOR, *(_SITE_PREFIX + name for name in sites)}, coordinator_pool)
 
     def stop(self) -> None:
-        """End all, the workers first. Harmless when none runs."""
+        """End all processes, the workers first. Idempotent."""
         self._processes.stop(self._workers())
         self._processes.stop([_SERVER, _S3])
 
     def status(self, state: PocState, coordinator_pool: str) -> list[Service]:
-        """Those that were started and not stopped: whether each runs, and whether it is healthy."""
+        """Every process that was started and not stopped: whether it runs, and is healthy."""
         answers = _answers(f"{state.api_url}/health")
         healthy = self._online(state, coordinator_pool) if answers else set()
         if answers:
@@ -114,7 +114,7 @@ class Services:
         return services
 
     def log(self, name: str) -> Path:
-        """Where the output of a process goes.
+        """Path of a process's output.
 
         Raises:
             ConfigError: there is no such process.
@@ -123,7 +123,7 @@ class Services:
             if self._processes.log(candidate).exists():
                 return self._processes.log(candidate)
         known = ", ".join(process.removeprefix(_SITE_PREFIX) for process in self._processes.names()) or "none"
-        raise ConfigError(f"there is no process {name!r}: there are {known}")
+        raise ConfigError(f"there is no process {name!r}; known processes: {known}")
 
     def _workers(self) -> list[str]:
         return [name for name in self._processes.names() if name not in (_SERVER, _S3)]
@@ -137,7 +137,7 @@ class Services:
         (self._home / "s3" / BUCKET).mkdir(parents=True, exist_ok=True)
         access = state.storage_options
         command = [program, "serve", "s3", "--addr", access["endpoint_url"].removeprefix("http://")]
-        # Its settings are variables, so that the keys stand in no list of processes.
+        # Its settings are in variables, so that no list of processes shows the keys.
         environment = {**os.environ, "RCLONE_AUTH_KEY": f'"{access["key"]},{access["secret"]}"'}
         process = self._processes.start(_S3, [*command, str(self._home / "s3")], environment)
         for pause_s in pauses(STARTUP_TIMEOUT_S, 0.1):
@@ -145,14 +145,14 @@ class Services:
                 return
             if process.poll() is not None:
                 raise ServerError(f"{_S3} ended while starting:\n{self._tail(_S3)}")
-            with suppress(subprocess.TimeoutExpired):  # a wait that ends at once when the process does
+            with suppress(subprocess.TimeoutExpired):  # returns at once when the process ends
                 process.wait(pause_s)
-        raise ServerError(f"{_S3} did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail(_S3)}")
+        raise ServerError(f"{_S3} did not answer within {STARTUP_TIMEOUT_S:g} s:\n{self._tail(_S3)}")
 
     def _start_server(self, state: PocState) -> None:
         port = int(state.address.rsplit(":", 1)[1])
         environment = server_environment(self._home / "prefect", state.database)
-        if state.database != IN_MEMORY:  # which run holds a deployment's slot lasts as long as the runs do
+        if state.database != IN_MEMORY:  # keep the leases of deployments' slots as long as the runs
             environment |= LASTING_LEASES
         process = self._processes.start(_SERVER, [*server_command(port), "stay"], environment)
         wait_until_up(state.api_url, process, self._processes.log(_SERVER))
@@ -163,8 +163,8 @@ class Services:
             "PREFECT_HOME": str(self._home / "prefect"),
             "PREFECT_API_URL": state.api_url,
             "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "4",
-            # How a server with one connection to its database says that it was busy for too long;
-            # asking again is harmless.
+            # A server with a single database connection answers 500 when it is too busy; a retry is
+            # harmless.
             "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
             "DO_NOT_TRACK": "1",
             **state.environment,
@@ -180,10 +180,12 @@ class Services:
                 if self._processes.find(name) is None:
                     raise ServerError(f"{name} ended while starting:\n{self._tail(name)}")
             time.sleep(pause_s)
-        raise ServerError(f"{', '.join(missing)} did not come up in {STARTUP_TIMEOUT_S:g} s:\n{self._tail(missing[0])}")
+        raise ServerError(
+            f"{', '.join(missing)} did not come up within {STARTUP_TIMEOUT_S:g} s:\n{self._tail(missing[0])}"
+        )
 
     def _online(self, state: PocState, coordinator_pool: str) -> set[str]:
-        """Names of the worker processes whose workers are online and, at sites, registered."""
+        """Names of the processes whose workers are online and, for sites, registered."""
         found = set()
         with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=10) as client:
             for name in (_COORDINATOR, *(n for n in self._processes.names() if n.startswith(_SITE_PREFIX))):
@@ -207,9 +209,7 @@ class Services:
 
 
 def _any_online(workers: Iterable[Mapping[str, Any]], *, since: float) -> bool:
-    """Whether a worker is online; a heartbeat from before that time was another's, which has
-    ended.
-    """
+    """Whether a worker is online. Earlier heartbeats came from a process that has ended."""
     return any(
         worker["status"] == "ONLINE" and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() > since
         for worker in workers

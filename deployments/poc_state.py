@@ -1,4 +1,4 @@
-"""What is up in a proof of concept's folder: addresses, keys and settings, in `poc.json` there."""
+"""The state of a proof of concept: addresses, keys and settings, in `poc.json` in its folder."""
 
 import os
 import secrets
@@ -14,16 +14,16 @@ BUCKET = "fedpool"
 
 
 class PocState(BaseModel):
-    """What was brought up, for whoever comes later.
+    """The state of a proof of concept that is up.
 
     Attributes:
         address: URL of the Prefect server, without `/api`.
-        database: the server's.
+        database: the server's database.
         store: URL of the store.
-        s3: whether the store is an S3 server of the proof of concept's own.
-        storage_options: how the store is opened from here.
-        environment: variables by which workers and other programs reach the store; with `s3` both
-            hold its keys.
+        s3: whether the store is the proof of concept's own S3 server.
+        storage_options: options with which this process opens the store.
+        environment: variables with which workers and other programs reach the store. With `s3`,
+            these and `storage_options` hold its keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,15 +42,15 @@ class PocState(BaseModel):
 
     @classmethod
     def path(cls, home: Path) -> Path:
-        """The file; it is there from `up` to `down`."""
+        """Path of the file, which exists from `up` to `down`."""
         return home / "poc.json"
 
     @classmethod
     def read(cls, home: Path) -> Self:
-        """What is up.
+        """The state of the proof of concept that is up.
 
         Raises:
-            ConfigError: nothing is.
+            ConfigError: none is up.
         """
         try:
             return cls.model_validate_json(cls.path(home).read_bytes())
@@ -59,11 +59,10 @@ class PocState(BaseModel):
 
     @classmethod
     def reconcile(cls, home: Path, *, database: str | None, store: str | None, s3: bool) -> Self:
-        """What is up, or what to bring up now; settings that are None or False agree with
-        everything.
+        """The state of what is up, or of what to start now. None and False match any setting.
 
         Raises:
-            ConfigError: what is up has other settings.
+            ConfigError: a proof of concept with other settings is up.
         """
         try:
             state = cls.read(home)
@@ -75,7 +74,7 @@ class PocState(BaseModel):
             if value not in (None, False, there := getattr(state, name)):
                 raise ConfigError(
                     f"a proof of concept with {name}={there!r} is up in {home}: "
-                    f"run `fedpool poc down` before you ask for {value!r}, or give another home"
+                    f"run `fedpool poc down` before you use {value!r}, or choose another home"
                 )
         return state
 
@@ -97,9 +96,7 @@ class PocState(BaseModel):
 
 
 def _s3_access(port: int) -> dict[str, Any]:
-    """How an S3 server of our own is reached: by options from here, by variables from the
-    workers.
-    """
+    """Access to our own S3 server: options for this process, variables for the workers."""
     key, secret = secrets.token_hex(10), secrets.token_hex(20)
     endpoint = f"http://127.0.0.1:{port}"
     return {

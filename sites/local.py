@@ -1,7 +1,7 @@
-"""Simulated sites: sessions in local slots. `num_slots` bounds how many scripts train at once.
+"""Simulated sites: sessions in local slots. `num_slots` limits how many scripts train at once.
 
-With `keep_alive` a site's script lives from its first round to the job's end, whatever the number
-of slots; without it each round starts a fresh script per site, so that thousands of sites need no
+With `keep_alive` a site's script lives from its first round to the end of the job, whatever the
+number of slots. Without it each round starts a new script per site, so thousands of sites need no
 more memory than the slots do.
 """
 
@@ -31,23 +31,23 @@ from fedpool.store import Store
 
 
 class LocalSites:
-    """Sites of a simulation, in this machine's slots.
+    """The sites of a simulation, in this machine's slots.
 
     Args:
-        names: of the sites.
-        num_slots: how many train at once.
+        names: names of the sites.
+        num_slots: number of sites that train at once.
         threads: torch threads of each script.
-        keep_alive: whether scripts live over all rounds.
-        gpus: device numbers dealt to the slots in turn, as `CUDA_VISIBLE_DEVICES`.
-        workspace: where the sites' folders lie, on the file system of the store so that updates
-            move and are not copied.
-        workdir: the current folder of every script.
-        imports: what to import once for all scripts; see `preload`.
-        show: called with a site and a line that its script printed, from any thread; None: only
-            files and Prefect have it.
-        origin: folder of the script that the bundle was made of, where it is still there.
-        commands: what runs the scripts of the sites that are not forked, e.g. site -> "torchrun
-            --nproc-per-node 2".
+        keep_alive: whether scripts stay between rounds.
+        gpus: device numbers, assigned to the slots in turn as `CUDA_VISIBLE_DEVICES`.
+        workspace: folder for the sites' folders, on the store's file system so that updates are
+            moved instead of copied.
+        workdir: working directory of every script.
+        imports: modules to import once for all scripts; see `preload`.
+        show: called from any thread with a site and a line that its script printed; None: lines go
+            only to files and to Prefect.
+        origin: folder of the script that the bundle was made from, if it still exists.
+        commands: commands for scripts that are not forked, e.g. site -> "torchrun --nproc-per-node
+            2".
     """
 
     traits: ClassVar[Traits] = SIMULATED
@@ -91,7 +91,7 @@ class LocalSites:
         self._cancel = threading.Event()
         self._endings: dict[str, str] = {}
         self._slots = _free_slots(num_slots)
-        # A thread for every site: one that nobody waits for any more does not hold up the others.
+        # A thread for every site, so that a late one does not hold up the others.
         self._executor = ThreadPoolExecutor(len(self.names), thread_name_prefix="fedpool-site")
         self._under_way: dict[str, Future[Delivery]] = {}
         self._sessions = LocalSessions(
@@ -111,7 +111,7 @@ class LocalSites:
         self._store: Store | None = None
 
     def preload(self) -> None:
-        """Begin to import, in another process, what scripts need; returns at once. Call it once."""
+        """Begin to import what scripts need, in another process; returns at once. Call it once."""
         self._sessions.preload()
 
     @property
@@ -125,7 +125,7 @@ class LocalSites:
         return dict(self._endings)
 
     def cancel(self) -> None:
-        """Kill every script at once; whoever waits for one gets a `SiteError`. From any thread."""
+        """Kill every script at once; waiting `perform` calls raise `SiteError`. From any thread."""
         self._cancel.set()
         self._sessions.kill()
 
@@ -139,11 +139,11 @@ class LocalSites:
         self._logs = SiteLogs(job.job_id, store, self._show)
 
     async def announce(self, site: str, round: int, attempt: int) -> bool:
-        """See `Sites.announce`: a local site is always ready."""
+        """See `Sites.announce`; a local site is always ready."""
         return True
 
     async def unreachable(self, sites: Collection[str]) -> Mapping[str, str]:
-        """See `Sites.unreachable`: a local site is always there."""
+        """See `Sites.unreachable`; a local site is always reachable."""
         return {}
 
     async def perform(
@@ -151,10 +151,10 @@ class LocalSites:
     ) -> Delivery:
         """See `Sites.perform`."""
         site = assignment.site
-        if (earlier := self._under_way.get(site)) is not None:  # it was late, and nobody waits for it
+        if (earlier := self._under_way.get(site)) is not None:  # the site was late, and its work goes on
             await asyncio.gather(asyncio.shield(asyncio.wrap_future(earlier)), return_exceptions=True)
-        # The loggers behind `log` find their Prefect run and settings in it, also when the script
-        # prints after the last round.
+        # The loggers behind `log` find their Prefect run and settings in this context, even if the
+        # script prints after the last round.
         context, of_log = contextvars.copy_context(), contextvars.copy_context()
         part = _Part(self._slots)
         work = self._under_way[site] = self._executor.submit(
@@ -174,14 +174,14 @@ class LocalSites:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """End all scripts, in parallel, and what forked them; remove their folders. Idempotent."""
+        """End all scripts in parallel, and their zygote; remove their folders. Idempotent."""
         grace_s = 0.0 if self.cancelled else 10.0
         for site, work in self._under_way.items():
             if not work.done() and (session := self._sessions.living.get(site)) is not None:
                 session.kill()
         wait(self._under_way.values())
         ends = [
-            # What scripts still print is logged from these threads, and the loggers find their
+            # Output of the ending scripts is logged from these threads, and the loggers find their
             # Prefect settings in the context.
             self._executor.submit(contextvars.copy_context().run, self._end, site, session, grace_s)
             for site, session in self._sessions.living.items()
@@ -203,7 +203,7 @@ class LocalSites:
             if deadline is not None and time.monotonic() >= deadline:
                 raise SiteError(site, assignment.round, "no slot was free before the round's deadline (round_timeout)")
             session = self._sessions.session_of(site, slot)
-            if self.cancelled:  # cancel() may have looked at the sessions just before this one was added
+            if self.cancelled:  # cancel() may have come just before this session was added
                 raise SiteError(site, assignment.round, "the job was cancelled")
             delivery = self._run(assignment, session, deadline, log)
             if not self._keep_alive:
@@ -212,7 +212,7 @@ class LocalSites:
         except SiteError as error:
             if self.cancelled:
                 raise SiteError(site, assignment.round, "the job was cancelled") from error
-            cause = error.cause.splitlines()[0]  # the rest was printed
+            cause = error.cause.splitlines()[0]  # the rest was printed before
             self._logs.of(site).write(assignment.round, f"failed: {cause}")
             raise
         finally:
@@ -251,7 +251,7 @@ def _free_slots(num_slots: int) -> queue.SimpleQueue[int]:
 
 
 class _Part:
-    """A site's part of a round, and the slot in which it is done. Thread-safe."""
+    """A site's part of a round, and the slot that it uses. Thread-safe."""
 
     def __init__(self, slots: queue.SimpleQueue[int]) -> None:
         self._slots = slots
@@ -260,7 +260,7 @@ class _Part:
         self._given_up = False
 
     def take_slot(self) -> int | None:
-        """Wait for a slot; None when the part was given up meanwhile."""
+        """Wait for a slot; None if the part was given up meanwhile."""
         slot = self._slots.get()
         with self._lock:
             if not self._given_up:
@@ -270,7 +270,7 @@ class _Part:
         return None
 
     def give_up(self) -> None:
-        """Let others have the slot: the part is done, or nobody waits for it. Idempotent."""
+        """Free the slot, because the part is done or was given up. Idempotent."""
         with self._lock:
             self._given_up = True
             slot, self._slot = self._slot, None
@@ -279,5 +279,5 @@ class _Part:
 
 
 def default_slots(num_sites: int, gpus: Sequence[str]) -> int:
-    """One slot per device, or per processor without devices, and no more than there are sites."""
+    """One slot per device, or per processor if there are no devices, but at most one per site."""
     return max(1, min(num_sites, len(gpus) or os.cpu_count() or 1))

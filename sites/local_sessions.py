@@ -1,4 +1,4 @@
-"""The sessions of simulated sites, and the folders in which they work."""
+"""The sessions of simulated sites, and the sites' folders."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from fedpool.sites.zygote import Zygote
 
 
 class LocalSessions:
-    """Starts the sessions of a simulation's sites, and knows those that live.
+    """Starts the sessions of a simulation's sites, and keeps track of them.
 
     The arguments are those of `LocalSites`.
 
     Attributes:
-        living: site -> its session.
+        living: site -> its running session.
     """
 
     __slots__ = (
@@ -77,16 +77,16 @@ class LocalSessions:
             self._zygote.preload(self._imports)
 
     def open(self, job: ClientJob, bundle: bytes) -> None:
-        """Get ready for a job with that bundle."""
+        """Prepare for a job with this bundle."""
         unpack_bundle(bundle, self._folder / "bundle", sha256=job.bundle_sha256)
         self._job = job
 
     def folder_of(self, site: str) -> Path:
-        """The folder in which a site works."""
+        """A site's folder."""
         return self._folder / "sites" / site
 
     def session_of(self, site: str, slot: int) -> Session:
-        """The session of a site; a new one where none lives, on the device of that slot."""
+        """The site's session; if none is running, a new one on the slot's device."""
         return self.living.get(site) or self._new(site, slot)
 
     def kill(self) -> None:
@@ -95,7 +95,7 @@ class LocalSessions:
             session.kill()
 
     def close(self) -> None:
-        """The sessions have ended: end the process that forked scripts, and remove the folders."""
+        """After all sessions have ended, end the zygote and remove the folders."""
         self.living.clear()
         if self._zygote is not None:
             self._zygote.close()

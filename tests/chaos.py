@@ -187,7 +187,7 @@ class Bench:
                 run: Run = self.recipe.execute(self.env, resume=job_id, wait=False)
                 return run
             except ConfigError as error:  # until Prefect has noticed that the coordinator was killed
-                if "is under way" not in str(error) or time.monotonic() > deadline:
+                if "has not ended" not in str(error) or time.monotonic() > deadline:
                     raise
                 threading.Event().wait(1.0)
 

@@ -101,11 +101,11 @@ class _Answers(BaseHTTPRequestHandler):
         (
             200,
             "",
-            r"there is no Prefect API at .*: the URL of one ends in /api, so it may be http://127.0.0.1:\d+/api$",
+            r"there is no Prefect API at .*: such a URL ends in /api, so try http://127.0.0.1:\d+/api$",
         ),
-        (404, "/", r"there is no Prefect API at .*HTTP 404 Not Found.*, so it may be http://127.0.0.1:\d+/api$"),
-        (404, "/api", r"there is no Prefect API at .*HTTP 404 Not Found.: the URL of one ends in /api$"),
-        (401, "", "refused: 401 Unauthorized. Check PREFECT_API_AUTH_STRING"),
+        (404, "/", r"there is no Prefect API at .*HTTP 404 Not Found.*, so try http://127.0.0.1:\d+/api$"),
+        (404, "/api", r"there is no Prefect API at .*HTTP 404 Not Found.: such a URL ends in /api$"),
+        (401, "", r"refused access \(401 Unauthorized\): check PREFECT_API_AUTH_STRING"),
         (502, "", "does not answer .HTTP 502 Bad Gateway.: start it"),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_server_that_takes_the_connection_and_says_nothing_is_not_waited_for(m
     monkeypatch.setattr("fedpool.deployments.api._ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
-        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(ServerError, match=r"no answer in 0.2 s"):
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(ServerError, match=r"no answer within 0.2 s"):
             check_server()
 
 

@@ -133,7 +133,7 @@ def test_a_run_that_prefect_shows_as_running_and_nobody_runs_is_lost(prefect_api
         assert not run.wait(3)
         coordinator.kill()
         with pytest.raises(
-            JobFailed, match=LOST.format("nothing runs it any more, though Prefect shows its run as Running")
+            JobFailed, match=LOST.format("no process runs it any more, although Prefect shows its run as Running")
         ):
             run.get_result(60)
 
@@ -156,7 +156,7 @@ def test_a_job_that_is_aborted_before_it_has_begun_is_cancelled(
 ) -> None:
     run = handle(prefect_api, *job, run_id=make_run(prefect_api, job[1], state))
     run.abort()
-    with pytest.raises(JobCancelled, match="was cancelled before it had begun"):
+    with pytest.raises(JobCancelled, match="was cancelled before it began"):
         run.get_result(60)
     assert run.get_status() is JobStatus.CANCELLED
 
@@ -164,7 +164,7 @@ def test_a_job_that_is_aborted_before_it_has_begun_is_cancelled(
 def test_a_run_that_prefect_would_cancel_for_ever_is_cancelled(prefect_api: str, job: tuple[Store, str]) -> None:
     """What Prefect leaves of a run that someone cancels in the UI while it is pending."""
     run_id = make_run(prefect_api, job[1], State(type=StateType.CANCELLING))
-    with pytest.raises(JobCancelled, match="was cancelled before it had begun"):
+    with pytest.raises(JobCancelled, match="was cancelled before it began"):
         handle(prefect_api, *job, run_id=run_id).get_result(60)
     assert in_prefect(prefect_api, lambda client: client.read_flow_run(run_id)).state.is_cancelled()
 

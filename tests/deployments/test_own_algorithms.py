@@ -108,9 +108,9 @@ def test_a_command_that_nobody_can_answer_says_how_to_allow_the_code(
     monkeypatch.delitem(sys.modules, "partial_step")
     refused = verify()
     assert f"partial_step:PartialStepRecipe (partial_step.py), sha256 {hash_of(job)}" in refused
-    assert f"say --allow-code {hash_of(job)}" in refused and "partial_step" not in sys.modules
+    assert f"add --allow-code {hash_of(job)}" in refused and "partial_step" not in sys.modules
     assert "--allow-code has 'partial_step.py': give sha256 hashes" in verify("--allow-code", "partial_step.py")
-    assert "say --allow-code" in verify("--allow-code", "0" * 64)
+    assert "add --allow-code" in verify("--allow-code", "0" * 64)
 
 
 def test_a_job_that_was_lost_goes_on_from_job_py(algorithm: Algorithm, job: Path, prefect_api: str) -> None:
@@ -125,7 +125,7 @@ def test_a_job_that_was_lost_goes_on_by_the_command(job: Path, prefect_api: str,
     lost(job)
     words = (*COMMAND, "resume", job.name, "--store", str(job.parent))
     refused = run(tmp_path, *words, PREFECT_API_URL=prefect_api)
-    assert refused.returncode == 1 and f"say --allow-code {hash_of(job)}" in refused.stdout
+    assert refused.returncode == 1 and f"add --allow-code {hash_of(job)}" in refused.stdout
     done = run(tmp_path, *words, "--allow-code", hash_of(job), PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stdout
     assert models_of(Store(job.parent), job.name) == expected

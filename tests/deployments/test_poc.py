@@ -335,7 +335,7 @@ def test_a_job_that_runs_is_not_resumed(env: PocEnv, tmp_path: Path) -> None:
     job = GatedJob(tmp_path, SITES, num_rounds=2)
     with job.started(env) as run:
         job.wait_until_held(run)
-        with pytest.raises(ConfigError, match=f"job '{run.job_id}' is under way: its run .* is Running"):
+        with pytest.raises(ConfigError, match=f"job '{run.job_id}' has not ended: its run .* is Running"):
             job.recipe.execute(env, resume=run.job_id)
         job.release()
         run.get_result(120)
@@ -523,11 +523,11 @@ def test_down_leaves_no_process_and_the_results_stay(tmp_path: Path) -> None:
     [
         ({"num_clients": 0}, "greater than or equal to 1"),
         ({"clients": ["../etc"]}, "cannot be part of a path"),
-        ({"clients": ["a", "a"]}, "different names"),
+        ({"clients": ["a", "a"]}, "distinct names"),
         ({"clients": ["a", "A"]}, "differ only in case"),
         ({"clients": ["nul", "b"]}, "client 'nul' is the name of a device"),
-        ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
-        ({"s3": True, "store": "/tmp/store"}, "give one of the two"),
+        ({"clients": ["a"], "num_clients": 2}, "give only one of the two"),
+        ({"s3": True, "store": "/tmp/store"}, "give only one of the two"),
         ({"num_client": 2}, r"num_client: did you mean num_clients\?"),
     ],
 )

@@ -94,7 +94,7 @@ def wait_until_held(folder: Path) -> None:
 def test_a_schedule_skips_what_is_due_while_the_last_run_is_under_way(env: PocEnv, tmp_path: Path) -> None:
     job = GatedJob(tmp_path, SITES, name="often", hold=0, num_rounds=1)
     with deployed(env, job, schedule=timedelta(seconds=15)) as deployment:
-        assert "A run that is due while another one is under way is skipped." in str(deployment.description)
+        assert "A run that is due while another one is in progress is skipped." in str(deployment.description)
         wait_until_held(tmp_path)
 
         def skipped() -> list[FlowRun]:
@@ -127,7 +127,7 @@ def test_with_queue_a_run_waits_for_the_one_before(env: PocEnv, tmp_path: Path) 
 def test_with_cancel_a_run_ends_the_one_before(env: PocEnv, tmp_path: Path) -> None:
     job = GatedJob(tmp_path, SITES, name="newest", hold=0, num_rounds=1)
     with deployed(env, job, overlap="cancel") as deployment:
-        assert "cancels that one" in str(deployment.description)
+        assert "cancels it" in str(deployment.description)
         first = start(env, deployment)
         wait_until_held(tmp_path)
         second = start(env, deployment)

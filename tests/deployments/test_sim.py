@@ -324,7 +324,7 @@ WAITS = """
 def test_status_and_abort_work_from_another_thread_while_the_job_runs(run_job: Callable[..., Run]) -> None:
     run = run_job(WAITS, wait=False)
     assert run.get_status() is JobStatus.RUNNING
-    with pytest.raises(TimeoutError, match="still runs"):
+    with pytest.raises(TimeoutError, match="is still running"):
         run.get_result(timeout=0.01)
     while run.get_progress().num_committed < 1:
         assert not run.wait(0.05)
@@ -367,10 +367,10 @@ def test_the_environment_refuses_a_recipe_that_does_not_fit(run_job: Callable[..
         ({"num_clients": 0}, "greater than or equal to 1"),
         ({"gpus": "0;1"}, "not a list of device numbers"),
         ({"clients": ["../etc"]}, "cannot be part of a path"),
-        ({"clients": ["a", "a"]}, "different names"),
+        ({"clients": ["a", "a"]}, "distinct names"),
         ({"clients": ["a", "A"]}, "differ only in case"),
         ({"clients": ["nul", "b"]}, "client 'nul' is the name of a device"),
-        ({"clients": ["a"], "num_clients": 2}, "give one of the two"),
+        ({"clients": ["a"], "num_clients": 2}, "give only one of the two"),
         ({"num_client": 2}, r"num_client: did you mean num_clients\?"),
     ],
 )
