@@ -1,7 +1,6 @@
-"""The `Desk` of a site that has a key to the Prefect server: its rounds are flow runs in its work
-pool.
+"""The `Desk` of a site with access to the Prefect server: rounds are flow runs in its work pool.
 
-A run that the site takes is marked with the process that takes it, so that the site's next process
+A run that the site takes is marked with the process that took it, so that the site's next process
 knows what was left behind.
 """
 
@@ -38,14 +37,14 @@ _PAGE = 200
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Who has taken a run: a site, and the process that it was then.
+    """The site that has taken a run, and its process at that time.
 
-    It is kept as the run's `infrastructure_pid`, which is what Prefect has for "what runs this": a
-    column of the run that the server leaves alone whatever state the run comes to, and that comes
-    with every run that is read. What a state holds, such as its message, would not do: it is gone
-    once someone cancels the run. Tags are the user's, and can only be replaced as a whole; labels
-    are merged, but take as many requests, and mean nothing to Prefect. No filter of the server's
-    finds a mark; those for the site's work pool and for runs that have begun leave few to look at.
+    It is stored as the run's `infrastructure_pid`, which is Prefect's field for what runs a run.
+    The server keeps it through all state changes, and returns it with every run. A state's message
+    would not do, because it is lost when someone cancels the run. Tags belong to the user, and can
+    only be replaced as a whole. Labels are merged, but take as many requests, and mean nothing to
+    Prefect. The server cannot filter by mark; filtering by work pool and state leaves few runs to
+    check.
     """
 
     site: str
@@ -58,7 +57,7 @@ class Mark:
 
     @classmethod
     def of(cls, run: FlowRun) -> "Mark | None":
-        """The mark of a run; None where there is none, or another program's."""
+        """The mark of a run; None if there is none, or another program's."""
         try:
             return cls(**json.loads(run.infrastructure_pid or ""))
         except (ValueError, TypeError):
@@ -67,15 +66,15 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """Where a site's runs are, and as whom it asks for them.
+    """A site's work pool, and the worker that asks for its runs.
 
     Attributes:
-        site: its name.
-        worker: name of its worker, which lasts over restarts.
+        site: the site's name.
+        worker: name of its worker, the same after a restart.
         pool: its work pool.
-        queues: of that, those to look at; empty: all.
-        heartbeat_s: how often the worker gives a sign of life.
-        template: of the pool, if it has to be made; None: it is not made.
+        queues: queues of the pool to look at; empty: all.
+        heartbeat_s: interval between the worker's heartbeats.
+        template: template for creating the pool; None: do not create it.
     """
 
     site: str
@@ -99,12 +98,10 @@ class PrefectDesk(PrefectRuns):
         self._registered = False
 
     async def attend(self) -> Presence:
-        """See `Desk.attend`: the claim, the worker's heartbeat, and at first the site's
-        deployment.
-        """
+        """See `Desk.attend`: holds the claim, sends a heartbeat, registers the site if needed."""
         with self.answers():
             if await self._claim.hold(self._client):
-                self._registered = False  # nor does a server that knew nothing of the claim know the site
+                self._registered = False  # a server without the claim does not know the site either
             await self._send_heartbeat()
             if self._registered:
                 return Presence(new=False)
@@ -114,22 +111,18 @@ class PrefectDesk(PrefectRuns):
         return Presence(new=True, clock_ahead_s=ahead.total_seconds())
 
     async def next(self) -> Sequence[Piece]:
-        """See `Desk.next`. Runs are due as soon as they are there, whatever time anybody takes
-        it to be.
-        """
+        """See `Desk.next`. Runs are due as soon as they exist, whatever any clock says."""
         with self.answers():
             try:
                 found = await self._client.get_scheduled_flow_runs_for_work_pool(
                     work_pool_name=self._counter.pool, work_queue_names=list(self._counter.queues)
                 )
-            except ObjectNotFound:  # the pool is made by the next heartbeat
+            except ObjectNotFound:  # the next heartbeat creates the pool
                 return []
             return [await self.piece_of(entry.flow_run) for entry in found]
 
     async def report(self, piece: Piece, report: Report) -> bool:
-        """See `Reports.report`; a piece that is taken is marked first, so that none is ever in
-        hand without.
-        """
+        """See `Reports.report`. Marks a run before taking it, so no run in hand lacks a mark."""
         if report.phase.ended:
             return await super().report(piece, report)
         if report.phase is Phase.TAKEN:
@@ -161,19 +154,17 @@ class PrefectDesk(PrefectRuns):
 
     @property
     def _note(self) -> str:
-        """What the UI shows of a run that this site has in hand."""
+        """Message that the UI shows for a run that this site has in hand."""
         return f"in the hands of worker {self._counter.worker}"
 
     def _is_of_this_site(self, run: FlowRun) -> bool:
-        if run.infrastructure_pid is None:  # taken by an earlier version, which had the message for a mark
+        if run.infrastructure_pid is None:  # taken by an earlier version, which used the message as its mark
             return run.state is not None and run.state.message == self._note
         mark = Mark.of(run)
         return mark is not None and mark.site == self._counter.site
 
     async def _is_mine(self, piece: Piece) -> bool:
-        """Whether this very process has taken a piece already, and only the server's answer was
-        lost.
-        """
+        """Whether this process has already taken the piece and only the answer was lost."""
         with self.answers():
             try:
                 run = await self._client.read_flow_run(piece.id)
@@ -196,40 +187,40 @@ class PrefectDesk(PrefectRuns):
         counter = self._counter
         self._registered = False
         if counter.template is None:
-            raise Unreachable(f"there is no work pool {counter.pool!r}: prefect work-pool create --type {SITE_POOL}")
+            raise Unreachable(
+                f"there is no work pool {counter.pool!r}: run prefect work-pool create --type {SITE_POOL} NAME"
+            )
         try:
             await self._client.create_work_pool(
                 WorkPoolCreate(name=counter.pool, type=SITE_POOL, base_job_template=dict(counter.template))
             )
-            self._logger.info("work pool %r has been made", counter.pool)
-        except ObjectAlreadyExists:  # someone else was faster
+            self._logger.info("created work pool %r", counter.pool)
+        except ObjectAlreadyExists:  # another process was faster
             return
 
 
 @asynccontextmanager
 async def open_desk(counter: Counter) -> AsyncIterator[PrefectDesk]:
-    """A desk on the Prefect server that is configured; whether it answers is seen when it is
-    asked.
-    """
+    """A desk on the configured Prefect server. It does not check that the server answers."""
     client = get_client()
     if not isinstance(client, PrefectClient):
-        raise ServerError("no Prefect server is known")
+        raise ServerError("no Prefect server is configured: set PREFECT_API_URL")
     async with client:
         yield PrefectDesk(client, counter)
 
 
 async def register_site(client: PrefectClient, site: str, pool: str) -> UUID:
-    """Create or renew the deployment `site-round/SITE`, by which coordinators reach a site.
+    """Create or update the deployment `site-round/SITE`, through which coordinators reach a site.
 
     Args:
         client: a Prefect client.
         pool: the site's work pool, of any type.
     """
-    deployment: UUID = await client.create_deployment(  # one of that name is replaced
+    deployment: UUID = await client.create_deployment(  # replaces one with the same name
         flow_id=await client.create_flow(site_round),
         name=site,
         version=str(SITE_PROTOCOL),
-        description=f"How coordinators reach {site}. Its version is the protocol that the site speaks.",
+        description=f"Coordinators reach {site} through this deployment. Its version is the protocol that the site speaks.",
         work_pool_name=pool,
         entrypoint=ENTRYPOINT,
         tags=["fedpool"],

@@ -1,8 +1,8 @@
-"""Pieces of work as flow runs of a Prefect server: `Reports` as whoever does one needs them. See
-`fedpool.sites.desk`.
+"""Pieces of work as Prefect flow runs: `Reports` for the process that does one.
 
-Prefect's own engine would do the same at a higher price: for every run a client, a web socket, a
-thread and an event loop, and it asks the server for what a site has no use for.
+See `fedpool.sites.desk`. Prefect's own engine would do the same at a higher price: it uses a
+client, a web socket, a thread and an event loop for every run, and makes requests that a site does
+not need.
 """
 
 import contextvars
@@ -25,10 +25,10 @@ _PAGE = 200
 
 
 class PrefectRuns:
-    """Reports of pieces of work to a Prefect server.
+    """Reports on pieces of work to a Prefect server.
 
     Args:
-        client: of the server, open.
+        client: an open client.
     """
 
     name = "the Prefect server"
@@ -36,23 +36,21 @@ class PrefectRuns:
     def __init__(self, client: PrefectClient) -> None:
         self._client = client
         self._flows: dict[UUID, str] = {}
-        self._context = contextvars.copy_context()  # a run's logger finds Prefect's settings in it, on whatever thread
+        self._context = contextvars.copy_context()  # a run's logger finds Prefect's settings in it, on any thread
 
     async def piece(self, run_id: UUID) -> Piece:
-        """A run as a piece of work, its flow's name for the kind."""
+        """The run as a piece of work; its kind is the name of its flow."""
         with self.answers():
             return await self.piece_of(await self._client.read_flow_run(run_id))
 
     async def piece_of(self, run: FlowRun) -> Piece:
-        """The same, of a run that was read."""
+        """The same, for a run that was already read."""
         if run.flow_id not in self._flows:
             self._flows[run.flow_id] = (await self._client.read_flow(run.flow_id)).name
         return Piece(run.id, run.name, self._flows[run.flow_id], run.parameters)
 
     async def report(self, piece: Piece, report: Report) -> bool:
-        """See `Reports.report`. A run that someone has deleted stands: the work may still be of
-        use to its job.
-        """
+        """See `Reports.report`. For a deleted run it is True: the job may still use the work."""
         state = state_of(report)
         with self.answers():
             try:
@@ -79,16 +77,14 @@ class PrefectRuns:
 
     @contextmanager
     def answers(self) -> Iterator[None]:
-        """Where the server is asked: what goes wrong there is an `Unreachable` or another
-        `ServerError`.
-        """
+        """Turns errors of requests to the server into `Unreachable` or another `ServerError`."""
         try:
             yield
         except httpx.HTTPStatusError as error:
             if error.response.status_code >= 500:
                 raise Unreachable(f"{self.name} is unreachable: {error}") from error
-            raise ServerError(f"{self.name} at {self._client.api_url} refused: {error}") from error
+            raise ServerError(f"{self.name} at {self._client.api_url} refused the request: {error}") from error
         except httpx.TransportError as error:
             raise Unreachable(f"{self.name} is unreachable: {str(error) or type(error).__name__}") from error
-        except PrefectException as error:  # such as of something that is not there
-            raise ServerError(f"{self.name} at {self._client.api_url} refused: {error}") from error
+        except PrefectException as error:  # such as a missing object
+            raise ServerError(f"{self.name} at {self._client.api_url} refused the request: {error}") from error

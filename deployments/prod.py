@@ -1,6 +1,4 @@
-"""`ProdEnv`: production. A Prefect server, a store and sites that others run; this process
-submits and follows.
-"""
+"""`ProdEnv`: production. Others run the server, store and sites; this process submits jobs."""
 
 from typing import Any
 
@@ -16,26 +14,24 @@ from fedpool.store import Store
 class ProdEnv(RemoteEnv):
     """An existing Prefect server, any fsspec store, and sites with their work pools.
 
-    Credentials are never part of a recipe, a job or a log: those of the server come from the usual
+    Credentials are never part of a recipe, a job or a log. Those of the server come from the usual
     Prefect settings (`PREFECT_API_AUTH_STRING`, `PREFECT_CLIENT_CUSTOM_HEADERS`, ...), those of the
     store from the environment of each process that uses it.
 
     Raises:
-        RecipeError (also a pydantic.ValidationError): fields that do not fit.
+        RecipeError (also a pydantic.ValidationError): a field is invalid.
     """
 
     coordinator_here = False
 
-    api_url: str | None = Field(
-        default=None, description="URL of the Prefect API; default: the one of the Prefect profile"
-    )
+    api_url: str | None = Field(default=None, description="URL of the Prefect API; default: the Prefect setting")
     auth_string: SecretStr | None = Field(
-        default=None, description="basic auth of the server; default: the Prefect setting"
+        default=None, description="basic auth string of the server; default: the Prefect setting"
     )
     store: str = Field(description="fsspec URL of the store, e.g. s3://fl-jobs")
     storage_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="options for fsspec in this process alone; others use their environment",
+        description="fsspec options for this process only; other processes use their environment",
         repr=False,
     )
     sites: tuple[str, ...] = Field(description="names of the sites that take part", min_length=1)
@@ -45,7 +41,7 @@ class ProdEnv(RemoteEnv):
     def _names_fit(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         check_new_names("site", value)
         if len(set(value)) < len(value):
-            raise RecipeError(f"sites={list(value)} names one twice")
+            raise RecipeError(f"sites={list(value)} has the same name twice")
         return value
 
     @field_validator("api_url")
@@ -72,7 +68,7 @@ class ProdEnv(RemoteEnv):
         if self.api_url:
             given[PREFECT_API_URL] = self.api_url
         elif not PREFECT_API_URL.value():
-            raise RecipeError("no Prefect server is known: give api_url, or set PREFECT_API_URL")
+            raise RecipeError("no Prefect server is configured: give api_url, or set PREFECT_API_URL")
         if self.auth_string:
             given[PREFECT_API_AUTH_STRING] = self.auth_string.get_secret_value()
         return given

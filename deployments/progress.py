@@ -1,6 +1,4 @@
-"""What a terminal shows of a job: a line that moves while it runs, a table of its rounds at the
-end.
-"""
+"""A job in the terminal: a progress line while it runs, and a table of its rounds at the end."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,10 +20,10 @@ _POLL_S = 0.2
 
 
 def show(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
-    """Show a job until it ends, and how it ended; Ctrl-C cancels it first.
+    """Show a job's progress until it ends, and its outcome. Ctrl-C cancels the job first.
 
     Raises:
-        FedpoolError: it could not even begin.
+        FedpoolError: the job could not begin.
         KeyboardInterrupt: Ctrl-C.
     """
     try:
@@ -41,8 +39,9 @@ def show(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
 
 
 def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
-    """Show the job's progress until it ends: round, sites done, key metric, elapsed time; a line
-    per round off a terminal.
+    """Show a job's progress: round, sites done, key metric, elapsed time.
+
+    If the output is not a terminal, print a line per round instead.
     """
     asked = min(recipe.clients_per_round or num_sites, num_sites)
     columns = (
@@ -59,7 +58,7 @@ def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
         while not run.wait(_POLL_S):
             try:
                 progress = run.get_progress()
-            except StoreError:  # it does not answer, or not us: the job may go on all the same
+            except StoreError:  # the store does not answer or refuses access; the job may go on
                 continue
             number = min(progress.num_committed, recipe.num_rounds)
             step = (
@@ -82,20 +81,18 @@ def watch(run: Run, recipe: Recipe, num_sites: int, console: Console) -> None:
 
 
 def done_line(name: str, num_rounds: int, metric: str) -> str:
-    """How far a job has come, in a line of its own.
+    """A line about a job's progress.
 
     Args:
-        name: of the recipe.
-        num_rounds: that were committed.
-        metric: its name and value; empty while there is none.
+        name: the recipe's name.
+        num_rounds: number of committed rounds.
+        metric: name and value of a metric, or empty.
     """
     return f"{name}: {num_rounds} {'round' if num_rounds == 1 else 'rounds'} done {metric}".rstrip()
 
 
 def summarize(run: Run, recipe: Recipe, console: Console) -> None:
-    """Print how the job ended: the table of its rounds and where its models are, or what went
-    wrong.
-    """
+    """Print how the job ended: a table of its rounds and the paths of its models, or the error."""
     status = run.get_status()
     if status is not JobStatus.COMPLETED:
         try:
@@ -106,7 +103,7 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
     result = run.get_result(0)
     header, rows = report_rows(result.records)
     table = Table(
-        title=f"{recipe.name}: a round's metrics are the score of the model that it started from", title_justify="left"
+        title=f"{recipe.name}: the metrics of a round score the model that it started from", title_justify="left"
     )
     for name in header:
         table.add_column(name, justify="right", no_wrap=True)
@@ -129,13 +126,13 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
 
 
 def print_findings(told: Sequence[str], console: Console) -> None:
-    """What a person should know of a job that its table does not show."""
+    """Print findings about the job that its table does not show."""
     for finding in told:
         console.print(finding, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def cross_site_table(matrix: Matrix, metric: str) -> Table:
-    """A metric of every model at every site."""
+    """A table of one metric, for every model at every site."""
     header, rows = matrix_rows(matrix, metric)
     table = Table(title=f"{metric} of every model (columns) on the data of every site (rows)", title_justify="left")
     for name in header:

@@ -1,4 +1,4 @@
-"""The Prefect deployment by which a recipe runs, with the form of its fields."""
+"""The Prefect deployment that runs a recipe, with a form of its fields."""
 
 import hashlib
 import json
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
 _AD_HOC = "execute"
-"""Prefix of the deployments that `execute` uses, one for each form; a recipe's own deployment is
-left alone.
-"""
+"""Prefix of `execute`'s own deployments, one for each form of a recipe's fields."""
 
 
 async def make_deployment(
@@ -31,12 +29,12 @@ async def make_deployment(
     schedules: Sequence["Schedule"] = (),
     overlap: Overlap | None = None,
 ) -> UUID:
-    """Register a recipe as a deployment of the flow that runs it; returns the deployment's id.
+    """Register a recipe as a deployment of its flow; returns the deployment's id.
 
     Args:
-        name: of the deployment; None: the one by which `execute` runs such recipes.
+        name: name of the deployment; None: the one through which `execute` runs such recipes.
         pool: work pool that runs the flow.
-        parameters: defaults of its runs.
+        parameters: default parameters of its runs.
     """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
 
@@ -63,7 +61,7 @@ async def make_deployment(
 
 
 def _ad_hoc_name(kind: type[Recipe], entrypoint: str, schema: Mapping[str, Any]) -> str:
-    """By which `execute` runs a class of recipes. Classes of one name may have different forms."""
+    """Name for `execute`. Classes with the same name may have different forms, hence the hash."""
     name = f"{_AD_HOC}-{kind.__name__}"
     if flow_name(kind) is not None:
         return name

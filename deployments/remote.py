@@ -1,7 +1,6 @@
-"""Running a recipe at sites behind work pools: stage the job, have the coordinator's pool run it,
-follow it from here.
+"""Running a recipe at sites behind work pools: stage the job, submit it, follow it.
 
-Everything that can be known to be missing is said before anything is submitted.
+Everything that is missing is reported before anything is submitted, as far as it can be known.
 """
 
 import asyncio
@@ -43,59 +42,60 @@ COORDINATOR_POOL = "fedpool-coordinator"
 
 
 class RemoteEnv(Tracked):
-    """What a proof of concept and production share: a Prefect server, a store, work pools."""
+    """The base of a proof of concept and of production: a Prefect server, a store, work pools."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     coordinator_pool: str = Field(default=COORDINATOR_POOL, description="work pool that runs the jobs' flows")
     look_ahead: int = Field(
-        default=4, description="rounds that are announced to the sites ahead of the one that trains", ge=0, le=100
+        default=4, description="number of rounds that are announced to the sites ahead of the current one", ge=0, le=100
     )
     progress: bool = Field(default=True, description="show progress and a summary in the terminal")
 
     @abstractmethod
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
-        """The sites that a recipe runs at."""
+        """Names of the sites that a recipe runs at."""
 
     @abstractmethod
     def open_store(self) -> Store:
-        """The store, as this process reaches it."""
+        """The store, opened from this process."""
 
     @abstractmethod
     def settings(self) -> dict[Any, Any]:
-        """Prefect settings by which this process reaches the server."""
+        """Prefect settings with which this process reaches the server."""
 
     def recorded(self) -> EnvironmentRecord:
-        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began. No
-        secrets, and no addresses but those of trackers.
+        """The record for `job.json`, with which `fedpool job resume` continues the job.
+
+        It has no secrets, and no addresses except those of trackers.
         """
         settings = self.model_dump(mode="json", include={"coordinator_pool", "look_ahead"})
         return EnvironmentRecord(type=type(self).__name__, settings=settings | self.tracking())
 
     def prepare(self, recipe: Recipe) -> None:
-        """Get ready to run a recipe; the base has nothing to do."""
+        """Prepare to run a recipe; does nothing by default."""
 
     @property
     def server_remedy(self) -> str | None:
-        """What to do when the server does not answer; None: what there is to do with any server."""
+        """What to do if the server does not answer; None: the usual remedy."""
         return None
 
     def execute(self, recipe: Recipe, begin: Begin = ANEW, *, wait: bool = True) -> Run:
         """Run a recipe.
 
         Args:
-            recipe: what to run.
+            recipe: the recipe to run.
             begin: how the job begins.
-            wait: block until the job has ended, showing its progress. False returns once it is
+            wait: show the job's progress and return when it has ended. If False, return once it is
                 submitted.
 
-        Returns: a handle on the job. A job that fails is reported there (`get_status`,
-        `get_result`), not raised here.
+        Returns: a handle on the job. If the job fails, the handle reports that (`get_status`,
+        `get_result`); nothing is raised here.
 
         Raises:
-            RecipeError: recipe and environment do not fit.
-            ConfigError, ServerError, StoreError: something that the job needs is missing; nothing
-                was submitted.
+            RecipeError: recipe and environment do not match.
+            ConfigError, ServerError, StoreError: the job lacks something that it needs, and was not
+                submitted.
             KeyboardInterrupt: Ctrl-C; the job is cancelled first.
         """
         names = self._checked_names(recipe)
@@ -129,17 +129,16 @@ class RemoteEnv(Tracked):
 
         Args:
             schedule: when it runs by itself: a cron line ("0 2 * * 0"), a recurrence rule
-                ("FREQ=..."), an interval, or a list of those.
-            warm_start: each job starts from the final model of the last one that completed.
-            overlap: what becomes of a run that is due while another one is under way, by schedule
-                or by hand: it is skipped ("skip"), waits ("queue"), or cancels the other
-                ("cancel"). Default: "skip" with a schedule; without one, runs do not hinder each
-                other.
+                ("FREQ=..."), an interval, or a list of these.
+            warm_start: start each job from the final model of the last completed one.
+            overlap: what to do with a run, scheduled or not, that is due while another one is in
+                progress: skip it ("skip"), let it wait ("queue"), or cancel the other one
+                ("cancel"). Default: "skip" with a schedule; without one, runs may overlap.
 
         Returns: the deployment's name, for `prefect deployment run`.
 
         Raises:
-            RecipeError, ConfigError, ServerError, StoreError: as `execute`.
+            RecipeError, ConfigError, ServerError, StoreError: as for `execute`.
         """
         names = self._checked_names(recipe)
         overlap = chosen(overlap, scheduled=schedule is not None)
@@ -150,7 +149,7 @@ class RemoteEnv(Tracked):
         return f"federated-job/{recipe.name}"
 
     def _checked_names(self, recipe: Recipe) -> tuple[str, ...]:
-        """The sites' names, once it is known that the recipe can run there."""
+        """The sites' names, after checking that the recipe can run there."""
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
@@ -158,7 +157,7 @@ class RemoteEnv(Tracked):
         return names
 
     def _ready_store(self, recipe: Recipe) -> Store:
-        """The store, once it is known that it can be written to."""
+        """The store, after checking that it is writable."""
         self.prepare(recipe)
         store = self.open_store()
         probe(store)
@@ -166,7 +165,7 @@ class RemoteEnv(Tracked):
         return store
 
     async def _submit(self, start: Start, store: Store, names: tuple[str, ...]) -> UUID:
-        """Stage or take up a job, and have the coordinator's pool run it; returns its run's id."""
+        """Stage or resume a job, and submit it to the coordinator's pool; returns its run's id."""
         from prefect.states import Scheduled
 
         from fedpool.tasks.reach import clock_ahead
@@ -186,8 +185,8 @@ class RemoteEnv(Tracked):
                 deployment,
                 name=job_id,
                 parameters=self._parameters(recipe, store, names) | {"job_id": job_id},
-                # Due now by the server's clock: by one that is ahead it would be due later, and
-                # wait without a word.
+                # Due now by the server's clock. With a clock that is ahead, the run would be due
+                # later, and wait silently.
                 state=Scheduled(scheduled_time=datetime.now(UTC) - await clock_ahead(client)),
             )
             return run.id
@@ -202,7 +201,7 @@ class RemoteEnv(Tracked):
         warm_start: bool,
         overlap: Overlap | None,
     ) -> None:
-        """Stage a template, and make the deployment whose runs begin from it."""
+        """Stage a template, and create the deployment whose runs start from it."""
         template = new_job_id(recipe.name)
         async with open_client(self.server_remedy) as client:
             await check(client, names, self.coordinator_pool)
@@ -254,7 +253,7 @@ class RemoteEnv(Tracked):
             run_blocking(cancel())
 
     def _follow(self, run_id: UUID, store: Store, job_id: str) -> None:
-        """Wait for the end of the job's flow run; raises when it ended without leaving a result."""
+        """Wait for the job's flow run to end; raises if it ended without a result."""
         from prefect.client.orchestration import get_client
 
         from fedpool.deployments.following import follow

@@ -1,6 +1,4 @@
-"""What has to be there before a job is submitted to sites behind work pools: all that is missing is
-said at once.
-"""
+"""Checks before a job is submitted to sites behind work pools. One error lists all problems."""
 
 import secrets
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ def probe(store: Store) -> None:
     """Write an object to the store and remove it again.
 
     Raises:
-        StoreError: it cannot be written to; says where and why.
+        StoreError: the store is not writable; the message says where and why.
     """
     path = f".fedpool-probe-{secrets.token_hex(6)}"
     try:
@@ -34,12 +32,12 @@ def probe(store: Store) -> None:
 
 
 async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool: str) -> None:
-    """Check that server, pools, workers and sites are there, and that no pool is paused.
+    """Check the server, the work pools, their workers and the sites.
 
     Raises:
         ServerError: the server does not answer.
-        ConfigError: a pool, an online worker, or a site is missing, a pool is paused, or a site's
-            protocol is too old; all of it in one message.
+        ConfigError: a pool, an online worker or a site is missing, a pool is paused, or a site's
+            protocol is too old. One message lists all problems.
     """
     from prefect.exceptions import PrefectHTTPStatusError
 
@@ -53,7 +51,7 @@ async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool:
         for found in (await site_problems(client, sites)).values():
             problems += found
     except PrefectHTTPStatusError as error:
-        raise ServerError(f"the Prefect server at {client.api_url} refused: {error}") from error
+        raise ServerError(f"the Prefect server at {client.api_url} refused the request: {error}") from error
     except (httpx.HTTPError, RuntimeError) as error:
         raise ServerError(f"the Prefect server at {client.api_url} does not answer: {error}") from error
     if problems:

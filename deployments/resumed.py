@@ -1,4 +1,4 @@
-"""The environment that a stored job goes on in when nobody gives one: that in which it began."""
+"""The environment in which a stored job is resumed by default: the one in which it began."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from fedpool.tasks.job_record import JobRecord
 
 
 def environment_of(job: JobRecord, store: Store, home: Path) -> SimEnv | PocEnv | ProdEnv:
-    """The environment of a job, with the settings that it began with, where this machine has it.
+    """The environment of a job, with the settings that it began with, if this machine has it.
 
-    A proof of concept that is down, or of another machine, is taken for production: its store and
-    its sites are what matters.
+    A proof of concept that is down, or on another machine, is treated as production: only its store
+    and its sites matter.
 
     Args:
-        store: that the job lies in.
-        home: folder of the proof of concept, for a job that does not say.
+        store: the store of the job.
+        home: folder of the proof of concept, for a job whose record has none.
 
     Raises:
-        RecipeError: the settings do not fit this machine.
+        RecipeError: the settings are not valid on this machine.
     """
     settings = dict(job.environment.settings) if job.environment is not None else {}
     try:
@@ -35,6 +35,6 @@ def environment_of(job: JobRecord, store: Store, home: Path) -> SimEnv | PocEnv 
         return ProdEnv(store=store.url, storage_options=store.storage_options, sites=job.sites, **settings)
     except RecipeError as error:
         raise RecipeError(
-            f"job {job.job_id} was begun with settings that are not valid here: {error}\n"
-            f"Go on with it in an environment of your choice: recipe.execute(env, resume={job.job_id!r})"
+            f"job {job.job_id} began with settings that are not valid here: {error}\n"
+            f"Resume it in an environment of your choice: recipe.execute(env, resume={job.job_id!r})"
         ) from None

@@ -1,4 +1,4 @@
-"""When a deployment runs by itself: what a person writes, as Prefect's schedules."""
+"""Schedules of deployments, parsed into Prefect's."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def parse_schedule(entry: str | timedelta) -> "Schedule":
-    """A schedule of whatever was given.
+    """Parse a schedule.
 
     Raises:
-        ConfigError: a text that is neither a cron line nor a recurrence rule, or an interval that
-            is not positive.
+        ConfigError: the text is neither a cron line nor a recurrence rule, or the interval is not
+            positive.
     """
     from prefect.schedules import Cron, Interval, RRule
 
@@ -26,5 +26,5 @@ def parse_schedule(entry: str | timedelta) -> "Schedule":
         return RRule(entry) if "FREQ=" in entry else Cron(entry)
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f'schedule {entry!r} does not fit ({error}): write a cron line "0 2 * * 0", a rule "FREQ=WEEKLY", or a timedelta'
+            f'schedule {entry!r} is invalid ({error}): write a cron line "0 2 * * 0", a rule "FREQ=WEEKLY", or a timedelta'
         ) from None

@@ -1,9 +1,8 @@
-"""A private Prefect server for the length of a run: its own process, in-memory database, a free
-port on the loopback.
+"""A private Prefect server for one run: its own process, an in-memory database, a free local port.
 
-In memory because a SQLite file answers 503 to subflows that are created just after tasks finished.
-Background services that a simulation has no use for are off, which leaves the processors to the
-training.
+The database is in memory because with a SQLite file the server answers 503 to subflows that are
+created just after tasks finish. Background services that a simulation does not need are off, which
+leaves the processors to the training.
 """
 
 import os
@@ -20,7 +19,7 @@ from fedpool.patience import pauses
 from fedpool.refusals import explained
 
 STARTUP_TIMEOUT_S = 180.0
-"""Starting takes five to ten seconds on an idle machine; a busy one may need far longer."""
+"""Starting takes five to ten seconds on an idle machine, and far longer on a busy one."""
 
 IN_MEMORY = "sqlite+aiosqlite:///:memory:"
 
@@ -32,7 +31,7 @@ _UNUSED_SERVICES = (
     "PAUSE_EXPIRATIONS",
     "REPOSSESSOR",
     "TRIGGERS",
-    "EVENT_PERSISTER",  # the feed of events, which nobody reads here, is half of what a round costs the server
+    "EVENT_PERSISTER",  # the event feed, which is not used here, is half of a round's cost on the server
 )
 
 _BATCHES = {
@@ -40,13 +39,11 @@ _BATCHES = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "64",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
 }
-"""What the UI shows of tasks may be a second old; recorded one by one, their changes are much of
-what a round costs.
-"""
+"""Task states in the UI may be a second old: recording them one by one makes rounds slow."""
 
 
 class PrivateServer:
-    """A Prefect server that lives no longer than this object's `with` block."""
+    """A Prefect server that ends when it is closed, or when this process ends."""
 
     def __init__(self) -> None:
         with explained(tempfile.gettempdir()):
@@ -64,23 +61,24 @@ class PrivateServer:
             self._process = subprocess.Popen(
                 server_command(port),
                 env=environment,
-                stdin=subprocess.PIPE,  # its end tells the server that we are gone, even when we were killed
+                stdin=subprocess.PIPE,  # when it closes, the server knows that this process is gone, even if killed
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C in the terminal is ours to handle: the job must still report its end
+                start_new_session=True,  # this process handles Ctrl-C, and the job must still report its end
             )
 
     def wait(self) -> None:
-        """Block until the server answers.
+        """Wait until the server answers.
 
         Raises:
-            ServerError: it ended, or does not answer within `STARTUP_TIMEOUT_S`.
+            ServerError: the server ended, or does not answer within `STARTUP_TIMEOUT_S`.
         """
         wait_until_up(self.api_url, self._process, self._output)
 
     def close(self) -> None:
-        """End the server and remove its folder. Idempotent. Killed, because it has nothing to
-        save: its database is memory.
+        """End the server and remove its folder. Idempotent.
+
+        The server is killed, because it has nothing to save: its database is in memory.
         """
         self._process.kill()
         assert self._process.stdin is not None
@@ -90,15 +88,15 @@ class PrivateServer:
 
 
 def wait_until_up(api_url: str, process: "subprocess.Popen[bytes]", output: Path) -> None:
-    """Block until a server that is starting answers.
+    """Wait until a starting server answers.
 
     Args:
-        output: what it prints, for the error's message.
+        output: path of its output, for the error message.
 
     Raises:
-        ServerError: it ended, or does not answer within `STARTUP_TIMEOUT_S`.
+        ServerError: the server ended, or does not answer within `STARTUP_TIMEOUT_S`.
     """
-    import httpx  # not before the process has been started: it takes a while
+    import httpx  # imported only once the process has started, because it takes a while
 
     def tail() -> str:
         return "\n".join(output.read_text(errors="replace").splitlines()[-20:])
@@ -111,15 +109,13 @@ def wait_until_up(api_url: str, process: "subprocess.Popen[bytes]", output: Path
             except httpx.TransportError:  # not yet
                 if process.poll() is not None:
                     raise ServerError(f"the Prefect server ended while starting:\n{tail()}") from None
-            with suppress(subprocess.TimeoutExpired):  # a wait that ends at once when the process does
+            with suppress(subprocess.TimeoutExpired):  # returns at once when the process ends
                 process.wait(pause_s)
-    raise ServerError(f"the Prefect server did not answer in {STARTUP_TIMEOUT_S:g} s:\n{tail()}")
+    raise ServerError(f"the Prefect server did not answer within {STARTUP_TIMEOUT_S:g} s:\n{tail()}")
 
 
 def server_environment(home: Path, database: str = IN_MEMORY) -> dict[str, str]:
-    """The environment of a server's process: this one's without its Prefect settings, and what
-    every server of ours needs.
-    """
+    """The environment of a server's process: this one's without Prefect settings, and our own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     return environment | {
         "PREFECT_HOME": str(home),
@@ -128,19 +124,18 @@ def server_environment(home: Path, database: str = IN_MEMORY) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_API_URL": "/api",
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
-        # With it, a server imports every Prefect collection that is installed, only to see that
-        # there is nothing to register.
+        # Otherwise the server imports every installed Prefect collection, only to find that there
+        # is nothing to register.
         "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
         "PREFECT_LOGGING_LEVEL": "WARNING",
-        # A library that Prefect schedules with would have the types of every call checked, and is
-        # compiled anew for that.
+        # Otherwise a library that Prefect uses for scheduling compiles type checks for every call.
         "PY_KEY_VALUE_DISABLE_BEARTYPE": "true",
         "DO_NOT_TRACK": "1",
     }
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """A free port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -159,7 +154,7 @@ def _cache_folder() -> Path:
 
 @contextmanager
 def private_server() -> Iterator[PrivateServer]:
-    """A private server, starting: call `wait()` before using it."""
+    """A private server that is starting: call `wait()` before you use it."""
     server = PrivateServer()
     try:
         yield server

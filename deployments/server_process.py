@@ -1,13 +1,13 @@
 """The process of a private Prefect server: serves on the loopback until its standard input ends.
 
 Run as `python -m fedpool.deployments.server_process PORT CACHE`. Its parent holds the other end of
-the standard input, so that the server ends with it, however the parent ends; with a fourth
-argument, `stay`, it outlives its parent.
+its standard input, so the server ends with the parent, however that ends. With a fourth argument,
+`stay`, it outlives its parent.
 
-Prefect builds its tables by running every migration it ever had, which takes most of the time that
-a server needs to start. The empty tables are the same each time, so they are kept in CACHE (a
-SQLite file, one per version of Prefect) and copied into the memory of the next server. Even to find
-nothing left to do takes Prefect a quarter of a second, so it is not asked.
+Prefect creates its tables by running every migration it ever had, which takes most of a server's
+start. The empty tables are always the same, so they are kept in CACHE (a SQLite file per version of
+Prefect) and copied into the next server's memory. Prefect's migrations are skipped then, because
+even finding nothing to do takes them a quarter of a second.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-gc.disable()  # until all is imported: looking for garbage among what stays is a quarter of the time that imports take
+gc.disable()  # during imports, whose objects stay: searching them for garbage would take a quarter of the time
 
 import aiosqlite  # noqa: E402
 import prefect  # noqa: E402
@@ -34,32 +34,30 @@ from fedpool.tasks.prefect_internals import server_app, server_database  # noqa:
 
 
 def _end_with_parent() -> None:
-    while os.read(0, 4096):  # not sys.stdin: a thread inside its lock would spoil the interpreter's end
+    while os.read(0, 4096):  # not sys.stdin: a thread that holds its lock would break the interpreter's shutdown
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 @asynccontextmanager
 async def _memory(database: Any) -> AsyncIterator[Any]:
-    """The SQLite connection that all of the server shares. Prefect's pool has just this one:
-    hold it briefly.
-    """
+    """The server's SQLite connection. It is the only one in Prefect's pool, so hold it briefly."""
     engine = await database.engine()
     async with engine.connect() as connection:
         yield (await connection.get_raw_connection()).driver_connection
 
 
 async def _prepare_tables(cache: Path, *, known: bool) -> None:
-    """Create the tables, from the cache when it is known, and fill the cache when it is not."""
+    """Create the tables from the cache if it exists; otherwise create them and fill the cache."""
     database = server_database()
     if known:
         async with aiosqlite.connect(cache) as source, _memory(database) as memory:
             await source.backup(memory)
-            await memory.execute_fetchall("SELECT version_num FROM alembic_version")  # an error if there are no tables
+            await memory.execute_fetchall("SELECT version_num FROM alembic_version")  # fails if there are no tables
     else:
         await database.create_db()
         partial = cache.with_suffix(f".{os.getpid()}")
-        with suppress(OSError, sqlite3.OperationalError):  # a cache that cannot be written is no cache
+        with suppress(OSError, sqlite3.OperationalError):  # without a writable folder, do without the cache
             cache.parent.mkdir(parents=True, exist_ok=True)
             async with _memory(database) as memory, aiosqlite.connect(partial) as target:
                 await memory.backup(target)
@@ -70,10 +68,10 @@ async def main(port: int, tables: Path, *, known: bool, stay: bool) -> None:
     """Serve Prefect's API and UI on 127.0.0.1."""
     if not stay:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    if ":memory:" in PREFECT_API_DATABASE_CONNECTION_URL.value():  # any other database migrates as the server starts
+    if ":memory:" in PREFECT_API_DATABASE_CONNECTION_URL.value():  # other databases are migrated when the server starts
         try:
             await _prepare_tables(tables, known=known)
-        except sqlite3.DatabaseError:  # the cache is damaged: make the tables anew
+        except sqlite3.DatabaseError:  # the cache is damaged: create the tables again
             await _prepare_tables(tables, known=False)
     config = uvicorn.Config(
         server_app,

@@ -1,7 +1,6 @@
-"""`SimEnv`: a recipe simulated on this machine. The calling process is the coordinator, sites are
-sessions in local slots.
+"""`SimEnv`: simulation on this machine, with sites as sessions in local slots.
 
-Nothing here imports Prefect before the job's thread does, so that a private server is starting
+This module does not import Prefect before the job's thread does, so that a private server can start
 meanwhile.
 """
 
@@ -45,9 +44,8 @@ _DRAIN_TIMEOUT_S = 30.0
 class SimEnv(Tracked, VirtualTime):
     """Simulation on this machine.
 
-    With no Prefect API configured, a private server with an in-memory database is started for the
-    run and stopped with it. Every script runs in the folder that `execute` is called from, as
-    `python client.py` would.
+    If no Prefect API is configured, a private server with an in-memory database runs as long as the
+    job. Every script runs in the folder from which `execute` is called, as with `python client.py`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,25 +55,25 @@ class SimEnv(Tracked, VirtualTime):
     )
     num_threads: int | None = Field(
         default=None,
-        description="sites that train at once; default: one per device, or per processor without devices",
+        description="number of sites that train at once; default: one per device, or per processor without devices",
         ge=1,
         le=1024,
     )
     gpus: str | None = Field(
-        default=None, description='devices dealt to the slots in turn, e.g. "0,1"; default: what scripts find'
+        default=None, description='devices assigned to the slots in turn, e.g. "0,1"; default: all that scripts find'
     )
-    workspace: Path = Field(default=Path("fedpool-runs"), description="folder that the jobs' folders are written to")
+    workspace: Path = Field(default=Path("fedpool-runs"), description="folder for the jobs' folders")
     keep_alive: bool = Field(
         default=True,
-        description="keep each site's script alive over all rounds; off: a fresh one each round, for thousands of sites",
+        description="keep each site's script running between rounds; False: a new one each round, for thousands of sites",
     )
     command: str | dict[str, str] = Field(
         default="python",
-        description='what runs the client script: "python", e.g. "torchrun --nproc-per-node 2", or site -> command',
+        description='command that runs the client script: "python", e.g. "torchrun --nproc-per-node 2", or site -> command',
     )
     logs: Literal["file", "console"] = Field(
         default="file",
-        description='"console": show what scripts print in the terminal, too; it is always in logs/ of the job\'s folder',
+        description='"console": also show the output of scripts in the terminal; it is always in logs/ in the job\'s folder',
     )
     progress: bool = Field(default=True, description="show progress and a summary in the terminal")
 
@@ -103,47 +101,42 @@ class SimEnv(Tracked, VirtualTime):
         return value
 
     def commands(self, names: Sequence[str]) -> dict[str, str]:
-        """The command of each site that has another than "python", whose scripts are forked.
+        """The commands of sites with another command than "python", whose scripts are not forked.
 
         Raises:
-            RecipeError: a site that there is not has one.
+            RecipeError: a command is given for a site that does not exist.
         """
         commands = dict.fromkeys(names, self.command) if isinstance(self.command, str) else self.command
         if unknown := sorted(set(commands) - set(names)):
-            raise RecipeError(f"command names {', '.join(unknown)}, but the sites are {', '.join(names)}")
+            raise RecipeError(f"command has the unknown sites {', '.join(unknown)}; the sites are {', '.join(names)}")
         return {site: command for site, command in commands.items() if command != "python"}
 
     def recorded(self, virtual: Mapping[str, Any] | None = None) -> EnvironmentRecord:
-        """What `job.json` says of it: by that `fedpool job resume` goes on as the job began;
-        with what `virtual` gives.
-        """
+        """The record for `job.json`, with which `fedpool job resume` continues, plus `virtual`."""
         own = self.model_dump(mode="json", include={"num_threads", "gpus", "keep_alive", "command", "logs"})
         return EnvironmentRecord(type="SimEnv", settings=own | self.tracking() | dict(virtual or {}))
 
     def site_names(self, recipe: Recipe) -> tuple[str, ...]:
-        """The sites that a recipe would run at: as many as it needs when the environment does
-        not say.
-        """
+        """Names of the sites for a recipe; as many as it needs if the environment does not say."""
         return self.names_or(recipe.sample_size or recipe.min_clients)
 
     def execute(self, recipe: Recipe, begin: Begin = ANEW, *, wait: bool = True) -> Run:
         """Run a recipe.
 
         Args:
-            recipe: what to run.
+            recipe: the recipe to run.
             begin: how the job begins.
-            wait: block until the job has ended, showing its progress. False returns at once; the
-                job runs on its own thread.
+            wait: show the job's progress and return when it has ended. If False, return at once;
+                the job runs on its own thread.
 
-        Returns: a handle on the job. A job that fails is reported there (`get_status`,
-        `get_result`), not raised here.
+        Returns: a handle on the job. If the job fails, the handle reports that (`get_status`,
+        `get_result`); nothing is raised here.
 
         Raises:
-            RecipeError: recipe and environment do not fit.
-            ConfigError: this machine allows too few open files for so many live scripts.
+            RecipeError: recipe and environment do not match.
+            ConfigError: this machine allows too few open files for so many running scripts.
             ServerError, StoreError: the job could not begin.
-            KeyboardInterrupt: Ctrl-C; the sessions are ended first and the job says that it was
-                cancelled.
+            KeyboardInterrupt: Ctrl-C; the sessions are ended first, and the job ends as cancelled.
         """
         bypass_proxies()
         store = Store(self.workspace.absolute())
@@ -162,14 +155,14 @@ class SimEnv(Tracked, VirtualTime):
         allow_scripts(
             min(num_live, recipe.sample_size or num_live),
             num_live,
-            remedy="say keep_alive=False and a smaller num_threads",
+            remedy="use keep_alive=False and a smaller num_threads",
         )
         console = open_console(quiet=not self.progress)
         for note in recipe.bundle.notes:
             console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
         if why := why_it_stays(recipe):
             console.print(
-                f"{why}. Until then its jobs run here alone: the fedpool command cannot verify, replay or resume them",
+                f"{why}. Until then its jobs run only here, and the fedpool command cannot verify, replay or resume them",
                 style="yellow",
                 highlight=False,
                 markup=False,
@@ -196,12 +189,12 @@ class SimEnv(Tracked, VirtualTime):
         )
         if wait:
             show(run, recipe, len(names), console)
-            console.print(f"what scripts printed: {run.path}/logs", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"output of the scripts: {run.path}/logs", highlight=False, markup=False, soft_wrap=True)
         return run
 
 
 def _show_on(console: Console) -> Callable[[str, str], None]:
-    """Shows lines of the sites' scripts in a terminal, above the progress line."""
+    """A function that shows output of the sites' scripts in a terminal, above the progress line."""
 
     def show_line(site: str, line: str) -> None:
         console.print(f"{site} | {line}", highlight=False, markup=False, soft_wrap=True)
@@ -210,7 +203,7 @@ def _show_on(console: Console) -> Callable[[str, str], None]:
 
 
 def _origin(script: Path) -> str:
-    """Folder of a script; empty when it is not there any more, as where a stored job goes on."""
+    """Folder of a script; empty if the script no longer exists, as for a resumed job."""
     return str(script.resolve().parent) if script.is_file() else ""
 
 
@@ -222,9 +215,9 @@ def _work(
     environment: EnvironmentRecord,
     track: Sequence[str],
 ) -> None:
-    """A job from its beginning to its end, on its own thread with its own event loop."""
-    # At the interpreter's end, looking for garbage among all that torch and Prefect consist of
-    # takes longer than some rounds.
+    """Run a job to its end, on its own thread and event loop."""
+    # When the interpreter exits, searching all objects of torch and Prefect for garbage would take
+    # longer than some rounds.
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
     with ExitStack() as stack:
@@ -239,8 +232,8 @@ def _work(
         from fedpool.tasks.tracking import trackings
 
         stack.enter_context(temporary_settings(api))
-        stack.enter_context(quiet_console())  # there is the progress line
-        # Before the server goes, its clients in this process must have sent what they hold.
+        stack.enter_context(quiet_console())  # the progress line is shown instead
+        # Before the server ends, its clients in this process must send their pending data.
         stack.callback(drain, _DRAIN_TIMEOUT_S)
 
         async def run_job() -> None:
@@ -255,7 +248,7 @@ def _work(
                 (Reporter(), *trackings(track)),
                 return_state=True,
             )
-            if not store.exists(JobPaths(start.job_id).result):  # a job that failed in its rounds says so there
+            if not store.exists(JobPaths(start.job_id).result):  # otherwise the result has the error
                 await state.aresult()
 
         asyncio.run(run_job())

@@ -1,4 +1,4 @@
-"""The Prefect API of a simulation: the one that is configured, else a private server of its own."""
+"""The Prefect API of a simulation: the configured one, or else a private server."""
 
 import os
 import sys
@@ -14,18 +14,17 @@ from fedpool.tasks.prefect_internals import import_for_first_run, surrounding_ap
 
 
 def find_api(stack: ExitStack, console: Console, sites: LocalSites) -> dict[Any, object]:
-    """Settings by which Prefect finds the API that is configured, else a private server that lives
-    as long as the stack does.
+    """Prefect settings for the configured API, or else for a private server in `stack`.
 
-    Has the sites import what they need meanwhile.
+    Meanwhile, the sites begin to import what they need.
     """
-    # A server takes seconds to start, importing Prefect one or two more: do both at once. Only
-    # Prefect can tell whether a profile names an API; then the server goes again.
+    # A server takes seconds to start, and importing Prefect one or two more, so do both at once.
+    # Only Prefect knows whether a profile configures an API; if so, the server is closed again.
     server = None
     if "prefect" not in sys.modules and "PREFECT_API_URL" not in os.environ:
         server = stack.enter_context(private_server())
-    # The server has the most to import, and all wait for it: on two processors a third process
-    # would only delay it.
+    # The server has the most to import, and everything waits for it: on two processors a third
+    # process would only delay it.
     sites_wait = server is not None and (os.cpu_count() or 1) < 3
     if not sites_wait:
         sites.preload()
@@ -45,14 +44,14 @@ def find_api(stack: ExitStack, console: Console, sites: LocalSites) -> dict[Any,
             server.close()
         from fedpool.deployments.api import check_server
 
-        check_server("start it, or unset PREFECT_API_URL to have a private server")
+        check_server("start it, or unset PREFECT_API_URL to use a private server")
         return {PREFECT_API_URL: configured}
     if (around := surrounding_api()) is not None:
         return {PREFECT_API_URL: around}
     server = server or stack.enter_context(private_server())
     import_for_first_run()
     server.wait()
-    console.print(f"Prefect UI while this runs: {server.address}", highlight=False)
-    # A server of ours is of our version, and asks for no token: there is nothing to ask it first.
+    console.print(f"Prefect UI during the run: {server.address}", highlight=False)
+    # Our own server has our version and needs no token, so the client has nothing to ask first.
     ask_first = (PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED)
     return {PREFECT_API_URL: server.api_url, **dict.fromkeys(ask_first, False)}

@@ -1,8 +1,8 @@
-"""Which process serves a site: a claim on the Prefect server, by which a second one is refused.
+"""A site's claim on the Prefect server, so that only one process serves the site.
 
-It is a Prefect variable, because creating one is atomic, and deleting one by its id touches no
-later one of its name. A claim whose process is gone counts for nothing: on the same machine the
-process itself is looked for, elsewhere its worker's heartbeats.
+The claim is a Prefect variable, because creating one is atomic, and deleting one by its id never
+deletes a later one with the same name. A claim whose process is gone does not count: on the same
+machine the process itself is looked up, elsewhere its worker's heartbeats.
 """
 
 import hashlib
@@ -28,11 +28,9 @@ from fedpool.errors import ConfigError
 from fedpool.tasks.prefect_internals import delete_variable, delete_worker
 
 _LOOK_S = 30.0
-"""How often a process looks whether its claim still stands."""
+"""Interval at which a process checks its claim."""
 _HEARTBEATS = 2
-"""A worker that sends none in the time of so many is dead; should it wake up after all, it finds
-that it was replaced.
-"""
+"""A worker that misses this many heartbeats counts as dead, and may be replaced."""
 _HEARTBEAT_POLL_S = 1.0
 
 
@@ -41,10 +39,11 @@ class Holder:
     """A process that serves a site.
 
     Attributes:
-        machine: tells apart machines, their boots, and the containers on them that do not see each
-            other's processes.
-        born: when it began, by the machine's own count; tells it from a later process of its pid.
-        token: tells it from everyone else.
+        machine: identifies the machine, its boot, and the container, whose processes are not
+            visible from others.
+        born: start of the process by the machine's own count; distinguishes later processes with
+            the same pid.
+        token: distinguishes it from all other processes.
     """
 
     site: str
@@ -61,13 +60,13 @@ class Holder:
 
 
 class SiteClaim:
-    """The claim of this process to serve a site.
+    """This process's claim to serve a site.
 
     Args:
-        site: its name.
+        site: the site's name.
         worker: name of this process's worker.
         pool: the worker's pool.
-        tell: told what is waited for, if anything is.
+        tell: called with a message if there is a wait.
     """
 
     def __init__(self, site: str, worker: str, pool: str, *, tell: Callable[[str], None]) -> None:
@@ -81,7 +80,7 @@ class SiteClaim:
         self._looked = 0.0
 
     async def hold(self, client: PrefectClient) -> bool:
-        """Make the claim, or see to it that it still stands; returns whether it was made now.
+        """Make the claim, or check that it still stands; returns whether it was made now.
 
         Raises:
             ConfigError: another process serves the site.
@@ -98,9 +97,7 @@ class SiteClaim:
         return True
 
     async def release(self, client: PrefectClient) -> None:
-        """Give the site up: without a claim its worker is no more, so that its record goes, too.
-        Harmless when repeated.
-        """
+        """Release the site, and remove the worker's record. Idempotent."""
         if self._id is None:
             return
         await delete_worker(client, self.holder.pool, self.holder.worker)
@@ -120,27 +117,27 @@ class SiteClaim:
             if there is None:
                 continue
             holder = _holder(there.value)
-            if holder == self.holder:  # only the answer was lost
+            if holder == self.holder:  # the claim was made, and only the answer was lost
                 self._id = there.id
                 return
             if holder is not None and await self._lives(client, holder):
                 self._id = None
                 raise ConfigError(
                     f"site {self.holder.site!r} is already served by {holder} (worker {holder.worker!r} of work pool "
-                    f"{holder.pool!r}): stop that one first, or give this site another name"
+                    f"{holder.pool!r}): stop that process first, or give this site another name"
                 )
             await delete_variable(client, there.id)
 
     async def _lives(self, client: PrefectClient, holder: Holder) -> bool:
-        """Whether a process is there, and not just its claim."""
+        """Whether the process still exists, and not only its claim."""
         if holder.machine == _machine():
             return _born(holder.pid) == holder.born
         before = await _record(client, holder)
         if before is None or before.status != WorkerStatus.ONLINE:
             return False
-        # Its heartbeats are compared with each other only, so that no clock matters.
+        # Its heartbeats are compared only with each other, so no clock matters.
         patience_s = _HEARTBEATS * (before.heartbeat_interval_seconds or 30)
-        self._tell(f"{holder} has served this site: looking for its heartbeats for up to {patience_s:g} s")
+        self._tell(f"{holder} has a claim on this site: waiting up to {patience_s:g} s for a heartbeat of it")
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             await anyio.sleep(_HEARTBEAT_POLL_S)
@@ -153,9 +150,7 @@ class SiteClaim:
 
 
 def variable_name(site: str) -> str:
-    """Name of the variable that holds the claim to a site. Variables have lowercase names,
-    without dots.
-    """
+    """Name of the variable that holds a site's claim: lowercase letters, and no dots."""
     slug = re.sub(r"[^a-z0-9_-]", "-", site.lower())
     return f"fedpool-site-{slug}" + ("" if slug == site else f"-{hashlib.sha256(site.encode()).hexdigest()[:8]}")
 
@@ -169,7 +164,7 @@ async def _record(client: PrefectClient, holder: Holder) -> Worker | None:
 
 
 def _holder(value: Any) -> Holder | None:
-    """Who a variable says holds a site; None when it does not say it in our way."""
+    """The holder named by a variable; None if its format is unknown."""
     try:
         return Holder(**value)
     except TypeError:
@@ -177,17 +172,18 @@ def _holder(value: Any) -> Holder | None:
 
 
 def _machine() -> str:
-    """What two processes that see each other have in common, and no others."""
+    """Identifies this machine among processes that can see each other."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def _born(pid: int) -> str | None:
-    """When a process began; None when it is not there. On Linux in ticks since the boot, which
-    no change of the clock moves.
+    """When a process began; None if it does not exist.
+
+    On Linux this is in ticks since the boot, which changes of the clock do not affect.
     """
     try:
         if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:

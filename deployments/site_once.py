@@ -1,13 +1,13 @@
-"""`fedpool site run`: one run of `site_round`, in a process or a container of its own.
+"""`fedpool site run`: one run of `site_round`, in its own process or container.
 
-It is the command of process, docker and kubernetes pools (see `templates`). Of the run it takes the
-parameters of `site_round`; entrypoint and pull steps of the run's deployment are never looked at,
-and the run of any other flow is refused. What must not come from outside, the site's name among it,
-comes from the site's settings.
+It is the command of process, docker and kubernetes pools (see `templates`). It takes only the
+parameters of `site_round` from the run. The entrypoint and pull steps of the run's deployment are
+ignored, and runs of other flows are refused. The site's settings supply everything that must not
+come from outside, such as the site's name.
 
-A refused run is marked as crashed before this process ends: the exit code alone would have
-Prefect's process worker load the flow that the deployment names, to look for hooks, and so run what
-was refused.
+A refused run is marked as crashed before this process ends. With only an exit code, Prefect's
+process worker would load the flow that the deployment names, to look for hooks, and so run what was
+refused.
 """
 
 import asyncio
@@ -36,32 +36,33 @@ def assigned_run(environment: Mapping[str, str] = os.environ) -> UUID:
     """The id of the run that this process was started for.
 
     Raises:
-        ConfigError: no worker has started it.
+        ConfigError: this process was not started by a worker.
     """
     text = environment.get(FLOW_RUN_VARIABLE, "")
     try:
         return UUID(text)
     except ValueError:
         raise ConfigError(
-            f"{FLOW_RUN_VARIABLE} is {text!r}, not the id of a flow run: `fedpool site run` is the command of a work pool, whose "
-            "worker sets it; `fedpool site start` is a site's own worker"
+            f"{FLOW_RUN_VARIABLE} is {text!r}, not the id of a flow run. `fedpool site run` is for work pools, whose worker "
+            "sets this variable: to start a site's own worker, use `fedpool site start`"
         ) from None
 
 
 def run_assigned(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
-    """Do the site's part of a round, and report it. SIGTERM, SIGINT and a cancelled run end the
-    script. Main thread only.
+    """Do the site's part of a round, and report it. Main thread only.
+
+    SIGTERM, SIGINT and a cancelled run end the script.
 
     Args:
         run_id: the run.
-        load: reads the site's settings. What is wrong with them is printed here; the server is told
-            only that something is.
+        load: reads the site's settings. Errors in them are printed here; the server is told only
+            that there are some.
 
-    Returns: whether the run was taken on; how it ended is for the server. False: it was refused, or
-    the settings do not fit.
+    Returns: whether the run was accepted; its outcome is reported to the server. False: it was
+    refused, or the settings are invalid.
 
     Raises:
-        SystemExit: the run is over already (0), or could not be reported (1).
+        SystemExit: the run is already over (0), or could not be reported (1).
     """
     with engine_signals(run_id):
         return asyncio.run(_run(run_id, load))
@@ -78,7 +79,7 @@ async def _run(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
         except (PermissionError, ConfigError) as error:
             sys.stderr.write(f"{error}\n")
             refused = isinstance(error, PermissionError)
-            message = str(error) if refused else "the site's settings are invalid: its output says why"
+            message = str(error) if refused else "the site's settings are invalid: see its output"
             await desk.report(piece, Report(Phase.CRASHED, message))
             return False
         with Resident(config) as resident:
@@ -87,7 +88,7 @@ async def _run(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
 
 
 async def _do(desk: Reports, piece: Piece, resident: Resident) -> None:
-    """Do a piece, unless it is cancelled, or this process is to end."""
+    """Do a piece, unless it is cancelled or this process is told to end."""
     signalled, stop = asyncio.Event(), threading.Event()
 
     async def watch() -> None:
@@ -95,7 +96,7 @@ async def _do(desk: Reports, piece: Piece, resident: Resident) -> None:
             try:
                 await asyncio.wait_for(signalled.wait(), _CANCEL_POLL_S)
             except TimeoutError:
-                with contextlib.suppress(ServerError):  # it does not answer: the next look may find it
+                with contextlib.suppress(ServerError):  # no answer: try again at the next look
                     if await desk.cancelled([piece.id]):
                         stop.set()
         await asyncio.to_thread(resident.close)

@@ -1,10 +1,10 @@
-"""The `fedpool-site` worker: what Prefect's command, and ours, start to serve a site inside their
-own process.
+"""The `fedpool-site` worker, which serves a site inside its own process.
 
-What it is handed comes from outside the site: of a run it takes the five parameters of
-`site_round`, and checks them. Entrypoint, pull steps, command, environment and job variables of the
-run's deployment are never looked at. A run of any other flow is refused. Of Prefect's worker it has
-the name and the settings: what it does is `SiteService`, at a `PrefectDesk`.
+Both Prefect's command and ours start it. Its input comes from outside the site: it takes the five
+parameters of `site_round` from a run, and checks them. The entrypoint, pull steps, command,
+environment and job variables of the run's deployment are ignored. Runs of other flows are refused.
+It has the name and the settings of a Prefect worker, but its work is done by `SiteService` at a
+`PrefectDesk`.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from fedpool.tasks.reach import SITE_POOL
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SILENT_LOOKS = 30
-"""After so many looks for work that did not come the worker is not well, as with Prefect's own."""
+"""The worker is unhealthy after this many missed looks for work, like Prefect's own."""
 
 
 class SiteWorkerResult(BaseWorkerResult):
-    """How a run ended, as Prefect's worker wants to know it."""
+    """The outcome of a run; required by Prefect's worker."""
 
 
 class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResult]):
@@ -41,25 +41,24 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
 
     Args:
         work_pool_name: the pool to poll; it belongs to one site.
-        work_queues: of the pool, those to look at; default: all.
-        name: of the worker; default: the site's. It must last over restarts.
-        create_pool_if_not_found: whether to make the pool.
-        limit: how many runs it has in hand at once.
-        heartbeat_interval_seconds: how often it gives a sign of life.
-        base_job_template: of the pool, where it is made.
-        config: of the site; default: from the environment, the pool's name for its name.
+        work_queues: queues of the pool to look at; default: all.
+        name: name of the worker, the same after a restart; default: the site's name.
+        create_pool_if_not_found: whether to create the pool.
+        limit: the most runs to have in hand at once.
+        heartbeat_interval_seconds: interval between heartbeats.
+        base_job_template: template for creating the pool.
+        config: the site's settings; default: from the environment, with the pool's name as the
+            site's name.
     """
 
     type = SITE_POOL
-    _description = "Runs the rounds of one federated learning site, and nothing else."
+    _description = "Runs only the rounds of one federated learning site."
     _logo_url = ""
     _documentation_url = ""
 
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]:
-        """The work pool's template: there is nothing to set, and nothing that the server has to
-        check with every run.
-        """
+        """The work pool's template: empty, so the server has nothing to check for a run."""
         return {}
 
     def __init__(
@@ -74,7 +73,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         config: SiteConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        bypass_proxies()  # before there is a client
+        bypass_proxies()  # before a client is created
         if config is None:
             file = os.environ.get(CONFIG_VARIABLE)
             given = {} if file or "FEDPOOL_SITE_NAME" in os.environ else {"name": work_pool_name}
@@ -96,12 +95,12 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
     async def start(
         self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
     ) -> None:
-        """Serve the site. SIGTERM and SIGINT end it in order; a second one ends it at once.
+        """Serve the site. SIGTERM and SIGINT end it in order; a second signal ends it at once.
 
         Args:
-            run_once: do what there is to do now, and end.
-            with_healthcheck: without effect; Prefect's command serves its own.
-            printer: told that the worker has started, and stopped.
+            run_once: do only the work that is there now.
+            with_healthcheck: ignored; Prefect's command serves its own healthcheck.
+            printer: called when the worker has started, and when it has stopped.
 
         Raises:
             ConfigError: another process serves the site.
@@ -128,20 +127,19 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
 
     async def run(self, flow_run: FlowRun, configuration: BaseJobConfiguration, task_status: Any = None) -> Any:
         """Never called: the service takes its work itself."""
-        raise NotImplementedError(f"a {self.type} worker runs nothing but what it takes itself")
+        raise NotImplementedError(f"a {self.type} worker runs only work that it takes itself")
 
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
-        """See `BaseWorker.is_worker_still_polling`: what Prefect's healthcheck asks."""
+        """See `BaseWorker.is_worker_still_polling`; Prefect's healthcheck calls it."""
         return self._service is None or self._service.silent_s <= _SILENT_LOOKS * query_interval_seconds
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[threading.Event]:
-    """Have signals cancel the current task, and set the event; only where signals come, in the main
-    thread.
+    """Have signals cancel the current task and set the event; in the main thread only.
 
-    Prefect makes them a KeyboardInterrupt wherever the main thread happens to be, and some of what
-    it calls there takes that for an error of its own and goes on.
+    Prefect turns signals into a KeyboardInterrupt wherever the main thread happens to be, and some
+    of the code it calls there treats that as its own error and goes on.
     """
     signalled = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -166,7 +164,7 @@ def _ended_by_signals() -> Iterator[threading.Event]:
 
 
 def _go_on() -> None:
-    """Take a cancellation as dealt with."""
+    """Mark the current task's cancellation as handled."""
     task = asyncio.current_task()
     assert task is not None
     task.uncancel()

@@ -1,4 +1,4 @@
-"""The jobs of a store, as the terminal shows them."""
+"""Summaries of the jobs in a store."""
 
 from dataclasses import dataclass, replace
 
@@ -15,19 +15,18 @@ from fedpool.tasks.retention import KeepUpdates, drop_updates, outdated
 
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """One job of a store.
+    """A job in a store.
 
     Attributes:
         job_id: its folder.
         recipe: class of its recipe.
-        status: as its result says; without one RUNNING, or FAILED when it was lost; None when
-            nobody can tell.
+        status: from its result; without one RUNNING, or FAILED if it was lost; None if unknown.
         ended: whether it has a result.
-        num_committed: rounds that are committed.
-        num_rounds: training rounds that the recipe asks for.
-        sites: names.
-        metrics: of the newest global model that was scored.
-        unreadable: why it cannot be read, if it cannot: it is damaged, or of another version.
+        num_committed: number of committed rounds.
+        num_rounds: number of training rounds in the recipe.
+        sites: names of its sites.
+        metrics: metrics of the newest global model that was scored.
+        unreadable: why it cannot be read, because it is damaged or of another version; else None.
     """
 
     job_id: str
@@ -42,10 +41,10 @@ class JobSummary:
 
 
 def list_jobs(store: Store, server: Server | None = None) -> list[JobSummary]:
-    """The jobs of a store, newest first; what was staged as a template of a deployment is not one.
+    """The jobs in a store, newest first, without the templates of deployments.
 
     Args:
-        server: the Prefect server to ask for jobs that left no result, if any.
+        server: the Prefect server to ask about jobs without a result, if any.
     """
     found: list[JobSummary] = []
     simulated: dict[str, bool] = {}
@@ -56,19 +55,19 @@ def list_jobs(store: Store, server: Server | None = None) -> list[JobSummary]:
                 if not job.template:
                     simulated[name] = job.simulated
                     found.append(_summary(store, name, job))
-            except IntegrityError as error:  # one of many: the others are to be seen all the same
+            except IntegrityError as error:  # one bad job must not hide the others
                 found.append(JobSummary(name, "?", None, 0, 0, [], {}, unreadable=str(error)))
     lost = fates(store, [(job.job_id, simulated[job.job_id]) for job in found if not job.ended], server)
     found = [job if job.ended else replace(job, status=lost.get(job.job_id)) for job in found]
-    # The time is in the id, after the recipe's name.
+    # The id has the time after the recipe's name.
     return sorted(found, key=lambda job: job.job_id.rsplit("-", 3)[1:], reverse=True)
 
 
 def check_is_there(store: Store, job_id: str) -> None:
-    """Check that there is such a job.
+    """Check that a job exists.
 
     Raises:
-        ConfigError: there is none; says which there are.
+        ConfigError: there is no such job; the message lists the newest ones.
     """
     if not store.exists(JobPaths(job_id).job):
         raise _unknown(store, job_id)
@@ -124,7 +123,7 @@ def _result(store: Store, paths: JobPaths) -> JobResult | None:
 
 
 def prune(store: Store, job_id: str, keep: KeepUpdates) -> int:
-    """Remove the accepted updates of a job that has ended; returns how many bytes that freed.
+    """Remove the accepted updates of an ended job; returns the number of bytes freed.
 
     Raises:
         ConfigError: there is no such job, or it has not ended.
@@ -133,6 +132,6 @@ def prune(store: Store, job_id: str, keep: KeepUpdates) -> int:
     if result is None:
         raise ConfigError(f"job {job_id!r} has not ended: its updates may still be needed")
     paths = JobPaths(job_id)
-    if not store.exists(paths.pruned):  # first: whoever looks meanwhile knows why updates are missing
+    if not store.exists(paths.pruned):  # first, so that readers know why updates are missing
         store.write_json(paths.pruned, {"job_id": job_id})
     return sum(drop_updates(store, job_id, record) for record in outdated(records, keep))

@@ -1,6 +1,4 @@
-"""What a template of a work pool is asked for, and whether it fits together; see
-`fedpool.deployments.templates`.
-"""
+"""The options of a work pool's template, and their checks; see `fedpool.deployments.templates`."""
 
 import re
 import shlex
@@ -31,7 +29,7 @@ _ONLY_IN = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SitePool:
-    """What a template is asked for; `templates.base_job_template` says what each is."""
+    """The options of a template, as described in `templates.base_job_template`."""
 
     kind: Kind
     name: str
@@ -48,7 +46,7 @@ class SitePool:
 
 
 def check_pool(pool: SitePool) -> None:
-    """Raise `ConfigError` when a value does not fit, or this type of pool has no such thing."""
+    """Raise `ConfigError` if a value is invalid, or this type of pool lacks the option."""
     _check_kind(pool.kind, {option: getattr(pool, option) for option in _ONLY_IN})
     _check_env(pool.env)
     _check_texts({option: getattr(pool, option) for option in ("image", "data", "keep", "config", "program")})
@@ -59,7 +57,7 @@ def check_pool(pool: SitePool) -> None:
     if pool.memory is not None:
         _check_memory(pool.kind, pool.memory)
     if pool.cpus is not None and not 0 < pool.cpus < 10_000:
-        raise ConfigError(f"cpus is {pool.cpus!r}: give a number of processors such as 2 or 0.5")
+        raise ConfigError(f"cpus is {pool.cpus!r}: give a number of processors, such as 2 or 0.5")
     words(pool.program)
     if pool.kind == "kubernetes":
         for option in ("data", "keep", "config", "env_secret", "namespace"):
@@ -74,9 +72,11 @@ def _check_kind(kind: str, given: Mapping[str, object]) -> None:
         raise ConfigError(f"there is no template of type {kind!r}: give process, docker or kubernetes")
     for option, value in given.items():
         if value is not None and kind not in _ONLY_IN[option]:
-            raise ConfigError(f"a {kind} pool has no {option} (it was {value!r}): leave it out")
+            raise ConfigError(f"a {kind} pool has no option {option} (it is {value!r}): leave it out")
     if kind in _ONLY_IN["image"] and not given["image"]:
-        raise ConfigError(f"a {kind} pool needs an image: one with fedpool and what scripts import")
+        raise ConfigError(
+            f"a {kind} pool needs an image: one that contains fedpool and the packages that scripts import"
+        )
 
 
 def _check_texts(given: Mapping[str, str | None]) -> None:
@@ -84,25 +84,25 @@ def _check_texts(given: Mapping[str, str | None]) -> None:
         if value is not None:
             _check_no_placeholder(option, value)
             if not value or value != value.strip():
-                raise ConfigError(f"{option} is {value!r}: it must not be empty, nor begin or end with a space")
+                raise ConfigError(f"{option} is {value!r}: it must not be empty, or begin or end with a space")
 
 
 def _check_env(variables: Mapping[str, str]) -> None:
     for name, value in variables.items():
         if not _VARIABLE_NAME.fullmatch(name):
-            raise ConfigError(f"env {name!r} is not the name of a variable")
+            raise ConfigError(f"env {name!r} is not a valid variable name")
         _check_no_placeholder(f"env {name}", value)
 
 
 def _check_no_placeholder(option: str, value: str) -> None:
     if "{{" in value:
-        raise ConfigError(f"{option} is {value!r}: '{{{{' would be a placeholder, which deployments fill in")
+        raise ConfigError(f"{option} is {value!r}: '{{{{' would begin a placeholder, which deployments could fill in")
 
 
 def _check_memory(kind: str, memory: str) -> None:
     pattern, examples = _MEMORY[kind]
     if not pattern.fullmatch(memory):
-        raise ConfigError(f"memory {memory!r} is not a limit that {kind} understands: write, for example, {examples}")
+        raise ConfigError(f"memory {memory!r} is not a valid limit for {kind}: write, for example, {examples}")
 
 
 def _check_path(kind: str, option: str, path: str | None) -> None:
@@ -117,16 +117,16 @@ def _check_kubernetes_name(option: str, name: str | None) -> None:
             "keep": "a persistent volume claim",
             "namespace": "a namespace",
         }.get(option, "a secret")
-        raise ConfigError(f"{option} {name!r} cannot be the name of {what} of kubernetes")
+        raise ConfigError(f"{option} {name!r} is not a valid name for {what} in Kubernetes")
 
 
 def words(program: str) -> list[str]:
-    """A command line as a list.
+    """Split a command line into words.
 
     Raises:
         ConfigError: its quotes do not balance.
     """
     try:
         return shlex.split(program)
-    except ValueError as error:  # what shlex raises
+    except ValueError as error:  # raised by shlex
         raise ConfigError(f"program {program!r} cannot be split into words ({error}): balance its quotes") from None

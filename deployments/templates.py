@@ -1,16 +1,15 @@
-"""Base job templates of the work pools that run a site's rounds cold: process, docker and
-kubernetes.
+"""Base job templates for process, docker and kubernetes pools, which run a site's rounds cold.
 
-Whoever can create runs must not get code or mounts into the site's process or container. So the
+People who can create runs must not get code or mounts into the site's process or container. So the
 command is `fedpool site run` with the site's settings as its options, and no variable is left for a
 deployment or a run to fill in: the server refuses job variables, and the worker has no place for
-them. `env` is missing on purpose: where a template has one, Prefect merges the deployment's `env`
-into it without being asked to. Our variables stand in the command, for kubernetes in the manifest.
+them. `env` is missing on purpose: if a template has it, Prefect merges the deployment's `env` into
+it. Our variables are in the command, and for kubernetes in the manifest.
 
-What a template cannot do: keep out someone who may change the work pool itself; and, in a process
-pool, keep Prefect's worker from loading the deployment's flow, pull steps and all, for its hooks
-when a run is cancelled or killed (so Prefect 3.8.8). Use a process pool only where whoever can
-create deployments may run code at the site; the `fedpool-site` worker never loads any.
+A template cannot keep out someone who may change the work pool itself. In a process pool it also
+cannot keep Prefect's worker from loading the deployment's flow, with its pull steps, for its hooks
+when a run is cancelled or killed (Prefect 3.8.8). So use a process pool only if everyone who can
+create deployments may run code at the site. The `fedpool-site` worker never loads any.
 """
 
 import shlex
@@ -43,32 +42,31 @@ def base_job_template(
     namespace: str | None = None,
     program: str = "fedpool",
 ) -> dict[str, Any]:
-    """The template of a site's work pool, for `prefect work-pool create --type KIND
-    --base-job-template FILE POOL`.
+    """A template for `prefect work-pool create --type KIND --base-job-template FILE POOL`.
 
     Args:
         kind: type of the work pool.
-        name: of the site; a run for another one is refused.
-        image: with fedpool and what scripts import; one whose entrypoint, if any, runs its
-            arguments.
-        data: the site's data: an absolute path, for kubernetes the name of a claim. Mounted
-            read-only at `/data`.
-        keep: where what scripts keep stays from round to round: an absolute path, for kubernetes
-            the name of a claim.
-        config: the site's TOML file, an absolute path; for kubernetes the name of a secret that has
-            the key `site.toml`.
-        env: variables of the command. They can be read on the server: secrets belong into `config`
-            or `env_secret`.
+        name: the site's name; a run for another site is refused.
+        image: image with fedpool and the packages that scripts import. If it has an entrypoint,
+            that must run its arguments.
+        data: the site's data: an absolute path; for kubernetes the name of a volume claim. It is
+            mounted read-only at `/data`.
+        keep: folder for tensors that scripts keep between rounds: an absolute path; for kubernetes
+            the name of a volume claim.
+        config: the site's TOML file: an absolute path; for kubernetes the name of a secret with the
+            key `site.toml`.
+        env: variables of the command. They are visible on the server: put secrets in `config` or
+            `env_secret`.
         env_secret: name of a kubernetes secret whose keys are variables, e.g. the store's
             credentials.
         memory: limit; docker: bytes with the unit b, k, m or g; kubernetes: a quantity such as 4Gi.
         cpus: limit, in processors.
-        namespace: of kubernetes; default: `default`.
-        program: what runs fedpool where the round runs; for a process pool e.g. the path of the
+        namespace: kubernetes namespace; default: `default`.
+        program: command that runs fedpool at the site, e.g. for a process pool the path of the
             environment's `bin/fedpool`.
 
     Raises:
-        ConfigError: a value does not fit, or this type of pool has no such thing.
+        ConfigError: a value is invalid, or this type of pool lacks the option.
     """
     pool = SitePool(
         kind=kind,
@@ -92,10 +90,10 @@ def base_job_template(
 
 
 def parse_env(entries: Iterable[str]) -> dict[str, str]:
-    """The variables of some `NAME=VALUE`.
+    """Parse entries of the form `NAME=VALUE` into variables.
 
     Raises:
-        ConfigError: one has no "=".
+        ConfigError: an entry has no "=".
     """
     found = {}
     for entry in entries:
@@ -122,10 +120,8 @@ def _process(pool: SitePool) -> dict[str, Any]:
 
 
 def _docker(pool: SitePool) -> dict[str, Any]:
-    """The job configuration of a docker pool; an engine that lacks the image gets it from its
-    registry.
-    """
-    # init ends what a script leaves behind, and hands SIGTERM on.
+    """The job configuration of a docker pool. A missing image is pulled from its registry."""
+    # init ends processes that a script leaves behind, and forwards SIGTERM.
     container: dict[str, Any] = {"init": True, "security_opt": ["no-new-privileges"]}
     if pool.cpus is not None:
         container["nano_cpus"] = round(pool.cpus * 1e9)
@@ -148,8 +144,9 @@ def _docker(pool: SitePool) -> dict[str, Any]:
 
 
 def _kubernetes(pool: SitePool) -> dict[str, Any]:
-    """The job configuration of a kubernetes pool. A pod that is evicted is not replaced: the
-    round goes on without the site.
+    """The job configuration of a kubernetes pool. An evicted pod is not replaced.
+
+    The round then goes on without the site.
     """
     mounts, volumes = _volumes(pool)
     resources = {} if pool.memory is None else {"memory": pool.memory}
@@ -167,7 +164,7 @@ def _kubernetes(pool: SitePool) -> dict[str, Any]:
     if pool.env_secret is not None:
         container["envFrom"] = [{"secretRef": {"name": pool.env_secret}}]
     pod = {
-        "parallelism": 1,  # Prefect wants these two here too
+        "parallelism": 1,  # Prefect requires these two here as well
         "completions": 1,
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -189,9 +186,7 @@ def _kubernetes(pool: SitePool) -> dict[str, Any]:
 
 
 def _volumes(pool: SitePool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What a container mounts, and what of: the site's data, what its scripts keep, its
-    settings.
-    """
+    """A container's mounts and their volumes: the site's data, kept tensors and settings."""
     mounts: list[dict[str, Any]] = []
     volumes: list[dict[str, Any]] = []
     if pool.data is not None:

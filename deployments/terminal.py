@@ -1,11 +1,9 @@
-"""What commands and environments print to: as wide as the terminal is; where there is none,
-nothing is cut.
-"""
+"""The console of commands and environments: as wide as the terminal, or without a limit."""
 
 from rich.console import Console
 
 _WIDE = 10_000
-"""Columns of a file or a pipe: rich takes 80, and cuts what is longer."""
+"""Columns for a file or a pipe: rich assumes 80, and cuts longer lines."""
 
 
 def open_console(*, quiet: bool = False) -> Console:

@@ -1,4 +1,4 @@
-"""`track`: which trackers of experiments an environment gives its jobs."""
+"""`track`: the experiment trackers that an environment gives to its jobs."""
 
 from typing import ClassVar
 
@@ -13,11 +13,11 @@ class Tracked(Checked):
     """The field `track`, checked when the environment is built."""
 
     coordinator_here: ClassVar[bool] = True
-    """Whether this machine is the coordinator's too, and so needs the trackers' libraries."""
+    """Whether this machine is also the coordinator, so that it needs the trackers' libraries."""
 
     track: tuple[str, ...] = Field(
         default=(),
-        description='trackers that get all scalars: "tensorboard", "tensorboard:FOLDER", "mlflow:URI"; see docs/tracking.md',
+        description='trackers that receive all scalars: "tensorboard", "tensorboard:FOLDER", "mlflow:URI"; see docs/tracking.md',
     )
 
     @field_validator("track", mode="before")
@@ -30,12 +30,12 @@ class Tracked(Checked):
     def _trackers_are_there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         trackers = [parse_tracker(text, here=cls.coordinator_here) for text in value]
         if len(set(trackers)) < len(trackers):
-            raise RecipeError(f"track={list(value)} names one twice")
+            raise RecipeError(f"track={list(value)} has the same tracker twice")
         if cls.coordinator_here:
             for tracker in trackers:
                 tracker.check_installed()
         return tuple(str(tracker) for tracker in trackers)
 
     def tracking(self) -> dict[str, list[str]]:
-        """As settings that `job.json` has of an environment: nothing where nobody tracks."""
+        """The setting in an environment's record in `job.json`; empty if there are no trackers."""
         return {"track": list(self.track)} if self.track else {}

@@ -1,6 +1,4 @@
-"""The part of a simulation's settings that is about virtual time; see
-`fedpool.tasks.virtual_time`.
-"""
+"""A simulation's settings for virtual time; see `fedpool.tasks.virtual_time`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +18,8 @@ class VirtualTime(NamedClients):
 
     speeds: Speeds = Field(
         default=None,
-        description="units of virtual time that each site needs for an assignment, in the order of the sites or by name: who is "
-        "late follows from them and not from this machine; default: time is the machine's",
+        description="units of virtual time that each site needs for an assignment, in the order of the sites or by name; they, "
+        "not this machine, determine which sites are late; default: real time",
     )
 
     @field_validator("speeds")
@@ -33,18 +31,16 @@ class VirtualTime(NamedClients):
         return value
 
     def virtual(self, recipe: Recipe, names: Sequence[str]) -> dict[str, Any]:
-        """What `job.json` says of the sites' speeds, as part of the settings; nothing where time is
-        the machine's.
+        """The sites' speeds for the settings in `job.json`; empty in real time.
 
         Raises:
-            RecipeError: `speeds` are not those of the sites, or the recipe goes by the machine's
-                time.
+            RecipeError: `speeds` does not match the sites, or the recipe depends on real time.
         """
         if self.speeds is None:
             return {}
         if recipe.round_timeout is not None:
             raise RecipeError(
-                f"round_timeout={recipe.round_timeout:g} counts seconds of this machine, speeds units of virtual time: leave "
-                "one of them out"
+                f"round_timeout={recipe.round_timeout:g} is in seconds of real time, speeds in units of virtual time: leave out "
+                "one of them"
             )
         return {SPEEDS: speeds_by_site(self.speeds, names)}
