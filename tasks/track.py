@@ -7,18 +7,19 @@ Runs before anything starts. Doesn't load the trackers' libraries: a separate pr
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from fedpool.errors import RecipeError
 from fedpool.fields import nearest
 from fedpool.paths import check_folder
 
-Kind = Literal["tensorboard", "mlflow"]
+GROUP = "fedpool.trackers"
+"""Entry points of installed packages: a kind, and the module that writes it."""
 
-_LIBRARIES: dict[Kind, str] = {"tensorboard": "tensorboardX", "mlflow": "mlflow"}
+_LIBRARIES = {"tensorboard": "tensorboardX", "mlflow": "mlflow"}
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 _MLFLOW_SCHEMES = frozenset({"sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks"})
 _SQLITE = "sqlite:///"
@@ -29,15 +30,21 @@ class Tracker:
     """An experiment tracker.
 
     Attributes:
+        kind: "tensorboard", "mlflow", or one that an installed package registers.
         target: for TensorBoard, the folder to write below; empty: the job's own. For MLflow, the
             URI of its store or server.
     """
 
-    kind: Kind
+    kind: str
     target: str = ""
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.target}" if self.target else self.kind
+
+    @property
+    def module(self) -> str:
+        """The module whose `make_writer` gives its `Writer` (`fedpool.tasks.tracker_process`)."""
+        return _registered().get(self.kind, f"fedpool.tasks.{self.kind}_writer")
 
     def check_installed(self) -> None:
         """Refuse a tracker whose library is not installed on this machine.
@@ -50,7 +57,9 @@ class Tracker:
 
     def missing(self) -> str | None:
         """The missing library, with the remedy; None if it is installed."""
-        library = _LIBRARIES[self.kind]
+        library = _LIBRARIES.get(self.kind)
+        if library is None:
+            return None if self.kind in _registered() else f"no installed package registers a tracker {self.kind!r}"
         if find_spec(library) is None:
             return f'{library} is not installed: pip install "fedpool[{self.kind}]"'
         return None
@@ -73,10 +82,20 @@ def parse_tracker(text: str, *, here: bool) -> Tracker:
         return Tracker("tensorboard", _folder(text, target, here=here) if target else "")
     if kind == "mlflow":
         return Tracker("mlflow", _mlflow_uri(text, target or os.environ.get(_MLFLOW_VARIABLE, ""), here=here))
-    known = get_args(Kind)
+    known = (*_LIBRARIES, *_registered())
     meant = nearest(kind, known)
+    if kind in known or (not here and meant is None and kind.isidentifier()):  # the coordinator may have it
+        return Tracker(kind, target)
     hint = f"did you mean {meant!r}? " if meant else ""
-    raise RecipeError(f"track={[text]!r}: {hint}The tracker is unknown: give {' or '.join(map(repr, known))}")
+    raise RecipeError(
+        f"track={[text]!r}: {hint}The tracker is unknown: give {' or '.join(map(repr, known))}, or install the package "
+        f"that registers it as an entry point of {GROUP}"
+    )
+
+
+def _registered() -> dict[str, str]:
+    """Kind -> module, of the trackers that installed packages register."""
+    return {entry.name: entry.value for entry in entry_points(group=GROUP)}
 
 
 def check_places(trackers: Sequence[str], *, is_local: bool) -> None:

@@ -132,16 +132,16 @@ def _brief(error: Exception) -> str:
 
 
 def main() -> int:
-    """Serve the tracker that the command line names."""
+    """Serve the tracker whose module is named on the command line."""
     os.nice(10)
     inbox = Inbox(sys.stdin.buffer)
     # A tracker's library would import torch, which takes seconds and much memory, and it never gets
     # tensors.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
-        writer: Writer = importlib.import_module(f"fedpool.tasks.{sys.argv[1]}_writer").make_writer()
-    except ImportError as error:
-        _warn(f"its library cannot be imported: {error}")
+        writer: Writer = importlib.import_module(sys.argv[1]).make_writer()
+    except (ImportError, AttributeError) as error:
+        _warn(f"{sys.argv[1]} cannot be used: {error}")
         return GAVE_UP
     return serve(writer, inbox)
 

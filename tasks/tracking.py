@@ -116,7 +116,7 @@ class Tracking(Observer):
         try:
             self._process = process = subprocess.Popen(
                 # -P: files in the current folder must not shadow a library.
-                [sys.executable, "-P", "-m", _MODULE, self._tracker.kind],
+                [sys.executable, "-P", "-m", _MODULE, self._tracker.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -21,7 +21,7 @@ class Tracker:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fedpool.tasks.tracker_process", "tensorboard"],
+            [sys.executable, "-P", "-m", "fedpool.tasks.tracker_process", "fedpool.tasks.tensorboard_writer"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
