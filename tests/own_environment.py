@@ -103,11 +103,12 @@ class SessionEnv(Environment[Run]):
         recipe.check_sites(tuple(self.sessions))
         sites = SessionSites(self.sessions, self.workspace / ".sites" / start.job_id)
 
+        async def run_job() -> None:
+            await federated_job(start.recipe, start.job_id, store.url, sites, start.resumes, return_state=True)
+
         def work() -> None:
             try:
-                asyncio.run(
-                    federated_job(start.recipe, start.job_id, store.url, sites, start.resumes, return_state=True)
-                )
+                asyncio.run(run_job())
             finally:
                 drain(10.0)  # what Prefect's log has still to send
 
