@@ -103,7 +103,7 @@ def summarize(run: Run, recipe: Recipe, console: Console) -> None:
     result = run.get_result(0)
     header, rows = report_rows(result.records)
     table = Table(
-        title=f"{recipe.name}: the metrics of a round score the model that it started from", title_justify="left"
+        title=f"{recipe.name}: a round's metrics are the score of the model that it started from", title_justify="left"
     )
     for name in header:
         table.add_column(name, justify="right", no_wrap=True)

@@ -108,7 +108,7 @@ class SimEnv(Tracked, VirtualTime):
         """
         commands = dict.fromkeys(names, self.command) if isinstance(self.command, str) else self.command
         if unknown := sorted(set(commands) - set(names)):
-            raise RecipeError(f"command has the unknown sites {', '.join(unknown)}; the sites are {', '.join(names)}")
+            raise RecipeError(f"command names {', '.join(unknown)}, but the sites are {', '.join(names)}")
         return {site: command for site, command in commands.items() if command != "python"}
 
     def recorded(self, virtual: Mapping[str, Any] | None = None) -> EnvironmentRecord:

@@ -44,7 +44,7 @@ def test_a_simulation_says_so_and_leaves_nothing_behind(dead: str, recipe: FedAv
     assert time.monotonic() - began < 30  # Prefect itself takes longer on an idle machine than this on a busy one
     message = str(caught.value)
     assert message.startswith(f"the Prefect server at {dead} does not answer (") and "\n" not in message
-    assert message.endswith("start it, or unset PREFECT_API_URL to have a private server")
+    assert message.endswith("start it, or unset PREFECT_API_URL to use a private server")
     assert "direct cause" not in "".join(
         traceback.format_exception(caught.value)
     )  # a user would read pages of httpx first

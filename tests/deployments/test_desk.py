@@ -356,7 +356,7 @@ def test_on_a_prefect_server_what_a_worker_of_an_earlier_version_left_behind_is_
 
 def test_a_prefect_server_that_refuses_is_no_server_to_wait_for(prefect_api: str, site: str) -> None:
     async def work(desk: Desk, coordinator: Coordinator) -> None:
-        with pytest.raises(ServerError, match="refused: Client error '404") as refused:
+        with pytest.raises(ServerError, match="refused the request: Client error '404") as refused:
             await desk.attend()
         assert not isinstance(refused.value, Unreachable)
 

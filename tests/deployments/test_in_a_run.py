@@ -104,4 +104,4 @@ def test_a_job_joins_the_run_around_it(server: str, which: str, prefect_api: str
     )
     assert done.returncode == 0, done.stdout
     assert f"joined: {ALL if which == 'all' else FEW}\n" in done.stdout
-    assert "Prefect UI while this runs" not in done.stdout
+    assert "Prefect UI during the run" not in done.stdout

@@ -80,7 +80,7 @@ def test_nothing_is_printed_after_our_last_line(
     lines, lived_s = run(tmp_path, *command, argument=argument, imports=imports)
     assert lines[-1] == "the last line"
     if argument:
-        error = [line for line in lines if not line.startswith("what scripts printed: ")][-2]
+        error = [line for line in lines if not line.startswith("output of the scripts: ")][-2]
         assert error.endswith("ValueError: my own error")
     text = "\n".join(lines)
     for words in (

@@ -53,7 +53,7 @@ def test_the_terminal_shows_what_scripts_print_when_it_is_asked_to(
         "site-2 | ready [bold]",
         *["site-2 | training at site-2"] * 2,
     ]
-    assert (f"what scripts printed: {run.path}/logs" in shown) is progress
+    assert (f"output of the scripts: {run.path}/logs" in shown) is progress
 
 
 def test_the_log_file_has_the_traceback_and_why_the_round_failed(run_job: Callable[..., Run]) -> None:

@@ -102,7 +102,7 @@ def test_a_job_brings_its_own_server_names_its_address_and_takes_it_down(tmp_pat
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert "status COMPLETED" in output
-    address = output.split("Prefect UI while this runs: ")[1].split()[0]
+    address = output.split("Prefect UI during the run: ")[1].split()[0]
     with pytest.raises(httpx.ConnectError):
         httpx.get(address, trust_env=False)
     result = json.loads(next(tmp_path.glob("fedpool-runs/*/result.json")).read_text())

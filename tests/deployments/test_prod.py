@@ -189,7 +189,7 @@ def test_a_wrong_password_is_refused_and_not_repeated(env: Callable[..., ProdEnv
     ("fields", "message"),
     [
         ({"sites": ()}, "at least 1 item"),
-        ({"sites": ("a", "a")}, "names one twice"),
+        ({"sites": ("a", "a")}, "has the same name twice"),
         ({"sites": ("a/b",)}, "cannot be part of a path"),
         ({"sites": ("a", "A")}, "differ only in case"),
         ({"sites": ("con.x",)}, "is the name of a device"),

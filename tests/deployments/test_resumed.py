@@ -108,9 +108,7 @@ def test_no_secret_is_recorded(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_fit_this_machine_are_named_with_the_way_out(tmp_path: Path) -> None:
     environment = {"type": "SimEnv", "settings": {"command": "no-such-program --x"}}
-    with pytest.raises(
-        RecipeError, match=r"(?s)was begun with settings .* no program 'no-such-program'.*resume='job-1'"
-    ):
+    with pytest.raises(RecipeError, match=r"(?s)began with settings .* no program 'no-such-program'.*resume='job-1'"):
         environment_of(job_of({"environment": environment}), Store(tmp_path), tmp_path)
 
 

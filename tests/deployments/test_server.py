@@ -58,5 +58,5 @@ def test_a_server_that_cannot_start_says_why() -> None:
 
 def test_a_server_that_does_not_answer_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "STARTUP_TIMEOUT_S", 0.0)
-    with private_server() as server, pytest.raises(ServerError, match="did not answer in 0 s"):
+    with private_server() as server, pytest.raises(ServerError, match="did not answer within 0 s"):
         server.wait()

@@ -91,7 +91,7 @@ def test_a_second_worker_of_a_site_is_refused_and_the_first_goes_on(start: Calla
     second = start("taken")
     assert second.process.wait(300) == 1
     assert f"site 'taken' {SERVED} process {first.process.pid} on {socket.gethostname()}" in second.log
-    assert "stop that one first" in second.log and "Traceback" not in second.log
+    assert "stop that process first" in second.log and "Traceback" not in second.log
     assert not list(second.folder.glob(".fedpool-*"))
     assert first.process.poll() is None and len(workers_of("taken")) == 1
     assert claim_to("taken") is not None
@@ -121,7 +121,7 @@ def test_on_another_machine_a_worker_lives_by_its_heartbeats(start: Callable[...
     seem_elsewhere("moved")
     second = start("moved")
     assert second.process.wait(300) == 1
-    assert f"process {first.process.pid} on another has served this site: looking for its heartbeats" in second.log
+    assert f"process {first.process.pid} on another has a claim on this site: waiting up to" in second.log
     assert f"{SERVED} process {first.process.pid} on another" in second.log
     first.process.send_signal(signal.SIGSTOP)
     try:

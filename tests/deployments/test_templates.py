@@ -200,23 +200,23 @@ def test_what_scripts_keep_has_a_place_that_outlives_the_container() -> None:
     [
         ("podman", {}, "give process, docker or kubernetes"),
         ("docker", {"image": None}, "needs an image"),
-        ("process", {"image": "an-image"}, "a process pool has no image"),
-        ("docker", {"namespace": "here"}, "a docker pool has no namespace"),
+        ("process", {"image": "an-image"}, "a process pool has no option image"),
+        ("docker", {"namespace": "here"}, "a docker pool has no option namespace"),
         ("docker", {"name": "../site"}, "site"),
         ("docker", {"data": "data"}, "not an absolute path"),
         ("docker", {"keep": "kept"}, "not an absolute path"),
-        ("process", {"keep": "/srv/kept"}, "a process pool has no keep"),
-        ("kubernetes", {"keep": "/srv/kept"}, "cannot be the name of a persistent volume claim"),
+        ("process", {"keep": "/srv/kept"}, "a process pool has no option keep"),
+        ("kubernetes", {"keep": "/srv/kept"}, "is not a valid name for a persistent volume claim"),
         ("docker", {"data": "/a:/b"}, "without a colon"),
         ("process", {"config": "site.toml"}, "not an absolute path"),
-        ("kubernetes", {"data": "/srv/data"}, "cannot be the name of a persistent volume claim"),
-        ("kubernetes", {"config": "Site_1"}, "cannot be the name of a secret"),
+        ("kubernetes", {"data": "/srv/data"}, "is not a valid name for a persistent volume claim"),
+        ("kubernetes", {"config": "Site_1"}, "is not a valid name for a secret"),
         ("docker", {"memory": "4Gi"}, "write, for example, 512m, 4g"),
         ("kubernetes", {"memory": "4g"}, "write, for example, 512Mi, 4Gi"),
         ("docker", {"cpus": 0}, "give a number of processors"),
-        ("docker", {"image": "{{ image }}"}, "would be a placeholder"),
-        ("docker", {"env": {"A": "{{ env }}"}}, "would be a placeholder"),
-        ("docker", {"env": {"A-B": "1"}}, "not the name of a variable"),
+        ("docker", {"image": "{{ image }}"}, "would begin a placeholder"),
+        ("docker", {"env": {"A": "{{ env }}"}}, "would begin a placeholder"),
+        ("docker", {"env": {"A-B": "1"}}, "not a valid variable name"),
         ("docker", {"program": ""}, "must not be empty"),
         ("docker", {"program": "sh -c '"}, "cannot be split into words .No closing quotation.: balance its quotes"),
     ],
@@ -500,11 +500,11 @@ def test_of_settings_that_do_not_fit_the_server_learns_no_value(start: Start, tm
     assert process.returncode == 1
     assert "idle_timeout_s" in output and "secret" in output
     state = asyncio.run(ended(run_id))
-    assert (state.name, state.message) == ("Crashed", "the site's settings are invalid: its output says why")
+    assert (state.name, state.message) == ("Crashed", "the site's settings are invalid: see its output")
 
 
 def test_without_a_worker_there_is_nothing_to_run(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     ran = subprocess.run([FEDPOOL, "site", "run"], env=environment, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 1
-    assert "`fedpool site start` is a site's own worker" in ran.stderr
+    assert "to start a site's own worker, use `fedpool site start`" in ran.stderr

@@ -34,7 +34,7 @@ def test_a_tracker_has_a_kind_and_where_it_writes(tmp_path: Path, monkeypatch: p
         ("mlflow:https://me:secret@host", "contains a password"),
         ("tensorboard:s3://bucket/logs", "give a folder on the coordinator's machine, not a URL"),
         (f"tensorboard:{__file__}", "is a file"),
-        (["tensorboard", "tensorboard"], "names one twice"),
+        (["tensorboard", "tensorboard"], "has the same tracker twice"),
     ],
 )
 def test_what_is_not_one_is_refused_when_the_environment_is_built(
