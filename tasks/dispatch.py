@@ -1,8 +1,8 @@
-"""Sites behind work pools: how a coordinator reaches sites that are elsewhere.
+"""Sites behind work pools: how a coordinator reaches remote sites.
 
 A round is announced to a site as a run of its deployment `site-round/SITE`, ahead of the round's
-turn, because a worker that polls takes seconds to pick it up. The run waits at the site until its
-assignment lies in the store. A site has answered when the manifest of its update lies there too.
+turn, because a polling worker takes seconds to pick it up. The run waits at the site until its
+assignment is in the store. A site has answered once the manifest of its update is there too.
 """
 
 import asyncio
@@ -105,10 +105,10 @@ class PoolSites:
                 raise
 
     async def end(self) -> None:
-        """See `Sites.end`: runs without an answer are cancelled; the store tells sites the rest."""
+        """See `Sites.end`: cancels runs without an answer; sites learn the rest from the store."""
         if not self._runs.connected:
             return
-        with contextlib.suppress(httpx.HTTPError, PrefectException):  # without the server there is nothing to cancel
+        with contextlib.suppress(httpx.HTTPError, PrefectException):  # without the server, nothing can be cancelled
             await self._runs.cancel_all_but(self._answered)
         if self._watch is not None:
             self._watch.end()
@@ -116,17 +116,17 @@ class PoolSites:
 
     @property
     def endings(self) -> Mapping[str, str]:
-        """See `Sites.endings`: none is known yet; sites learn of the end from the result."""
+        """See `Sites.endings`: none is known, because sites learn of the end from the result."""
         return {}
 
     def cancel(self) -> None:
-        """Give up what is under way: whoever waits for a site gets a `SiteError`."""
+        """Give up the current work: everyone who waits for a site gets a `SiteError`."""
         self._cancelled = True
         if self._watch is not None:
             self._watch.resolve_all("the job was cancelled")
 
 
 def _cause(state: State[Any], site: str, round: int) -> str:
-    """What a failed run says of itself, without what the coordinator's own message says already."""
+    """The message of a failed run, without the part that the coordinator's own message repeats."""
     message = state.message or "no reason was given"
     return message.partition(f"{site}, round {round}: ")[2] or message

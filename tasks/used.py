@@ -1,6 +1,4 @@
-"""Which updates count, and what has counted of a site's so far: pure functions of the rounds'
-records.
-"""
+"""Decides which updates count, and tracks those that did: functions of the rounds' records."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -12,12 +10,11 @@ NONE_USED = Used(round=-1)
 
 
 def counting(weights: Mapping[str, float], factors: Mapping[str, float]) -> dict[str, float]:
-    """site -> weight with which its update counts in a round, relative to the heaviest; 0 where it
-    does not count.
+    """site -> weight of its update in a round, relative to the heaviest; 0 if it doesn't count.
 
     Args:
         weights: of the accepted updates.
-        factors: site -> factor on its weight; 1 for a site that is not named.
+        factors: site -> factor on its weight; 1 for a site that isn't named.
     """
     steps = relative(weights)
     shares = relative({site: factors.get(site, 1.0) for site in weights})
@@ -25,18 +22,17 @@ def counting(weights: Mapping[str, float], factors: Mapping[str, float]) -> dict
 
 
 class Counted:
-    """What has counted of the sites' updates in a job's rounds so far; each record is looked at
-    once, however many there are.
+    """The updates that counted in a job's rounds so far. Reads each record only once.
 
     Args:
         factors: see `counting`.
 
     Attributes:
-        first_weights: site -> weight of its first accepted training update that had any; 0 of a
-            site whose updates have had none so far. Rounds in which no update counted made nothing,
-            and do not matter.
-        last_used: site -> its last update that counted: it was accepted, in time, and its weight
-            was not 0.
+        first_weights: site -> weight of its first accepted training update with a weight above 0; 0
+            if it has had none. Rounds in which no update counted are ignored, because they changed
+            nothing.
+        last_used: site -> its last update that counted: accepted, in time, and with a weight above
+            0.
     """
 
     __slots__ = ("_factors", "_num_seen", "first_weights", "last_used")
@@ -48,7 +44,7 @@ class Counted:
         self.last_used: dict[str, Used] = {}
 
     def follow(self, records: Sequence[RoundRecord]) -> None:
-        """Take in the rounds that have been committed since the last time.
+        """Read the rounds that have been committed since the last call.
 
         Args:
             records: of all the job's rounds so far.
@@ -59,12 +55,12 @@ class Counted:
                 self._add(record)
 
     def used(self, sites: Collection[str]) -> dict[str, Used]:
-        """site -> its last update that counted, or that none has."""
+        """site -> its last update that counted, or `NONE_USED`."""
         return {site: self.last_used.get(site, NONE_USED) for site in sites}
 
     def _add(self, record: RoundRecord) -> None:
-        # Of a site that has both, the fresh one, as in `aggregate`. Where sites see `last_used`, no
-        # late update counts.
+        # If a site has both, use the fresh one, as in `aggregate`. If sites see `last_used`, late
+        # updates don't count.
         accepted = {entry.site: entry for entry in (*record.late_accepted, *record.accepted)}
         weights = {site: entry.weight for site, entry in accepted.items()}
         counted = counting(weights, self._factors)
@@ -78,17 +74,17 @@ class Counted:
 
 
 def first_weights(records: Sequence[RoundRecord], factors: Mapping[str, float]) -> dict[str, float]:
-    """site -> weight of its first training update that had any; see `Counted`."""
+    """site -> weight of its first training update with a weight above 0; see `Counted`."""
     counted = Counted(factors)
     counted.follow(records)
     return counted.first_weights
 
 
 def job_shares(before: Mapping[str, float], now: Mapping[str, float], factors: Mapping[str, float]) -> Shares:
-    """What sites weigh in a job.
+    """The weights of sites in a job.
 
     Args:
-        before: see `first_weights`, of the rounds before.
+        before: see `first_weights`, of the earlier rounds.
         now: weights of this round's accepted updates.
         factors: see `counting`.
     """
