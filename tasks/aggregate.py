@@ -1,7 +1,8 @@
-"""Aggregation as a stream: turns the sites' updates into the next global model, block by block.
+"""Aggregation as a stream: block by block, the strategy turns the sites' updates into the next
+global model in the store.
 
-Memory never holds more than one block of the global model, of one update (of each, for a strategy
-that compares them), and of the strategy's results.
+At no time is there more in memory than one block of the global model, of one update (of each, for a
+strategy that compares them) and of what the strategy computes.
 """
 
 import os
@@ -41,7 +42,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """The result of a round: digests of the next global model and of the strategy's slots."""
+    """What a round came to: digests of the next global model, and of the strategy's slots where
+    it has any.
+    """
 
     model: Digest
     state: Digest | None = None
@@ -49,17 +52,17 @@ class Aggregated:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """The state that a round starts from.
+    """What a round starts from.
 
     Attributes:
         model: the global model.
-        state: the strategy's slots; None in the first round, or if it has none.
-        round: number of earlier training rounds.
-        holes: names of the tensors in which the global model may hold infinities; see
+        state: the strategy's slots; None in the first round, or when it has none.
+        round: training rounds that came before.
+        holes: names of the tensors in which the global model need not be finite; see
             `fedpool.tasks.holes`.
-        weights: site -> weight of its first update with a weight above 0, in the earlier rounds; 0
-            if it has had none.
-        shares: see `State`; set by `aggregate`.
+        weights: site -> weight of its first update that had any, in the rounds before; 0 where none
+            had.
+        shares: see `State`; `aggregate` sees to it.
     """
 
     model: TensorReader
@@ -81,22 +84,23 @@ def aggregate(
     state_target: str,
     arithmetic: Arithmetic = CURRENT,
 ) -> Aggregated:
-    """Write the next global model and the strategy's slots.
+    """Write the next global model, and the strategy's slots.
 
     Args:
-        strategy: turns the updates into the model.
-        before: the state that the round starts from.
-        updates: accepted updates, in any order; read in site order, a site's late one first.
-        factors: site -> factor on its weight; 1 for a site that isn't named.
+        strategy: how.
+        before: what the round starts from.
+        updates: accepted ones; read in the order of their sites, whatever order they come in. Of a
+            site, a late one comes first.
+        factors: site -> factor on its weight; 1 for a site that is not named.
         target: path of the next global model in the store.
-        state_target: path of the slots, which are written if the strategy has any.
+        state_target: path of the slots, which are written when the strategy has any.
         arithmetic: of the job.
 
-    Returns: digests of the written objects. If every weight is 0, model and slots stay as they are.
+    Returns: digests of what was written. When every weight is 0 model and slots stay as they are.
 
     Raises:
-        RoundError: the aggregate is not finite, or the strategy can't use the updates.
-        UpdateChanged: an update has changed since the gate checked it.
+        RoundError: the aggregate is not finite, or the updates are not what the strategy needs.
+        UpdateChanged: an update is not what the gate has seen.
     """
     ordered = in_their_order(updates, arithmetic)
     counted = with_weights(ordered, factors)
@@ -123,7 +127,9 @@ def _blocks(before: Before, block_elements: int) -> Iterator[Block]:
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that use one processor each. By default, torch would have each use all of them."""
+    """Threads that compute on one processor each: torch would have each of them use all, and
+    wait for each other.
+    """
     for_others = torch.get_num_threads()
     begun = threading.Barrier(_NUM_THREADS + 1)
 
@@ -133,18 +139,18 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
     executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="fedpool-aggregate", initializer=begin)
     with executor:
-        for _ in range(_NUM_THREADS):  # starts one thread each, because none is idle before all have started
+        for _ in range(_NUM_THREADS):  # starts a thread each, as none is idle before all have begun
             executor.submit(int)
         begun.wait()
-        torch.set_num_threads(for_others)  # a thread's setting also applies to threads started later
+        torch.set_num_threads(for_others)  # what a thread sets holds for those begun later, too
         yield executor
 
 
 def _in_order(executor: ThreadPoolExecutor, compute: Callable[[Block], _T], blocks: Iterator[Block]) -> Iterator[_T]:
-    """The results for all blocks, in order; each thread computes a run of blocks.
+    """What is computed of every block, in their order; each thread computes a run of blocks.
 
-    A run is long enough that handing it over costs little. Single blocks would cost more than they
-    save.
+    A run is long enough that handing it over costs little; one block at a time would cost more than
+    it saves.
     """
 
     def compute_run(run: Sequence[Block]) -> list[_T]:
@@ -165,7 +171,7 @@ def _geometry(
     block_elements: int,
     arithmetic: Arithmetic,
 ) -> Geometry:
-    """The geometry of the updates, from one pass over all of them."""
+    """How the updates lie to each other: one pass over all of them."""
     products = torch.zeros(len(counted), len(counted), dtype=torch.float64)
     for parts in _in_order(executor, partial(_products, counted, arithmetic), _blocks(before, block_elements)):
         for part in parts:
@@ -190,12 +196,12 @@ def _next_block(
     arithmetic: Arithmetic,
     block: Block,
 ) -> BlockBytes:
-    """One block of the next global model. Puts the slots' block into `slots`."""
+    """One block of the next global model; that of the slots is put where they are collected."""
     name = block.name
     senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
     state = _state(strategy, before, block)
     made: BlockBytes = bytearray()
-    if not senders:  # no site sent it: it is excluded, or only sites without data took part
+    if not senders:  # nobody sent it: excluded from the exchange, or only empty sites took part
         made = block.data
     else:
         updates = [_update(strategy, block, update, weight, arithmetic) for update, weight in senders]
@@ -237,7 +243,9 @@ def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, a
 
 
 def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -> torch.Tensor:
-    """The next block with its holes: those that at least one update leaves unchanged."""
+    """The next block with the holes that it keeps: those that any of the updates leaves as they
+    are.
+    """
     if block.holes is None:
         return made
     kept = torch.zeros_like(block.holes)
@@ -247,7 +255,9 @@ def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -
 
 
 class _LazySlice(Mapping[str, torch.Tensor]):
-    """A slice of one block, read on access, so a mean holds only one site's block at a time."""
+    """A slice of one block that is read when it is looked at, so that a mean holds one site's
+    block at a time.
+    """
 
     def __init__(self, block: Block) -> None:
         self._block = block
@@ -275,7 +285,7 @@ class _GlobalSlice(_LazySlice):
 
 
 class _BesideSlice(_LazySlice):
-    """The tensors beside a block, from the strategy's slots or from a site's update."""
+    """What lies beside a block: in the strategy's slots, or in the update of a site."""
 
     def __init__(self, block: Block, tensors: Tensors, group: str, update: Accepted | None = None) -> None:
         super().__init__(block)
@@ -299,11 +309,11 @@ class _UpdateSlice(_LazySlice):
     def __init__(self, block: Block, update: Accepted) -> None:
         super().__init__(block)
         self._update = update
-        # Clipping scales only the floating point numbers of a difference.
+        # What limits a difference limits its floating point numbers.
         self._scale = update.scale if block.spec.kind == "float" else 1.0
 
     def unchanged(self, at: torch.Tensor) -> torch.Tensor:
-        """The holes of the block that the update leaves unchanged."""
+        """Which of the block's holes the update leaves as they are."""
         return unchanged(self._value(), at, is_difference=self._update.manifest.params_type == "DIFF")
 
     def _read(self) -> torch.Tensor:
