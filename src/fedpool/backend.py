@@ -47,7 +47,9 @@ class Backend:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(str(url), **storage_options)
         except (ImportError, ValueError) as error:
-            hint = "pip install 'fedpool[s3]'" if self.is_s3 else "correct it, or install what it needs"
+            hint = (
+                "pip install 'fedpool[s3]'" if self.is_s3 else "correct the URL, or install the package that it needs"
+            )
             raise ConfigError(f"the store {str(url)!r} cannot be opened: {error}; {hint}") from error
         self.patience_s = PATIENCE_S
         """How long a remote file system may fail before an error is raised."""

@@ -21,8 +21,8 @@ def load_checkpoint(path: Path, *, only: str | None = None) -> Mapping[str, Any]
     `weights_only=True`.
 
     Args:
-        only: the name to give to the array in an `.npy` file, which has no name itself; None: there
-            is no such name.
+        only: the model's parameter that an `.npy` file's array is for; None: there isn't exactly
+            one.
 
     Raises:
         RecipeError: the path isn't a file, or the file can't be read or contains no state dict.

@@ -1,7 +1,7 @@
 """A recipe's filters as a field: objects in a new recipe, JSON in a stored one.
 
 The JSON names classes, `module:Class`. Only fedpool's own classes and those that installed packages
-register are imported. A class of the user's must already be loaded (`fedpool.user_code`), which
+register are imported. A user's class must already be loaded (`fedpool.user_code`), which
 takes permission.
 """
 

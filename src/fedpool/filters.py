@@ -53,7 +53,7 @@ class FilterContext:
     base: Tensors
 
     def model_spec(self, name: str) -> TensorSpec | None:
-        """dtype and shape of the parameter that a tensor is, or lies beside, or None."""
+        """dtype and shape of the parameter that a tensor is or lies beside, or None."""
         return self.base.spec.get(split_beside(name)[1] if is_beside(name) else name)
 
     def draw(self, block: BlockRange, sample: "Callable[[int, torch.Generator], torch.Tensor]") -> "torch.Tensor":
@@ -111,7 +111,7 @@ class ElementwiseFilter(Filter):
         """dtype in which a tensor is transmitted, as a safetensors name.
 
         Args:
-            spec: the model's parameter that the tensor is, or lies beside.
+            spec: the model's parameter that the tensor is or lies beside.
         """
         return spec.dtype
 

@@ -69,7 +69,7 @@ class ClientJob(Value):
         exclude_if=is_none,
     )
     filters: tuple[Described, ...] = Field(
-        default=(), description="what the host does to updates before they leave", exclude_if=is_empty
+        default=(), description="filters that the host applies to updates", exclude_if=is_empty
     )
     filter_code: NamedCode | None = Field(
         default=None, description="user code that the filters need", exclude_if=is_none
@@ -81,9 +81,7 @@ class Used(Value):
 
     round: int = Field(description="the round in which it was sent; -1: none has counted", ge=-1)
     attempt: int = Field(default=0, ge=0)
-    scale: float = Field(
-        default=1.0, description="what its difference to the global model was multiplied by", ge=0, le=1
-    )
+    scale: float = Field(default=1.0, description="factor on its difference to the global model", ge=0, le=1)
 
 
 class SiteAssignment(Value):

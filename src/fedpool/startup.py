@@ -1,4 +1,4 @@
-"""Quick starts: importing torch, Prefect and fedpool is most of what a small job costs."""
+"""Fast starts: a small job spends most of its time importing torch, Prefect and fedpool."""
 
 import gc
 from collections.abc import Iterator
