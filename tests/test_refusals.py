@@ -384,7 +384,7 @@ def test_of_two_that_write_at_once_to_s3_one_is_refused(bucket: _BucketServer) -
 
     with ThreadPoolExecutor(2) as threads:
         said = sorted(threads.map(write, (b"mine", b"yours")))
-    assert said[0] == "" and "exists already, and nothing in the store is overwritten" in said[1]
+    assert said[0] == "" and "exists already, and objects are never overwritten" in said[1]
 
 
 def test_a_write_whose_answer_was_lost_is_known_again_as_its_own(bucket: _BucketServer) -> None:

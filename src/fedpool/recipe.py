@@ -43,9 +43,9 @@ from fedpool.tensors import Digest
 from fedpool.training_terms import TrainingTerms
 
 SERVER = "server"
-"""Owner of a job's final model, where models have owners."""
+"""The owner of a job's final model, in tables that name owners."""
 SERVER_BEST = "server-best"
-"""Owner of its best one, where that is another."""
+"""The owner of its best model, if that isn't the final one."""
 
 
 def _model_form(model: InitialModel) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _model_form(model: InitialModel) -> dict[str, Any]:
 class Recipe(Checked, Executable, TrainingTerms):
     """What every recipe has, whether it trains or not. Frozen; unknown fields are refused.
 
-    An algorithm derives from `TrainingRecipe`.
+    Algorithms derive from `TrainingRecipe`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
@@ -68,26 +68,26 @@ class Recipe(Checked, Executable, TrainingTerms):
     train_args: str | tuple[str, ...] = Field(
         default="", description="command line of the client script, as one string or a list"
     )
-    min_clients: int = Field(description="accepted updates that a round needs; with fewer it fails", ge=1)
+    min_clients: int = Field(description="accepted updates that a round needs; with fewer, it fails", ge=1)
     initial_ckpt: Path | None = Field(
         default=None,
-        description="checkpoint whose values replace the initial model's; keys must fit, but for the prefixes of wrappers",
+        description="checkpoint whose values replace the initial model's; names must match, apart from wrappers' prefixes",
     )
     filters: Filters = Field(
         default=(),
-        description="filters of the updates: at the sites in this order, undone at the coordinator in reverse",
+        description="filters of the updates: applied at the sites in this order, undone at the coordinator in reverse order",
     )
-    key_metric: str = Field(default="accuracy", description="metric by which the best model is chosen", min_length=1)
+    key_metric: str = Field(default="accuracy", description="metric that selects the best model", min_length=1)
     key_metric_mode: Literal["max", "min"] = Field(
         default="max",
-        description="whether more or less of the key metric is better; left out, a stop_cond on that metric decides",
+        description="whether a higher or lower key metric is better; if omitted, it follows a stop_cond on that metric",
     )
     seed: int = Field(
         default=0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63
     )
     config: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="values that flare.get_config() returns at every site; per_site_config and the site's own win over them",
+        description="values that flare.get_config() returns at every site; per_site_config and the site's own override them",
     )
     per_site_config: dict[str, dict[str, JsonValue]] = Field(
         default_factory=dict,
@@ -95,13 +95,13 @@ class Recipe(Checked, Executable, TrainingTerms):
     )
     round_timeout: float | None = Field(
         default=None,
-        description="seconds after which a round's missing sites are killed and counted as failed; empty: never",
+        description="seconds after which a round's missing sites are killed and count as failed; empty: never",
         gt=0,
         allow_inf_nan=False,
     )
     quorum_grace: float | None = Field(
         default=None,
-        description="once min_clients updates are in, the rest get this share of the time so far, e.g. 0.5; empty: all they need",
+        description="once min_clients updates are in, others get this share of the time so far, e.g. 0.5; empty: all they need",
         ge=0,
         allow_inf_nan=False,
     )
@@ -113,7 +113,7 @@ class Recipe(Checked, Executable, TrainingTerms):
     )
     site_retries: int = Field(
         default=1,
-        description="how often, in a round, a script that failed is started again, and a site that was lost is asked again",
+        description="how often, in a round, a failed script is restarted, and a lost site is asked again",
         ge=0,
         le=1000,
     )
@@ -128,7 +128,7 @@ class Recipe(Checked, Executable, TrainingTerms):
     )
     threads_per_site: int = Field(
         default=1,
-        description="torch threads of each client script; recorded, because the bits of a sum can depend on it",
+        description="torch threads of each client script; recorded, because a sum's bits can depend on it",
         ge=1,
         le=1024,
     )
@@ -239,13 +239,11 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @property
     def starts_own_models(self) -> bool:
-        """Whether sites start models of their own from the job's initial one, in whatever round
-        they are first drawn.
-        """
+        """Whether a site starts its own model from the job's initial one when it is first drawn."""
         return False
 
     def client_job(self, job_id: str, initial: Digest) -> ClientJob:
-        """What the sites of a job need to know.
+        """The values that a job's sites need.
 
         Args:
             initial: the model that the job's first round starts from.
@@ -273,10 +271,11 @@ class Recipe(Checked, Executable, TrainingTerms):
         )
 
     def check_sites(self, sites: Sequence[str]) -> None:
-        """Check the recipe against the sites that an environment has.
+        """Check the recipe against an environment's sites.
 
         Raises:
-            RecipeError: too few sites, or a site named in the recipe that the environment lacks.
+            RecipeError: there are too few sites, or the recipe names a site that the environment
+                lacks.
         """
         check_new_names("site", sites)
         if self.min_clients > len(sites):
@@ -284,7 +283,7 @@ class Recipe(Checked, Executable, TrainingTerms):
                 f"min_clients={self.min_clients}, but the environment has {len(sites)} sites: no round could succeed"
             )
         if self.cross_site_eval and (taken := sorted({SERVER, SERVER_BEST} & set(sites))):
-            raise RecipeError(f"cross_site_eval calls the server's models {taken[0]!r}: give that site another name")
+            raise RecipeError(f"cross_site_eval calls a model of the server {taken[0]!r}: rename the site of that name")
         for what in ("aggregation_weights", "per_site_config"):
             if unknown := sorted(set(getattr(self, what)) - set(sites)):
                 raise RecipeError(f"{what} names {', '.join(unknown)}, but the sites are {', '.join(sites[:8])}")
@@ -298,9 +297,7 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @property
     def functions(self) -> Sequence[str]:
-        """Import paths of the functions that the recipe has by name, `module:function`; they
-        travel with it like its class.
-        """
+        """Import paths of named functions, `module:function`; they travel like the class."""
         return ()
 
     @abstractmethod
@@ -308,5 +305,5 @@ class Recipe(Checked, Executable, TrainingTerms):
         """The recipe's algorithm: a `fedpool.tasks.strategy.Strategy`.
 
         Args:
-            num_sites: of the job, whether they take part in a round or not.
+            num_sites: number of sites of the job, including those that don't take part in a round.
         """

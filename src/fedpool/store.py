@@ -1,9 +1,8 @@
-"""The store: a job's objects in any fsspec file system. An object is written whole or not at all,
-and none is overwritten.
+"""The store: a job's objects in any fsspec file system, written atomically and never overwritten.
 
-An object exists when its manifest does: write the object, then the JSON that holds its sha256 and
-size. Exclusive creation guards against two writers where the backend can (local files; S3 with
-conditional writes) and is never the only guard. Where objects lie is the matter of `fedpool.paths`.
+An object exists once its manifest does: write the object, then the JSON with its sha256 and size.
+If the backend supports it (local files; S3 with conditional writes), exclusive creation guards
+against two writers, but never as the only guard. `fedpool.paths` decides where objects are.
 """
 
 import hashlib
@@ -47,18 +46,18 @@ class Store(Backend):
             recipe.
 
     Raises:
-        ConfigError: there is no file system for such a URL, or its package is missing.
+        ConfigError: fsspec has no file system for this URL, or the file system's package is
+            missing.
 
-    What its methods raise, beside the `FileNotFoundError` of an object that is not there, are
-    `StoreError`s: `StoreRefused` at once where waiting would not help, others once the store has
-    failed for `patience_s`.
+    Apart from `FileNotFoundError` for a missing object, methods raise `StoreError`s: `StoreRefused`
+    at once if waiting wouldn't help, others once the store has failed for `patience_s`.
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
         super().__init__(url, **storage_options)
         self._is_conditional = self.is_s3
-        # Local: 512 KiB of float32, which a processor's cache holds, and few enough that threads do
-        # not wait for the interpreter's lock. Remote: as much as makes a request worth its while.
+        # Local: 512 KiB of float32, which fits a processor's cache, and few enough blocks that
+        # threads don't wait for the interpreter lock. Remote: enough to make a request worthwhile.
         # Both are multiples of `arrays.CHUNK_ELEMENTS`.
         self.block_elements = 1 << 17 if self.is_local else 1 << 22
         self._may_stay_open = threading.Semaphore(_OPEN_FILES)
@@ -67,20 +66,19 @@ class Store(Backend):
         """Whether there is an object at path.
 
         Raises:
-            StoreError: the store does not answer.
+            StoreError: the store doesn't answer.
         """
         with self.errors(path):
             return bool(self.fs.exists(self.full(path)))
 
     @contextmanager
     def held(self, path: str) -> Iterator[None]:
-        """Hold a folder of a local store, so that no other process takes it for its own; one that
-        is killed lets go of it.
+        """Hold a local store's folder against other processes; a killed process releases it.
 
         Raises:
-            StoreError: somebody else holds it.
+            StoreError: another process holds it.
         """
-        if not self.is_local:  # there is nothing like it in object storage
+        if not self.is_local:  # object storage has no locks
             yield
             return
         with ExitStack() as stack:
@@ -88,11 +86,11 @@ class Store(Backend):
                 Path(self.full(path)).mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(exclusive.locked(Path(self.full(path)), self.say))
             if held is False:
-                raise StoreError(f"{self.full(path)} is in use: another process runs this job")
+                raise StoreError(f"{self.full(path)} is in use: another process is running this job")
             yield
 
     def is_held(self, path: str) -> bool | None:
-        """Whether somebody holds a folder (see `held`); None where nobody can tell."""
+        """Whether a process holds a folder (see `held`); None if the store can't tell."""
         return exclusive.is_locked(Path(self.full(path))) if self.is_local else None
 
     def remove(self, path: str) -> None:
@@ -103,24 +101,25 @@ class Store(Backend):
             self.fs.rm_file(self.full(path))
 
     def size(self, path: str) -> int:
-        """Size of an object in bytes; raises `FileNotFoundError` when there is none."""
+        """Size of an object in bytes; raises `FileNotFoundError` if there is none."""
         return self.patiently(path, lambda: int(self.fs.info(self.full(path))["size"]))
 
     def names(self, path: str) -> list[str]:
-        """Sorted names of what lies in a folder; empty when the folder does not exist."""
+        """Sorted names of a folder's entries; empty if the folder doesn't exist."""
         with suppress(FileNotFoundError), self.errors(path):
-            if self.is_local:  # cheaper than through fsspec, and asked often
+            if self.is_local:  # a frequent call, and cheaper than with fsspec
                 with os.scandir(self.full(path)) as entries:
                     return sorted(entry.name for entry in entries)
             return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.full(path), detail=False))
         return []
 
     def tree(self, path: str) -> set[str]:
-        """Paths of all objects below a folder, relative to it; empty when the folder does not
-        exist. One request, mostly.
+        """Paths of all objects below a folder, relative to it; empty if there is no folder.
+
+        Usually takes one request.
 
         Raises:
-            StoreError: the store does not answer.
+            StoreError: the store doesn't answer.
         """
         folder = self.full(path)
         with self.errors(path):
@@ -137,9 +136,7 @@ class Store(Backend):
             return file
 
     def read_bytes(self, path: str) -> bytes:
-        """An object's bytes; raises `FileNotFoundError` when there is none. The caller checks
-        them before trusting them.
-        """
+        """An object's bytes, unchecked; raises `FileNotFoundError` if there is none."""
         return self.patiently(path, lambda: bytes(self.fs.cat_file(self.full(path))))
 
     def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
@@ -149,9 +146,7 @@ class Store(Backend):
         return TensorReader(read, size, where=full, max_header=max_header)
 
     def read_range(self, path: str, start: int, stop: int) -> bytearray | memoryview:
-        """An object's bytes from `start` to `stop`, as far as it has them. The caller checks
-        them before trusting them.
-        """
+        """An object's bytes from `start` to `stop`, or to its end; unchecked."""
         if stop == start:
             return bytearray()
         if self.is_local:
@@ -162,20 +157,20 @@ class Store(Backend):
         """A JSON object.
 
         Raises:
-            FileNotFoundError: there is none.
-            IntegrityError: it is not a JSON object.
+            FileNotFoundError: there is no such object.
+            IntegrityError: it isn't a JSON object.
         """
         return self.json_of(path, self.read_bytes(path))
 
     def json_of(self, path: str, data: bytes) -> dict[str, Any]:
-        """The JSON object that an object's bytes are.
+        """Parse an object's bytes as a JSON object.
 
         Raises:
-            IntegrityError: they are none.
+            IntegrityError: they aren't one.
         """
         if not data:
             raise IntegrityError(
-                f"{self.full(path)} is empty: whoever wrote it was killed on a file system without hard links; remove it"
+                f"{self.full(path)} is empty, because its writer was killed on a file system without hard links: remove it"
             )
         try:
             value = json.loads(data)
@@ -186,20 +181,20 @@ class Store(Backend):
         return value
 
     def write_json(self, path: str, value: Mapping[str, Any]) -> Digest:
-        """Write JSON whole or not at all; returns its digest.
+        """Write JSON atomically; returns its digest.
 
         Raises:
-            StoreError: there is an object already.
+            StoreError: the object already exists.
         """
         data = to_json(value)
         self.write_bytes(path, data)
         return Digest(hashlib.sha256(data).hexdigest(), len(data))
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Write an object whole or not at all.
+        """Write an object atomically.
 
         Raises:
-            StoreError: there is an object already.
+            StoreError: the object already exists.
         """
         with self.staged(path) as file:
             file.write(data)
@@ -219,7 +214,7 @@ class Store(Backend):
         """Move a local file into the store, exclusively.
 
         Raises:
-            StoreError: there is an object already.
+            StoreError: the object already exists.
         """
         target = self.full(path)
         try:
@@ -232,17 +227,14 @@ class Store(Backend):
                 self._is_conditional = self.patiently(path, lambda: upload(conditional=self._is_conditional), "written")
                 local.unlink()
         except FileExistsError:
-            raise StoreError(
-                f"{target} exists already, and nothing in the store is overwritten: use a new job_id"
-            ) from None
+            raise StoreError(f"{target} exists already, and objects are never overwritten: use a new job_id") from None
 
     def settle(self, path: str) -> None:
-        """Have a large local object on disk now, and let go of its cached pages.
+        """Flush a large local object to disk, and drop its cached pages.
 
-        What a round leaves behind is not read again soon. Left to the kernel, the updates of a
-        large model would take all memory for their pages before anything is written, and each new
-        round would pay for fresh ones: with 4 updates of 300 MB a round, rounds took a third
-        longer.
+        A round's objects are not read again soon. Left to the kernel, the updates of a large model
+        would fill all memory with pages before any are written, and each new round would have to
+        wait for fresh ones: with 4 updates of 300 MB a round, rounds took a third longer.
         """
         if not self.is_local or not hasattr(os, "posix_fadvise"):
             return
@@ -252,8 +244,8 @@ class Store(Backend):
 
     @contextmanager
     def _scratch(self) -> Iterator[str]:
-        # Beside the objects where the store is local, so that the move into place is a link and not
-        # a copy.
+        # Next to the objects if the store is local, so that moving them into place is a link, not a
+        # copy.
         parent = self.root if self.is_local else tempfile.gettempdir()
         with self.errors("", "written") if self.is_local else explained(parent):
             Path(parent).mkdir(parents=True, exist_ok=True)

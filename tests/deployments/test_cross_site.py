@@ -210,7 +210,7 @@ def test_updates_that_are_not_kept_leave_the_models_that_were_scored(
 
 
 def test_a_site_cannot_bear_the_servers_name(run_job: Callable[..., Run]) -> None:
-    with pytest.raises(RecipeError, match="calls the server's models 'server': give that site another name"):
+    with pytest.raises(RecipeError, match="calls a model of the server 'server': rename the site of that name"):
         run_job(SCRIPT, env={"clients": ["server", "site-1"]}, cross_site_eval=True)
 
 

@@ -254,7 +254,7 @@ def test_a_job_under_way_is_not_run_twice(env: SimEnv, tmp_path: Path) -> None:
     run = recipe_in(tmp_path).execute(env)
     store = Store(tmp_path / "runs")
     store.remove(JobPaths(run.job_id).result)
-    with store.held(run.job_id), pytest.raises(StoreError, match="another process runs this job"):
+    with store.held(run.job_id), pytest.raises(StoreError, match="another process is running this job"):
         recipe_in(tmp_path).execute(env, resume=run.job_id)
 
 
