@@ -42,14 +42,14 @@ from fedpool.tensors import Digest, TensorReader, blocks_of
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was verified of a job.
+    """The result of a verification.
 
     Attributes:
-        num_rounds: committed rounds, the evaluation of the last model included.
+        num_rounds: committed rounds, including the evaluation of the last model.
         num_updates: updates that the rounds' records name, accepted or rejected.
-        num_pruned: those of them that were not kept: their hashes are there, and what was made of
-            them is taken on trust.
-        status: how the job ended; None when it has no result yet.
+        num_pruned: those that were not kept: only their hashes are there, so their aggregate is
+            taken on trust.
+        status: how the job ended; None if it has no result yet.
     """
 
     num_rounds: int
@@ -59,16 +59,16 @@ class Verified:
 
 
 def verify_job(store: Store, job_id: str, *, allow: Permission = by_environment) -> Verified:
-    """Verify all that the store holds of a job.
+    """Verify everything that the store holds of a job.
 
     Args:
-        allow: is asked before code is run that came with the job; see `recipe_of`.
+        allow: called before running code that came with the job; see `recipe_of`.
 
     Raises:
-        ConfigError: that code may not be run, or cannot be imported in this process.
-        IntegrityError: something is not what it says; the message names the first such object, and
-            how it differs.
-        FileNotFoundError: there is no such job.
+        ConfigError: that code may not be run, or can't be imported in this process.
+        IntegrityError: an object is wrong; the message names the first such object, and how it
+            differs.
+        FileNotFoundError: the job doesn't exist.
     """
     return _Audit(store, job_id, allow).run()
 
@@ -81,10 +81,10 @@ class _Audit:
         try:
             self._recipe = recipe_of(job_id, store, allow=allow)
         except RecipeError as error:
-            raise IntegrityError(f"{store.full(self._paths.job)} does not hold a valid recipe: {error}") from None
+            raise IntegrityError(f"{store.full(self._paths.job)} does not contain a valid recipe: {error}") from None
         except FileNotFoundError as error:
             raise IntegrityError(
-                f"{store.full(self._paths.job)} refers to something that is not there: {error}"
+                f"{store.full(self._paths.job)} refers to an object that is missing: {error}"
             ) from None
         job = JobRecord.from_bytes(data, store.full(self._paths.job))
         self._ledger = Ledger.of(job, hashlib.sha256(data).hexdigest())
@@ -132,7 +132,7 @@ class _Audit:
         self._ledger = self._ledger.advance(record, hashlib.sha256(data).hexdigest())
 
     def _rebuilt(self, number: int, step: Step, record: RoundRecord, base: TensorReader, folder: Path) -> RoundRecord:
-        """The record as it follows from what else is in the store."""
+        """The record that follows from the other objects in the store."""
         recipe, job_id, head = self._recipe, self._paths.job_id, step.model or self._ledger.head
         wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base, self._holes, self._arithmetic)
         outcomes: list[Outcome] = [
@@ -176,7 +176,7 @@ class _Audit:
         tensor.
         """
         if record.next_global is None:
-            raise self._differs(self._paths.record(number), "says that it trained, and names no model that came of it")
+            raise self._differs(self._paths.record(number), "says that it trained, but names no resulting model")
         said = Aggregated(record.next_global, record.state)
         if said.state and (self._updates.num_pruned == 0 or self._store.exists(self._paths.state(number))):
             self._reader(self._paths.state(number), said.state)
@@ -203,7 +203,7 @@ class _Audit:
                 arithmetic=self._arithmetic,
             )
         except RoundError as error:
-            raise self._differs(self._paths.record(number), f"cannot be: {error}") from None
+            raise self._differs(self._paths.record(number), f"cannot be right: {error}") from None
         for path, here, is_there, wanted in (
             (self._paths.global_model(number + 1), target, found.model, said.model),
             (self._paths.state(number), state_target, found.state, said.state),
@@ -216,12 +216,12 @@ class _Audit:
         return found
 
     def _carried(self, number: int) -> TensorReader | None:
-        """What the strategy carried into a round."""
+        """The strategy's state at the start of a round."""
         state = self._ledger.state
         return self._reader(self._paths.state(number - 1), state) if state else None
 
     def _submitted(self, base: TensorReader, accepted: list[Accepted], record: RoundRecord) -> list[SubmittedModel]:
-        """The models that are scored in the rounds to come, by what the sites have submitted."""
+        """The models that the following rounds score, from the sites' submissions."""
         best = unscored_best(self._recipe, self._ledger.records, self._ledger.job.sites)
         said = {model.owner: model.digest for model in record.models or ()}
         models = [] if best is None else [best]

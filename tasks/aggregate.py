@@ -1,8 +1,7 @@
-"""Aggregation as a stream: block by block, the strategy turns the sites' updates into the next
-global model in the store.
+"""Aggregates in a stream: a strategy turns updates into the next global model, block by block.
 
-At no time is there more in memory than one block of the global model, of one update (of each, for a
-strategy that compares them) and of what the strategy computes.
+Memory never holds more than one block of the global model, of one update (of each, for a strategy
+that compares them), and of the strategy's results.
 """
 
 import os
@@ -42,9 +41,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """What a round came to: digests of the next global model, and of the strategy's slots where
-    it has any.
-    """
+    """The result of a round: digests of the next global model, and of the slots, if any."""
 
     model: Digest
     state: Digest | None = None
@@ -52,17 +49,17 @@ class Aggregated:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """What a round starts from.
+    """The state that a round starts from.
 
     Attributes:
         model: the global model.
-        state: the strategy's slots; None in the first round, or when it has none.
-        round: training rounds that came before.
-        holes: names of the tensors in which the global model need not be finite; see
+        state: the strategy's slots; None in the first round, or if it has none.
+        round: number of earlier training rounds.
+        holes: names of the tensors in which the global model may hold infinities; see
             `fedpool.tasks.holes`.
-        weights: site -> weight of its first update that had any, in the rounds before; 0 where none
-            had.
-        shares: see `State`; `aggregate` sees to it.
+        weights: site -> weight of its first update with a weight above 0, in the earlier rounds; 0
+            if it has had none.
+        shares: see `State`; set by `aggregate`.
     """
 
     model: TensorReader
@@ -84,23 +81,22 @@ def aggregate(
     state_target: str,
     arithmetic: Arithmetic = CURRENT,
 ) -> Aggregated:
-    """Write the next global model, and the strategy's slots.
+    """Write the next global model and the strategy's slots.
 
     Args:
-        strategy: how.
-        before: what the round starts from.
-        updates: accepted ones; read in the order of their sites, whatever order they come in. Of a
-            site, a late one comes first.
-        factors: site -> factor on its weight; 1 for a site that is not named.
+        strategy: turns the updates into the model.
+        before: the state that the round starts from.
+        updates: accepted updates, in any order; read in site order, a site's late one first.
+        factors: site -> factor on its weight; 1 for a site that isn't named.
         target: path of the next global model in the store.
-        state_target: path of the slots, which are written when the strategy has any.
+        state_target: path of the slots, which are written if the strategy has any.
         arithmetic: of the job.
 
-    Returns: digests of what was written. When every weight is 0 model and slots stay as they are.
+    Returns: digests of the written objects. If every weight is 0, model and slots stay as they are.
 
     Raises:
-        RoundError: the aggregate is not finite, or the updates are not what the strategy needs.
-        UpdateChanged: an update is not what the gate has seen.
+        RoundError: the aggregate is not finite, or the strategy can't use the updates.
+        UpdateChanged: an update has changed since the gate checked it.
     """
     ordered = in_their_order(updates, arithmetic)
     counted = with_weights(ordered, factors)
@@ -127,9 +123,7 @@ def _blocks(before: Before, block_elements: int) -> Iterator[Block]:
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute on one processor each: torch would have each of them use all, and
-    wait for each other.
-    """
+    """Threads that use one processor each. By default, torch would have each use all of them."""
     for_others = torch.get_num_threads()
     begun = threading.Barrier(_NUM_THREADS + 1)
 
@@ -139,18 +133,18 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
     executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="fedpool-aggregate", initializer=begin)
     with executor:
-        for _ in range(_NUM_THREADS):  # starts a thread each, as none is idle before all have begun
+        for _ in range(_NUM_THREADS):  # starts one thread each, because none is idle before all have started
             executor.submit(int)
         begun.wait()
-        torch.set_num_threads(for_others)  # what a thread sets holds for those begun later, too
+        torch.set_num_threads(for_others)  # a thread's setting also applies to threads started later
         yield executor
 
 
 def _in_order(executor: ThreadPoolExecutor, compute: Callable[[Block], _T], blocks: Iterator[Block]) -> Iterator[_T]:
-    """What is computed of every block, in their order; each thread computes a run of blocks.
+    """The results for all blocks, in order; each thread computes a run of blocks.
 
-    A run is long enough that handing it over costs little; one block at a time would cost more than
-    it saves.
+    A run is long enough that handing it over costs little. Single blocks would cost more than they
+    save.
     """
 
     def compute_run(run: Sequence[Block]) -> list[_T]:
@@ -171,7 +165,7 @@ def _geometry(
     block_elements: int,
     arithmetic: Arithmetic,
 ) -> Geometry:
-    """How the updates lie to each other: one pass over all of them."""
+    """The geometry of the updates, from one pass over all of them."""
     products = torch.zeros(len(counted), len(counted), dtype=torch.float64)
     for parts in _in_order(executor, partial(_products, counted, arithmetic), _blocks(before, block_elements)):
         for part in parts:
@@ -196,12 +190,12 @@ def _next_block(
     arithmetic: Arithmetic,
     block: Block,
 ) -> BlockBytes:
-    """One block of the next global model; that of the slots is put where they are collected."""
+    """One block of the next global model. Puts the slots' block into `slots`."""
     name = block.name
     senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
     state = _state(strategy, before, block)
     made: BlockBytes = bytearray()
-    if not senders:  # nobody sent it: excluded from the exchange, or only empty sites took part
+    if not senders:  # no site sent it: it is excluded, or only sites without data took part
         made = block.data
     else:
         updates = [_update(strategy, block, update, weight, arithmetic) for update, weight in senders]
@@ -243,9 +237,7 @@ def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, a
 
 
 def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -> torch.Tensor:
-    """The next block with the holes that it keeps: those that any of the updates leaves as they
-    are.
-    """
+    """The next block with its holes: those that at least one update leaves unchanged."""
     if block.holes is None:
         return made
     kept = torch.zeros_like(block.holes)

@@ -1,11 +1,11 @@
-"""What a strategy is: two pure functions on frozen state, after fedjax's `FederatedAlgorithm`.
+"""Strategies: two pure functions on frozen state, like fedjax's `FederatedAlgorithm`.
 
-Legend: a *slice* is part of a model, a mapping of parameter names to flat float64 tensors (one
-block of a parameter each; integers as differences to a common origin, booleans as 0 and 1). A
-*slot* is what a strategy carries from round to round beside each trained parameter, element for
-element: a momentum, a control variate. A *group of extras* is what sites send beside each of them.
-A strategy is given slice after slice of the model, never the whole, so memory does not grow with
-model or number of sites.
+Legend: a *slice* is part of a model: a mapping of parameter names to flat float64 tensors, one
+block of a parameter each (integers as differences to a common origin, booleans as 0 and 1). A
+*slot* is a value that a strategy keeps between rounds for each element of each trained parameter: a
+momentum, a control variate. A *group of extras* is what sites send in addition to each trained
+parameter. A strategy gets the model slice by slice, never the whole, so memory grows neither with
+the model nor with the number of sites.
 """
 
 from abc import ABC, abstractmethod
@@ -24,12 +24,13 @@ Slice = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What sites weigh in a job, as opposed to a round: by the first update that counted of each.
-    Relative to the heaviest.
+    """The weights of sites in a job rather than a round, relative to the heaviest.
+
+    A site's weight is that of its first update that counted.
 
     Attributes:
-        before: site -> weight, of those that the rounds before have heard of; 0 where nothing of a
-            site's has counted.
+        before: site -> weight, for the sites known from earlier rounds; 0 if no update of it has
+            counted.
         now: the same with this round's updates.
     """
 
@@ -38,22 +39,20 @@ class Shares:
 
     @staticmethod
     def total(weights: Mapping[str, float], num_sites: int) -> float:
-        """What all sites of a job weigh together; those that nobody has heard of as much as the
-        others on average.
-        """
+        """The total weight of a job's sites; unknown ones count as the average of the others."""
         return sum(weights.values()) * (num_sites / len(weights)) if weights else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a strategy carries from round to round.
+    """The state of a strategy between rounds.
 
     Attributes:
         params: the global model, as a slice.
-        slots: slot -> its values, as a slice that lacks what is in `averaged`.
-        round: training rounds that came before.
-        averaged: parameters that are averaged and nothing else, because nobody trains them:
-            counters, masks, and the running statistics of a normalisation.
+        slots: slot -> its values, as a slice without the parameters in `averaged`.
+        round: number of earlier training rounds.
+        averaged: parameters that are only averaged, because they aren't trained: counters, masks,
+            and the running statistics of normalisation layers.
         shares: of the sites in the job.
     """
 
@@ -68,7 +67,7 @@ class State:
 
         Args:
             params: the next global model.
-            slots: their next values; None where there are none, or they stay.
+            slots: the next values of the slots; None if there are none, or they stay the same.
         """
         return replace(self, params=params, slots=self.slots if slots is None else slots, round=self.round + 1)
 
@@ -103,9 +102,7 @@ class Update:
 
     @property
     def key(self) -> str:
-        """What tells it apart from the round's other updates: a site may have a fresh one, and a
-        late one.
-        """
+        """Distinguishes it from the round's other updates; a site may have late ones, too."""
         return update_key(self.site, self.staleness)
 
 
@@ -118,26 +115,22 @@ class Strategy(ABC):
     """
 
     extras: ClassVar[tuple[str, ...]] = ()
-    """Groups of tensors that every update brings beside its parameters."""
+    """Groups of tensors that every update has in addition to its parameters."""
 
     positive_meta: ClassVar[tuple[str, ...]] = ()
-    """What every update's `meta` has to have: finite numbers above 0."""
+    """Names that every update's `meta` must have, with finite numbers above 0."""
 
     shared: ClassVar[bool] = False
     """Whether the sites receive the slots with the global model."""
 
     @property
     def slots(self) -> Mapping[str, float]:
-        """Names of the slots, each with the value that all its elements have before the first
-        round.
-        """
+        """Slot -> the initial value of all its elements."""
         return {}
 
     @property
     def surveys(self) -> bool:
-        """Whether it wants to see how all updates lie to each other before it is given the first
-        slice.
-        """
+        """Whether it needs the geometry of all updates before the first slice."""
         return False
 
     def init(self, params: Slice, averaged: frozenset[str] = frozenset()) -> State:
@@ -157,13 +150,13 @@ class Strategy(ABC):
         """The sites that train in a round; see `choose_sites`.
 
         Args:
-            sites: that there are, in the job's order.
+            sites: all available sites, in the job's order.
         """
         return choose_sites(seed, round, sites, count)
 
     def survey(self, geometry: Geometry) -> "Strategy":
-        """The strategy for one round, by how its updates lie to each other; asked where `surveys`
-        says so.
+        """The strategy for one round, given the geometry of its updates; called if `surveys` is
+        true.
 
         Raises:
             RoundError: the round has too few updates.
@@ -175,17 +168,15 @@ class Strategy(ABC):
         """The state after a round, with the next global model; see `State.after`.
 
         Args:
-            state: of the round before.
-            updates: in the order of their sites, at least one with a weight above 0.
+            state: of the previous round.
+            updates: in site order, at least one with a weight above 0.
 
         Raises:
-            RoundError: the updates are not what it needs.
+            RoundError: the strategy can't use the updates.
         """
 
 
 def relative(weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights relative to the heaviest, so that neither their products nor their sum can
-    overflow.
-    """
+    """Weights relative to the heaviest, so neither their products nor their sum can overflow."""
     heaviest = max(weights.values(), default=0.0)
     return {site: weight / heaviest if heaviest else 0.0 for site, weight in weights.items()}
