@@ -123,7 +123,7 @@ def _blocks(before: Before, block_elements: int) -> Iterator[Block]:
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads that use one processor each. By default, torch would have each use all of them."""
+    """Threads that compute on one processor each; by default, torch uses all in each of them."""
     for_others = torch.get_num_threads()
     begun = threading.Barrier(_NUM_THREADS + 1)
 
@@ -237,7 +237,7 @@ def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, a
 
 
 def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -> torch.Tensor:
-    """The next block with its holes: those that at least one update leaves unchanged."""
+    """The next block with the holes that remain: those that any update leaves unchanged."""
     if block.holes is None:
         return made
     kept = torch.zeros_like(block.holes)
