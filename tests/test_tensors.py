@@ -156,7 +156,7 @@ def test_buffers_that_do_not_add_up_to_the_spec_are_an_error_of_ours() -> None:
     ("data", "words"),
     [
         pytest.param(b"", "header claims 0 bytes, but the file has 0", id="an empty file"),
-        pytest.param(b"1234567", "of a file of 7", id="less than the length of the header"),
+        pytest.param(b"1234567", "but the file has 7", id="less than the length of the header"),
         pytest.param((99).to_bytes(8, "little") + b"{}", "claims 99 bytes", id="a header longer than the file"),
         pytest.param((2**63).to_bytes(8, "little") + b"{}", "claims", id="a header of absurd length"),
         pytest.param(file_with(b"{not json"), "not JSON", id="a header that is not JSON"),

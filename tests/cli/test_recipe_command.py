@@ -33,7 +33,7 @@ def test_show_prints_what_the_page_says(capsys: pytest.CaptureFixture[str], name
     assert "https://arxiv.org/abs/2003.00295" in shown
     assert "w <- optimizer(w, -delta)" in shown
     assert (
-        "server_lr, float or None, above 0, finite, default None: learning rate of the server; empty: 1 for momentum"
+        "server_lr, float or None, above 0, finite, default None: the server's learning rate; empty: 1 for momentum"
         in shown
     )
     assert "docs/recipes/fields.md" in shown

@@ -137,7 +137,9 @@ class TestSend:
     def test_send_before_receive_is_refused(self, tmp_path: Path) -> None:
         client = Client(host_of(tmp_path, MODEL))
         for _ in range(2):  # before is_running(), and after it
-            with pytest.raises(ClientError, match=r"send\(\) before receive\(\): call flare\.receive\(\) first"):
+            with pytest.raises(
+                ClientError, match=r"send\(\) was called before receive\(\): call flare\.receive\(\) first"
+            ):
                 client.send(FLModel(params=MODEL))
             client.is_running()
 

@@ -296,7 +296,7 @@ def test_what_an_earlier_version_kept_in_a_second_attempt_is_found(
     if earlier:
         assert flare.Scaffold(model, optimizer)._ours["weight"].tolist() == [[7.0, 7.0]]
     else:
-        with pytest.warns(UserWarning, match="is gone"):
+        with pytest.warns(UserWarning, match="are gone"):
             assert flare.Scaffold(model, optimizer)._ours["weight"].tolist() == [[0.0, 0.0]]
 
 
@@ -307,7 +307,7 @@ def test_what_is_gone_though_it_counted_is_told(tmp_path: Path, monkeypatch: pyt
     host.plan = [planned and replace(planned, round=5, used=used(4)) for planned in host.plan]
     flare.receive()
     model = nn.Linear(2, 1, bias=False)
-    with pytest.warns(UserWarning, match="kept as 'control' with its update of round 4 is gone"):
+    with pytest.warns(UserWarning, match="kept as 'control' with its update of round 4 are gone"):
         flare.Scaffold(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 

@@ -186,13 +186,12 @@ def test_a_class_in_job_py_runs_in_simulation_with_a_note(prefect_api: str, tmp_
     done = run(in_job_py(tmp_path), "job.py", PREFECT_API_URL=prefect_api)
     assert done.returncode == 0, done.stdout
     assert (
-        done.stdout.count("class PartialStepRecipe is defined in the script that is run: put it into a module beside")
-        == 1
+        done.stdout.count("class PartialStepRecipe is defined in the script itself: put it into a module beside") == 1
     )
     (job,) = list_jobs(Store(tmp_path / "fedpool-runs"))
     assert job.recipe == "PartialStepRecipe"
     verified = run(tmp_path, *COMMAND, "verify", job.job_id, "--store", str(tmp_path / "fedpool-runs"))
-    assert verified.returncode == 1 and "recipe of class '__main__:PartialStepRecipe'" in verified.stdout
+    assert verified.returncode == 1 and "recipe of the unknown class '__main__:PartialStepRecipe'" in verified.stdout
 
 
 @pytest.mark.parametrize("how", ["execute(env=env)", "deploy(env=env)"])
@@ -203,7 +202,7 @@ def test_a_class_in_job_py_is_refused_by_a_proof_of_concept_before_it_comes_up(t
     done = run(folder, "job.py")
     assert (
         done.returncode == 1
-        and "RecipeError: class PartialStepRecipe is defined in the script that is run" in done.stdout
+        and "RecipeError: class PartialStepRecipe is defined in the script itself" in done.stdout
     )
     assert not (tmp_path / "poc").exists()
 

@@ -60,7 +60,7 @@ def recipe(write_script: Callable[..., Path]) -> Callable[..., FedAvgRecipe]:
         (
             Bulyan(num_byzantine=2),
             10,
-            r"aggregator Bulyan\(num_byzantine=2, even_median='element'\) needs 11 updates, and min_",
+            r"aggregator Bulyan\(num_byzantine=2, even_median='element'\) needs 11 updates, but min_clients=10",
         ),
         (Krum(num_byzantine=2), 6, "needs 7 updates, but min_clients=6 lets a round have fewer: raise min_clients"),
         ({"kind": "multi_krum", "num_byzantine": 2, "num_selected": 8}, 11, "needs 12 updates"),
@@ -108,7 +108,7 @@ def test_a_job_has_its_aggregator_as_json_and_restores_it(
     assert isinstance(again, FedAvgRecipe) and again.rule == given.rule
     assert again.functions == ((as_json,) if isinstance(given.rule, OwnFunction) else ())
     check_unchanged(given, "job-1", store, SITES)
-    with pytest.raises(RecipeError, match=r"aggregator: .* there, .*krum.* here"):
+    with pytest.raises(RecipeError, match=r"aggregator: .* in the job, .*krum.* here"):
         check_unchanged(recipe(aggregator=Krum(num_byzantine=1)), "job-1", store, SITES)
 
 
@@ -165,7 +165,7 @@ def test_the_form_of_a_deployment_offers_every_aggregator() -> None:
     krum = schema["definitions"]["Krum"]
     assert krum["properties"]["kind"]["const"] == "krum" and krum["required"] == ["num_byzantine"]
     assert krum["properties"]["num_byzantine"]["minimum"] == 1
-    assert "how many updates of a round may be arbitrary" in krum["properties"]["num_byzantine"]["description"]
+    assert "number of updates of a round that may be arbitrary" in krum["properties"]["num_byzantine"]["description"]
 
 
 @pytest.mark.parametrize(

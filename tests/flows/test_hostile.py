@@ -215,7 +215,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "a manifest of two megabytes": (
         raw_manifest(b" " * (MAX_MANIFEST_BYTES + 1)),
         "manifest",
-        "its manifest has 1048577 bytes, 1048576 are allowed",
+        "its manifest has 1048577 bytes, but only 1048576 are allowed",
     ),
     "a manifest with a field of its own": (claims(run="rm -rf /"), "manifest", "run: Extra inputs"),
     "a manifest of another protocol": (claims(protocol=1), "manifest", "protocol"),

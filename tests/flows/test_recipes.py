@@ -51,7 +51,7 @@ def test_the_name_of_a_class_alone_is_that_of_fedpools_own_and_nothing_elses() -
 @pytest.mark.parametrize("name", ["fedavgg", "own", "own(", "own(a,)", "own(a;b)", "own(1a)", "__wrapped__"])
 def test_there_is_no_other_flow(name: str) -> None:
     entrypoints = importlib.import_module("fedpool.flows.entrypoints")
-    with pytest.raises(AttributeError, match=r"there is no flow fedpool\.flows\.entrypoints\..*: there are fedavg, "):
+    with pytest.raises(AttributeError, match=r"there is no flow fedpool\.flows\.entrypoints\..*: use fedavg, "):
         getattr(entrypoints, name)
     with pytest.raises(AttributeError, match="no attribute 'FedSecretRecipe'"):
         _ = recipes.FedSecretRecipe

@@ -99,7 +99,9 @@ def test_more_scripts_than_the_system_allows_are_refused_before_anything_starts(
 ) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     sites = hard // 3 + 1
-    with pytest.raises(ConfigError, match=rf"{sites} client scripts .* this process may have {hard}.*keep_alive=False"):
+    with pytest.raises(
+        ConfigError, match=rf"{sites} client scripts .* this process may have only {hard}.*keep_alive=False"
+    ):
         run_job(env={"num_clients": sites})
     assert not list((tmp_path / "runs").glob(".fedpool*"))
 

@@ -125,5 +125,5 @@ def test_they_are_read_as_the_manifest_names_them_and_refused_otherwise(tmp_path
         read_scalars(store, "x.json", Stored(sha256=named.sha256, size=1))
     with pytest.raises(IntegrityError, match="does not match the hash in its manifest"):
         read_scalars(store, "x.json", Stored(sha256="0" * 64, size=len(data)))
-    with pytest.raises(IntegrityError, match="has 1000000000 bytes, 16777216 are allowed"):
+    with pytest.raises(IntegrityError, match="has 1000000000 bytes, but only 16777216 are allowed"):
         read_scalars(store, "x.json", Stored(sha256=named.sha256, size=10**9))

@@ -88,6 +88,6 @@ def test_a_global_model_is_copied_to_the_bit_or_not_at_all(store: Store) -> None
     digest, _ = put(store, PATHS.global_model(1), BASE)
     copy_model(store, PATHS.global_model(1), digest, PATHS.global_model(2))
     assert store.read_bytes(PATHS.global_model(2)) == store.read_bytes(PATHS.global_model(1))
-    with pytest.raises(IntegrityError, match=r"00001/global.safetensors has sha256 \w+, 0000"):
+    with pytest.raises(IntegrityError, match=r"00001/global.safetensors has sha256 \w+, but 0000"):
         copy_model(store, PATHS.global_model(1), Digest("0" * 64, digest.size), PATHS.global_model(3))
     assert not store.exists(PATHS.global_model(3))
