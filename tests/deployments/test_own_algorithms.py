@@ -201,8 +201,7 @@ def test_a_class_in_job_py_is_refused_by_a_proof_of_concept_before_it_comes_up(t
     (folder / "job.py").write_text(f"{script}\nenv = PocEnv(home={str(tmp_path / 'poc')!r})\nrecipe.{how}\n")
     done = run(folder, "job.py")
     assert (
-        done.returncode == 1
-        and "RecipeError: class PartialStepRecipe is defined in the script itself" in done.stdout
+        done.returncode == 1 and "RecipeError: class PartialStepRecipe is defined in the script itself" in done.stdout
     )
     assert not (tmp_path / "poc").exists()
 
