@@ -32,7 +32,7 @@ BASE_LEVELS = (
     "store written",
     "environment fields conditions exclude weights checkpoint initial stored_model bundle client_use early_settings "
     "script_files script_paths script_values user_code allowed_code stored_code filters filter_field",
-    "training_terms executable",
+    "training_terms executable restorable",
     "recipe",
     "training_recipe",
     "testing migration",  # tools beside the product

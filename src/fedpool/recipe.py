@@ -1,5 +1,4 @@
-"""`Recipe`, the base of every recipe: a frozen pydantic model of *what* to run. Where it runs is
-the environment's matter.
+"""`Recipe`, the base of every recipe: a frozen model of *what* to run; the environment says where.
 
 What a training needs beside is in `fedpool.training_recipe`.
 
@@ -10,7 +9,7 @@ content-addressed bundle.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,19 +24,19 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import to_jsonable_python
 
-from fedpool.bundle import Bundle, build_bundle
+from fedpool.bundle import build_bundle
 from fedpool.conditions import MODE_FIELDS, choose_mode
 from fedpool.errors import RecipeError
 from fedpool.exclude import check_excluded, excluded
 from fedpool.executable import Executable
-from fedpool.fields import Checked, none_is_empty, one_or_many
+from fedpool.fields import none_is_empty, one_or_many
 from fedpool.filter_field import Filters
 from fedpool.filters import described
 from fedpool.initial import InitialModel, initial_model
 from fedpool.messages import ClientJob, Stored
 from fedpool.paths import check_name, check_new_names
+from fedpool.restorable import Inherited, Restorable
 from fedpool.script_values import check_values, site_arguments, split_arguments
 from fedpool.tensors import Digest
 from fedpool.training_terms import TrainingTerms
@@ -52,7 +51,7 @@ def _model_form(model: InitialModel) -> dict[str, Any]:
     return {"sha256": model.digest.sha256, "tensors": len(model.spec), "parameters": model.num_parameters}
 
 
-class Recipe(Checked, Executable, TrainingTerms):
+class Recipe(Restorable, Executable, TrainingTerms):
     """What every recipe has, whether it trains or not. Frozen; unknown fields are refused.
 
     Algorithms derive from `TrainingRecipe`.
@@ -133,8 +132,6 @@ class Recipe(Checked, Executable, TrainingTerms):
         le=1024,
     )
 
-    _bundle: Bundle = PrivateAttr()
-    _given: frozenset[str] | None = PrivateAttr()
     _arguments: tuple[str, ...] = PrivateAttr()
     _site_arguments: dict[str, tuple[str, ...]] = PrivateAttr()
 
@@ -160,16 +157,15 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @model_validator(mode="after")
     def _prepare(self, info: ValidationInfo) -> Self:
-        context = info.context or {}
-        restored = context.get("bundle")
-        self._given = context["given"] if restored else frozenset(self.model_fields_set)
-        if restored is None:
+        inherited = Inherited.of(info)
+        self._given = inherited.given if inherited else frozenset(self.model_fields_set)
+        if inherited is None:
             check_new_names("name", [self.name])
             check_new_names("site", dict.fromkeys([*self.aggregation_weights, *self.per_site_config]))
-        if restored is None or (self._given is not None and context["changed"] & MODE_FIELDS):
+        if self._given is not None and (inherited is None or inherited.changed & MODE_FIELDS):
             mode = choose_mode(self.key_metric, self.key_metric_mode, self.stop_condition, self._given)
             object.__setattr__(self, "key_metric_mode", mode)
-        self._bundle = restored or build_bundle(self.train_script, self.include)
+        self._bundle = inherited.bundle if inherited else build_bundle(self.train_script, self.include)
         self._arguments = split_arguments(self.train_args, "train_args")
         check_values("config", self.config, sets_itself=self.client_config, known=type(self).model_fields)
         self._site_arguments = site_arguments(self.per_site_config)
@@ -179,63 +175,6 @@ class Recipe(Checked, Executable, TrainingTerms):
         check_excluded(self.exclude_vars, self.model.spec)
         self.model.check_finite(excluded(self.exclude_vars, self.model.spec))
         return self
-
-    @classmethod
-    def restore(cls, fields: Mapping[str, Any], bundle: Bundle, *, given: Collection[str] | None = None) -> Self:
-        """A recipe whose script is bundled already, as a job in the store has it; checked as any
-        other.
-
-        Args:
-            fields: of the recipe.
-            bundle: takes the place of `train_script` and `include`, which need not be there any
-                more.
-            given: names of the fields that the user chose; None when nobody knows, as of a job of
-                an earlier version.
-        """
-        chosen = None if given is None else frozenset(given) & cls.model_fields.keys()  # an earlier version had others
-        return cls.model_validate(dict(fields), context={"bundle": bundle, "given": chosen, "changed": set()})
-
-    @classmethod
-    def recorded(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a recipe as `job.json` has them, and those that it lacks, with what they
-        meant when it was written.
-        """
-        found = {
-            name: to_jsonable_python(field.get_default(call_default_factory=True))
-            for name, field in cls.model_fields.items()
-            if not field.exclude and not field.is_required()
-        }
-        return found | dict(cls.earlier(fields)) | dict(fields)
-
-    @classmethod
-    def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What fields meant that a job of an earlier version may lack, where that is not their
-        default.
-
-        Args:
-            fields: that it has.
-        """
-        return {}
-
-    def revise(self, **fields: Any) -> Self:
-        """The same recipe with some fields changed, checked anew; the client script and the
-        modules that it imports stay.
-        """
-        kept = {name: getattr(self, name) for name in type(self).model_fields}
-        changed = {name for name, value in fields.items() if name not in kept or kept[name] != value}
-        given = None if self._given is None else self._given | changed
-        context = {"bundle": self._bundle, "given": given, "changed": changed}
-        return type(self).model_validate({**kept, **fields}, context=context)
-
-    @property
-    def given(self) -> frozenset[str] | None:
-        """Names of the fields that the user chose; None when nobody knows."""
-        return self._given
-
-    @property
-    def bundle(self) -> Bundle:
-        """The client script and its modules."""
-        return self._bundle
 
     @property
     def starts_own_models(self) -> bool:
@@ -290,9 +229,7 @@ class Recipe(Checked, Executable, TrainingTerms):
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """What the algorithm adds to `config`; `per_site_config` and the site itself win over
-        it.
-        """
+        """What the algorithm adds to `config`; `per_site_config` and the site's own win over it."""
         return {}
 
     @property
