@@ -28,7 +28,7 @@ BASE_LEVELS = (
     "storable errors left_out model messages paths site_order tensors tensor_stream digest arrays inspection local_file patience "
     "exclusive refusals s3 loopback startup",
     "client",
-    "backend upload",
+    "backend upload download",
     "store written",
     "environment fields conditions exclude weights checkpoint initial stored_model bundle client_use early_settings "
     "script_files script_paths script_values user_code allowed_code stored_code filters filter_field",

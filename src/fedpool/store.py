@@ -19,21 +19,19 @@ from typing import IO, Any
 from fedpool import exclusive
 from fedpool.backend import Backend
 from fedpool.digest import check_digest
+from fedpool.download import download
 from fedpool.errors import IntegrityError, StoreError
 from fedpool.local_file import LocalFile
 from fedpool.refusals import explained
 from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
 from fedpool.upload import Upload
 
-_FETCHES = 3
 _LARGE_BYTES = 16 << 20
 _OPEN_FILES = 64
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """The one form in which JSON lies in the store: sorted keys, two spaces, strict (no NaN), a
-    newline at the end.
-    """
+    """JSON as it lies in the store: keys sorted, indented by two, no NaN, a newline at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
@@ -94,9 +92,7 @@ class Store(Backend):
         return exclusive.is_locked(Path(self.full(path))) if self.is_local else None
 
     def remove(self, path: str) -> None:
-        """Remove an object, if it is there: one that nothing names, or that its owner does not
-        want any more.
-        """
+        """Remove an object, if there is one: nothing names it, or its owner has no use for it."""
         with suppress(FileNotFoundError), self.errors(path, "removed"):
             self.fs.rm_file(self.full(path))
 
@@ -128,9 +124,7 @@ class Store(Backend):
             return {found.partition(f"{folder}/")[2] for found in self.fs.find(folder)}
 
     def open(self, path: str) -> IO[bytes]:
-        """A binary file to read, with seek. The caller checks its hash against a manifest before
-        trusting it.
-        """
+        """A binary file to read, with seek. The caller checks its hash before trusting it."""
         with self.errors(path):
             file: IO[bytes] = self.fs.open(self.full(path), "rb")
             return file
@@ -201,9 +195,7 @@ class Store(Backend):
 
     @contextmanager
     def staged(self, path: str) -> Iterator[IO[bytes]]:
-        """A local file to write; it becomes the object at path when the block ends, and vanishes
-        when it raises.
-        """
+        """A local file to write: the object when the block ends, discarded when it raises."""
         with self._scratch() as folder:
             local = Path(folder) / "object"
             with explained(self.full(path) if self.is_local else folder), local.open("wb") as file:
@@ -254,8 +246,7 @@ class Store(Backend):
             yield folder
 
     def fetch(self, path: str, folder: Path, digest: Digest | None = None, *, again: bool = False) -> Path:
-        """A local file with the object's bytes: the object itself where the store is local, else a
-        copy in folder.
+        """A local file with the object's bytes: a local store's own file, else a copy in folder.
 
         Args:
             digest: that the bytes must have.
@@ -269,26 +260,10 @@ class Store(Backend):
             local = Path(self.full(path))
             if not local.exists():
                 raise FileNotFoundError(local)
-        else:
-            local = folder / path.replace("/", "_")
-            if again and digest is not None and local.exists():
-                with suppress(IntegrityError), local.open("rb") as file:  # else it is fetched anew
-                    check_digest(file, digest, where=str(local))
-                    return local
-        for left in reversed(range(1 if self.is_local else _FETCHES)):
-            if not self.is_local:
-                self.patiently(path, lambda: self._get(path, local))
-            if digest is None:
-                break
-            try:
+            if digest is not None:
                 with local.open("rb") as file:
                     check_digest(file, digest, where=self.full(path))
-                break
-            except IntegrityError:  # of a remote object, perhaps only half has come
-                if left == 0:
-                    raise
+            return local
+        local = folder / path.replace("/", "_")
+        download(self, path, local, digest, again=again)
         return local
-
-    def _get(self, path: str, local: Path) -> None:
-        with explained(local):
-            self.fs.get_file(self.full(path), str(local))
