@@ -1,5 +1,4 @@
-"""Verification of a job's record: from its first byte to its last, as somebody does it who trusts
-nobody.
+"""Verification of a job's record, from its first byte to its last, by somebody who trusts nobody.
 
 Everything is read anew: the bundle, the models, the chain of the rounds' records, and every update,
 which passes the gate again. Every aggregate is recomputed from the stored updates, and must come
@@ -17,20 +16,20 @@ from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.filters import described
 from fedpool.flows.expected import expected
-from fedpool.flows.plan import Step, best_model, next_step, unscored_best
+from fedpool.flows.plan import Step, next_step, unscored_best
 from fedpool.flows.stored import recipe_of
+from fedpool.flows.verify_errors import differs, says_otherwise
 from fedpool.flows.verify_late import late_again
-from fedpool.flows.verify_updates import UpdateAudit, differs
+from fedpool.flows.verify_result import verify_result
+from fedpool.flows.verify_updates import UpdateAudit
 from fedpool.inspection import not_finite_names
 from fedpool.paths import JobPaths
 from fedpool.refusals import explained
-from fedpool.store import Store, to_json
+from fedpool.store import Store
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
-from fedpool.tasks.causes import evaluation_error
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome
-from fedpool.tasks.job_record import JobRecord, JobResult
+from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.ledger import Ledger
-from fedpool.tasks.matrix import cross_site_matrix
 from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import RoundRecord, SubmittedModel, known_weights
 from fedpool.tasks.recording import round_record
@@ -101,7 +100,7 @@ class _Audit:
             while self._store.exists(path := self._paths.record(self._ledger.number)):
                 self._verify_round(path, Path(folder))
             self._verify_model(self._ledger.num_trained, self._ledger.head)
-        status = self._verify_result()
+        status = verify_result(self._recipe, self._store, self._paths, self._ledger)
         return Verified(self._ledger.number, self._updates.num_updates, self._updates.num_pruned, status)
 
     def _verify_round(self, path: str, folder: Path) -> None:
@@ -122,7 +121,7 @@ class _Audit:
         says, follows = record.as_json(), self._rebuilt(number, step, record, base, folder).as_json()
         for name in sorted(says.keys() | follows.keys()):
             if (said := says.get(name)) != (found := follows.get(name)):
-                raise self._differs(path, f"says {name} {_brief(said)}, but it should be {_brief(found)}")
+                raise says_otherwise(self._store, path, name, said=said, found=found)
         if (against := contradiction(self._schedule, record)) is not None:
             raise self._differs(path, against)
         if self._schedule is not None:
@@ -172,9 +171,7 @@ class _Audit:
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: RoundRecord, folder: Path
     ) -> Aggregated:
-        """Digests of what the round came to, recomputed; compared with what is stored, tensor by
-        tensor.
-        """
+        """Digests of what the round came to, recomputed; compared with those in the store."""
         if record.next_global is None:
             raise self._differs(self._paths.record(number), "says that it trained, but names no resulting model")
         said = Aggregated(record.next_global, record.state)
@@ -250,40 +247,6 @@ class _Audit:
             raise self._differs(path, "is missing") from None
         return self._store.tensors(path, digest.size)
 
-    def _verify_result(self) -> str | None:
-        path = self._paths.result
-        if not self._store.exists(path):
-            return None
-        result = JobResult.read(self._store, path)
-        follows = {
-            "sha256": result.own_sha256(),
-            "job_id": self._paths.job_id,
-            "num_rounds": self._ledger.num_trained,
-            "num_records": self._ledger.number,
-            "last_record_sha256": self._ledger.sha256,
-            "cross_site": self._verify_cross_site() if result.status == "COMPLETED" else None,
-        }
-        if "evaluation_error" in result.model_fields_set:  # jobs of an earlier version have none
-            follows["evaluation_error"] = evaluation_error(self._ledger.records)
-        for name, found in follows.items():
-            if (said := getattr(result, name)) != found:
-                raise self._differs(path, f"says {name} {_brief(said)}, but it should be {_brief(found)}")
-        return result.status
-
-    def _verify_cross_site(self) -> Digest | None:
-        """Digest of the scores across sites, as they follow from the rounds; None for a recipe
-        that asks for none.
-        """
-        if not self._recipe.cross_site_eval:
-            return None
-        path = self._paths.cross_site
-        follows = to_json(cross_site_matrix(self._ledger.records, best_model(self._recipe, self._ledger.records)))
-        if not self._store.exists(path):
-            raise self._differs(path, "is missing")
-        if self._store.read_bytes(path) != follows:
-            raise self._differs(path, "does not follow from the rounds")
-        return Digest(hashlib.sha256(follows).hexdigest(), len(follows))
-
     def _differs(self, path: str, how: str) -> IntegrityError:
         return differs(self._store, path, how)
 
@@ -295,8 +258,3 @@ def _first_difference(one: TensorReader, other: TensorReader) -> str:
         if one.read_block(name, start, stop) != other.read_block(name, start, stop):
             return name
     return "the order of its bytes"
-
-
-def _brief(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -2,7 +2,8 @@
 
 from fedpool.flows.expected import expected
 from fedpool.flows.late_updates import folds
-from fedpool.flows.verify_updates import UpdateAudit, differs
+from fedpool.flows.verify_errors import differs
+from fedpool.flows.verify_updates import UpdateAudit
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store

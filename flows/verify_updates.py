@@ -3,6 +3,7 @@
 import hashlib
 
 from fedpool.errors import IntegrityError
+from fedpool.flows.verify_errors import differs
 from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery, read_delivery
 from fedpool.storable import storable
@@ -12,11 +13,6 @@ from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, Probed, Rejected
 from fedpool.tasks.record import AcceptedEntry, Entry, ProbedEntry, RejectedEntry
 from fedpool.tasks.retention import KeepUpdates
-
-
-def differs(store: Store, path: str, how: str) -> IntegrityError:
-    """The error for an object in the store that is wrong."""
-    return IntegrityError(f"{store.full(path)} {how}")
 
 
 class UpdateAudit:
