@@ -1,4 +1,4 @@
-"""Verification of a job's record, from its first byte to its last, by somebody who trusts nobody.
+"""Verifies a job's record from its first byte to its last, without trusting anybody.
 
 Everything is read anew: the bundle, the models, the chain of the rounds' records, and every update,
 which passes the gate again. Every aggregate is recomputed from the stored updates, and must come
@@ -171,7 +171,7 @@ class _Audit:
     def _following(
         self, number: int, base: TensorReader, accepted: list[Accepted], record: RoundRecord, folder: Path
     ) -> Aggregated:
-        """Digests of what the round came to, recomputed; compared with those in the store."""
+        """Recompute a round's results and compare them with the store; returns their digests."""
         if record.next_global is None:
             raise self._differs(self._paths.record(number), "says that it trained, but names no resulting model")
         said = Aggregated(record.next_global, record.state)

@@ -1,16 +1,16 @@
-"""The errors of a verification: something in the store is not what it should be."""
+"""The errors of verification: something in the store is wrong."""
 
 from fedpool.errors import IntegrityError
 from fedpool.store import Store
 
 
 def differs(store: Store, path: str, how: str) -> IntegrityError:
-    """The error that something in the store is not what it says."""
+    """The error for an object in the store that is wrong."""
     return IntegrityError(f"{store.full(path)} {how}")
 
 
 def says_otherwise(store: Store, path: str, name: str, *, said: object, found: object) -> IntegrityError:
-    """The error that a field of a record is not what follows from the rest of the store."""
+    """The error for a field of a record that doesn't follow from the rest of the store."""
     return differs(store, path, f"says {name} {_brief(said)}, but it should be {_brief(found)}")
 
 

@@ -1,4 +1,4 @@
-"""The result of a job that is verified: it has to follow from the job's rounds."""
+"""Verifies the result of a job: it must follow from the job's rounds."""
 
 import hashlib
 
@@ -15,13 +15,16 @@ from fedpool.tensors import Digest
 
 
 def verify_result(recipe: Recipe, store: Store, paths: JobPaths, ledger: Ledger) -> str | None:
-    """How the job ended; None when it has no result yet.
+    """Verify the job's result; returns the job's status, or None if it has no result yet.
 
     Args:
-        ledger: of all its rounds, which were verified.
+        recipe: the job's recipe.
+        store: the job's store.
+        paths: the job's paths.
+        ledger: the ledger after all rounds, which are verified already.
 
     Raises:
-        IntegrityError: its result, or the scores across sites, do not follow from the rounds.
+        IntegrityError: the result or the cross-site scores don't follow from the rounds.
     """
     if not store.exists(paths.result):
         return None
@@ -34,7 +37,7 @@ def verify_result(recipe: Recipe, store: Store, paths: JobPaths, ledger: Ledger)
         "last_record_sha256": ledger.sha256,
         "cross_site": _cross_site(recipe, store, paths, ledger) if result.status == "COMPLETED" else None,
     }
-    if "evaluation_error" in result.model_fields_set:  # jobs of an earlier version have none
+    if "evaluation_error" in result.model_fields_set:  # jobs of earlier versions have none
         follows["evaluation_error"] = evaluation_error(ledger.records)
     for name, found in follows.items():
         if (said := getattr(result, name)) != found:
@@ -43,7 +46,7 @@ def verify_result(recipe: Recipe, store: Store, paths: JobPaths, ledger: Ledger)
 
 
 def _cross_site(recipe: Recipe, store: Store, paths: JobPaths, ledger: Ledger) -> Digest | None:
-    """Digest of the scores across sites, verified; None for a recipe that asks for none."""
+    """Verify the cross-site scores; returns their digest, or None if the recipe asks for none."""
     if not recipe.cross_site_eval:
         return None
     follows = to_json(cross_site_matrix(ledger.records, best_model(recipe, ledger.records)))

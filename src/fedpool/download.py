@@ -1,4 +1,4 @@
-"""How a remote object becomes a local file, though requests fail and some bring half of it."""
+"""Download a remote object to a local file, even if requests fail and data is truncated."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -13,18 +13,21 @@ _FETCHES = 3
 
 
 def download(backend: Backend, path: str, local: Path, digest: Digest | None, *, again: bool) -> None:
-    """Copy an object of a remote file system to a local file.
+    """Download an object.
 
     Args:
-        digest: that the bytes must have; None takes what comes.
-        again: the file will do as it is, if it is there and has that digest.
+        backend: the remote file system.
+        path: path of the object.
+        local: the local file.
+        digest: the expected digest; None to skip the check.
+        again: keep an existing local file if it has the expected digest.
 
     Raises:
         FileNotFoundError: there is no object.
-        IntegrityError: the bytes differ from digest.
+        IntegrityError: the bytes don't have the expected digest.
     """
     if again and digest is not None and local.exists():
-        with suppress(IntegrityError), local.open("rb") as file:  # else it is fetched anew
+        with suppress(IntegrityError), local.open("rb") as file:  # otherwise download it again
             check_digest(file, digest, where=str(local))
             return
     for left in reversed(range(_FETCHES)):
@@ -35,7 +38,7 @@ def download(backend: Backend, path: str, local: Path, digest: Digest | None, *,
             with local.open("rb") as file:
                 check_digest(file, digest, where=backend.full(path))
             return
-        except IntegrityError:  # perhaps only half has come
+        except IntegrityError:  # the data may have been truncated
             if left == 0:
                 raise
 

@@ -229,7 +229,7 @@ class Recipe(Restorable, Executable, TrainingTerms):
 
     @property
     def client_config(self) -> Mapping[str, Any]:
-        """What the algorithm adds to `config`; `per_site_config` and the site's own win over it."""
+        """The algorithm's additions to `config`; `per_site_config` and the site override them."""
         return {}
 
     @property

@@ -1,4 +1,4 @@
-"""How a recipe is made of one that was there: as a job's record has it, or with fields changed."""
+"""Makes a recipe from an existing one: restored from a job's record, or with fields changed."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from fedpool.fields import Checked
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """What a recipe has, beside its fields, of the one that it is made of.
+    """What a recipe takes over from the one that it is made from, in addition to its fields.
 
     Attributes:
-        bundle: its client script and modules.
-        given: names of the fields that the user chose; None when nobody knows.
-        changed: names of the fields that are not as they were there.
+        bundle: the client script and its modules.
+        given: names of the fields that the user set; None if unknown.
+        changed: names of the fields with a new value.
     """
 
     bundle: Bundle
@@ -27,35 +27,32 @@ class Inherited:
 
     @classmethod
     def of(cls, info: ValidationInfo) -> Self | None:
-        """What the recipe that is being checked has inherited; None for a new one."""
+        """The inheritance of the recipe being validated; None if it is a new one."""
         return info.context if isinstance(info.context, cls) else None
 
 
 class Restorable(Checked):
-    """What is done with a recipe that is there, of which this is a base."""
+    """Base of recipes: restores and revises them."""
 
     _bundle: Bundle = PrivateAttr()
     _given: frozenset[str] | None = PrivateAttr()
 
     @classmethod
     def restore(cls, fields: Mapping[str, Any], bundle: Bundle, *, given: Collection[str] | None = None) -> Self:
-        """A recipe whose script is bundled already, as a job in the store has it; checked as any.
+        """Restore the recipe of a stored job; it is validated like any other.
 
         Args:
-            fields: of the recipe.
-            bundle: takes the place of `train_script` and `include`, which need not be there any
-                more.
-            given: names of the fields that the user chose; None when nobody knows, as of a job of
-                an earlier version.
+            fields: the recipe's fields.
+            bundle: replaces `train_script` and `include`, whose files needn't exist any more.
+            given: names of the fields that the user set; None if unknown, as for jobs of earlier
+                versions.
         """
-        chosen = None if given is None else frozenset(given) & cls.model_fields.keys()  # an earlier version had others
+        chosen = None if given is None else frozenset(given) & cls.model_fields.keys()  # earlier versions had others
         return cls.model_validate(dict(fields), context=Inherited(bundle, chosen))
 
     @classmethod
     def recorded(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a recipe as `job.json` has them, and those that it lacks, with what they
-        meant when it was written.
-        """
+        """The fields in `job.json`, and those missing there with the values that applied then."""
         found = {
             name: to_jsonable_python(field.get_default(call_default_factory=True))
             for name, field in cls.model_fields.items()
@@ -65,17 +62,15 @@ class Restorable(Checked):
 
     @classmethod
     def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What fields that a job of an earlier version may lack meant, if not their default.
+        """Values of fields that jobs of earlier versions lack, if they aren't today's defaults.
 
         Args:
-            fields: that it has.
+            fields: the fields that the job has.
         """
         return {}
 
     def revise(self, **fields: Any) -> Self:
-        """The same recipe with some fields changed, checked anew; the client script and the
-        modules that it imports stay.
-        """
+        """The same recipe with some fields changed, validated again; the bundle stays the same."""
         kept = {name: getattr(self, name) for name in type(self).model_fields}
         changed = frozenset(name for name, value in fields.items() if name not in kept or kept[name] != value)
         given = None if self._given is None else self._given | changed
@@ -83,7 +78,7 @@ class Restorable(Checked):
 
     @property
     def given(self) -> frozenset[str] | None:
-        """Names of the fields that the user chose; None when nobody knows."""
+        """Names of the fields that the user set; None if unknown."""
         return self._given
 
     @property

@@ -31,7 +31,7 @@ _OPEN_FILES = 64
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """JSON as it lies in the store: keys sorted, indented by two, no NaN, a newline at the end."""
+    """The JSON format of the store: sorted keys, indented by two, no NaN, a newline at the end."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
@@ -92,7 +92,7 @@ class Store(Backend):
         return exclusive.is_locked(Path(self.full(path))) if self.is_local else None
 
     def remove(self, path: str) -> None:
-        """Remove an object, if there is one: nothing names it, or its owner has no use for it."""
+        """Remove an object, if it exists: nothing refers to it, or its owner no longer needs it."""
         with suppress(FileNotFoundError), self.errors(path, "removed"):
             self.fs.rm_file(self.full(path))
 
@@ -124,7 +124,7 @@ class Store(Backend):
             return {found.partition(f"{folder}/")[2] for found in self.fs.find(folder)}
 
     def open(self, path: str) -> IO[bytes]:
-        """A binary file to read, with seek. The caller checks its hash before trusting it."""
+        """A seekable binary file. The caller must check its hash before trusting it."""
         with self.errors(path):
             file: IO[bytes] = self.fs.open(self.full(path), "rb")
             return file
@@ -195,7 +195,7 @@ class Store(Backend):
 
     @contextmanager
     def staged(self, path: str) -> Iterator[IO[bytes]]:
-        """A local file to write: the object when the block ends, discarded when it raises."""
+        """A local file that becomes the object when the block ends; discarded if it raises."""
         with self._scratch() as folder:
             local = Path(folder) / "object"
             with explained(self.full(path) if self.is_local else folder), local.open("wb") as file:
@@ -246,7 +246,7 @@ class Store(Backend):
             yield folder
 
     def fetch(self, path: str, folder: Path, digest: Digest | None = None, *, again: bool = False) -> Path:
-        """A local file with the object's bytes: a local store's own file, else a copy in folder.
+        """A local file with the object's bytes: a local store's own file, or a copy in folder.
 
         Args:
             digest: that the bytes must have.
