@@ -6,7 +6,6 @@ that compares them), and of the strategy's results.
 
 import os
 import threading
-from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +17,19 @@ from typing import TypeVar
 
 import torch
 
-from fedpool.arrays import as_bytes, torch_block
-from fedpool.errors import IntegrityError
+from fedpool.arrays import as_bytes
 from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
-from fedpool.tasks.blocks import Block, narrow, widen
+from fedpool.tasks.blocks import Block, narrow
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.geometry import Geometry, blas_products, block_products
-from fedpool.tasks.holes import unchanged
-from fedpool.tasks.moved import moved
-from fedpool.tasks.slots import SlotFile, beside_spec, read_wide, slot_file
+from fedpool.tasks.slices import BesideSlice, GlobalSlice, UpdateSlice
+from fedpool.tasks.slots import SlotFile, beside_spec, slot_file
 from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
 from fedpool.tasks.used import job_shares
-from fedpool.tasks.weighing import UpdateChanged, in_their_order, with_weights
+from fedpool.tasks.weighing import in_their_order, with_weights
 from fedpool.tensor_stream import write_and_hash
-from fedpool.tensors import BlockBytes, Digest, TensorReader, Tensors, beside, block_ranges, file_order, is_trained
+from fedpool.tensors import BlockBytes, Digest, TensorReader, beside, block_ranges, file_order, is_trained
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _RUN_BLOCKS = 4
@@ -179,7 +176,7 @@ def _products(counted: Sequence[tuple[Accepted, float]], arithmetic: Arithmetic,
     if block.spec.kind != "float" or not senders:
         return []
     products = block_products if arithmetic.exact_products else blas_products
-    return products([_UpdateSlice(block, update)[block.name] - block.wide for update in senders])
+    return products([UpdateSlice(block, update)[block.name] - block.wide for update in senders])
 
 
 def _next_block(
@@ -215,13 +212,13 @@ def _in_runs(blocks: Iterator[Block]) -> Iterator[list[Block]]:
 
 def _state(strategy: Strategy, before: Before, block: Block) -> State:
     """A block of the state that a round starts from."""
-    params = _GlobalSlice(block)
+    params = GlobalSlice(block)
     averaged = frozenset() if is_trained(block.name, block.spec) else frozenset((block.name,))
     if not strategy.slots:
         return State(params, {}, before.round, averaged, before.shares)
     if before.state is None:
         return replace(strategy.init(params, averaged), round=before.round, shares=before.shares)
-    slots = {} if averaged else {slot: _BesideSlice(block, before.state, slot) for slot in strategy.slots}
+    slots = {} if averaged else {slot: BesideSlice(block, before.state, slot) for slot in strategy.slots}
     return State(params, slots, before.round, averaged, before.shares)
 
 
@@ -230,9 +227,9 @@ def _update(strategy: Strategy, block: Block, update: Accepted, weight: float, a
     assert update.tensors is not None
     extras: dict[str, Slice] = {}
     if strategy.extras and is_trained(block.name, block.spec):
-        extras = {group: _BesideSlice(block, update.tensors, group, update) for group in strategy.extras}
+        extras = {group: BesideSlice(block, update.tensors, group, update) for group in strategy.extras}
     scale = update.scale if arithmetic.scaled_extras else 1.0
-    params = _UpdateSlice(block, update)
+    params = UpdateSlice(block, update)
     return Update(update.site, weight, params, extras, update.manifest.meta, scale, update.staleness)
 
 
@@ -242,94 +239,5 @@ def _with_holes(made: torch.Tensor, block: Block, updates: Sequence[Accepted]) -
         return made
     kept = torch.zeros_like(block.holes)
     for update in updates:
-        kept |= _UpdateSlice(block, update).unchanged(block.holes)
+        kept |= UpdateSlice(block, update).unchanged(block.holes)
     return torch.where(kept, block.value, made)
-
-
-class _LazySlice(Mapping[str, torch.Tensor]):
-    """A slice of one block that is read when it is looked at, so that a mean holds one site's
-    block at a time.
-    """
-
-    def __init__(self, block: Block) -> None:
-        self._block = block
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((self._block.name,))
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        if key != self._block.name:
-            raise KeyError(key)
-        return self._read()
-
-    @abstractmethod
-    def _read(self) -> torch.Tensor: ...
-
-
-class _GlobalSlice(_LazySlice):
-    """The global model's part of a block."""
-
-    def _read(self) -> torch.Tensor:
-        return self._block.wide
-
-
-class _BesideSlice(_LazySlice):
-    """What lies beside a block: in the strategy's slots, or in the update of a site."""
-
-    def __init__(self, block: Block, tensors: Tensors, group: str, update: Accepted | None = None) -> None:
-        super().__init__(block)
-        self._tensors = tensors
-        self._group = group
-        self._update = update
-
-    def _read(self) -> torch.Tensor:
-        block = self._block
-        try:
-            return read_wide(self._tensors, beside(self._group, block.name), block.start, block.stop)
-        except (IntegrityError, FileNotFoundError) as error:
-            if self._update is None:
-                raise
-            raise UpdateChanged(self._update, str(error)) from error
-
-
-class _UpdateSlice(_LazySlice):
-    """One update's part of a block."""
-
-    def __init__(self, block: Block, update: Accepted) -> None:
-        super().__init__(block)
-        self._update = update
-        # What limits a difference limits its floating point numbers.
-        self._scale = update.scale if block.spec.kind == "float" else 1.0
-
-    def unchanged(self, at: torch.Tensor) -> torch.Tensor:
-        """Which of the block's holes the update leaves as they are."""
-        return unchanged(self._value(), at, is_difference=self._update.manifest.params_type == "DIFF")
-
-    def _read(self) -> torch.Tensor:
-        read = self._read_values()
-        at = self._block.holes
-        return read if at is None else read.masked_fill(self.unchanged(at), 0.0)
-
-    def _value(self) -> torch.Tensor:
-        """The block as the site sent it."""
-        block, tensors = self._block, self._update.tensors
-        assert tensors is not None
-        try:
-            data = tensors.read_block(block.name, block.start, block.stop)
-        except (IntegrityError, FileNotFoundError) as error:
-            raise UpdateChanged(self._update, str(error)) from error
-        return torch_block(data, tensors.spec[block.name].dtype)
-
-    def _read_values(self) -> torch.Tensor:
-        block, value = self._block, self._value()
-        if (origin := self._update.origin) is not None:
-            is_difference = self._update.manifest.params_type == "DIFF"
-            return moved(block, value, origin.base, is_difference=is_difference, scale=self._scale)
-        # A boolean has no difference: a DIFF carries the site's own value.
-        if self._update.manifest.params_type == "DIFF" and value.dtype is not torch.bool:
-            return value.to(torch.float64) * self._scale + block.wide
-        full = widen(value, block.origin)
-        return full if self._scale == 1.0 else block.wide + (full - block.wide) * self._scale
