@@ -18,7 +18,7 @@ from fedpool.errors import RecipeError
 from fedpool.flows.late_updates import NoLateUpdates
 from fedpool.site_order import in_order
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import State, Strategy, Update
+from fedpool.tasks.strategy import State, Strategy, Update, relative_weights
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class Cyclic(Strategy):
         return (turns[position],) if turns else ()
 
     def apply(self, state: State, updates: Sequence[Update]) -> State:
+        weights = relative_weights(updates)
         params = {
-            name: weighted_mean((update.weight, update.params[name]) for update in updates) for name in state.params
+            name: weighted_mean(zip(weights, (update.params[name] for update in updates), strict=True))
+            for name in state.params
         }
         return state.after(params)
 

@@ -5,7 +5,7 @@ Paper:
     Optimization", equation 6 (https://arxiv.org/abs/2007.07481)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from fedpool.flows.late_updates import NoLateUpdates
 from fedpool.model import ALGORITHM, FEDNOVA, LOCAL_STEPS
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import State, Strategy, Update
+from fedpool.tasks.strategy import State, Strategy, Update, relative_weights
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,18 @@ class FedNova(Strategy):
 
     def apply(self, state: State, updates: Sequence[Update]) -> State:
         steps = {update.site: _steps(update) for update in updates}
-        effective = float(weighted_mean((u.weight, _scalar(steps[u.site])) for u in updates))
+        weights = relative_weights(updates)
+
+        def mean(values: Iterable[torch.Tensor]) -> torch.Tensor:
+            return weighted_mean(zip(weights, values, strict=True))
+
+        effective = float(mean(_scalar(steps[update.site]) for update in updates))
         params = {}
         for name, before in state.params.items():
             if name in state.averaged:
-                params[name] = weighted_mean((update.weight, update.params[name]) for update in updates)
+                params[name] = mean(update.params[name] for update in updates)
                 continue
-            params[name] = weighted_mean(
-                (update.weight, before.lerp(update.params[name], effective / steps[update.site])) for update in updates
-            )
+            params[name] = mean(before.lerp(update.params[name], effective / steps[update.site]) for update in updates)
         return state.after(params)
 
 

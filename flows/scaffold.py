@@ -21,7 +21,7 @@ from pydantic import Field
 from fedpool.flows.late_updates import NoLateUpdates
 from fedpool.model import ALGORITHM, CONTROL, SCAFFOLD
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import Shares, State, Strategy, Update
+from fedpool.tasks.strategy import Shares, State, Strategy, Update, relative_weights
 
 Weighted = bool | Literal["model"]
 
@@ -52,8 +52,9 @@ class Scaffold(Strategy):
     def apply(self, state: State, updates: Sequence[Update]) -> State:
         params: dict[str, torch.Tensor] = {}
         control: dict[str, torch.Tensor] = {}
+        weights = relative_weights(updates) if self.weighted else [1.0] * len(updates)
         for name in state.params:
-            mean = weighted_mean((update.weight if self.weighted else 1.0, update.params[name]) for update in updates)
+            mean = weighted_mean(zip(weights, (update.params[name] for update in updates), strict=True))
             if name in state.averaged:
                 params[name] = mean
                 continue

@@ -96,7 +96,7 @@ def aggregate(
         UpdateChanged: an update has changed since the gate checked it.
     """
     ordered = in_their_order(updates, arithmetic)
-    counted = with_weights(ordered, factors)
+    counted = with_weights(ordered, factors, arithmetic)
     before = replace(before, shares=job_shares(before.weights, {u.site: u.weight for u in ordered}, factors))
     base = before.model
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ import torch
 from fedpool.errors import RoundError
 from fedpool.tasks.geometry import Geometry
 from fedpool.tasks.mean import weighted_mean
-from fedpool.tasks.strategy import State, Update
+from fedpool.tasks.strategy import State, Update, relative_weights
 
 
 class Aggregator(ABC):
@@ -58,13 +58,13 @@ class RoundMean(Aggregator):
     """key of an update -> factor on its difference to the global model, if it isn't 1."""
 
     def combine(self, name: str, state: State, updates: Sequence[Update]) -> torch.Tensor:
-        return weighted_mean((self._weight(update), self._value(name, state, update)) for update in self._used(updates))
+        weighted = zip(self._weights(updates), updates, strict=True)
+        used = [(weight, update) for weight, update in weighted if weight > 0]  # the others don't have to be read
+        return weighted_mean((weight, self._value(name, state, update)) for weight, update in used)
 
-    def _used(self, updates: Sequence[Update]) -> Sequence[Update]:
-        return [update for update in updates if self._weight(update) > 0]  # the others don't have to be read
-
-    def _weight(self, update: Update) -> float:
-        return update.weight if self.weights is None else self.weights.get(update.key, 0.0)
+    def _weights(self, updates: Sequence[Update]) -> Sequence[float]:
+        given = self.weights
+        return relative_weights(updates) if given is None else [given.get(update.key, 0.0) for update in updates]
 
     def _value(self, name: str, state: State, update: Update) -> torch.Tensor:
         scale = 1.0 if self.scales is None else self.scales.get(update.key, 1.0)

@@ -29,6 +29,8 @@ class Arithmetic:
             rejected.
         eval_examples: an update's metrics are weighted by the number of examples in its `meta`; in
             version 1, that had no meaning.
+        absolute_weights: a strategy gets the absolute weights of updates; in versions 1 and 2,
+            their weights relative to the heaviest of the round.
     """
 
     number: int
@@ -40,6 +42,11 @@ class Arithmetic:
 
     exact_products = scaled_extras = idle_sites = eval_examples = natural_order
 
+    @property
+    def absolute_weights(self) -> bool:
+        """See the class."""
+        return self.number >= 3
+
     @classmethod
     def numbered(cls, number: int) -> Self:
         """The version with a number.
@@ -47,7 +54,7 @@ class Arithmetic:
         Raises:
             ValueError: this version of fedpool doesn't know it.
         """
-        if number not in (1, 2):
+        if number not in (1, 2, 3):
             raise ValueError(
                 f"arithmetic {number} is unknown: a later version of fedpool wrote this job, so use that version"
             )
@@ -63,4 +70,4 @@ class Arithmetic:
 
 
 BEFORE = Arithmetic(1)
-CURRENT = Arithmetic(2)
+CURRENT = Arithmetic(3)

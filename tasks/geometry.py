@@ -21,7 +21,7 @@ class Geometry:
 
     Attributes:
         sites: the senders, in the order of the matrix; for a late update, its key (see `Update`).
-        weights: of the updates, in the same order, above 0.
+        weights: of the updates, in the same order, above 0; see `Update`.
         products: (n, n), float64; [i, j] is the inner product of the differences of updates i and j
             to the global model, over all floating point parameters that they share.
     """

@@ -4,9 +4,12 @@ McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Dec
 algorithm 1 (https://arxiv.org/abs/1602.05629): w <- sum_k (n_k / n) w_k.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
+
+_ROOM = 2.0**-64
 
 
 def weighted_mean(values: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
@@ -14,26 +17,30 @@ def weighted_mean(values: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
 
     A running mean (West 1979): m <- m + (x - m) * w / W. Unlike a sum that is divided at its end it
     gives, to the bit, a site's own values when it is alone and the common value when all sites
-    agree, and its size never exceeds theirs.
+    agree, and its size never exceeds theirs. Only the ratios of weights matter: multiplying
+    all weights by a power of two changes no bit, and W can exceed the range of a double.
 
     Args:
-        values: (weight from 0, float64 tensor) pairs, all of one shape, at least one weight above
-            0.
+        values: (finite weight from 0, float64 tensor) pairs, all of one shape, at least one weight
+            above 0.
 
     Raises:
         ValueError: no weight is above 0.
     """
-    total = 0.0
+    total, scale = 0.0, 1.0
     mean: torch.Tensor | None = None
     own = False  # the first value is the caller's: only what came of it may be written to
     for weight, value in values:
         if weight == 0:
             continue
-        total += weight
+        part = float(weight) * scale
+        if math.isinf(total + part):
+            total, scale, part = total * _ROOM, scale * _ROOM, part * _ROOM
+        total += part
         if mean is None:
             mean = value
         else:
-            mean = mean.lerp_(value, weight / total) if own else mean.lerp(value, weight / total)
+            mean = mean.lerp_(value, part / total) if own else mean.lerp(value, part / total)
             own = True
     if mean is None:
         raise ValueError("no value has a weight above 0")

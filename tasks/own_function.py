@@ -12,7 +12,7 @@ from fedpool.tasks.aggregator import Aggregator, stacked
 from fedpool.tasks.strategy import State, Update
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""((n, elements) values, (n,) weights), both float64, to (elements,)."""
+"""((n, elements) values, (n,) weights, as in `Update`), both float64, to (elements,)."""
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,11 @@ class Update:
 
     Attributes:
         site: who sent it.
-        weight: from 0, finite, relative to the other updates'; of a late one, times its discount,
-            see `fedpool.tasks.staleness`.
+        weight: at least 0, finite: the weight that the site reports (steps or rows), times the
+            site's factor in `aggregation_weights`, times the discount of a late update (see
+            `fedpool.tasks.staleness`). A sum of weights can overflow; a mean only needs their
+            ratios (`relative_weights`). In jobs before `arithmetic` 3, relative to the heaviest of
+            the round.
         params: the site's parameters (a DIFF has been added to the global model); read when asked
             for. Of a late update, the global model plus the difference to its own base; of what is
             averaged alone (`State.averaged`), the site's values.
@@ -109,9 +112,9 @@ class Update:
 class Strategy(ABC):
     """How updates become the next global model. Frozen.
 
-    Laws, which the tests hold every strategy to that averages: weights are relative; one site with
-    any weight gives that site's model; splitting a site in two changes nothing; same inputs, same
-    bits.
+    Laws, which the tests hold every strategy to that averages: only the ratios of weights matter;
+    one site with any weight gives that site's model; splitting a site in two changes nothing; same
+    inputs, same bits.
     """
 
     extras: ClassVar[tuple[str, ...]] = ()
@@ -180,3 +183,9 @@ def relative(weights: Mapping[str, float]) -> dict[str, float]:
     """Weights relative to the heaviest, so neither their products nor their sum can overflow."""
     heaviest = max(weights.values(), default=0.0)
     return {site: weight / heaviest if heaviest else 0.0 for site, weight in weights.items()}
+
+
+def relative_weights(updates: Sequence[Update]) -> list[float]:
+    """The weights of updates relative to the heaviest, in their order."""
+    heaviest = max((update.weight for update in updates), default=0.0)
+    return [update.weight / heaviest if heaviest else 0.0 for update in updates]

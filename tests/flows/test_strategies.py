@@ -236,6 +236,31 @@ def test_the_same_inputs_give_the_same_bits_and_are_left_as_they_were(name: str,
     assert all(torch.equal(one, other) for one, other in zip(before, models, strict=True))
 
 
+@pytest.mark.parametrize("name", every_strategy())
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**16), power=st.integers(-1000, 1020))
+def test_a_power_of_two_times_all_weights_changes_no_bit(name: str, seed: int, power: int) -> None:
+    start, models, weights = drawn(seed)
+    extra = {"extras": {CONTROL: models}, "meta": {LOCAL_STEPS: np.abs(models[:, :, 0]) + 1}}
+    found, scaled = (
+        run(every_strategy()[name], start, models, scale * weights, **extra) for scale in (1.0, 2.0**power)
+    )
+    assert np.array_equal(found, scaled)
+
+
+@pytest.mark.parametrize("name", every_strategy())
+@pytest.mark.parametrize("seed", range(20))
+def test_weights_relative_to_the_heaviest_come_to_the_same_bits(name: str, seed: int) -> None:
+    """They are what a strategy was given before it was given absolute ones."""
+    start, models, weights = drawn(seed)
+    extra = {"extras": {CONTROL: models}, "meta": {LOCAL_STEPS: np.abs(models[:, :, 0]) + 1}}
+    found, relative = (
+        run(every_strategy()[name], start, models, given, **extra)
+        for given in (weights, weights / weights.max(axis=1, keepdims=True))
+    )
+    assert np.array_equal(found, relative)
+
+
 @pytest.mark.parametrize(
     ("order", "wanted"),
     [("fixed", ["a", "b", "c", "a"]), (("c", "a"), ["c", "a", "c", "a"]), (("b", "gone", "a"), ["b", "a", "b", "a"])],

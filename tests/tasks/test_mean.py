@@ -41,6 +41,25 @@ def test_weights_are_relative(values: list[tuple[float, list[float]]], power: in
     assert bits(mean_of(scaled)) == bits(mean_of(values))
 
 
+@settings(max_examples=200, deadline=None)
+@given(pairs, st.integers(-990, 994))
+def test_a_power_of_two_times_all_weights_changes_no_bit_also_where_their_sum_overflows(
+    values: list[tuple[float, list[float]]], power: int
+) -> None:
+    scaled = [(weight * 2.0**power, value) for weight, value in values]
+    assert bits(mean_of(scaled)) == bits(mean_of(values))
+
+
+def test_weights_at_both_ends_of_the_range_can_be_averaged() -> None:
+    heavy, values = 1.7e308, [1.0, 2.0, 3.0, 4.0, 9.0]
+    assert mean_of([(heavy, [value]) for value in values]).item() == pytest.approx(3.8, rel=1e-15)
+    assert (
+        mean_of([(weight, [value]) for weight, value in zip([5e-324, heavy, 1.0, heavy], values, strict=False)]).item()
+        == 3
+    )
+    assert mean_of([(5e-324, [1.0]), (5e-324, [4.0])]).item() == 2.5
+
+
 @settings(max_examples=100)
 @given(weights, st.lists(numbers, max_size=4))
 def test_one_value_of_any_weight_is_the_mean_to_the_bit(weight: float, value: list[float]) -> None:

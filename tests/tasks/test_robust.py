@@ -1,5 +1,6 @@
 """Robust aggregation against naive references, and what each rule's theorem says."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -185,6 +186,18 @@ def test_weights_do_not_count(name: str) -> None:
     assert weighted.tolist() == combined(made(name), models).tolist()
 
 
+@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("power", [-1000, 3, 1020])
+def test_a_power_of_two_times_all_weights_changes_no_bit(name: str, power: int) -> None:
+    """Also where their sum overflows."""
+    rng = np.random.default_rng(3)
+    models, weights = rng.normal(size=(12, 3)), rng.uniform(1, 9, 12)
+    found = combined(made(name), models, weights=list(weights))
+    assert combined(made(name), models, weights=list(weights * 2.0**power)).tolist() == found.tolist()
+    # As when an aggregator was given weights that were relative to the heaviest.
+    assert combined(made(name), models, weights=list(weights / weights.max())).tolist() == found.tolist()
+
+
 def test_the_clipped_mean_is_weighted_and_clips_differences_to_the_global_model() -> None:
     base, models = np.array([1.0, 1.0]), np.array([[1.0, 11.0], [2.0, 1.0]])
     found = combined(made("norm_clipped_mean", clip_norm=5.0), models, weights=[3.0, 1.0], base=base)
@@ -289,9 +302,17 @@ def a_wrong_rule(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def test_a_function_of_the_users_is_an_aggregator(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def the_weights(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return weights
 
+
+def test_a_function_of_the_users_is_given_absolute_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "users_rules", sys.modules[__name__])
+    rule = chosen("users_rules:the_weights")
+    assert combined(rule, np.zeros((3, 3)), weights=[3.0, 10.0, 1e308]).tolist() == [3.0, 10.0, 1e308]
+
+
+def test_a_function_of_the_users_is_an_aggregator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "users_rules", sys.modules[__name__])
     assert imported("users_rules:a_rule") is a_rule
     rule = chosen("users_rules:a_rule")
