@@ -15,10 +15,10 @@ _ROOM = 2.0**-64
 def weighted_mean(values: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
     """sum(weight * tensor) / sum(weight), in float64, read once and in order.
 
-    A running mean (West 1979): m <- m + (x - m) * w / W. Unlike a sum that is divided at its end it
-    gives, to the bit, a site's own values when it is alone and the common value when all sites
-    agree, and its size never exceeds theirs. Only the ratios of weights matter: multiplying
-    all weights by a power of two changes no bit, and W can exceed the range of a double.
+    A running mean (West 1979): m <- m + (x - m) * w / W. Unlike a sum that is divided at the end,
+    it gives exactly the values of a lone site, or the value that all sites agree on, and it never
+    exceeds theirs. Only the ratios of the weights matter: scaling all of them by a power of two
+    changes no bit, and W may be larger than a double can hold.
 
     Args:
         values: (finite weight from 0, float64 tensor) pairs, all of one shape, at least one weight

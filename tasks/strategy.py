@@ -77,22 +77,22 @@ class Update:
     """One accepted update, as a slice.
 
     Attributes:
-        site: who sent it.
+        site: the sender.
         weight: at least 0, finite: the weight that the site reports (steps or rows), times the
             site's factor in `aggregation_weights`, times the discount of a late update (see
             `fedpool.tasks.staleness`). A sum of weights can overflow; a mean only needs their
             ratios (`relative_weights`). In jobs before `arithmetic` 3, relative to the heaviest of
             the round.
-        params: the site's parameters (a DIFF has been added to the global model); read when asked
-            for. Of a late update, the global model plus the difference to its own base; of what is
-            averaged alone (`State.averaged`), the site's values.
-        extras: group -> what the site sent beside its parameters, as a slice like those of the
-            state's slots.
-        meta: what the script said of the update.
-        scale: what its difference to the global model was multiplied by, to be within a limit;
-            `params` is so already, and `extras` are not.
-        staleness: commits between the model that the site trained from and the round that it counts
-            in; 0 for a fresh update.
+        params: the site's parameters, read on access (a DIFF has been added to the global model).
+            For a late update, the global model plus the difference to the update's own base; for
+            parameters that are only averaged (`State.averaged`), the site's values.
+        extras: group -> the tensors that the site sent in addition to its parameters, as a slice
+            like those of the state's slots.
+        meta: the script's `meta` of the update.
+        scale: factor by which its difference to the global model was clipped; already applied to
+            `params`, but not to `extras`.
+        staleness: number of commits between the model that the site trained from and the round that
+            counts the update; 0 for a fresh update.
     """
 
     site: str
@@ -110,9 +110,9 @@ class Update:
 
 
 class Strategy(ABC):
-    """How updates become the next global model. Frozen.
+    """Turns updates into the next global model. Frozen.
 
-    Laws, which the tests hold every strategy to that averages: only the ratios of weights matter;
+    Laws, which the tests check for every strategy that averages: only the ratios of weights matter;
     one site with any weight gives that site's model; splitting a site in two changes nothing; same
     inputs, same bits.
     """

@@ -1,6 +1,4 @@
-"""Which updates of a round count, in what order and with what weight; and the error that one of
-them was changed meanwhile.
-"""
+"""Decides which updates of a round count, in what order and with what weight."""
 
 import math
 import sys
@@ -17,9 +15,7 @@ _LIGHTEST = math.ulp(0.0)
 
 
 class UpdateChanged(IntegrityError):
-    """An update is not what the gate has seen: its site has changed it since, or the store is
-    damaged.
-    """
+    """An update differs from the one that the gate checked: it was replaced, or is damaged."""
 
     def __init__(self, update: Accepted, what: str) -> None:
         super().__init__(what)
@@ -28,7 +24,7 @@ class UpdateChanged(IntegrityError):
 
 
 def in_their_order(updates: Sequence[Accepted], arithmetic: Arithmetic) -> list[Accepted]:
-    """Updates in the order of their sites; of one site, the older one first."""
+    """Updates in the order of their sites; of one site, the oldest first."""
     return arithmetic.by_site(sorted(updates, key=lambda update: update.manifest.round), lambda update: update.site)
 
 
