@@ -1,11 +1,11 @@
 """`Recipe`, the base of every recipe: a frozen model of *what* to run; the environment says where.
 
-What a training needs beside is in `fedpool.training_recipe`.
+`fedpool.training_recipe` adds the fields of recipes that train.
 
-Everything that can be known to be wrong is refused when the recipe is built. The fields'
-descriptions and bounds are what Prefect shows as a form. The two fields that are files or objects
-of the user's (`model`, `train_script`) become plain values at once: tensors with their spec, and a
-content-addressed bundle.
+Building a recipe checks everything that can be checked in advance. Prefect shows the fields'
+descriptions and bounds as a form. The two fields with the user's files or objects (`model`,
+`train_script`) become plain values at once: tensors with their spec, and a content-addressed
+bundle.
 """
 
 from abc import abstractmethod
@@ -52,7 +52,7 @@ def _model_form(model: InitialModel) -> dict[str, Any]:
 
 
 class Recipe(Restorable, Executable, TrainingTerms):
-    """What every recipe has, whether it trains or not. Frozen; unknown fields are refused.
+    """The fields of all recipes, whether they train or not. Frozen; unknown fields are refused.
 
     Algorithms derive from `TrainingRecipe`.
     """

@@ -249,12 +249,12 @@ class Store(Backend):
         """A local file with the object's bytes: a local store's own file, or a copy in folder.
 
         Args:
-            digest: that the bytes must have.
-            again: a copy that lies in folder from before, and has that digest, will do.
+            digest: the expected digest; None to skip the check.
+            again: keep a copy that is already in folder, if it has that digest.
 
         Raises:
             FileNotFoundError: there is no object.
-            IntegrityError: the bytes differ from digest.
+            IntegrityError: the bytes don't have the expected digest.
         """
         if self.is_local:
             local = Path(self.full(path))
