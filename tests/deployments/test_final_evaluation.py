@@ -149,5 +149,5 @@ def test_a_job_from_before_there_was_the_field_goes_on_with_its_default(
         del job["recipe"][name]
     described.write_text(json.dumps(job))
     check_unchanged(recipe, "old-1", store, ["site-1"])
-    with pytest.raises(RecipeError, match="final_evaluation: True there, False here"):
+    with pytest.raises(RecipeError, match="final_evaluation: True in the job, False here"):
         check_unchanged(recipe.revise(final_evaluation=False), "old-1", store, ["site-1"])

@@ -93,7 +93,7 @@ def test_the_commands_run_its_code_once_they_may(job: Path, tmp_path: Path, comm
     words = (*COMMAND, command, job.name, "--store", str(job.parent))
     allowed = run(tmp_path, *words, "--allow-code", hash_of(job))
     assert allowed.returncode == 0, allowed.stdout
-    assert ("2 rounds and 4 updates verified" if command == "verify" else "lies 0 from") in allowed.stdout
+    assert ("2 rounds and 4 updates verified" if command == "verify" else "this model is 0 from") in allowed.stdout
 
 
 def test_a_command_that_nobody_can_answer_says_how_to_allow_the_code(
@@ -143,7 +143,7 @@ def test_a_changed_class_does_not_go_on_with_the_job(algorithm: Algorithm, job: 
     )
     done = run(changed, "job.py")
     assert done.returncode == 1
-    assert f"\ncode: {hash_of(job)} there, " in done.stdout and "fork it (fork=True) to change" in done.stdout
+    assert f"\ncode: {hash_of(job)} in the job, " in done.stdout and "fork it (fork=True) to change" in done.stdout
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])

@@ -222,9 +222,12 @@ def test_a_job_that_has_failed_goes_on_when_its_cause_is_gone(env: SimEnv, tmp_p
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_rounds": 4}, "num_rounds: 3 there, 4 here"),
-        ({"seed": 1, "min_clients": 1}, "(?s)min_clients: 2 there, 1 here.*seed: 0 there, 1 here"),
-        ({"model": {"w": np.zeros(6, np.float32)}}, r"model: \{'w': 'F32 \[5\]'\} there, \{'w': 'F32 \[6\]'\} here"),
+        ({"num_rounds": 4}, "num_rounds: 3 in the job, 4 here"),
+        ({"seed": 1, "min_clients": 1}, "(?s)min_clients: 2 in the job, 1 here.*seed: 0 in the job, 1 here"),
+        (
+            {"model": {"w": np.zeros(6, np.float32)}},
+            r"model: \{'w': 'F32 \[5\]'\} in the job, \{'w': 'F32 \[6\]'\} here",
+        ),
     ],
 )
 def test_a_job_does_not_go_on_with_another_recipe(
@@ -239,7 +242,9 @@ def test_a_job_does_not_go_on_with_another_recipe(
 def test_a_job_does_not_go_on_at_other_sites_or_with_another_script(env: SimEnv, tmp_path: Path) -> None:
     first = recipe_in(tmp_path).execute(env)
     elsewhere = env.model_copy(update={"num_clients": 3})
-    with pytest.raises(RecipeError, match=r"sites: .'site-1', 'site-2'. there, .'site-1', 'site-2', 'site-3'. here"):
+    with pytest.raises(
+        RecipeError, match=r"sites: .'site-1', 'site-2'. in the job, .'site-1', 'site-2', 'site-3'. here"
+    ):
         recipe_in(tmp_path).execute(elsewhere, resume=first.job_id)
     with pytest.raises(RecipeError, match="script: "):
         recipe_in(tmp_path, BROKEN).execute(env, resume=first.job_id)
