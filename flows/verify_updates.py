@@ -1,6 +1,7 @@
 """Verifies the updates of a job: each passes the gate again, as far as it was kept."""
 
 import hashlib
+from dataclasses import replace
 
 from fedpool.errors import IntegrityError
 from fedpool.flows.verify_errors import differs
@@ -56,7 +57,15 @@ class UpdateAudit:
         return gate.judge(self._store, site, attempt, delivery, wanted)
 
     def judge_rejected(self, number: int, entry: RejectedEntry, wanted: Expected) -> Accepted | Rejected:
-        """Judge a rejected update again."""
+        """Judge a rejected update again. The code of the rejection counts; its reason is text for
+        people, whose wording differs between versions.
+        """
+        outcome = self._rejected_again(number, entry, wanted)
+        if isinstance(outcome, Rejected) and outcome.code == entry.code:
+            return replace(outcome, reason=entry.reason)
+        return outcome
+
+    def _rejected_again(self, number: int, entry: RejectedEntry, wanted: Expected) -> Accepted | Rejected:
         site, attempt = entry.site, entry.attempt
         delivery = self._delivered(number, entry)
         if isinstance(delivery, Rejected):
