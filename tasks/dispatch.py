@@ -106,8 +106,6 @@ class PoolSites:
 
     async def end(self) -> None:
         """See `Sites.end`: cancels runs without an answer; sites learn the rest from the store."""
-        if not self._runs.connected:
-            return
         with contextlib.suppress(httpx.HTTPError, PrefectException):  # without the server, nothing can be cancelled
             await self._runs.cancel_all_but(self._answered)
         if self._watch is not None:

@@ -39,29 +39,26 @@ class SiteRuns:
         places: site -> how to reach it, for the sites that were looked up.
     """
 
-    __slots__ = ("_ahead", "_client", "_stack", "ids", "places")
+    __slots__ = ("_ahead", "_client", "_connecting", "_stack", "ids", "places")
 
     def __init__(self) -> None:
         self.ids: dict[Key, UUID] = {}
         self.places: dict[str, Place] = {}
         self._stack = AsyncExitStack()
-        self._client: asyncio.Future[PrefectClient] | None = None
+        self._client: PrefectClient | None = None
+        self._connecting = asyncio.Lock()
         self._ahead: timedelta | None = None
 
-    @property
-    def connected(self) -> bool:
-        """Whether the connection has been requested."""
-        return self._client is not None
-
     async def connect(self) -> PrefectClient:
-        """The connection to the server, opened on first use."""
-        if self._client is None:
-            self._client = asyncio.get_running_loop().create_future()
-            self._client.set_result(await self._stack.enter_async_context(get_client()))
-        return await asyncio.shield(self._client)
+        """The connection to the server, opened on first use; the next caller retries a failure."""
+        async with self._connecting:
+            if self._client is None:
+                self._client = await self._stack.enter_async_context(get_client())
+            return self._client
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, if there is one."""
+        self._client = None
         await self._stack.aclose()
 
     async def create(self, key: Key, *, job_id: str, store: str) -> bool:
@@ -162,8 +159,11 @@ class SiteRuns:
 
     async def cancel_all_but(self, answered: Collection[Key]) -> None:
         """The job has ended: cancel its unfinished runs, except the answered ones."""
+        unanswered = [run for key, run in self.ids.items() if key not in answered]
+        if not unanswered:
+            return
         client = await self.connect()
-        for run in await self.read([run for key, run in self.ids.items() if key not in answered]):
+        for run in await self.read(unanswered):
             if run.state is None or not run.state.is_final():
                 state: State[Any] = Cancelled(message="the job has ended")
                 # Harmless if the site has already finished, or reports its own end first.

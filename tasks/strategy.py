@@ -187,5 +187,4 @@ def relative(weights: Mapping[str, float]) -> dict[str, float]:
 
 def relative_weights(updates: Sequence[Update]) -> list[float]:
     """The weights of updates relative to the heaviest, in their order."""
-    heaviest = max((update.weight for update in updates), default=0.0)
-    return [update.weight / heaviest if heaviest else 0.0 for update in updates]
+    return list(relative({update.key: update.weight for update in updates}).values())

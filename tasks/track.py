@@ -95,7 +95,7 @@ def parse_tracker(text: str, *, here: bool) -> Tracker:
 
 def _registered() -> dict[str, str]:
     """Kind -> module, of the trackers that installed packages register."""
-    return {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    return {entry.name: entry.module for entry in entry_points(group=GROUP)}
 
 
 def check_places(trackers: Sequence[str], *, is_local: bool) -> None:

@@ -106,6 +106,19 @@ def test_a_job_without_a_result_is_verified_as_far_as_it_went(job: Path, capsys:
     assert "it has no result yet" in capsys.readouterr().out
 
 
+def test_a_rejection_in_other_words_is_the_same_rejection(job: Path) -> None:
+    """Messages are reworded between versions; the code stays, and is what is judged."""
+    (job / "result.json").unlink()
+    (job / "rounds/00003/round.json").unlink()
+    (job / "rounds/00002/round.json").unlink()
+    record = job / "rounds/00001/round.json"
+    edit(record, lambda round: round["rejected"][0].update(reason="as an earlier version said it"))
+    assert verify(job) == Verified(num_rounds=2, num_updates=6, num_pruned=0, status=None)
+    edit(record, lambda round: round["rejected"][0].update(code="shape"))
+    with pytest.raises(IntegrityError, match="rejected"):
+        verify(job)
+
+
 def forge(job: Path) -> None:
     """Another update in place of site-1's, with all hashes to match, but for the model that was
     made of it.

@@ -14,9 +14,10 @@ import torch
 from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.errors import SiteError
 from fedpool.filters import ElementwiseFilter, Filter
-from fedpool.messages import ClientJob, SiteAssignment, Task
+from fedpool.messages import SiteAssignment, Task
 from fedpool.sites.outgoing import Outgoing, ParamsKind
 from fedpool.store import Store
+from tests.updates import client_job
 
 
 class Failing(ElementwiseFilter):
@@ -47,12 +48,8 @@ class Site:
     def leaves(
         self, *filters: Filter, said: ParamsKind = "FULL", transfer: str = "FULL", task: Task = "train", **job: Any
     ) -> tuple[dict[str, Any], ParamsKind]:
-        fields: dict[str, Any] = {
-            "job_id": "j", "total_rounds": 1, "entry": "c.py", "bundle_sha256": "b", "imports": (), "arguments": (),
-            "site_arguments": {}, "config": {}, "site_config": {}, "exclude": (), "restarts": 0, "seed": 0, "threads": 1,
-        }  # fmt: skip
         asked = SiteAssignment(site="site-1", round=0, task=task, base_sha256="b", base_size=1, timeout_s=None)
-        outgoing = Outgoing(ClientJob(**fields | {"transfer": transfer} | job), asked, filters, self.lines.append)
+        outgoing = Outgoing(client_job(transfer=transfer, **job), asked, filters, self.lines.append)
         seen, kind = outgoing.deliver(self.folder / "update", self.folder / "model", said, self.store, "there")
         assert seen.digest.size == self.store.size("there")
         return load_arrays(self.store.full("there"), "torch"), kind

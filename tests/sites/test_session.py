@@ -9,12 +9,13 @@ import pytest
 from fedpool.arrays import load_arrays, save_and_hash
 from fedpool.client.hosts import Assignment
 from fedpool.errors import SiteError
-from fedpool.messages import ClientJob, SiteAssignment
+from fedpool.messages import SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.session import END_GRACE_S, Reply, Session
 from fedpool.sites.site_round import SiteFolder, run_site_round
 from fedpool.store import Store
+from tests.updates import client_job
 
 PATHS = JobPaths("job-1")
 
@@ -52,22 +53,7 @@ def run(folder: Path, session: Session, lines: list[str], restarts: int = 0) -> 
     store = Store(folder / "store")
     with store.staged(PATHS.global_model(0)) as file:
         base = save_and_hash(file, {"w": np.zeros(2)})
-    job = ClientJob(
-        job_id="job-1",
-        total_rounds=1,
-        entry="client.py",
-        bundle_sha256="0" * 64,
-        imports=(),
-        arguments=(),
-        site_arguments={},
-        config={},
-        site_config={},
-        transfer="FULL",
-        exclude=(),
-        restarts=restarts,
-        seed=0,
-        threads=1,
-    )
+    job = client_job(restarts=restarts)
     assignment = SiteAssignment(
         site="north", round=0, task="train", base_sha256=base.sha256, base_size=base.size, timeout_s=None
     )

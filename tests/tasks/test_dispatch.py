@@ -7,36 +7,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID
 
+import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from fedpool.deployments.prefect_desk import register_site
 from fedpool.errors import SiteError
-from fedpool.messages import ClientJob, SiteAssignment
+from fedpool.messages import SiteAssignment
 from fedpool.paths import JobPaths
 from fedpool.sites.output import LogLine
 from fedpool.sites.site_round import Delivery
 from fedpool.store import Store
 from fedpool.tasks.dispatch import PoolSites
-from tests.updates import sent_by
-
-JOB = ClientJob(
-    job_id="job-1",
-    total_rounds=1,
-    entry="client.py",
-    bundle_sha256="b",
-    imports=(),
-    arguments=(),
-    site_arguments={},
-    config={},
-    site_config={},
-    transfer="FULL",
-    exclude=(),
-    restarts=0,
-    seed=0,
-    threads=1,
-)
+from tests.updates import client_job, sent_by
 
 
 class Asking:
@@ -65,7 +50,7 @@ class Asking:
 @asynccontextmanager
 async def asking(folder: Path, *, paused: bool = False) -> AsyncIterator[Asking]:
     """A coordinator that has announced a round to a site, with a work pool of its own."""
-    pool, job = folder.name, JOB.model_copy(update={"job_id": folder.name})
+    pool, job = folder.name, client_job(job_id=folder.name)
     async with get_client() as client:
         await client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
         await client.send_worker_heartbeat(pool, "worker", heartbeat_interval_seconds=600)
@@ -74,7 +59,7 @@ async def asking(folder: Path, *, paused: bool = False) -> AsyncIterator[Asking]
         sites, store = PoolSites(["far"]), Store(folder)
         sites.open(job, store)
         assert await sites.announce("far", 0, 0)
-        (run,) = [run for run in await client.read_flow_runs() if run.parameters["job_id"] == job.job_id]
+        (run,) = [run for run in await client.read_flow_runs() if run.parameters.get("job_id") == job.job_id]
         yield Asking(sites, store, client, run.id)
         await sites.end()
 
@@ -132,3 +117,26 @@ def test_the_run_of_a_site_that_missed_the_deadline_is_cancelled(prefect_api: st
             return await far.state()
 
     assert asyncio.run(answer()) == "Cancelled"
+
+
+def test_an_unreachable_server_hangs_nobody_and_the_end_can_be_repeated(prefect_api: str, tmp_path: Path) -> None:
+    name = tmp_path.name
+
+    async def announce() -> bool:
+        sites = PoolSites(["far"])
+        sites.open(client_job(job_id=name), Store(tmp_path))
+        with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+            # All ask for the one connection; the first to fail must not leave the others waiting.
+            asked = asyncio.gather(*(sites.announce("far", number, 0) for number in range(3)), return_exceptions=True)
+            errors = await asyncio.wait_for(asked, 60)
+            assert all(isinstance(error, RuntimeError | httpx.HTTPError) for error in errors), errors
+            await sites.end()
+        async with get_client() as client:
+            await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+            await register_site(client, "far", name)
+        announced = await sites.announce("far", 0, 0)
+        await sites.end()
+        await sites.end()
+        return announced
+
+    assert asyncio.run(announce())
