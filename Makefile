@@ -10,7 +10,7 @@ AT_ONCE := --numprocesses auto --maxprocesses 4 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo poc-demo test test-slow test-gpu chaos examples lint format docs catalogue wheel pythons lock bench bench-setup bench-poc bench-peers oracle clean
+.PHONY: help demo poc-demo test test-slow test-gpu chaos examples lint format docs catalogue wheel pythons lock bench bench-setup bench-poc bench-peers bench-before oracle clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' Makefile
@@ -82,6 +82,13 @@ bench-poc: $(READY)  ## measure a round's overhead in a proof of concept, with a
 	$(RUN)/python benchmarks/poc.py
 
 bench-peers: .venvs/nvflare/.ready .venvs/flower/.ready  ## install NVFlare and Flower, for benchmarks/simulation.py --peers
+
+bench-before:  ## install another commit of fedpool, COMMIT=48fad92, for benchmarks/simulation.py --engines fedpool,fedpool-before
+	rm -rf .venvs/before .venvs/before-source
+	mkdir -p .venvs/before-source
+	git archive $(COMMIT) | tar -x -C .venvs/before-source
+	$(PYTHON) -m venv .venvs/before
+	.venvs/before/bin/pip install --quiet --constraint constraints.txt ".venvs/before-source[s3,poc]" scikit-learn
 
 oracle: $(READY)  ## run every row of the oracle in SimEnv, with five seeds each (90 jobs of 50 rounds)
 	$(RUN)/python benchmarks/oracle.py

@@ -27,6 +27,7 @@ RAN_ELSEWHERE = {
     "make bench-setup": "installs everything again; run by hand before figures are quoted",
     "make bench-poc": "ten minutes; run by hand before figures are quoted",
     "make bench-peers": "minutes long, and installs other frameworks; run by hand before figures are quoted",
+    "make bench-before": "installs another commit; run by hand before figures are quoted",
     "make oracle": "hours; its output is docs/fidelity.md",
     "make test-slow": "minutes long",
     "make test-gpu": "needs a CUDA device",

@@ -5,10 +5,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +20,9 @@ from memory import PeakMemory, machine_cpu_s
 from sklearn.datasets import load_digits
 
 ENGINES_FOLDER = Path(__file__).resolve().parent / "engines"
+BEFORE = "before"
+"""The virtual environment of an earlier fedpool, see `make bench-before`."""
+PEERS = ("nvflare", "flower")
 MARKER = "BENCH_MARKER"
 STAMPS = "BENCH_STAMPS"
 ENDING_S = 10.0
@@ -77,6 +82,17 @@ class Sample:
 
 class EngineError(Exception):
     """An engine didn't finish its job; the message ends with the end of its output."""
+
+
+def find_pythons(engines: Mapping[str, Engine], venvs: Path) -> dict[str, Path]:
+    """The interpreter of each engine; exits with the remedy if one is missing."""
+    pythons = {}
+    for name, engine in engines.items():
+        pythons[name] = venvs / engine.peer / "bin" / "python" if engine.peer else Path(sys.executable)
+        if not pythons[name].exists():
+            target = "bench-before COMMIT=..." if engine.peer == BEFORE else "bench-peers"
+            sys.exit(f"{name} has no interpreter at {pythons[name]}: run `make {target}`, or give --peer-venvs")
+    return pythons
 
 
 def run_engine(engine: Engine, case: Case, python: Path, num_threads: int, timeout_s: float) -> Sample:

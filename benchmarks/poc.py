@@ -9,17 +9,17 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from measure import Case, Engine, EngineError, Sample, run_engine
+from measure import BEFORE, PEERS, Case, Engine, EngineError, Sample, find_pythons, run_engine
 from tables import report_overheads
 
 TRAINING_S = 3.0  # as in engines/sleeping.py
 ENGINES = {
     "fedpool": Engine("poc_fedpool_job.py", arguments=("--look-ahead", "4")),
     "fedpool-no-look-ahead": Engine("poc_fedpool_job.py", arguments=("--look-ahead", "0")),
+    "fedpool-before": Engine("poc_fedpool_job.py", peer=BEFORE, arguments=("--look-ahead", "4")),
     "nvflare": Engine("poc_nvflare_job.py", peer="nvflare"),
     "flower": Engine("poc_flower_job.py", peer="flower"),
 }
@@ -31,7 +31,7 @@ def main() -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # runs the clean-up, because engines have daemons
     arguments = _arguments()
-    pythons = _pythons(arguments.engines, arguments.peer_venvs)
+    pythons = find_pythons({name: ENGINES[name] for name in arguments.engines}, arguments.peer_venvs)
     results: dict[Case, dict[str, list[Sample]]] = {}
     failures = 0
     for num_sites in arguments.sites:
@@ -60,17 +60,6 @@ def main() -> None:
     sys.exit(failures > 0)
 
 
-def _pythons(names: Sequence[str], peer_venvs: Path) -> dict[str, Path]:
-    """The interpreter of each engine; exits with the remedy if one is missing."""
-    pythons = {}
-    for name in names:
-        peer = ENGINES[name].peer
-        pythons[name] = peer_venvs / peer / "bin" / "python" if peer else Path(sys.executable)
-        if not pythons[name].exists():
-            sys.exit(f"{name} has no interpreter at {pythons[name]}: run `make bench-peers`, or give --peer-venvs")
-    return pythons
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, nargs="+", default=[4, 16])
@@ -85,13 +74,14 @@ def _arguments() -> argparse.Namespace:
         "--peer-venvs",
         type=Path,
         default=Path(__file__).resolve().parents[1] / ".venvs",
-        help="folder with the virtual environments nvflare/ and flower/",
+        help="folder with the virtual environments nvflare/, flower/ and before/",
     )
     parser.add_argument("--timeout-s", type=float, default=900)
     parser.add_argument("--json", type=Path, help="write every run's figures to this file")
     arguments = parser.parse_args()
     if arguments.engines is None:
-        arguments.engines = [name for name, engine in ENGINES.items() if arguments.peers or engine.peer is None]
+        wanted = {None, *PEERS} if arguments.peers else {None}
+        arguments.engines = [name for name, engine in ENGINES.items() if engine.peer in wanted]
     if unknown := set(arguments.engines) - ENGINES.keys():
         parser.error(f"no engine is named {', '.join(sorted(unknown))}: choose from {', '.join(ENGINES)}")
     if arguments.rounds < 3:

@@ -8,11 +8,10 @@ processes.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from measure import Case, Engine, EngineError, Sample, run_engine
+from measure import BEFORE, PEERS, Case, Engine, EngineError, Sample, find_pythons, run_engine
 from tables import report, report_growth
 
 LARGE_ROUNDS = 4
@@ -20,6 +19,7 @@ MANY_SITES = (100, 1000)
 ENGINES = {
     "bare": Engine("bare.py"),
     "fedpool": Engine("fedpool_job.py"),
+    "fedpool-before": Engine("fedpool_job.py", peer=BEFORE),
     "flower": Engine("flower_job.py", peer="flower"),
     "nvflare": Engine("nvflare_job.py", peer="nvflare", per_site=True, max_sites=16),
     "nvflare-threads": Engine("nvflare_job.py", peer="nvflare", max_sites=100),
@@ -29,7 +29,7 @@ ENGINES = {
 def main() -> None:
     """Run the chosen cases, print a table for each, and exit with 1 if an engine failed."""
     arguments = _arguments()
-    pythons = _pythons(arguments.engines, arguments.peer_venvs)
+    pythons = find_pythons({name: ENGINES[name] for name in arguments.engines}, arguments.peer_venvs)
     cases = [Case("digits", "digits", arguments.sites, arguments.rounds)]
     if arguments.large:
         cases.append(Case("large, 300 MB of weights", "large", arguments.sites, LARGE_ROUNDS))
@@ -64,17 +64,6 @@ def main() -> None:
     sys.exit(failures > 0)
 
 
-def _pythons(names: Sequence[str], peer_venvs: Path) -> dict[str, Path]:
-    """The interpreter of each engine; exits with the remedy if one is missing."""
-    pythons = {}
-    for name in names:
-        peer = ENGINES[name].peer
-        pythons[name] = peer_venvs / peer / "bin" / "python" if peer else Path(sys.executable)
-        if not pythons[name].exists():
-            sys.exit(f"{name} has no interpreter at {pythons[name]}: run `make bench-peers`, or give --peer-venvs")
-    return pythons
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, default=4)
@@ -89,13 +78,14 @@ def _arguments() -> argparse.Namespace:
         "--peer-venvs",
         type=Path,
         default=Path(__file__).resolve().parents[1] / ".venvs",
-        help="folder with the virtual environments nvflare/ and flower/",
+        help="folder with the virtual environments nvflare/, flower/ and before/",
     )
     parser.add_argument("--timeout-s", type=float, default=1800)
     parser.add_argument("--json", type=Path, help="write every run's figures to this file")
     arguments = parser.parse_args()
     if arguments.engines is None:
-        arguments.engines = [name for name, engine in ENGINES.items() if arguments.peers or engine.peer is None]
+        wanted = {None, *PEERS} if arguments.peers else {None}
+        arguments.engines = [name for name, engine in ENGINES.items() if engine.peer in wanted]
     if unknown := set(arguments.engines) - ENGINES.keys():
         parser.error(f"no engine is named {', '.join(sorted(unknown))}: choose from {', '.join(ENGINES)}")
     if arguments.rounds < 2:
