@@ -1,4 +1,4 @@
-"""What the tests of algorithms share: the recipes and clients of the example."""
+"""Shared by the tests of algorithms: the example's recipes and clients."""
 
 import importlib.util
 import sys
@@ -37,7 +37,7 @@ def recipe_of(name: str, num_rounds: int = 2) -> Recipe:
 
 
 def models_of(store: Store, job_id: str) -> list[bytes]:
-    """The global models, and the strategy's states."""
+    """The global models and the strategy's states."""
     paths, num_rounds = JobPaths(job_id), store.read_json(JobPaths(job_id).result)["num_rounds"]
     found = [store.read_bytes(paths.global_model(number)) for number in range(num_rounds + 1)]
     states = [paths.state(number) for number in range(num_rounds)]

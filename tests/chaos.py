@@ -1,10 +1,10 @@
-"""`make chaos`: all that a job consists of, killed or cut at every stage of a round; writes the
+"""`make chaos`: kills or cuts off each component of a job at every stage of a round; writes the
 matrix of docs/reliability.md.
 
-A proof of concept on PostgreSQL, whose store holds an operation by a plan (`fedpool.testing`), so
-that a round stands still at the stage that is asked for. Then the component is hit; what an
-operator does is done (`fedpool poc up`, and `resume` for a job that did not complete), and the job
-must end with the bytes of an undisturbed one, or say why it did not.
+Runs a proof of concept on PostgreSQL, with a store that can hold an operation (`fedpool.testing`),
+so that a round stops at the requested stage. The component is then hit, and an operator's steps
+follow (`fedpool poc up`, and `resume` for a job that did not complete). The job must end with the
+bytes of an undisturbed one, or say why it did not.
 """
 
 import argparse
@@ -75,7 +75,7 @@ Trial = tuple[str, str, int]
 
 
 class Bench:
-    """What is broken, and whole again."""
+    """A proof of concept that is broken and repaired."""
 
     def __init__(self, folder: Path, postgres: PostgresServer) -> None:
         self.folder = folder
@@ -100,7 +100,7 @@ class Bench:
         )
 
     def undisturbed(self) -> list[bytes]:
-        """The global models of a job that nobody disturbs."""
+        """The global models of an undisturbed job."""
         return self.models(self.recipe.execute(self.env).get_result().job_id)
 
     def models(self, job_id: str) -> list[bytes]:
@@ -108,7 +108,7 @@ class Bench:
         return [self.store.read_bytes(paths.global_model(number)) for number in range(ROUNDS + 1)]
 
     def trial(self, component: str, stage: str, seed: int, honest: list[bytes]) -> str:
-        """Hit a component at a stage; returns what came of it."""
+        """Hit a component at a stage; return the outcome."""
         rng = random.Random(f"{component}/{stage}/{seed}")
         site = rng.choice(SITES)
         for path in (*self.folder.glob("training-*"), self.folder / "hold"):
@@ -223,8 +223,8 @@ def table(outcomes: Mapping[Trial, str]) -> str:
 
 
 def main() -> None:
-    """Run the matrix, write it down, and exit with 1 when a job hung, ended with other bytes or
-    lost something.
+    """Run the matrix, write it down, and exit with 1 if a job hung, ended with other bytes or lost
+    something.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
@@ -266,8 +266,8 @@ def main() -> None:
 
 
 def _side_by_side(trials: Sequence[Trial], at_once: int) -> Iterator[tuple[str, str, int, str]]:
-    """(component, stage, seed, outcome) of every trial, from so many benches at once: most of a
-    trial is waiting.
+    """(component, stage, seed, outcome) of every trial, on `at_once` benches in parallel: a trial
+    spends most of its time waiting.
     """
     benches = {}
     for share in (trials[number::at_once] for number in range(at_once)):
@@ -275,7 +275,7 @@ def _side_by_side(trials: Sequence[Trial], at_once: int) -> Iterator[tuple[str, 
             found, end = CONTEXT.Pipe(duplex=False)
             benches[found] = CONTEXT.Process(target=_report, args=(share, end))
             benches[found].start()
-            end.close()  # a bench that is gone is the end of its pipe
+            end.close()  # so that the pipe ends when the bench does
     running = set(benches)
     while running:
         for found in cast(list[Connection], wait(running)):

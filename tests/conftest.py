@@ -1,4 +1,4 @@
-"""What the tests share: one real Prefect server for the whole run, and a way to run small jobs."""
+"""Shared fixtures: one real Prefect server for the whole run, and a way to run small jobs."""
 
 import contextlib
 import os
@@ -31,26 +31,26 @@ ADD_ONE = """
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make Ctrl-C work, and give each of several test processes a temporary folder of its own,
-    for `leaves_nothing`.
+    """Make Ctrl-C work, and give each parallel test process its own temporary folder, for
+    `leaves_nothing`.
     """
-    # A shell makes what it runs in the background deaf to SIGINT, and that is inherited: by a stock
-    # Prefect worker, too, which then takes no SIGTERM either.
+    # A shell makes its background commands ignore SIGINT, and child processes inherit that. A stock
+    # Prefect worker that ignores SIGINT ignores SIGTERM too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp()
-        Path(os.environ["TMPDIR"]).chmod(0o755)  # PostgreSQL, which does not run as root, must find its files
+        Path(os.environ["TMPDIR"]).chmod(0o755)  # PostgreSQL does not run as root and must reach its files
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove it."""
+    """Remove the temporary folder."""
     if hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
-    """A real Prefect server with an in-memory database; its API's URL."""
+    """The API URL of a real Prefect server with an in-memory database."""
     with private_server() as server:
         server.wait()
         with temporary_settings({PREFECT_API_URL: server.api_url}):
@@ -71,8 +71,8 @@ def write_script(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def run_job(prefect_api: str, tmp_path: Path, write_script: Callable[..., Path]) -> Callable[..., Run]:
-    """Runs a job to its end: `run_job(script text, env={...}, **recipe fields)`; two sites and
-    two rounds unless told.
+    """Runs a job to its end: `run_job(script text, env={...}, **recipe fields)`; two sites and two
+    rounds by default.
     """
 
     def run(
@@ -96,7 +96,7 @@ def run_job(prefect_api: str, tmp_path: Path, write_script: Callable[..., Path])
 
 @pytest.fixture
 def leaves_nothing(prefect_api: str, tmp_path: Path) -> Iterator[None]:
-    """Fails when the test leaves a child process or a temporary file of ours behind."""
+    """Fails if the test leaves a child process or one of our temporary files behind."""
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     temporary = Path(os.environ.get("TMPDIR", "/tmp"))
     files_before = set(temporary.glob("fedpool-*"))
@@ -113,8 +113,8 @@ def leaves_nothing(prefect_api: str, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[services.PostgresServer]:
-    """A real PostgreSQL: `postgres.url` for what may be shared, `postgres.new_database()` for an
-    empty database.
+    """A real PostgreSQL: `postgres.url` is a database that tests can share,
+    `postgres.new_database()` creates an empty one.
     """
     if services.find_postgres() is None:
         pytest.skip(services.POSTGRES_MISSING)
@@ -124,8 +124,8 @@ def postgres() -> Iterator[services.PostgresServer]:
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[services.S3Server]:
-    """A real S3 server, this module's own; `s3_server.url` works in this process and its
-    children without options.
+    """A real S3 server, one for each module; `s3_server.url` works in this process and its children
+    without options.
     """
     if services.find_rclone() is None:
         pytest.skip(services.RCLONE_MISSING)

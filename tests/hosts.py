@@ -1,4 +1,4 @@
-"""A host in memory, for tests of the client API that need no process of their own."""
+"""An in-memory host, for tests of the client API that need no separate process."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from fedpool.client.hosts import Assignment, Waiting, Welcome
 
 
 class MemoryHost:
-    """A host in memory: hands out assignments in turn, and keeps what it is sent. None in the
-    plan is a time-out.
+    """An in-memory host: hands out assignments in turn, and records what it receives. None in the
+    plan is a timeout.
     """
 
     def __init__(self, folder: Path, plan: Sequence[Assignment | None]) -> None:
@@ -54,8 +54,8 @@ class MemoryHost:
 
 
 class OneSite(MemoryHost):
-    """The job of a single site: what it sends is the next global model. Rounds are seeded by
-    their number.
+    """A job with a single site, whose update is the next global model. A round's seed is its
+    number.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class OneSite(MemoryHost):
 
 
 def host_of(folder: Path, *models: Mapping[str, Any], **fields: Any) -> MemoryHost:
-    """A host that gives out one round for each global model."""
+    """A host that hands out one round for each global model."""
     plan = []
     for number, model in enumerate(models):
         with (folder / f"global-{number}").open("wb") as file:

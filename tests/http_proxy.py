@@ -1,7 +1,7 @@
-"""A real HTTP proxy for tests, the program proxy.py: it reaches every host name on this machine,
-and notes whom it was asked for.
+"""A real HTTP proxy for tests (proxy.py): it resolves every host name to this machine, and records
+the requested hosts.
 
-Run as a module, it is that program.
+Run as a module, it starts the proxy.
 """
 
 import os
@@ -16,10 +16,10 @@ from tests.services import _free_port, _Process
 
 
 class Proxy:
-    """The program, serving on a port of the loopback until `close()`.
+    """The proxy, serving on a loopback port until `close()`.
 
     Args:
-        folder: the test's own.
+        folder: the test's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,30 +48,30 @@ class Proxy:
 
     @property
     def asked(self) -> list[str]:
-        """What it was asked for so far: "METHOD HOST:PORT", one for each connection."""
+        """The requests so far, as "METHOD HOST:PORT", one for each connection."""
         return self._asked.read_text().splitlines()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the proxy."""
         self._process.end()
 
 
 class ToThisMachine(HttpProxyBasePlugin):
-    """Notes what is asked for, and resolves every host name to this machine."""
+    """Records the requests, and resolves every host name to this machine."""
 
     def resolve_dns(self, host: str, port: int) -> tuple[str | None, None]:
-        """Where a host is."""
+        """The address of a host."""
         return "127.0.0.1", None
 
     def before_upstream_connection(self, request: HttpParser) -> HttpParser:
-        """Called with what comes from a client."""
+        """Record a client's request."""
         assert request.method is not None and request.host is not None
         with open(os.environ["PROXY_ASKED"], "a") as file:
             file.write(f"{request.method.decode()} {request.host.decode()}:{request.port}\n")
         return request
 
     def handle_client_request(self, request: HttpParser) -> HttpParser:
-        """Passed on as it is."""
+        """Pass the request on unchanged."""
         return request
 
 

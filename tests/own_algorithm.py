@@ -1,5 +1,5 @@
-"""What the tests of a user's own algorithms and filters share: those of CONTRIBUTING.md, in a
-folder beside a job.py.
+"""Shared by the tests of custom algorithms and filters: those of CONTRIBUTING.md, in a folder with
+a job.py.
 """
 
 import os
@@ -41,7 +41,7 @@ def _write(folder: Path, files: dict[str, str], expected: set[str]) -> Path:
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run Python in a folder, with its output in one."""
+    """Run Python in a folder, with stdout and stderr in one stream."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDPOOL_")}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -57,9 +57,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.Complete
 
 @contextmanager
 def importable(folder: Path) -> Iterator[Path]:
-    """A folder of the user's on sys.path, as it is for a job.py in it; afterwards nothing of it
-    is left in this process.
-    """
+    """Put a user's folder on sys.path, as for a job.py in it; afterwards forget its modules."""
     sys.path.insert(0, str(folder))
     try:
         yield folder
@@ -70,8 +68,8 @@ def importable(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def job_code_forgotten() -> Iterator[None]:
-    """Leaves nothing in this process of the code of jobs that it loads meanwhile: other tests
-    have modules of the same names.
+    """Remove the job code that is loaded in the block from this process: other tests have modules
+    of the same names.
     """
     modules, path = set(sys.modules), list(sys.path)
     try:
@@ -84,9 +82,7 @@ def job_code_forgotten() -> Iterator[None]:
 
 
 def forget(folder: Path) -> None:
-    """Have this process forget the modules of a folder, so that others of their names can be
-    imported.
-    """
+    """Forget a folder's modules in this process, so that others of their names can be imported."""
     for name, module in list(sys.modules.items()):
         known = getattr(module, "__dict__", {})
         places = [known.get("__file__") or "", *known.get("__path__", ())]

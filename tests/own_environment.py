@@ -1,5 +1,5 @@
-"""An environment of one's own in one file: its sites are sessions of this process, such as
-functions; and in the same few lines a region, a session that answers for sites of its own.
+"""A custom environment in one file: its sites are sessions in this process, such as functions. It
+also shows, in a few lines, a region: a session that answers for its own sites.
 
 CONTRIBUTING.md points here.
 """
@@ -33,7 +33,7 @@ Params = Mapping[str, np.ndarray[Any, Any]]
 
 
 class SessionSites(Sites):
-    """Sites whose sessions are objects of this process."""
+    """Sites whose sessions are objects in this process."""
 
     traits: ClassVar[Traits] = SIMULATED
     __slots__ = ("_cancelled", "_filters", "_folder", "_job", "_sessions", "_store", "names", "num_slots")
@@ -92,7 +92,7 @@ class SessionSites(Sites):
 
 @dataclass(frozen=True)
 class SessionEnv(Environment[Run]):
-    """Runs a recipe at sites that are sessions of this process."""
+    """Runs a recipe at sites that are sessions in this process."""
 
     sessions: Mapping[str, Session]
     workspace: Path
@@ -110,7 +110,7 @@ class SessionEnv(Environment[Run]):
             try:
                 asyncio.run(run_job())
             finally:
-                drain(10.0)  # what Prefect's log has still to send
+                drain(10.0)  # what Prefect's log still has to send
 
         run = Run(start.job_id, store, work=work, cancel=sites.cancel)
         if wait:
@@ -119,10 +119,10 @@ class SessionEnv(Environment[Run]):
 
 
 class FunctionSession:
-    """A site that is a function of the global model: what it gives is the site's model.
+    """A site that is a function: it takes the global model and returns the site's model.
 
     Args:
-        weight: of its update.
+        weight: the weight of its update.
     """
 
     def __init__(self, train: Callable[[Params], Params], weight: float) -> None:
@@ -142,8 +142,8 @@ class FunctionSession:
 
 
 class Region(FunctionSession):
-    """A region: one site for the job above it, and for its own sites a job of one round each time.
-    Its update weighs what theirs weigh together.
+    """A region: a single site to the job above it. For each assignment, it runs a job of one round
+    at its own sites. Its update weighs as much as theirs together.
     """
 
     def __init__(self, name: str, sessions: Mapping[str, Session], workspace: Path, script: Path) -> None:
@@ -168,7 +168,7 @@ class Region(FunctionSession):
 
 
 def reply(assignment: Assignment, params: Params, weight: float) -> Reply:
-    """Leave a site's model where the assignment says, and tell what it weighs."""
+    """Write a site's model to the assignment's path, and return a reply with its weight."""
     assert assignment.update is not None
     with Path(assignment.update).open("wb") as file:
         save_and_hash(file, dict(params))

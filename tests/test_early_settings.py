@@ -1,5 +1,5 @@
-"""Scripts that set environment variables before an import: found in the source, in the order in
-which they would run.
+"""Scripts that set environment variables before an import: detected in the source, in execution
+order.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""Locks and exclusive moves where the file system lacks the calls, as FUSE and NFS do: in real
-processes whose libc says so.
+"""Locks and exclusive moves on file systems that lack the calls, such as FUSE and NFS: in real
+processes whose libc reports the calls as missing.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Answers for the calls that MISSING names; everything else goes to the real libc.
+# Fails the calls that MISSING names; everything else goes to the real libc.
 _LIBRARY = """
 #define _GNU_SOURCE
 #include <errno.h>

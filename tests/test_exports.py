@@ -1,6 +1,4 @@
-"""The public names: what `fedpool` and `fedpool.client` export, and that a change of it is a
-decision.
-"""
+"""The public names that `fedpool` and `fedpool.client` export: changing them must be a decision."""
 
 import dataclasses
 import importlib
@@ -107,8 +105,8 @@ WITHOUT_PREFECT = [
     *(f"fedpool.sites.{name}" for name in ("desk", "piece", "service")),
     "fedpool.tasks.prefect_internals",
 ]
-"""What an environment looks at before anything runs, and commands that read a store: importing
-Prefect takes two seconds.
+"""Modules that an environment needs before anything runs, and those of commands that read a store:
+importing Prefect takes two seconds.
 """
 
 

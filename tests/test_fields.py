@@ -1,5 +1,5 @@
-"""Fields that do not fit are refused in fedpool's words: all of them, by name, with the value
-and what was probably meant.
+"""Invalid fields are refused with fedpool's own messages: all of them, by name, with the value and
+what was probably meant.
 """
 
 import pickle

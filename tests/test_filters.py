@@ -1,5 +1,5 @@
-"""Filters: what comes back is what was sent, nothing depends on the blocks, and what a filter
-does wrong bears its name.
+"""Filters: an update comes back as it was sent, nothing depends on the blocks, and an error names
+its filter.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from tests.updates import sent_by
 
 
 class Scaling(ElementwiseFilter):
-    """Values travel as multiples."""
+    """Sends multiples of the values."""
 
     factor: float = Field(default=8.0, description="the factor", gt=0)
 
@@ -41,14 +41,14 @@ class Scaling(ElementwiseFilter):
 
 
 class Half(ElementwiseFilter):
-    """Travels in two bytes a value."""
+    """Sends two bytes per value."""
 
     def wire_dtype(self, name: str, spec: TensorSpec) -> str:
         return "F16"
 
 
 class Masked(ElementwiseFilter):
-    """Hides values behind numbers of the context's seed."""
+    """Masks values with random numbers from the context's seed."""
 
     def _mask(self, block: BlockRange, context: FilterContext) -> Any:
         return context.draw(block, lambda count, generator: torch.randn(count, generator=generator))
@@ -61,7 +61,7 @@ class Masked(ElementwiseFilter):
 
 
 class Renamed(Filter):
-    """Travels under another name and in another shape."""
+    """Sends tensors under another name and in another shape."""
 
     def outgoing(self, update: Tensors, context: FilterContext) -> Tensors:
         spec = {f"x.{name}": TensorSpec(entry.dtype, (entry.num_elements,)) for name, entry in update.spec.items()}

@@ -1,5 +1,5 @@
-"""Fuzzing of everything that reads what came from outside: half a minute of it. A reader either
-reads, or says what is wrong.
+"""Half a minute of fuzzing for everything that reads external data. A reader either reads it or
+says what is wrong.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ SIZES = st.integers(-2, 1 << 64)
 
 
 def mutated(data: bytes) -> st.SearchStrategy[bytes]:
-    """The data with some bytes replaced, removed or put in."""
+    """The data with some bytes replaced, removed or inserted."""
     edit = st.tuples(st.integers(0, len(data)), st.integers(0, 9), st.binary(max_size=9))
 
     def apply(edits: list[tuple[int, int, bytes]]) -> bytes:
@@ -61,7 +61,7 @@ def mutated(data: bytes) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def headers(draw: st.DrawFn) -> bytes:
-    """A file of tensors whose header is JSON, and says anything."""
+    """A tensor file whose header is arbitrary JSON."""
     entry = st.fixed_dictionaries(
         {
             "dtype": st.sampled_from([*ITEM_SIZES, "F8", ""]) | JSON,
@@ -85,7 +85,7 @@ def test_a_file_of_tensors_is_read_whole_or_refused(data: bytes) -> None:
         assert "fuzz is not a valid safetensors file" in str(error)
         return
     seen = inspect_tensors(reader, 5)
-    # What is read is all that there is: nothing hides between or behind the tensors.
+    # Everything in the file is read: nothing hides between or after the tensors.
     assert (seen.digest.sha256, seen.digest.size) == (hashlib.sha256(data).hexdigest(), len(data))
     assert sum(entry.num_bytes for entry in reader.spec.values()) + len(reader.head) == len(data)
 
@@ -103,7 +103,7 @@ def test_a_manifest_is_one_or_is_refused(tmp_path: Path, data: bytes) -> None:
         assert "its manifest is invalid" in str(error)
         return
     assert delivery.manifest_sha256 == hashlib.sha256(data).hexdigest()
-    json.dumps(delivery.manifest.metrics, allow_nan=False)  # what goes into records can be written
+    json.dumps(delivery.manifest.metrics, allow_nan=False)  # records can store the metrics
 
 
 NAMES = st.sampled_from(
@@ -131,7 +131,7 @@ def test_a_bundle_never_writes_outside_its_folder(tmp_path: Path, files: dict[st
     with zipfile.ZipFile(file, "w") as archive:
         for name, (data, mode) in files.items():
             entry = zipfile.ZipInfo("x")
-            entry.filename = name  # as it is: the constructor would clean it
+            entry.filename = name  # not passed to the constructor, which would clean it
             entry.external_attr = mode << 16
             archive.writestr(entry, data)
     data, inside = file.getvalue(), tmp_path / "inside"

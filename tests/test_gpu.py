@@ -1,5 +1,5 @@
-"""On a GPU: scripts that are forked, share a device, mix precisions and join process groups. Run
-by `make test-gpu`.
+"""On a GPU: scripts that are forked, share a device, use mixed precision and join process groups.
+Run with `make test-gpu`.
 """
 
 import importlib
@@ -27,10 +27,10 @@ from tests.hosts import host_of
 
 pytestmark = [
     pytest.mark.gpu,
-    # Lightning's advice to a training of one second: more workers, fewer log lines.
+    # Lightning's advice for a one-second training: more workers, fewer log lines.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*number of training batches"),
-    # What Lightning and transformers call and torch has deprecated.
+    # Lightning and transformers call functions that torch has deprecated.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -49,8 +49,8 @@ def new_net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
 
 
-# The device, the dropout and what an algorithm adds are filled in. The update is sent as it lies,
-# on the device.
+# The device, the dropout and an algorithm's additions are filled in. The update is sent from the
+# device.
 SCRIPT = """
     import torch
     import fedpool.client as flare
@@ -97,7 +97,7 @@ def script(device: str, dropout: float, kind: type[Recipe] = FedAvgRecipe) -> st
 
 
 def on_gpu(script: str, cpu: str, gpu: str) -> str:
-    """A script of the tests on a CPU, with what it asks a trainer for replaced."""
+    """A script from the CPU tests, with the arguments of its trainer replaced."""
     assert cpu in script
     return script.replace(cpu, gpu)
 
@@ -107,7 +107,7 @@ def same_bits(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
 
 
 class TestJobs:
-    """Whole jobs in simulation, the scripts on one GPU."""
+    """Whole simulated jobs, with the scripts on one GPU."""
 
     def test_sites_share_a_device_and_the_same_seed_gives_the_same_bits(self, run_job: Callable[..., Run]) -> None:
         job = {"model": new_net(), "num_rounds": 3, "key_metric": "score", "min_clients": 4}
@@ -148,7 +148,7 @@ class TestJobs:
 
 
 class TestTrainers:
-    """Trainers that own their loop, at each precision that GPUs are used with."""
+    """Trainers that own their loop, at each precision that is used on GPUs."""
 
     @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
     def test_lightning_learns_and_the_same_seed_gives_the_same_bits(
@@ -183,8 +183,8 @@ class TestTrainers:
             lightning_client.patch(trainer)
 
 
-# NCCL takes one process per device, so two that share one only use what fedpool makes beside its
-# group.
+# NCCL allows one process per device, so two ranks that share a device use only what fedpool creates
+# beside the NCCL group.
 RANKS_SCRIPT = """
 import os, sys
 import torch

@@ -1,4 +1,4 @@
-"""The initial model: whatever the user has becomes plain tensors of its own, or is refused."""
+"""The initial model: whatever the user gives becomes independent plain tensors, or is refused."""
 
 import io
 import os
@@ -103,7 +103,7 @@ def test_the_path_of_a_torch_checkpoint_gives_its_state_dict(wrap: Any, tmp_path
 
 
 class Trap:
-    """Pickled, it would make a folder when it is loaded."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -273,7 +273,7 @@ def test_the_prefixes_of_wrappers_do_not_matter_to_a_checkpoint(prefix: str, tmp
 def test_real_wrappers_give_checkpoints_that_fit(tmp_path: Path) -> None:
     net = Net()
     compiled = torch.compile(net, backend="eager")
-    assert isinstance(compiled, torch.nn.Module)  # its type says no more than that it can be called
+    assert isinstance(compiled, torch.nn.Module)  # its static type is only a callable
     wrappers: list[torch.nn.Module] = [torch.nn.DataParallel(net), compiled]
     for number, wrapped in enumerate(wrappers):
         torch.save(wrapped.state_dict(), tmp_path / f"{number}.pt")
@@ -284,7 +284,7 @@ def test_a_layer_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
     state = {"module.w": torch.ones(1), "w": torch.zeros(1)}
     torch.save(state, tmp_path / "ckpt.pt")
     assert plain(initial_model(state, tmp_path / "ckpt.pt")) == {"module.w": [1.0], "w": [0.0]}
-    with pytest.raises(RecipeError, match="does not fit the model"):  # which of the two would it be?
+    with pytest.raises(RecipeError, match="does not fit the model"):  # which of the two is meant?
         initial_model({"w": torch.zeros(1)}, tmp_path / "ckpt.pt")
 
 
@@ -380,7 +380,7 @@ def quantised() -> Any:
 )
 def test_a_kind_of_tensor_that_cannot_travel_is_refused_by_name_with_the_remedy(value: Any, words: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lazy, quantised and nested tensors are new or old, says torch
+        warnings.simplefilter("ignore")  # torch warns that such tensors are new or deprecated
         tensor = value()
     with pytest.raises(RecipeError, match=rf"model: params\['w'\] .*{words}"):
         initial_model({"w": tensor})

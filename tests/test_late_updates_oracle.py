@@ -1,5 +1,5 @@
-"""Late updates in virtual time beside a naive reference in numpy, weight for weight; and,
-slowly, what they are worth.
+"""Late updates in virtual time, compared with a naive numpy reference weight for weight; and, as
+slow tests, what they are worth.
 """
 
 import importlib.util
@@ -28,9 +28,7 @@ BENCHMARK = _load()
 
 
 class Orders(Reference):
-    """The reference's sites, in whatever order they train: each round and site has its own
-    batches.
-    """
+    """The reference's sites, in any order of training: each round and site has its own batches."""
 
     def __init__(self, num_rounds: int) -> None:
         super().__init__(alpha=0.1, epochs=5, num_hostile=0)
@@ -49,12 +47,12 @@ class Orders(Reference):
 
 
 def folded(num_rounds: int) -> Array:
-    """w <- w + sum n s Delta / sum n s: a quorum of 5 fresh updates closes a round; site k needs
-    k + 1 units.
+    """w <- w + sum n s Delta / sum n s: a quorum of 5 fresh updates closes a round; site k
+    takes k + 1 units.
     """
     sites = Orders(num_rounds)
     models: list[Array] = [np.zeros((65, 10))]
-    ends = {site: (site + 1.0, 0) for site in range(10)}  # when each is done, and with which round
+    ends = {site: (site + 1.0, 0) for site in range(10)}  # when each is done, and the round that it trains
     fresh: dict[int, Array] = {}
     late: list[tuple[int, int, Array]] = []
     answered = dict.fromkeys(range(10), -1)

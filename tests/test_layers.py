@@ -1,6 +1,4 @@
-"""The house's rules: who may import whom, links, names of modules, and a docstring on everything
-public.
-"""
+"""House rules: who may import whom, links, module names, and a docstring on everything public."""
 
 import ast
 import importlib
@@ -22,8 +20,8 @@ FOLDERS = ("sites", "tasks", "flows", "deployments")
 LAYERS = ("base", *FOLDERS, "facade")
 FACADE = ("__init__.py", "cli")
 
-# The base in itself, lowest first; a folder stands for all that is in it. A client script loads no
-# store, and a store no recipe.
+# The levels within the base, lowest first; a folder stands for everything in it. A client script
+# loads no store, and a store no recipe.
 BASE_LEVELS = (
     "storable errors left_out model messages paths site_order tensors tensor_stream digest arrays inspection local_file patience "
     "exclusive refusals s3 loopback startup",
@@ -38,8 +36,8 @@ BASE_LEVELS = (
     "testing migration",  # tools beside the product
 )
 
-# What Prefect documents; None: all of a module. The rest is named in one module, so that an upgrade
-# fails in one place.
+# What Prefect documents; None means the whole module. Everything else is named in one module, so
+# that an upgrade fails in one place.
 PREFECT_DOCUMENTS: dict[str, set[str] | None] = {
     "prefect": {"Flow", "flow", "task"},
     "prefect.artifacts": None,
@@ -66,7 +64,7 @@ PREFECT_DOCUMENTS: dict[str, set[str] | None] = {
 }
 PREFECT_INTERNALS = "tasks/prefect_internals.py"
 
-# Modules of a layer above that are named by a string, and why it has to be so.
+# Modules of a higher layer that a string names, and why that is necessary.
 NAMED_ABOVE = {
     (
         "deployments/poc_services.py",
@@ -114,7 +112,7 @@ def is_module(name: str) -> bool:
 
 
 def imported(path: Path, without: ast.NodeTransformer | None = None) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import of a module, those inside functions included."""
+    """(line, dotted module) of every import of a module, including those inside functions."""
     tree = ast.parse(path.read_text(), filename=str(path))
     package = ["fedpool", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(without.visit(tree) if without else tree):
@@ -128,15 +126,15 @@ def imported(path: Path, without: ast.NodeTransformer | None = None) -> Iterator
                 yield node.lineno, inner if name.startswith("fedpool") and is_module(inner) else name
 
 
-_NAMED = re.compile(r"(fedpool(?:\.\w+)+)(?:\.|:\w*)?")  # the end of a part of an f-string may be missing
+_NAMED = re.compile(r"(fedpool(?:\.\w+)+)(?:\.|:\w*)?")  # part of an f-string: its end may be missing
 
 
 def named(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every string of a module that is the name of a module of ours, or of
-    something in one.
+    """(line, dotted module) of every string in a module that names one of our modules, or something
+    in one.
 
-    Such as for `import_module` and `python -m`, an entrypoint of Prefect's, a path `module:Class`,
-    the beginning of an f-string.
+    For example an argument of `import_module` or `python -m`, a Prefect entrypoint, a path
+    `module:Class`, or the beginning of an f-string.
     """
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := _NAMED.fullmatch(node.value)):
@@ -152,7 +150,7 @@ def module_of(path: Path) -> str:
 
 
 class AtRunTime(ast.NodeTransformer):
-    """Leaves out what only type checkers read, and, where asked to, the bodies of functions."""
+    """Leaves out what only type checkers read, and functions too unless `functions` is true."""
 
     def __init__(self, *, functions: bool) -> None:
         self._functions = functions
@@ -170,8 +168,8 @@ class AtRunTime(ast.NodeTransformer):
 
 
 def needs(path: Path, *, functions: bool) -> set[str]:
-    """Our modules that a module imports when it runs: at its top level, and in its functions,
-    too, where that is asked.
+    """Our modules that a module imports at run time: at its top level and, if `functions` is true,
+    in its functions.
     """
     found = {name for _, name in imported(path, AtRunTime(functions=functions)) if name.split(".")[0] == "fedpool"}
     return found - {module_of(path)}
@@ -233,12 +231,12 @@ def test_a_module_that_is_named_by_a_string_is_seen_in_each_form() -> None:
     assert "fedpool.flows" in [
         name for _, name in named(PACKAGE / "flows/recipes.py")
     ]  # f"fedpool.flows.{name}:{kind}"
-    assert list(named(PACKAGE / "tasks/events.py")) == []  # "fedpool.update.rejected" is none of ours
+    assert list(named(PACKAGE / "tasks/events.py")) == []  # "fedpool.update.rejected" is not a module
 
 
 def undocumented_of_prefect(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, name) of what a module uses of Prefect that Prefect does not document, be it by an
-    import or by a string.
+    """(line, name) of everything undocumented in Prefect that a module uses, by an import or a
+    string.
     """
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Import):
@@ -263,7 +261,7 @@ def test_in_that_module_such_names_are_seen_in_each_form() -> None:
     found = {name for _, name in undocumented_of_prefect(PACKAGE / PREFECT_INTERNALS)}
     assert {
         "prefect.utilities.engine.propose_state",  # an import
-        "prefect.context.TagsContext",  # another name of a module that has documented ones
+        "prefect.context.TagsContext",  # an undocumented name in a documented module
         "prefect.flow_engine",  # a string
         "PREFECT__FLOW_RUN_ID",
     } <= found
@@ -322,8 +320,8 @@ def test_the_link_is_a_link_in_git_too(name: str) -> None:
 
 
 def undocumented(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
-    """(name, class) of what is public and has no docstring: classes and functions of a module,
-    methods of its public classes.
+    """(name, class) of everything public without a docstring: a module's classes and functions, and
+    the methods of its public classes.
     """
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
@@ -341,12 +339,12 @@ def undocumented(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
 
 
 def is_overload(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether it is one of a function's signatures, and not the function."""
+    """Whether a node is an overload's signature, not the function itself."""
     return any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
 
 
 def documented_by_a_base(path: Path, kind: str, method: str) -> bool:
-    """Whether a method overrides one that has a docstring: what it does is said there."""
+    """Whether a method overrides one that has a docstring, which then describes it."""
     module = importlib.import_module(".".join(("fedpool", *path.relative_to(PACKAGE).with_suffix("").parts)))
     bases = getattr(module, kind).__mro__[1:]
     return any(getattr(getattr(base, method, None), "__doc__", None) for base in bases if base is not object)

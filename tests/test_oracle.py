@@ -1,5 +1,5 @@
-"""The oracle's rows: two rounds beside a naive reference in numpy, weight for weight; and,
-slowly, the oracle's own figures.
+"""The oracle's rows: two rounds compared with a naive numpy reference, weight for weight; and, as
+slow tests, the oracle's own figures.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ Combine = Callable[[Array, list[int]], Array]
 
 
 class Reference:
-    """Softmax regression over ten sites as the oracle draws it: seed 0, W is (65, 10)."""
+    """Softmax regression over ten sites, drawn as the oracle draws them: seed 0, W is (65, 10)."""
 
     def __init__(self, alpha: float, epochs: int, num_hostile: int) -> None:
         features, labels = load_digits(return_X_y=True)
@@ -54,7 +54,7 @@ class Reference:
         self.rng = np.random.default_rng(100)
 
     def trained(self, start: Array, site: int, correction: Array | float = 0.0) -> tuple[Array, int]:
-        """What a site makes of W, and in how many steps."""
+        """A site's W after training, and the number of steps that it took."""
         w, steps, x, y = start.copy(), 0, self.x[self.rows[site]], self.y[self.rows[site]]
         for _ in range(self.epochs):
             order = self.rng.permutation(len(x))

@@ -1,4 +1,4 @@
-"""Trying again: how long the pauses are, and when the tries end."""
+"""Retries: how long the pauses are, and when the attempts end."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from fedpool.patience import pauses
 
 
 class Clock:
-    """A clock that a loop sets forward by its pauses, and by what its tries take."""
+    """A clock that a loop advances by its pauses and by the time that its attempts take."""
 
     def __init__(self) -> None:
         self.now = 100.0

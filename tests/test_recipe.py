@@ -1,6 +1,4 @@
-"""The recipe: frozen, described, and everything that can be known to be wrong is refused when it
-is built.
-"""
+"""The recipe: frozen, described, and refused when it is built if anything is known to be wrong."""
 
 import json
 from pathlib import Path
@@ -35,7 +33,7 @@ def script(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fields(script: Path) -> dict[str, Any]:
-    """The least that a recipe needs."""
+    """The fields that every recipe needs."""
     return {
         "name": "hello",
         "model": {"body.w": np.zeros((2, 3), dtype=np.float32), "head.w": np.zeros(2, dtype=np.float32)},
@@ -46,7 +44,7 @@ def fields(script: Path) -> dict[str, Any]:
 
 
 def refusal(fields: dict[str, Any], **changes: Any) -> str:
-    """What a recipe with these changes is refused with."""
+    """The message that refuses a recipe with these changes."""
     with pytest.raises(ValueError) as refused:  # the contract: a plain ValueError, whatever raised it
         FedAvgRecipe(**{**fields, **changes})
     return str(refused.value)
@@ -82,7 +80,7 @@ def test_a_recipe_is_frozen(fields: dict[str, Any]) -> None:
 
 
 def test_positional_arguments_are_refused() -> None:
-    by_position: Any = FedAvgRecipe  # whose type allows no such call
+    by_position: Any = FedAvgRecipe  # its type allows no such call
     with pytest.raises(
         RecipeError, match=r"takes its fields by name, got 'hello' without one: write FedAvgRecipe\(name="
     ):
@@ -237,7 +235,7 @@ def test_a_stop_condition_that_does_not_parse_is_refused(fields: dict[str, Any])
         ("loss", "loss <= 0.1", "min"),
         ("loss", "loss < 0.1", "min"),
         ("accuracy", "accuracy >= 0.8", "max"),
-        ("accuracy", "loss <= 0.1", "max"),  # of another metric: it says nothing
+        ("accuracy", "loss <= 0.1", "max"),  # about another metric: it says nothing
         ("accuracy", "accuracy == 1", "max"),
     ],
 )
@@ -274,7 +272,7 @@ def test_a_metric_that_sounds_as_if_less_is_better_asks_for_a_mode(metric: str, 
         UserWarning, match=f'the highest {metric} counts as the best; give key_metric_mode="min"'
     ) as seen:
         recipe = FedAvgRecipe(**fields, key_metric=metric)
-    assert recipe.key_metric_mode == "max"  # never changed in silence
+    assert recipe.key_metric_mode == "max"  # never changed silently
     assert seen[0].filename == __file__
     FedAvgRecipe(**fields, key_metric=metric, key_metric_mode="max")  # no warning
 

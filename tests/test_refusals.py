@@ -1,5 +1,5 @@
-"""What a store says when it refuses: one sentence with the remedy, at once; and what it bears
-with. Against real S3 servers.
+"""What a store says when it refuses: one sentence with the remedy, at once; and what it tolerates.
+Against real S3 servers.
 """
 
 import os
@@ -27,7 +27,7 @@ from tests import services
 
 @pytest.fixture
 def aws(s3_server: services.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The environment of somebody who has set what the production guide says, and nothing about
+    """The environment of a user who has set what the production guide says, and nothing about
     checksums.
     """
     file_systems = fsspec.get_filesystem_class("s3")
@@ -39,8 +39,8 @@ def aws(s3_server: services.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def refused(store: Store) -> str:
-    """What it says of every kind of use, within the seconds that botocore takes for a
-    connection.
+    """What the store says for every kind of use, each within the time that botocore takes to
+    connect.
     """
     said = set()
     for use in (
@@ -122,8 +122,8 @@ def test_an_endpoint_that_cannot_be_one_is_told(
 
 @contextmanager
 def alerting(description: int) -> Iterator[str]:
-    """Answers each TLS handshake with a fatal alert, as OpenSSL and load balancers write it;
-    yields its endpoint.
+    """Answers each TLS handshake with a fatal alert, as OpenSSL and load balancers send it; yields
+    the endpoint.
     """
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -172,7 +172,7 @@ def test_a_refusal_comes_without_the_tracebacks_of_what_it_came_of(
     aws.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o500)
-    Store(tmp_path / "store").write_bytes("job/a", b"1")  # what this imports not everybody may read
+    Store(tmp_path / "store").write_bytes("job/a", b"1")  # imports what the other user may not be able to read
     with pytest.raises(StoreRefused) as caught:
         if remote:
             Store(s3_server.url).write_bytes("job/a", b"1")
@@ -189,9 +189,7 @@ def test_a_file_system_that_is_not_installed_is_told_with_its_remedy() -> None:
 
 
 class _Answering(BaseHTTPRequestHandler):
-    """Answers like S3 with an error, as AWS documents them, for as many requests as it is told
-    to; rclone knows few of them.
-    """
+    """Answers each request with an S3 error, as AWS documents it; rclone knows few of them."""
 
     server: "_ErrorServer"
 
@@ -216,7 +214,7 @@ class _Answering(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class _ErrorServer(ThreadingHTTPServer):
@@ -268,7 +266,7 @@ def test_what_does_not_heal_is_asked_once_and_told(
         assert words in str(caught.value)
         assert len(server.requests) <= 2
         server.requests.clear()
-        with pytest.raises(StoreRefused, match=code):  # a HEAD is answered without a reason: it is asked for
+        with pytest.raises(StoreRefused, match=code):  # a HEAD has no reason in its answer: a GET asks for it
             Store("s3://bucket").size("job/a")
         assert server.requests[0] == "HEAD" and "GET" in server.requests
 
@@ -290,7 +288,7 @@ def test_what_may_heal_is_tried_again_and_said_in_the_log(
 
 @contextmanager
 def not_as_root() -> Iterator[None]:
-    """Root may write everywhere: be somebody else meanwhile."""
+    """Switch to another user within the block: root may write everywhere."""
     user = os.geteuid()
     os.seteuid(user or 65534)
     try:
@@ -300,8 +298,8 @@ def not_as_root() -> Iterator[None]:
 
 
 class _Bucket(BaseHTTPRequestHandler):
-    """The few requests of S3 that a store writes with, and conditional writes as AWS has them,
-    which rclone has not.
+    """The few S3 requests that a store writes with, and conditional writes as on AWS, which rclone
+    lacks.
     """
 
     server: "_BucketServer"
@@ -344,7 +342,7 @@ class _Bucket(BaseHTTPRequestHandler):
             self.wfile.write(body or b"")
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class _BucketServer(ThreadingHTTPServer):
@@ -406,6 +404,6 @@ def test_a_server_that_refuses_conditions_is_written_to_without(bucket: _BucketS
 def test_a_local_store_says_who_may_not_write_where(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o500)
-    Store(tmp_path / "store").write_bytes("job/a", b"1")  # what this imports not everybody may read
+    Store(tmp_path / "store").write_bytes("job/a", b"1")  # imports what the other user may not be able to read
     with not_as_root(), pytest.raises(StoreRefused, match=rf"{folder}.*is not allowed to; choose another folder"):
         Store(folder).write_bytes("job/a", b"1")

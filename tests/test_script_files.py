@@ -1,5 +1,5 @@
 """What travels with a script because its source names it, and what does not: code and small
-configuration, never data.
+configuration do, data never does.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""The programs that other tests run against are real, and the store does on S3 what it does
+"""The programs that other tests run against are real, and the store works on S3 as it does
 elsewhere.
 """
 
@@ -31,7 +31,7 @@ from tests.services import CHROMIUM_MISSING, PostgresServer, S3Server, find_chro
 
 @pytest.fixture
 def store(s3_server: S3Server) -> Iterator[Store]:
-    s3_server.start()  # a test before this one may have failed with the server stopped
+    s3_server.start()  # an earlier test may have failed with the server stopped
     yield Store(f"{s3_server.url}/{uuid.uuid4().hex}")
 
 
@@ -65,7 +65,7 @@ def test_a_new_database_is_empty(postgres: PostgresServer) -> None:
 
 
 def test_postgres_and_s3_leave_no_process_and_no_file(postgres: PostgresServer, s3_server: S3Server) -> None:
-    # The fixtures are there to skip where a program is missing.
+    # The fixtures are here only to skip the test if a program is missing.
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with closing(PostgresServer()) as database, closing(S3Server()) as objects:
         started = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
@@ -94,7 +94,7 @@ input()
     assert len(started) > 4
     _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive
-    for folder in folders:  # which nobody was left to remove
+    for folder in folders:  # nothing was left to remove them
         shutil.rmtree(folder)
 
 

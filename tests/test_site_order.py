@@ -1,4 +1,4 @@
-"""The order of sites: by their names, in which numbers count as numbers."""
+"""The order of sites: by name, with numbers compared as numbers."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""No module grows beyond what one reads at a sitting, and no function of a round beyond a
+"""No module is longer than you can read in one sitting, and no function of a round is longer than a
 screen.
 """
 
@@ -20,7 +20,7 @@ ROUND = (
     "tasks/collect.py",
     "sites/site_round.py",
 )
-"""What a round runs through."""
+"""The modules that a round runs through."""
 
 
 def modules() -> Iterator[Path]:
@@ -37,9 +37,7 @@ def num_lines(path: Path) -> int:
 
 
 def functions(path: Path) -> dict[str, int]:
-    """The functions of a module, by its path and their name, with their lines, docstrings
-    included.
-    """
+    """The number of lines of each function of a module, including docstrings, by `path:name`."""
     found = [
         node
         for node in ast.walk(ast.parse(path.read_text()))

@@ -1,4 +1,4 @@
-"""Text of scripts, made storable."""
+"""Text from scripts, made storable."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""The store: one suite over a local folder and fsspec's `memory://`, then what each of the two
-has of its own.
+"""The store: one suite over a local folder and fsspec's `memory://`, then tests specific to one of
+them.
 """
 
 import errno

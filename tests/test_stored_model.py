@@ -1,5 +1,5 @@
-"""Of an initial model in a store the header is read: counted in bytes, over a store that counts
-what is read of each object.
+"""Only the header of an initial model in a store is read: checked with a store that counts the
+bytes read from each object.
 """
 
 import os
@@ -28,7 +28,7 @@ NUM_BYTES = 8 << 20
 
 
 class CountingFileSystem(FaultyFileSystem):
-    """Counts the bytes that are read of each object."""
+    """Counts the bytes read from each object."""
 
     protocol = "counting"
 

@@ -1,5 +1,5 @@
-"""The safetensors format: streams out, blocks in, and nothing but `IntegrityError` for bytes
-that are no such file.
+"""The safetensors format: written as a stream, read in blocks, and nothing but `IntegrityError` for
+invalid bytes.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ specs = st.dictionaries(
 
 
 def reader_of(data: bytes, read: bytes | None = None) -> TensorReader:
-    """A reader of `data`; `read`, where given, is what the file really holds when it is read."""
+    """A reader of `data`; `read`, if given, is what the file really contains when it is read."""
     source = data if read is None else read
     return TensorReader(lambda start, stop: bytearray(source[start:stop]), len(data), where="the file")
 

@@ -1,4 +1,4 @@
-"""The tools that break a job on purpose do so, by their plan, and a job gets over it."""
+"""The tools that break a job on purpose follow their plan, and a job recovers from it."""
 
 import json
 import subprocess
@@ -134,7 +134,7 @@ def test_an_operation_is_held_until_the_plan_changes(store: Store, faults: Fault
     writing = threading.Thread(target=store.write_bytes, args=("there", b"data"))
     writing.start()
     faults.wait_until_held()
-    assert writing.is_alive() and store.exists("there")  # it has had its effect
+    assert writing.is_alive() and store.exists("there")  # it has taken effect
     faults.plan()
     writing.join(120)
     assert not writing.is_alive()

@@ -1,6 +1,4 @@
-"""What a type checker sees of fedpool: mypy, strict and without pydantic's plugin, as editors
-see it, too.
-"""
+"""What a type checker sees of fedpool: mypy, strict, without pydantic's plugin, as in editors."""
 
 import re
 import subprocess
@@ -13,7 +11,7 @@ from fedpool.flows.recipes import built_in
 ROOT = Path(__file__).parents[1]
 
 CACHE = ROOT / ".mypy_cache" / "of-a-user"
-"""Not that of `make lint`, whose settings differ; it stays, so that torch is read once."""
+"""Not the cache of `make lint`, whose settings differ; it is kept, so that torch is read once."""
 
 ASKED = """
 reveal_type(recipe)
@@ -34,14 +32,14 @@ fedpool.ProdEnv(store="s3://bucket", sites=("a",))
 
 
 def block(name: str) -> str:
-    """The README's first python block that is the file of this name."""
+    """The README's first Python block for the file of this name."""
     found = re.search(rf"^```python\n(# {re.escape(name)}\n.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     assert found is not None, f"the README shows no {name}"
     return found.group(1)
 
 
 def every_recipe() -> str:
-    """A script that builds each recipe with the fields that it must have and no other."""
+    """A script that builds each recipe with its required fields only."""
     values = {"name": "'a'", "min_clients": "1", "num_rounds": "1", "model": "{}", "train_script": "'client.py'"}
     lines = ["import fedpool"]
     for name, kind in built_in().items():
@@ -52,8 +50,8 @@ def every_recipe() -> str:
 
 
 def mypy(folder: Path, **modules: str) -> dict[str, list[str]]:
-    """What mypy says of modules, line by line: "LINE: ..."; in the settings of a user who has
-    asked for strictness only.
+    """What mypy says about each module, line by line as "LINE: ...", with the settings of a user
+    who has only asked for strictness.
     """
     (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n")
     for name, text in modules.items():

@@ -1,4 +1,4 @@
-"""What the coordinator writes as JSON: one form in bytes, and nothing that is not known is read."""
+"""The JSON that the coordinator writes: it has one byte form, and unknown content is refused."""
 
 import json
 from typing import Any

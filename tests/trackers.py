@@ -1,4 +1,4 @@
-"""Reads what trackers hold, by the trackers' own means."""
+"""Reads the contents of trackers, using the trackers' own libraries."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ were logged.
 
 
 def read_tensorboard(folder: Path) -> Series:
-    """The scalars of a run's folder. TensorBoard keeps float32."""
+    """The scalars in a run's folder. TensorBoard keeps float32."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
@@ -20,22 +20,22 @@ def read_tensorboard(folder: Path) -> Series:
 
 
 def read_texts(folder: Path) -> dict[str, str]:
-    """The texts of a run's folder."""
+    """The texts in a run's folder."""
     events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
 
 
 class MLflowStore:
-    """A store of MLflow, through its client."""
+    """An MLflow store, through its client."""
 
     def __init__(self, uri: str) -> None:
-        from mlflow.tracking import MlflowClient  # it takes seconds
+        from mlflow.tracking import MlflowClient  # importing it takes seconds
 
         self._client = MlflowClient(uri)
 
     def runs(self, experiment: str) -> dict[str, Any]:
-        """site, or `server`, -> its run."""
+        """Each site, or `server`, with its run."""
         found = self._client.get_experiment_by_name(experiment)
         assert found is not None
         runs = self._client.search_runs([found.experiment_id])

@@ -1,4 +1,4 @@
-"""What a site is asked and sends, for tests of what is done with it."""
+"""What a site receives and sends, for tests of the code that handles it."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ SENT: dict[str, Any] = {
     "params_type": "FULL",
     "seconds": 1.0,
 }
-"""The fields of an honest update, but for its site and its file."""
+"""The fields of an honest update, except its site and its file."""
 
 
 def sent_by(site: str, **fields: Any) -> UpdateManifest:
-    """The manifest of an honest update of a site, with what a test says of it."""
+    """The manifest of an honest update from a site, with the fields that a test sets."""
     return UpdateManifest(**SENT | {"site": site} | fields)
 
 
@@ -37,9 +37,9 @@ JOB: dict[str, Any] = {
     "seed": 0,
     "threads": 1,
 }
-"""The fields of the plainest job, as a site sees them."""
+"""The fields of a minimal job, as a site sees them."""
 
 
 def client_job(**fields: Any) -> ClientJob:
-    """The plainest job, with what a test says of it."""
+    """A minimal job, with the fields that a test sets."""
     return ClientJob(**JOB | fields)

@@ -1,4 +1,4 @@
-"""`fedpool migrate` at the command line."""
+"""`fedpool migrate` on the command line."""
 
 import subprocess
 import sys

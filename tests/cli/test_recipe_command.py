@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def fedpool(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command prints; it ends with 0."""
+    """The output of the command, which must exit with 0."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code in (0, None)

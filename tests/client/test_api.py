@@ -1,5 +1,5 @@
-"""The client API's state machine against a host in memory, its wire, and its module functions in
-scripts of their own.
+"""The client API: its state machine against an in-memory host, its wire protocol, and its module
+functions in separate scripts.
 """
 
 import json
@@ -47,7 +47,7 @@ MODEL = {"w": np.array([1.0, 2.0], dtype=np.float32)}
 
 
 class TestTheLoop:
-    """What may be called when."""
+    """Which calls are allowed when."""
 
     def test_a_job_of_two_rounds_runs_twice_and_ends(self, tmp_path: Path) -> None:
         host = host_of(tmp_path, MODEL, {"w": MODEL["w"] + 1})
@@ -271,7 +271,7 @@ TRAVELLERS = {
 
 
 class TestParams:
-    """How params arrive, and how they leave."""
+    """How params are received and sent."""
 
     @pytest.mark.parametrize("params_format", FORMATS)
     def test_tensors_of_every_dtype_and_shape_travel_unchanged_in_and_out(
@@ -347,8 +347,8 @@ class TestExcludedParams:
         assert params_of(received(client))["head.w"].tolist() == [0.0, 0.0]
 
     def test_a_script_may_send_them_back_as_it_received_them(self, tmp_path: Path) -> None:
-        # In a process of its own: the received tensors are memory-mapped from the file that send()
-        # writes anew, and truncating a mapped file kills whoever reads it.
+        # In a separate process: the received tensors are memory-mapped from the file that send()
+        # rewrites, and truncating a mapped file kills any process that reads it.
         code = f"""
 import sys, torch
 from pathlib import Path
@@ -386,17 +386,17 @@ print("after", model.params["head"].mean().item())
 
 
 class TestWhatASiteKeeps:
-    """Tensors that stay at the site from round to round."""
+    """Tensors that a site keeps from round to round."""
 
     BASE = {"w": np.zeros(2, dtype=np.float32)}  # noqa: RUF012  # never changed
 
     def client(self, folder: Path, num_rounds: int, first: int = 0) -> Client:
-        """A client whose first round is `first`, as a script that is started again has it."""
+        """A client whose first round is `first`, as in a restarted script."""
         host = host_of(folder, *[self.BASE] * num_rounds)
         return Client(MemoryHost(folder, host.plan[first:]), "numpy")
 
     def keep(self, client: Client, value: float) -> float | None:
-        """Do a round that keeps a value; returns what was kept before."""
+        """Run a round that keeps a value; returns the value kept before."""
         received(client)
         before = client.kept("mine")
         client.keep("mine", {"x": np.array([value])})
@@ -440,7 +440,7 @@ class TestSeeds:
     """Each assignment seeds the generators of the libraries that the script has imported."""
 
     def draws(self) -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(1))  # the global generators are meant
+        return random.random(), float(np.random.rand()), float(torch.rand(1))  # deliberately the global generators
 
     def test_one_seed_gives_one_sequence_in_every_library(self) -> None:
         seed_everything(2**63 - 1)
@@ -469,7 +469,7 @@ class TestSeeds:
 
 
 def session() -> tuple[SessionHost, Link]:
-    """A session host that was welcomed, and the other end of its wire."""
+    """A session host that has received its welcome, and the other end of its link."""
     ours, theirs = Pipe()
     other = Link(theirs)
     other.put("welcome", **asdict(Welcome("job-1", "site-1", {"lr": 0.1}, 4, 5)))
@@ -519,8 +519,8 @@ class TestSessionHost:
         messages = [other.get()]
         while messages[-1]["kind"] != "update":
             messages.append(other.get())
-        # One for each of the slowest, were the machine to stand still: but no message for each
-        # scalar.
+        # If the machine stalls, slow scalars may be sent singly, but not every scalar needs its own
+        # message.
         assert len(messages) < 200
         scalars = [each for message in messages[:-1] for each in message.get("scalars", [message])]
         assert [each["value"] for each in scalars] == list(range(1000))
@@ -599,7 +599,7 @@ class TestSessionHost:
 
 
 class TestFindingTheHost:
-    """Which host a process has, by its environment."""
+    """Which host a process gets, depending on its environment."""
 
     @pytest.fixture(autouse=True)
     def _bare_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,7 +667,7 @@ def run_script(code: str, *options: str) -> str:
 
 @pytest.fixture(scope="module")
 def before_init() -> dict[str, str]:
-    """function -> its error, of every function called before init()."""
+    """The error of every function called before init(), by the function's name."""
     code = """
 import json
 import fedpool.client as flare

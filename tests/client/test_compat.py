@@ -1,5 +1,5 @@
-"""What scripts take from NVFlare beside the six lines: `ctx`, `config_file`, decorators,
-writers, constants.
+"""What scripts use from NVFlare besides the six lines: `ctx`, `config_file`, decorators, writers,
+constants.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ MODEL = {"w": np.array([1.0, 2.0], dtype=np.float32)}
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryHost]:
-    """Makes this process a client of a host in memory: `serve(tasks...)`."""
+    """Makes this process a client of an in-memory host: `serve(tasks...)`."""
 
     def start(*tasks: str, config: Mapping[str, Any] | None = None) -> MemoryHost:
         host = OneSite(tmp_path, MODEL, tasks or ("train",), config)
@@ -37,7 +37,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Memo
 
 
 class TestTheContext:
-    """What `init` returns is taken by every function."""
+    """Every function accepts what `init` returns."""
 
     def test_a_loop_with_ctx_everywhere_runs(self) -> None:
         code = """
@@ -128,7 +128,7 @@ class TestDecorators:
 
 
 class TestLogging:
-    """All writers end in the same place."""
+    """All writers log to the same place."""
 
     def test_numbers_are_sent_and_texts_are_written_to_the_log(self, serve: Callable[..., MemoryHost]) -> None:
         host = serve()

@@ -1,5 +1,5 @@
-"""The Trainer of transformers as a client: what `train` and `evaluate` do in a round, on tiny
-models made from a config.
+"""The transformers Trainer as a client: what `train` and `evaluate` do in a round, on tiny models
+made from a config.
 """
 
 import gc
@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: nothing here may ask the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may access the network
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what the packages import and others have deprecated
+    warnings.simplefilter("ignore")  # deprecated modules that the packages import
     import peft
     import transformers
 
@@ -43,7 +43,7 @@ STEPS = 4  # batches of four
 
 
 class Examples(torch.utils.data.Dataset[dict[str, Any]]):
-    """Sequences of random tokens, labelled by whether the first is even."""
+    """Sequences of random tokens, labelled by the parity of the first."""
 
     def __len__(self) -> int:
         return NUM_EXAMPLES
@@ -89,8 +89,8 @@ def new_trainer(folder: Path, model: Any = None, **options: Any) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage() -> Iterator[None]:
-    """transformers collects garbage in each `train()`: .3 s, most of the tests' time, if it
-    looks at all that is imported.
+    """transformers collects garbage in each `train()`: 0.3 s, most of the tests' time, unless
+    imported objects are exempt.
     """
     gc.freeze()
     yield
@@ -99,7 +99,7 @@ def _imports_are_no_garbage() -> Iterator[None]:
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryHost]:
-    """Makes this process a client of a host in memory: `serve(tasks, model=..., config=...)`."""
+    """Makes this process a client of an in-memory host: `serve(tasks, model=..., config=...)`."""
 
     def start(
         tasks: Sequence[str] = ("train",),
@@ -136,7 +136,7 @@ class TestTraining:
             output = trainer.train()
         alone = new_model()
         oracle = new_trainer(tmp_path, alone)
-        torch.manual_seed(0)  # the round's
+        torch.manual_seed(0)  # the round's seed
         oracle.train()
         assert output.global_step == STEPS
         assert same_bits(host.params_sent(), alone.state_dict())
@@ -240,7 +240,7 @@ class TestTraining:
         optimizer.register_step_pre_hook(add_the_term)
         oracle = new_trainer(tmp_path, alone, max_steps=2, max_grad_norm=0, optimizers=(optimizer, None))
         oracle.args.lr_scheduler_type = "constant"
-        torch.manual_seed(0)  # the round's
+        torch.manual_seed(0)  # the round's seed
         oracle.train()
         assert same_bits(host.params_sent(), alone.state_dict())
 
@@ -296,7 +296,7 @@ class TestTraining:
 
 
 class TestScoring:
-    """Which scores are those of the received model."""
+    """Which scores count as the received model's."""
 
     @pytest.mark.parametrize("several", [False, True], ids=["one dataset", "several"])
     def test_evaluate_scores_the_received_model_and_its_metrics_travel_without_the_timings(
@@ -335,7 +335,7 @@ class TestScoring:
 
 
 class TestOtherTasks:
-    """Rounds that are not for training."""
+    """Rounds with tasks other than training."""
 
     @pytest.mark.parametrize("evaluates", [True, False], ids=["evaluate and train", "train"])
     def test_an_evaluation_scores_and_trains_nothing(
@@ -361,7 +361,7 @@ class TestOtherTasks:
         trainer = new_trainer(tmp_path, new_model())
         flare.patch(trainer)
         trainer.train()
-        for assignment in host.plan:  # the sites' mean, and not what this one has trained
+        for assignment in host.plan:  # the mean of the sites' models, not what this site has trained
             assert assignment is not None
             with open(str(assignment.model), "wb") as file:
                 save_and_hash(file, new_model().state_dict())
@@ -373,7 +373,7 @@ class TestOtherTasks:
 
 
 class TestAdapters:
-    """Only what is trained travels."""
+    """Only trained parameters are exchanged."""
 
     def test_only_adapters_are_exchanged_and_the_base_stays(
         self, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -424,7 +424,7 @@ NAME_FORMS: dict[str, Callable[[Any], Mapping[str, torch.Tensor]]] = {
 
 
 class TestPeftModels:
-    """Adapters are recognised, under both of their names."""
+    """Adapters are recognised under either form of their names."""
 
     @pytest.mark.parametrize("form", NAME_FORMS)
     def test_without_an_option_what_is_received_is_what_is_exchanged(
@@ -525,9 +525,7 @@ class TestPeftModels:
 
 
 class TestOptionsOfNvflare:
-    """`patch` takes the options of NVFlare's, by name and by place, and does what they say
-    there.
-    """
+    """`patch` takes the options of NVFlare's `patch`, by name or position, with the same effect."""
 
     def test_a_prefix_of_the_servers_names_is_taken_off_and_put_on(
         self, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -645,7 +643,7 @@ class TestPatch:
     @pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
     def test_a_model_that_is_not_whole_here_is_refused(self, tmp_path: Path, flag: str) -> None:
         trainer = new_trainer(tmp_path, new_model())
-        setattr(trainer, flag, True)  # either needs GPUs to be had
+        setattr(trainer, flag, True)  # really enabling either one needs GPUs
         with pytest.raises(ClientError, match="do not keep the whole model"):
             flare.patch(trainer)
 
@@ -657,8 +655,8 @@ class TestPatch:
             trainer.train(resume_from_checkpoint=True)
 
 
-# Each rank writes what it saw. The data are shared out by transformers; that the ranks agree shows
-# that they trained together.
+# Each rank writes what it saw. transformers splits the data, so equal results show that the ranks
+# trained together.
 RANKS_SCRIPT = """
 import json, os, sys
 import torch
@@ -733,7 +731,7 @@ def test_a_job_of_transformers_scripts_learns(run_job: Callable[..., Run]) -> No
 
 
 class TestWeights:
-    """What an update weighs: steps, and for FedNova, which makes up for steps itself, rows."""
+    """The weight of an update: its steps, or rows for FedNova, which corrects for steps itself."""
 
     def trained(
         self, serve: Callable[..., MemoryHost], folder: Path, rows: Any, optimizer: str = "SGD", **config: Any
@@ -776,7 +774,7 @@ class TestWeights:
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
-    """Rows that nobody has counted."""
+    """Rows whose number is unknown."""
 
     def __iter__(self) -> Iterator[Any]:
         rows = Examples()

@@ -1,4 +1,4 @@
-"""What `import fedpool.client` costs: a script pays for nothing that it does not use."""
+"""The cost of `import fedpool.client`: a script pays only for what it uses."""
 
 import json
 import subprocess
@@ -43,6 +43,6 @@ def test_initialising_and_running_standalone_loads_no_framework_either() -> None
 
 
 def test_importing_it_takes_less_than_a_fifth_of_a_second() -> None:
-    # Of processor time, and the best of five, because the machine may be busy with other things.
+    # CPU time, and the best of five, because the machine may be busy with other things.
     code = "import time; start = time.process_time(); import fedpool.client; print(time.process_time() - start)"
     assert min(float(python("-c", code).stdout) for _ in range(5)) < 0.2

@@ -1,5 +1,5 @@
-"""Lightning's Trainer as a client: what `fit` and `validate` do in a round, against hosts in
-memory and in whole jobs.
+"""Lightning's Trainer as a client: what `fit` and `validate` do in a round, against in-memory hosts
+and in whole jobs.
 """
 
 import importlib
@@ -32,12 +32,12 @@ from tests.client.test_torchrun import SessionThread
 from tests.hosts import MemoryHost, OneSite
 
 pytestmark = [
-    # Lightning's advice to a training of one second: more workers, fewer log lines.
+    # Lightning's advice for a one-second training: more workers, fewer log lines.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*number of training batches"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    # What it calls and torch has deprecated.
+    # Calls in Lightning that torch has deprecated.
     pytest.mark.filterwarnings("ignore::FutureWarning:(lightning|pytorch_lightning|torch).*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(lightning|pytorch_lightning|torch).*"),
 ]
@@ -72,8 +72,8 @@ class Net(nn.Module):
 
 
 def lightning_net(package: ModuleType) -> Any:
-    """A module of that package with the parameters of `Net`; it notes what
-    `configure_optimizers` sees.
+    """A module of that package with the parameters of `Net`; it records what `configure_optimizers`
+    sees.
     """
 
     class LightningNet(package.LightningModule):  # type: ignore[misc, name-defined]
@@ -108,13 +108,13 @@ def new_trainer(package: ModuleType, folder: Path, **options: Any) -> Any:
 
 @pytest.fixture(params=PACKAGES)
 def package(request: pytest.FixtureRequest) -> ModuleType:
-    """Each of the two packages that Lightning comes in."""
+    """Each of the two packages that provide Lightning."""
     return importlib.import_module(request.param)
 
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryHost]:
-    """Makes this process a client of a host in memory: `serve(tasks, model=..., config=...)`."""
+    """Makes this process a client of an in-memory host: `serve(tasks, model=..., config=...)`."""
 
     def start(
         tasks: Sequence[str] = ("train",),
@@ -129,7 +129,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Memo
 
 
 def plain_loop(num_rounds: int, *, restore_state: bool = True, mu: float = 0.0) -> dict[str, torch.Tensor]:
-    """What a script with a loop of its own comes to: the oracle."""
+    """The oracle: the result of a script with its own training loop."""
     net = Net()
     net.load_state_dict(INITIAL)
     optimizer, scheduler = new_optimizer(net)
@@ -212,7 +212,7 @@ class TestTraining:
             trainer.fit(net, loader())
         assert [update["meta"]["NUM_STEPS_CURRENT_ROUND"] for update in host.updates] == [steps] * 3
         assert trainer.global_step == 3 * steps
-        assert net.seen == [seen] * 3  # a schedule that is made for a round is as long in each
+        assert net.seen == [seen] * 3  # a schedule made for a round is equally long in each
 
     def test_gradient_accumulation_counts_the_optimizers_steps(
         self, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -313,7 +313,7 @@ class TestTraining:
 
 
 class TestScoring:
-    """Which scores are those of the received model."""
+    """Which scores count as the received model's."""
 
     def test_validate_scores_the_received_model_and_its_metrics_travel_with_the_update(
         self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -383,7 +383,7 @@ class TestScoring:
 
 
 class TestOtherTasks:
-    """Rounds that are not for training."""
+    """Rounds with tasks other than training."""
 
     @pytest.mark.parametrize("validates", [True, False], ids=["validate and fit", "fit"])
     @pytest.mark.parametrize("loop", ["datamodule", "loaders", "datamodule as loaders"])
@@ -425,7 +425,7 @@ class TestOtherTasks:
         net = lightning_net(package)
         trained = None
         while flare.is_running():
-            if trained is not None:  # the sites' mean, and not what this one has trained
+            if trained is not None:  # the mean of the sites' models, not what this site has trained
                 for assignment in host.plan:
                     assert assignment is not None
                     with open(str(assignment.model), "wb") as file:
@@ -476,7 +476,7 @@ class TestOtherTasks:
 
 
 class TestFitting:
-    """Whether a received model is one for this module."""
+    """Whether a received model fits this module."""
 
     def test_a_wrong_shape_is_named_with_both(
         self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -520,9 +520,7 @@ class TestFitting:
 
 
 class TestOptionsOfNvflare:
-    """`patch` takes the options of NVFlare's, by name and by place, and does what they say
-    there.
-    """
+    """`patch` takes the options of NVFlare's `patch`, by name or position, with the same effect."""
 
     def test_load_state_dict_strict_false_loads_the_names_that_both_have(
         self, package: ModuleType, serve: Callable[..., MemoryHost], tmp_path: Path
@@ -670,7 +668,7 @@ class TestPatch:
     def test_a_strategy_without_a_whole_model_here_is_refused(
         self, strategy: str, package: ModuleType, tmp_path: Path
     ) -> None:
-        if strategy == "fsdp":  # Trainer lets nobody ask for it without a GPU
+        if strategy == "fsdp":  # Trainer refuses it without a GPU
             trainer = new_trainer(package, tmp_path)
             trainer.strategy.__class__ = package.strategies.FSDPStrategy
         else:
@@ -688,8 +686,8 @@ class TestPatch:
             trainer.fit(lightning_net(package), loader(), ckpt_path="last")
 
 
-# Each rank writes what it saw. Its data are its own: that the ranks agree in the end shows that
-# they trained together.
+# Each rank writes what it saw. Each has its own data, so equal results show that the ranks trained
+# together.
 RANKS_SCRIPT = """
 import json, os, sys
 import torch
@@ -735,7 +733,7 @@ torch.distributed.destroy_process_group()
 
 
 class TestRanks:
-    """Two processes on gloo: rank 0 talks, whoever has started them."""
+    """Two processes on gloo: rank 0 talks, whichever launcher started them."""
 
     @pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=pytest.mark.slow)])
     def test_ranks_train_together_and_one_of_them_talks(self, tmp_path: Path, launcher: str) -> None:
@@ -774,7 +772,7 @@ class TestRanks:
         assert [message["kind"] for message in host.messages].count("hello") == 1
 
 
-# A script of a user, with what a test wants to know of it in the log.
+# A user's script, whose logged scores the test reads.
 JOB_SCRIPT = """
     import torch
     from torch.utils.data import DataLoader, TensorDataset
@@ -906,14 +904,14 @@ class TestProximalTerm:
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
-    """Rows that nobody has counted."""
+    """Rows whose number is unknown."""
 
     def __iter__(self) -> Iterator[Any]:
         yield from zip(INPUTS, TARGETS, strict=True)
 
 
 def trained_with(serve: Callable[..., MemoryHost], package: ModuleType, folder: Path, data: Any, **config: Any) -> Any:
-    """What the trainer sends of one round of the data, one that shuffles nothing."""
+    """Train one round on the data, unshuffled; returns the host with what was sent."""
     host = serve(config=config)
     trainer = new_trainer(package, folder)
     flare.patch(trainer)
@@ -922,7 +920,7 @@ def trained_with(serve: Callable[..., MemoryHost], package: ModuleType, folder: 
 
 
 class TestWeights:
-    """What an update weighs: steps, and for FedNova, which makes up for steps itself, rows."""
+    """The weight of an update: its steps, or rows for FedNova, which corrects for steps itself."""
 
     def test_fednova_has_the_rows_for_the_weight_and_the_reach_of_the_steps(
         self, serve: Callable[..., MemoryHost], package: ModuleType, tmp_path: Path

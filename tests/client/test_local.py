@@ -1,4 +1,4 @@
-"""What algorithms ask of a local loop, against the papers' formulas written out."""
+"""What algorithms need from a local training loop, checked against the papers' formulas."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ THEIRS = torch.tensor([[0.25, -0.5]])
 
 
 def served(folder: Path, num_rounds: int, monkeypatch: pytest.MonkeyPatch) -> MemoryHost:
-    """Makes this process a client whose every round starts from START, with the server's control
+    """Makes this process a client whose rounds all start from START, with the server's control
     variate THEIRS.
     """
     from dataclasses import replace
@@ -55,8 +55,8 @@ def test_a_parameter_that_the_global_model_lacks_is_named() -> None:
 
 
 def reach(settings: dict[str, Any], rates: list[float]) -> float:
-    """Sum over the gradients of how far each of them alone moves a parameter, in steps of the
-    first rate: torch's formulas.
+    """Sum over the gradients of how far each one alone moves a parameter, in units of the first
+    rate, by torch's formulas.
     """
     lr, momentum, decay = rates[0], settings.get("momentum", 0.0), settings.get("weight_decay", 0.0)
     total = 0.0
@@ -87,8 +87,8 @@ def reach(settings: dict[str, Any], rates: list[float]) -> float:
 )
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_local_steps_count_by_the_optimizers_own_update(settings: dict[str, Any], factor: float) -> None:
-    """Wang et al. 2020, section 4: each gradient alone, written out, for a constant and for a
-    falling rate.
+    """Wang et al. 2020, section 4, computed gradient by gradient, for a constant and a falling
+    rate.
     """
     parameter = nn.Parameter(torch.randn(3))
     optimizer = torch.optim.SGD([parameter], lr=0.1, **settings)
@@ -130,7 +130,7 @@ def test_what_momentum_brings_along_from_the_round_before_is_not_this_rounds() -
             parameter.grad = torch.ones(1)
             optimizer.step()
         counts.append(steps.close())
-    # Of the very first gradient alone nothing is dampened.
+    # Only the very first gradient is not dampened.
     assert counts == [pytest.approx(23.947137604), pytest.approx(41.381059609 / 2)]
 
 
@@ -162,7 +162,7 @@ def test_local_steps_are_the_l1_norm_of_how_much_each_gradient_counts(momentum: 
         parameter.grad = torch.ones(1)
         optimizer.step()
     assert steps.close() == steps.count == wanted
-    assert -parameter.item() == wanted  # by definition: gradients of 1 move it so far
+    assert -parameter.item() == wanted  # by definition: gradients of 1 move it this far
     optimizer.step()
     assert steps.count == wanted
 
@@ -241,8 +241,8 @@ def used(round: int, attempt: int = 0, scale: float = 1.0) -> dict[str, Any]:
 
 
 def test_a_variate_holds_only_if_its_update_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round 0 counts, scaled by a half; 1 does not; 2 is asked twice and its first attempt
-    counts; 3 and 4 do not.
+    """Round 0 counts, scaled by one half; round 1 does not; round 2 is asked twice, and its first
+    attempt counts; rounds 3 and 4 do not.
     """
     from dataclasses import replace
 
@@ -279,8 +279,8 @@ def test_a_variate_holds_only_if_its_update_counted(tmp_path: Path, monkeypatch:
 def test_what_an_earlier_version_kept_in_a_second_attempt_is_found(
     earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had one file for all attempts of a round; now that is the one of the first attempt,
-    which did not count.
+    """An earlier version had one file for all attempts of a round; this version takes that file as
+    the first attempt's, which did not count.
     """
     from dataclasses import replace
 

@@ -1,6 +1,4 @@
-"""`FLModel.meta`: filled with the keys that NVFlare's scripts read, and what may come back in
-it.
-"""
+"""`FLModel.meta`: the keys that NVFlare's scripts read, and what a script may send back in it."""
 
 from pathlib import Path
 from typing import Any
@@ -85,7 +83,7 @@ def test_a_difference_of_controls_sent_in_it_goes_beside_the_parameters(
     changes = {name: value * 0 + 2 for name, value in model.params.items() if name != "head.weight"}
     client.send(FLModel(params=model.params, meta={**model.meta, "scaffold_c_diff": changes}))
     sent = {name: value.tolist() for name, value in host.params_sent().items() if name.startswith("control::")}
-    # of buffers there is no control, and that of a parameter which the script left out has not
+    # buffers have no control, and the control of a parameter that the script left out has not
     # changed
     assert sent == {"control::layer.weight": [[2.0, 2.0]], "control::head.weight": [0.0, 0.0]}
     assert "scaffold_c_diff" not in host.updates[0]["meta"]
@@ -123,7 +121,7 @@ def test_a_number_of_examples_that_is_none_is_refused_at_once(count: Any, tmp_pa
 
 
 def test_rounds_after_the_training_do_not_count_beyond_it(tmp_path: Path) -> None:
-    """As in the job of two training rounds and its evaluations, and in one that trains nothing."""
+    """In a job of two training rounds and its evaluations, and in a job that trains nothing."""
     for round, total, seen in ((1, 2, (1, 2)), (2, 2, (1, 2)), (5, 2, (1, 2)), (0, 0, (0, 1)), (3, 0, (0, 1))):
         _, model = received(MemoryHost(tmp_path, [Assignment(round, total, task="evaluate")]))
         assert (model.current_round, model.total_rounds) == seen

@@ -1,5 +1,5 @@
-"""A script that goes through a round without sending is told so, whatever it called before: it
-would go through it for ever.
+"""A script that repeats a round without sending gets an error, whatever it called before: it would
+repeat the round for ever.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_a_script_that_calls_nothing_but_is_running_is_told_so_at_the_third(tmp_
     host = host_of(tmp_path, MODEL)
     client = Client(host)
     assert client.is_running()
-    assert client.is_running()  # `if is_running(): while is_running():` is no mistake
+    assert client.is_running()  # `if is_running(): while is_running():` is not a mistake
     with pytest.raises(ClientError, match=r"send\(\) was not called"):
         client.is_running()
     assert len(host.timeouts) == 1

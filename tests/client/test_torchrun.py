@@ -1,5 +1,5 @@
-"""Under torchrun only rank 0 talks: the others get site, assignment and model by broadcast, and
-their `send` does nothing.
+"""Under torchrun, only rank 0 talks to the host: the others get site, assignment and model by
+broadcast, and their `send` does nothing.
 """
 
 import json
@@ -35,8 +35,8 @@ PARAMS = {
     "empty": torch.empty(0, 3),
 }
 
-# Each rank writes what it saw. Rank 1 sends other values than rank 0 and after it, and in the last
-# round an empty model.
+# Each rank writes what it saw. Rank 1 sends after rank 0, with other values, and in the last round
+# an empty model.
 SESSION_SCRIPT = """
 import json, os, sys
 import torch
@@ -94,8 +94,7 @@ print(f"rank {dist.get_rank()} ran {rounds} round with {len(input_model.params)}
 dist.destroy_process_group()
 """
 
-# Three ways to write the loop. Each prints what a rank trained on, and sends the sum over the
-# ranks.
+# Three ways to write the loop. Each prints what a rank trained on, and sends the sum over ranks.
 _LOOP_BEGIN = """
 import torch
 import torch.distributed as dist
@@ -167,8 +166,8 @@ UNINITIALISED_SCRIPT = "import fedpool.client as flare\nflare.init()\nflare.is_r
 
 
 class SessionThread(threading.Thread):
-    """The host's end of a session: welcomes one script, gives out assignments in turn, keeps its
-    messages.
+    """The host's end of a session: welcomes one script, hands out assignments in order, and keeps
+    the script's messages.
     """
 
     def __init__(self, address: str, key: bytes, assignments: list[Assignment]) -> None:
@@ -221,7 +220,9 @@ def torchrun(
 def run_session(
     folder: Path, script: str, assignments: list[Assignment], *, num_ranks: int = 2
 ) -> tuple[SessionThread, subprocess.CompletedProcess[str]]:
-    """Run a script, given the folder as its argument, on ranks at a site with these assignments."""
+    """Run a script on several ranks of a site with these assignments; it gets the folder as
+    argument.
+    """
     with tempfile.TemporaryDirectory(prefix="fp-") as short:  # the path of a Unix socket is limited to about 100 bytes
         host = SessionThread(f"{short}/s", b"secret", assignments)
         host.start()
@@ -373,14 +374,14 @@ def test_without_a_process_group_every_rank_is_told_to_make_one(tmp_path: Path) 
 
 @pytest.fixture
 def group_of_one() -> Iterator[None]:
-    """A process group with this process alone."""
+    """A process group with only this process."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 class OneRound:
-    """A host in memory that gives out one assignment; a timeout is over at once."""
+    """An in-memory host with one assignment; a timeout expires at once."""
 
     welcome = Welcome("job-1", "site-1")
 

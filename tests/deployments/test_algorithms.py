@@ -1,5 +1,5 @@
-"""Every algorithm as a user runs it: the example's recipes and clients, verified, killed and
-resumed.
+"""Every algorithm as users run it: the example's recipes and clients run, are verified, and are
+killed and resumed.
 """
 
 import shutil
@@ -34,14 +34,12 @@ def env(prefect_api: str, tmp_path: Path) -> SimEnv:
 
 @pytest.fixture(scope="module")
 def done(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """A job of three rounds of each algorithm, which nobody disturbs: run when it is first asked
-    for.
-    """
+    """Returns an algorithm's undisturbed job of three rounds, which runs on the first request."""
     env = SimEnv(num_clients=3, workspace=tmp_path_factory.mktemp("done"), progress=False)
     return cache(lambda name: recipe_of(name, 3).execute(env))
 
 
-# Slow, because the others here cover what is in them, and most of each is importing torch.
+# Slow: the other algorithms cover their code, and importing torch takes most of their time.
 COVERED = ("diloco", "fedavg", "fedprox", "median")
 
 
@@ -73,7 +71,7 @@ def test_what_a_site_keeps_stays_there_and_two_rounds_of_it_at_most(name: str, d
             f"norm.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         }
         first, last = (load_arrays(run.path + f"/rounds/0000{n}/global.safetensors", "numpy") for n in (0, 3))
-        assert all(np.array_equal(first[key], last[key]) for key in names)  # the global model's own stay as they were
+        assert all(np.array_equal(first[key], last[key]) for key in names)  # those of the global model never change
 
 
 SCRIPT = """
@@ -192,7 +190,7 @@ def test_cyclic_refuses_an_order_with_sites_that_are_not_there(env: SimEnv) -> N
 def test_each_round_of_a_cyclic_job_is_one_sites(done: Callable[[str], Run]) -> None:
     *trained, last = done("cyclic").get_result().rounds
     assert sorted(record["sites"] for record in trained) == [["site-1"], ["site-2"], ["site-3"]]
-    assert last["sites"] == ["site-1", "site-2", "site-3"]  # all score the last model
+    assert last["sites"] == ["site-1", "site-2", "site-3"]  # all sites score the final model
 
 
 def test_no_client_of_the_example_is_longer_than_60_lines() -> None:

@@ -1,5 +1,5 @@
-"""A Prefect server that is not there, or is none: one sentence within seconds, wherever it is
-asked.
+"""If the Prefect server is unreachable, or isn't a Prefect server, every call says so in one
+sentence within seconds.
 """
 
 import re
@@ -24,7 +24,7 @@ from tests.conftest import ADD_ONE
 
 @pytest.fixture
 def dead() -> Iterator[str]:
-    """The URL of an API that nobody serves."""
+    """An API URL that nothing listens on."""
     url = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: url}):
         yield url
@@ -41,13 +41,13 @@ def test_a_simulation_says_so_and_leaves_nothing_behind(dead: str, recipe: FedAv
     began = time.monotonic()
     with pytest.raises(ServerError) as caught:
         recipe.execute(SimEnv(workspace=tmp_path / "runs", progress=False))
-    assert time.monotonic() - began < 30  # Prefect itself takes longer on an idle machine than this on a busy one
+    assert time.monotonic() - began < 30  # Prefect takes longer on an idle machine than fedpool does on a busy one
     message = str(caught.value)
     assert message.startswith(f"the Prefect server at {dead} does not answer (") and "\n" not in message
     assert message.endswith("start it, or unset PREFECT_API_URL to use a private server")
     assert "direct cause" not in "".join(
         traceback.format_exception(caught.value)
-    )  # a user would read pages of httpx first
+    )  # otherwise, users would see pages of httpx first
     assert [path.name for path in (tmp_path / "runs").glob("*")] == []
 
 

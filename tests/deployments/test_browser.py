@@ -1,7 +1,7 @@
-"""What a person sees of a proof of concept in the Prefect UI, through a real browser.
+"""What users see of a proof of concept in the Prefect UI, in a real browser.
 
-With the environment variable FEDPOOL_SCREENSHOTS set, the pictures of docs/images are written to
-the folder that it names.
+If the environment variable FEDPOOL_SCREENSHOTS names a folder, the pictures for docs/images are
+written to it.
 """
 
 import os
@@ -41,12 +41,12 @@ while flare.is_running():
 """
 
 PATIENCE_MS = 60_000
-"""Pages of the UI are megabytes of script, and graphs are drawn without a GPU: seconds, on a
-busy machine many.
+"""The UI's pages are megabytes of script, and graphs are drawn without a GPU: this takes seconds,
+and many of them on a busy machine.
 """
 
-# In the graph a run that completed is a bar of this green. It is on a canvas, where there is
-# nothing else to look for.
+# The graph shows a completed run as a bar of this green. It is drawn on a canvas, so there is no
+# element to look for.
 BARS_ARE_DRAWN = """
 () => {
     const graph = document.querySelector("canvas");
@@ -67,7 +67,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
-    """A proof of concept of this module's own."""
+    """A proof of concept for this module only."""
     if services.find_chromium() is None:
         pytest.skip(services.CHROMIUM_MISSING)
     env = PocEnv(num_clients=2, home=tmp_path_factory.mktemp("poc"), progress=False)
@@ -80,7 +80,7 @@ def poc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
 
 @pytest.fixture(scope="module")
 def job(poc: PocEnv, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A job that has completed there."""
+    """A completed job in that proof of concept."""
     script = tmp_path_factory.mktemp("script") / "client.py"
     script.write_text(SCRIPT)
     recipe = FedAvgRecipe(
@@ -93,7 +93,7 @@ def job(poc: PocEnv, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def page(poc: PocEnv, job: Run) -> Iterator[Page]:
-    """A page of the UI. Playwright occupies this thread's event loop, so the job is run before."""
+    """A page of the UI. Playwright occupies this thread's event loop, so the job runs first."""
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -109,19 +109,19 @@ def page(poc: PocEnv, job: Run) -> Iterator[Page]:
 
 @pytest.fixture
 def take(page: Page, tmp_path: Path) -> Callable[[str], None]:
-    """Writes what the page shows to a file."""
+    """Saves a screenshot of the page to a file."""
     folder = Path(os.environ.get("FEDPOOL_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
 
     def screenshot(name: str) -> None:
-        page.mouse.move(0, 0)  # nothing under it is lit up
+        page.mouse.move(0, 0)  # so that no element is highlighted
         page.screenshot(path=folder / name, animations="disabled")
 
     return screenshot
 
 
 def link(page: Page, name: str) -> Locator:
-    """The first link that reads so, and nothing else."""
+    """The first link with exactly this text."""
     return page.get_by_role("link", name=name, exact=True).first
 
 
@@ -129,7 +129,7 @@ def open_run(page: Page, name: str) -> None:
     """Find a flow run by its name on the page of all runs, and open it."""
     page.goto("/runs")
     page.get_by_role("searchbox", name="Search by flow run name").fill(name)
-    # The list is drawn anew as its search is answered: a click in that instant would be lost.
+    # The list is redrawn when the search is answered: a click at that moment would be lost.
     page.goto(link(page, name).get_attribute("href") or "")
     expect(page).to_have_url(re.compile("/runs/flow-run/"))
 

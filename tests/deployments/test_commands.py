@@ -1,5 +1,5 @@
-"""What runs the client script in a simulation: torchrun at all sites or at some, as a real
-site's `command` does.
+"""The `command` that runs the client script in a simulation, as at a real site: torchrun at all
+sites or at some.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 
 from fedpool import RecipeError, Run, SimEnv
 
-# The usual loop: rank 0 alone asks, and broadcasts whether to go on. Each rank adds its number + 1.
+# The usual loop: only rank 0 asks, and broadcasts whether to continue. Each rank adds rank + 1.
 DDP_LOOP = """
     import os
     import torch
@@ -42,7 +42,7 @@ def test_a_ddp_loop_in_which_rank_0_alone_asks_runs_under_torchrun_at_the_sites_
     run_job: Callable[..., Run],
 ) -> None:
     run = run_job(DDP_LOOP, env={"command": {"site-2": TORCHRUN}})
-    assert run.get_result(240).params["w"].tolist() == [4, 4, 4]  # in each round the mean of 1 and 1 + 2
+    assert run.get_result(240).params["w"].tolist() == [4, 4, 4]  # each round adds the mean of 1 and 1 + 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Cross-site and federated evaluation, in real jobs: who scores what, what leaves a hole, what
+"""Cross-site and federated evaluation in real jobs: who scores what, what leaves a gap, and what
 is verified and resumed.
 """
 
@@ -22,7 +22,7 @@ from fedpool.paths import JobPaths
 from fedpool.store import Store, to_json
 from tests.poc import processes_of, wait_until_gone
 
-# The model of a site is its number; a model is the better, the nearer it is to that number.
+# A site's model is its number; the closer a model is to that number, the better it scores.
 SCRIPT = """
     import numpy as np
     import fedpool.client as flare
@@ -62,7 +62,7 @@ def accuracies(result: Result) -> dict[tuple[str, str], float | None]:
 
 @pytest.fixture
 def run_recipe(prefect_api: str, tmp_path: Path, write_script: Callable[..., Path]) -> Callable[..., Run]:
-    """Runs a recipe without training at three sites."""
+    """Runs a recipe that has no training, at three sites."""
 
     def run(kind: type[CrossSiteEvalRecipe | FedEvalRecipe], script: str = SCRIPT, **fields: Any) -> Run:
         defaults: dict[str, Any] = {"name": "scored", "model": {"w": np.full(3, 2, np.float32)}, "min_clients": 3}
@@ -85,7 +85,7 @@ def test_every_model_is_scored_at_every_site_once(run_job: Callable[..., Run], t
         ("evaluate", "site-2"),
         ("evaluate", "site-3"),
     ]
-    # The model grows by 7/3 a round: the one after the first round is the best.
+    # The model grows by 7/3 a round: the model after the first round is the best.
     models = {"server": 14 / 3, "server-best": 7 / 3, "site-1": 1, "site-2": 2, "site-3": 3}
     assert result.best_round == 1
     assert accuracies(result) == pytest.approx(
@@ -94,7 +94,7 @@ def test_every_model_is_scored_at_every_site_once(run_job: Callable[..., Run], t
     assert result.cross_site is not None
     weights = {owner: scores["NUM_STEPS_CURRENT_ROUND"] for owner, scores in result.cross_site["site-2"].items()}
     assert weights == {"server": 20, "server-best": 2, "site-1": 20, "site-2": 20, "site-3": 20}
-    assert len(result.metrics) == 3  # of global models
+    assert len(result.metrics) == 3  # global models only
     store, paths = Store(tmp_path / "runs"), JobPaths(run.job_id)
     assert store.read_json(paths.cross_site) == result.cross_site
     verified = verify_job(store, run.job_id)
@@ -123,8 +123,8 @@ def test_a_plain_loop_takes_part_with_what_it_sends(run_job: Callable[..., Run],
     """
     run = run_job(script, env=THREE, **FIELDS | {"num_rounds": 1, "params_transfer_type": "DIFF"})
     result = run.get_result()
-    # It trains once more from the final model, which is 2, and sends all of what it has, no
-    # difference.
+    # The script trains once more from the final model, which is 2, and sends full parameters, not
+    # a difference.
     assert [entry["params_type"] for entry in result.rounds[2]["accepted"]] == ["FULL"] * 3
     assert {owner: value for (site, owner), value in accuracies(result).items() if site == "site-1"} == {
         "server": 2,
@@ -244,8 +244,8 @@ def test_a_model_is_scored_everywhere_with_its_denominators(run_recipe: Callable
 
 
 def test_scores_count_with_the_examples_that_they_are_of(run_job: Callable[..., Run], tmp_path: Path) -> None:
-    """In the final evaluation, in those across sites and in the training rounds; the updates
-    weigh as ever.
+    """In the final evaluation, the cross-site evaluation and the training rounds. Updates are
+    weighted as usual.
     """
     script = SCRIPT.replace('meta={"NUM_STEPS_CURRENT_ROUND": 10 * site}', 'meta={"NUM_EVAL_EXAMPLES": 10 * site}')
     script = script.replace(
@@ -292,7 +292,7 @@ def test_what_only_a_training_needs_is_refused(field: dict[str, Any], write_scri
 
 @pytest.fixture
 def scored(run_job: Callable[..., Run]) -> Path:
-    """The folder of a job with three submitted models, which can be written to."""
+    """The folder of a job with three submitted models, made writable."""
     folder = Path(run_job(SCRIPT, env=THREE, **FIELDS | {"num_rounds": 1}).path)
     for path in folder.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
@@ -321,8 +321,8 @@ def test_verify_finds_whatever_is_swapped(scored: Path) -> None:
     matrix = json.loads((scored / "cross_site.json").read_text())
     matrix["site-1"]["site-2"]["accuracy"] = 0.99
     assert "cross_site.json does not follow from the rounds" in swapped("cross_site.json", to_json(matrix))
-    # A forger who writes the record of the submission anew, and all hashes after it, is found by
-    # the submissions themselves.
+    # The submissions themselves expose a forger who rewrites the submission's record and all
+    # hashes after it.
     record = json.loads((scored / "rounds/00002/round.json").read_text())
     record["models"][0], record["models"][1] = (
         {**record["models"][0], "sha256": record["models"][1]["sha256"]},
@@ -362,8 +362,8 @@ resume = sys.argv[1] if len(sys.argv) > 1 else None
 recipe.execute(SimEnv(num_clients=3, workspace=here / "runs", progress=False), resume=resume).get_result()
 """
 
-# Rounds 0 and 1 train, 2 scores the last model, in 3 sites submit their own, and 4 to 6 score
-# those.
+# Rounds 0 and 1 train, round 2 scores the final model, in round 3 the sites submit their models,
+# and rounds 4 to 6 score those.
 POINTS = {
     "before the submission's model is there": ("rounds/00003/global", "before"),
     "between two published models": ("rounds/00005/global", "before"),
@@ -387,7 +387,7 @@ def start(folder: Path, job_id: str | None, *kill: str) -> int:
 
 
 def what_lasts(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The job's id, and all of it that must be the same however often it was killed."""
+    """The job's id, and everything that must be the same no matter how often it was killed."""
     store = Store(folder / "runs")
     (job_id,) = (name for name in store.names("") if name.startswith("killed-"))
     paths = JobPaths(job_id)
@@ -404,7 +404,7 @@ def prepared(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the job comes to when nobody kills it."""
+    """What the job produces if nothing kills it."""
     folder = prepared(tmp_path_factory.mktemp("undisturbed"))
     command = [sys.executable, str(folder / "job.py")]
     assert subprocess.run(command, cwd=folder, env=os.environ | {"PREFECT_API_URL": prefect_api}).returncode == 0

@@ -1,5 +1,5 @@
-"""Processes that a proof of concept leaves running: found again, ended with all they started,
-and while they end themselves.
+"""A proof of concept's background processes are found again, and are stopped with everything that
+they started, even while they exit by themselves.
 """
 
 import signal
@@ -60,6 +60,6 @@ def test_a_process_that_ends_meanwhile_is_a_family_of_one(tmp_path: Path) -> Non
 
 
 def test_python_and_the_command_speak_of_the_same_proof_of_concept() -> None:
-    """The default folder was once taken as it stands, `~` included, where no folder was given."""
+    """If no folder was given, the default was once used literally, `~` included."""
     assert PocEnv(num_clients=1).home == Path.home() / ".fedpool/poc"
     assert PocEnv(num_clients=1, home=Path("~/other")).home == Path.home() / "other"

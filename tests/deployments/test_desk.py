@@ -1,7 +1,7 @@
-"""What every `Desk` does, whatever is behind it. The coordinator's side is always a real Prefect
-server.
+"""What every `Desk` does, whatever the implementation. The coordinator's side is always a real
+Prefect server.
 
-Another implementation is another entry of `DESKS`.
+To test another implementation, add it to `DESKS`.
 """
 
 import asyncio
@@ -41,13 +41,13 @@ DESKS: dict[str, Open] = {"prefect": prefect_desk}
 
 @pytest.fixture(params=list(DESKS))
 def opened(request: pytest.FixtureRequest, prefect_api: str) -> Open:
-    """Opens the desk of a site, as one of its processes does."""
+    """Opens a site's desk, as one of the site's processes does."""
     return DESKS[request.param]
 
 
 @pytest.fixture
 def site() -> str:
-    """A site that no other test knows."""
+    """A site that no other test uses."""
     return f"site-{uuid4().hex[:8]}"
 
 
@@ -81,7 +81,7 @@ class Coordinator:
         return [worker.name for worker in await self._client.read_workers_for_work_pool(self._site)]
 
     async def lines(self, run: UUID, count: int) -> list[str]:
-        """What was logged, once there are so many lines: they are sent in batches."""
+        """The logged lines, once there are `count` of them: they are sent in batches."""
         wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
         while len(found := await self._client.read_logs(wanted)) < count:  # noqa: ASYNC110  # another process writes them
             await asyncio.sleep(0.1)
@@ -96,7 +96,7 @@ def other_flow() -> None:
 def at_desk(
     opened: Open, site: str, work: Callable[[Desk, Coordinator], Awaitable[None]], *, attend: bool = True
 ) -> None:
-    """Do something at the desk of a site that has made itself known."""
+    """Run `work` at a site's desk, once the site has made itself known."""
 
     async def run() -> None:
         async with get_client() as client, opened(site) as desk:
@@ -193,7 +193,7 @@ def test_a_piece_is_taken_once(opened: Open, site: str) -> None:
     async def work(desk: Desk, coordinator: Coordinator) -> None:
         await coordinator.ask()
         (piece,) = await desk.next()
-        await coordinator.set(piece.id, StateType.RUNNING)  # by somebody else
+        await coordinator.set(piece.id, StateType.RUNNING)  # by someone else
         assert not await desk.report(piece, Report(Phase.TAKEN))
         assert (await coordinator.state(piece.id)).message == "by hand"
 
@@ -203,7 +203,7 @@ def test_a_piece_is_taken_once(opened: Open, site: str) -> None:
 def test_a_piece_whose_taking_was_answered_by_nobody_is_taken_all_the_same(opened: Open, site: str) -> None:
     async def work(desk: Desk, coordinator: Coordinator) -> None:
         piece = await taken(desk, coordinator)
-        assert await desk.report(piece, Report(Phase.TAKEN))  # the same once more
+        assert await desk.report(piece, Report(Phase.TAKEN))  # the same report again
 
     at_desk(opened, site, work)
 
@@ -279,7 +279,7 @@ def test_what_a_site_left_behind_is_found_whatever_became_of_its_state_and_nothi
         pending, running, cancelling, done, held = [await taken(desk, coordinator) for _ in range(5)]
         await desk.report(running, Report(Phase.STARTED))
         await desk.report(done, Report(Phase.COMPLETED))
-        await coordinator.set(cancelling.id, StateType.CANCELLING)  # a message of its own
+        await coordinator.set(cancelling.id, StateType.CANCELLING)  # with its own message
         untouched = await coordinator.ask("not taken")
         by_others = await coordinator.ask("by others")
         await coordinator.set(by_others, StateType.RUNNING)
@@ -318,7 +318,7 @@ def test_a_desk_that_does_not_answer_says_so(opened: str, site: str) -> None:
             ):
                 with pytest.raises(Unreachable, match="unreachable"):
                     await request
-            await desk.leave()  # it never was there
+            await desk.leave()  # it was never there
 
     api = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: api, PREFECT_CLIENT_MAX_RETRIES: 0}):

@@ -1,4 +1,4 @@
-"""What a script does after its last round fails no job, and is named where people look."""
+"""What a script does after its last round never fails the job, and is reported where users look."""
 
 import json
 from collections.abc import Callable

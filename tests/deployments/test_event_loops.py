@@ -1,5 +1,5 @@
-"""Where an event loop runs already: in a notebook, in an async function, in an async flow. Every
-public call works there.
+"""Every public call works where an event loop is already running: in a notebook, an async function
+or an async flow.
 """
 
 import asyncio
@@ -52,9 +52,7 @@ def test_what_a_coroutine_raises_is_raised_in_the_caller() -> None:
 
 
 def notebook(folder: Path, *cells: str) -> list[str]:
-    """Run the cells of a notebook in a real kernel; returns what each has printed. Raises when
-    one raises.
-    """
+    """Run a notebook's cells in a real kernel; returns what each prints. Raises if one raises."""
     code = [nbformat.v4.new_code_cell(textwrap.dedent(cell)) for cell in cells]  # type: ignore[no-untyped-call]
     made = nbformat.v4.new_notebook(cells=code)  # type: ignore[no-untyped-call]
     NotebookClient(made, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
@@ -120,7 +118,7 @@ def test_a_simulation_in_a_notebook(prefect_api: str, folder: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_a_proof_of_concept_in_a_notebook(folder: Path) -> None:
-    """All of it: up, execute, status, abort, deploy, the commands, down."""
+    """Everything: up, execute, status, abort, deploy, the commands, down."""
     try:
         *_, deployed, printed, _ = notebook(
             folder,

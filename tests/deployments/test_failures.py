@@ -1,5 +1,5 @@
-"""Client scripts that go wrong: each ends with an error or a rejected update that names site,
-round and cause.
+"""Client scripts that fail: each ends in an error or a rejected update that names the site, the
+round and the cause.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The round after the training: scripts that do not ask what it is, sites that fail in it, and
-jobs without it.
+"""The round after training: scripts that don't check its task, sites that fail in it, and jobs
+without it.
 """
 
 import json
@@ -17,8 +17,8 @@ from fedpool.flows.staging import check_unchanged, stage
 from fedpool.flows.verify import verify_job
 from fedpool.store import Store
 
-# A training script with a budget for its rounds, that asks for no task: as those that were written
-# for NVFlare often are.
+# A training script that has a budget for its rounds and never checks the task, like many scripts
+# written for NVFlare.
 ASKS_NOTHING = """
     import fedpool.client as flare
 

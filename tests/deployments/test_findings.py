@@ -1,6 +1,4 @@
-"""What a person is told beside the table of a job: a metric that is missing, weights of 0, who
-failed and why.
-"""
+"""What users are told next to a job's table: a missing metric, weights of 0, who failed and why."""
 
 import json
 from collections.abc import Callable
@@ -54,7 +52,7 @@ def test_a_job_of_an_earlier_version_goes_on_though_a_metric_that_was_chosen_is_
     lost = run_job(text, stop_cond="accuracy >= 0.4", site_retries=0)
     path = Path(lost.path) / "job.json"
     described = json.loads(path.read_text())
-    del described["given"]  # earlier versions wrote none
+    del described["given"]  # earlier versions didn't write it
     path.chmod(0o600)
     path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     down.unlink()

@@ -1,5 +1,5 @@
-"""What a handle says of a job whose run is gone, or that nobody runs any more: the store is the
-truth, and it says what to do.
+"""What a handle reports about a job whose run is gone, or that no process runs any more: the store
+is the source of truth, and the handle says what to do.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ def in_prefect(prefect_api: str, use: Callable[[PrefectClient], Coroutine[Any, A
 
 
 def make_run(prefect_api: str, job_id: str, state: State[Any]) -> UUID:
-    """A run of that job, in a state."""
+    """Create a run of the job in the given state; returns its id."""
 
     async def make(client: PrefectClient) -> UUID:
         run = await client.create_flow_run(fedavg, name=job_id)
@@ -74,7 +74,7 @@ def make_run(prefect_api: str, job_id: str, state: State[Any]) -> UUID:
 
 
 def handle(prefect_api: str, store: Store, job_id: str, run_id: UUID) -> Run:
-    """What `execute` returns of a job that runs elsewhere."""
+    """What `execute` returns for a job that runs elsewhere."""
 
     def work() -> None:
         in_prefect(prefect_api, lambda client: follow(client, run_id, store, job_id))
@@ -120,7 +120,7 @@ def test_a_deleted_run_whose_coordinator_still_works_is_waited_for(prefect_api: 
     with held(*job) as coordinator:
         run = handle(prefect_api, *job, run_id=uuid4())
         assert not run.wait(3) and run.get_status() is JobStatus.RUNNING
-        run.abort()  # harmless, and it may be called
+        run.abort()  # allowed, and harmless
         coordinator.kill()
         with pytest.raises(JobFailed, match=LOST.format(".*gone from the Prefect server.*")):
             run.get_result(60)
@@ -162,7 +162,7 @@ def test_a_job_that_is_aborted_before_it_has_begun_is_cancelled(
 
 
 def test_a_run_that_prefect_would_cancel_for_ever_is_cancelled(prefect_api: str, job: tuple[Store, str]) -> None:
-    """What Prefect leaves of a run that someone cancels in the UI while it is pending."""
+    """The state in which Prefect leaves a run that is cancelled in the UI while it is pending."""
     run_id = make_run(prefect_api, job[1], State(type=StateType.CANCELLING))
     with pytest.raises(JobCancelled, match="was cancelled before it began"):
         handle(prefect_api, *job, run_id=run_id).get_result(60)
@@ -171,7 +171,7 @@ def test_a_run_that_prefect_would_cancel_for_ever_is_cancelled(prefect_api: str,
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
-    """A proof of concept with a database in memory and a store in a folder."""
+    """A proof of concept with an in-memory database and a store in a folder."""
     home = tmp_path_factory.mktemp("poc")
     env = PocEnv(num_clients=2, home=home, progress=False)
     try:

@@ -1,5 +1,5 @@
-"""A disk that is full or read-only, really mounted: one sentence, nothing half-written, a job
-that goes on to the same bytes.
+"""A full or read-only disk, actually mounted: the error is one sentence, nothing is half-written,
+and the job resumes to the same bytes.
 """
 
 import shutil
@@ -26,15 +26,13 @@ SITES = ("site-1", "site-2")
 
 
 class Disk:
-    """A file system of its own, as large as it is told to be."""
+    """A separate file system with an adjustable size."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def renew(self, num_kib: int) -> None:
-        """An empty one in its place: a file that is removed takes room for as long as somebody
-        has it open.
-        """
+        """Replace it with an empty one: a removed file takes up space for as long as it is open."""
         subprocess.run(["umount", "-l", self.path], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", self.path], check=True)
 
@@ -69,7 +67,7 @@ def recipe(write_script: Callable[..., Path]) -> Recipe:
         name="full",
         min_clients=2,
         num_rounds=3,
-        model={"w": np.zeros(100_000, np.float32)},  # 400 KB, so that what a disk holds tells when it is full
+        model={"w": np.zeros(100_000, np.float32)},  # 400 KB, so the size of the disk decides when it is full
         train_script=write_script(ADD_ONE),
     )
 
@@ -89,7 +87,7 @@ def test_a_job_whose_disk_was_full_goes_on_to_the_undisturbed_bytes(
         1000,
         2000,
         2400,
-    ):  # an update of the first round does not fit, one of the second, the model it comes to
+    ):  # what doesn't fit: an update of the first round, one of the second, its new model
         disk.renew(num_kib)
         run = recipe.execute(env)
         assert run.get_status() is JobStatus.FAILED
@@ -101,7 +99,7 @@ def test_a_job_whose_disk_was_full_goes_on_to_the_undisturbed_bytes(
         there = [path for path in disk.path.rglob("*") if path.is_file() and path.suffix != ".log"]
         assert not [path for path in there if path.stat().st_size == 0 or path.name.startswith(".")]
         store, paths = Store(disk.path / "runs"), JobPaths(run.job_id)
-        partly = verify_job(store, run.job_id)  # all that is there is whole
+        partly = verify_job(store, run.job_id)  # everything there is intact
         failed_at.add((partly.num_rounds, store.exists(paths.global_model(partly.num_rounds + 1))))
         disk.resize(64 << 10)
         again = recipe.execute(env, resume=run.job_id)

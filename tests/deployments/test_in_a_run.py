@@ -1,5 +1,5 @@
-"""A simulation inside a run of one's own joins the server of that run, whether one is configured
-or Prefect has started it.
+"""A simulation inside your own Prefect run joins that run's server, whether it is configured or
+started by Prefect.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""The units and compose files of deployments/infrastructure, read by the programs that they are
-for.
+"""The units and compose files of deployments/infrastructure, checked with the programs that use
+them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`fedpool job`: what ran, read from the store by the command that a user types."""
+"""`fedpool job`: the command that users type to read from the store what ran."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ FAILING = "raise ValueError('no luck')"
 
 
 def fedpool(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command prints; it ends with 0."""
+    """What the command prints. It must exit with 0."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code in (0, None)
@@ -56,7 +56,7 @@ def test_list_shows_the_jobs_newest_first(
 
 
 def printed_to_a_terminal(columns: int, *arguments: str) -> str:
-    """What the command prints to a terminal of that width, without its colours."""
+    """What the command prints to a terminal of this width, without colours."""
     ours, its = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
     process = subprocess.Popen(
@@ -64,7 +64,7 @@ def printed_to_a_terminal(columns: int, *arguments: str) -> str:
     )
     os.close(its)
     text = b""
-    with contextlib.suppress(OSError):  # how the end of a terminal reads
+    with contextlib.suppress(OSError):  # raised at the end of a terminal's output
         while chunk := os.read(ours, 1 << 16):
             text += chunk
     os.close(ours)

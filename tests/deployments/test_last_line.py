@@ -1,4 +1,4 @@
-"""How a job ends in a terminal: our word is the last one, and the process ends soon after it."""
+"""How a job ends in a terminal: nothing follows our last line, and the process exits soon after."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Prints more than a batch of the log, and goes on printing when there is nobody to ask it any more.
+# Prints more than one log batch, and keeps printing after the last round.
 TALKS = """
     import sys
     import fedpool.client as flare
@@ -40,8 +40,8 @@ JOB = """
 
 
 def run(folder: Path, *command: str, argument: str = "", imports: str = "") -> tuple[list[str], float]:
-    """Run the job with a private server; returns its lines, and how many seconds it lived after
-    the last of them.
+    """Run the job with a private server; returns its output lines, and how many seconds it lived
+    after the last one.
     """
     (folder / "client.py").write_text(textwrap.dedent(TALKS))
     (folder / "job.py").write_text(textwrap.dedent(JOB.format(imports=imports)))
@@ -91,4 +91,4 @@ def test_nothing_is_printed_after_our_last_line(
         "connection attempts",
     ):
         assert words not in text
-    assert lived_s < 30  # it was two minutes; a second on an idle machine
+    assert lived_s < 30  # it was once two minutes; on an idle machine, it is a second

@@ -1,5 +1,5 @@
-"""Jobs whose late updates count in a later round: in simulation, with a coordinator that is
-lost, and in a proof of concept.
+"""Jobs whose late updates count in a later round: in simulation, after the coordinator is lost,
+and in a proof of concept.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from tests.poc import brought_up
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
-# site-2 is late in round 0, and there before round 1 closes; then it hangs.
+# site-2 is late in round 0, but its update arrives before round 1 closes; then it hangs.
 SLOW = """
         if site == 'site-2' and round == 0:
             wait_for(job / '00000/round.json')
@@ -47,7 +47,7 @@ def test_a_late_update_counts_in_the_next_round(run_job: Callable[..., Run], tmp
     assert "late_accepted" not in first
     (entry,) = second["late_accepted"]
     assert (entry["site"], entry["round"], entry["staleness"], entry["attempt"]) == ("site-2", 0, 1, 0)
-    share = 1 / np.sqrt(2)  # site-1 adds 1 to the model, site-2 has added 8 to its own base
+    share = 1 / np.sqrt(2)  # site-1 adds 1 to the model, site-2 added 8 to its own base
     np.testing.assert_allclose(result.params["w"], np.full(3, 1 + (1 + share * 8) / (1 + share)), rtol=1e-6)
     store = Store(tmp_path / "runs")
     verify_job(store, result.job_id)
@@ -59,7 +59,7 @@ def test_a_late_update_counts_in_the_next_round(run_job: Callable[..., Run], tmp
 
 
 def counts_it_twice(store: Store, job_id: str) -> None:
-    """A record that names a late update which was not owed is found out."""
+    """Verification detects a record that lists a late update that was not owed."""
     path = JobPaths(job_id).record(1)
     record = store.read_json(path)
     store.remove(path)
@@ -82,7 +82,7 @@ def test_with_a_quorum_of_all_the_model_is_that_of_federated_averaging(
 def test_a_late_update_is_folded_once_when_the_coordinator_was_lost_after_the_commit(
     run_job: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """The job as it lies in the store after round 0's commit, and after round 1's, goes on to
+    """From its state in the store after round 0's commit, and after round 1's, the job continues to
     the same model.
     """
     run = fold(run_job, tmp_path, num_rounds=2, keep_updates="last", final_evaluation=False)
@@ -112,7 +112,7 @@ VIRTUAL = {"num_rounds": 6, "min_clients": 2, "quorum_grace": 0.0, "late": "fold
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    """What of a record has to be the same whenever and by whom the sites' work was done."""
+    """The part of a record that doesn't depend on when the sites' work was done, and by whom."""
     of_site = {"seconds", "manifest_sha256", "attempt"}
     said = {key: value for key, value in record.items() if key not in ("timings", "previous_sha256", "job_id")}
     for kind in ("accepted", "late", "late_accepted"):
@@ -135,8 +135,8 @@ def test_in_virtual_time_who_is_late_follows_from_the_speeds_and_not_from_the_ma
 def test_in_virtual_time_a_lost_coordinator_comes_to_the_same_rounds(
     run_job: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Lost after round 2, while site-3 and site-4 were at work for earlier rounds, of which one
-    has written its update.
+    """The coordinator is lost after round 2, while site-3 and site-4 are working on earlier rounds;
+    one of them has written its update.
     """
     run = run_job(BY_ROUND, env=SPEEDS, **VIRTUAL)
     before, store, paths = run.get_result().rounds, Store(tmp_path / "runs"), JobPaths(run.job_id)
@@ -149,7 +149,7 @@ def test_in_virtual_time_a_lost_coordinator_comes_to_the_same_rounds(
     after = recipe.execute(env, resume=run.job_id).get_result().rounds
     assert [without_times(record) for record in after] == [without_times(record) for record in before]
     (entry,) = after[5]["late_accepted"]
-    assert (entry["site"], entry["attempt"]) == ("site-4", 1)  # what it had in hand was done again
+    assert (entry["site"], entry["attempt"]) == ("site-4", 1)  # its unfinished work was redone
     verify_job(store, run.job_id)
 
 
@@ -179,8 +179,8 @@ def test_an_update_of_a_site_elsewhere_counts_when_it_comes(tmp_path: Path) -> N
         assert verify_job(run._store, run.job_id).num_updates == 4
 
 
-# site-2 sends its first update once round 0 has closed, and then trains for ever; site-1 waits with
-# round 1 for that update.
+# site-2 sends its first update once round 0 has closed, and then trains forever; in round 1, site-1
+# waits for that update.
 ELSEWHERE = """
     import pathlib, threading
     import fedpool.client as flare

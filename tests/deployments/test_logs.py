@@ -1,5 +1,5 @@
-"""What a simulated site's script prints: in a file of the job's folder always, in the terminal
-when it is asked for.
+"""What a simulated site's script prints: always in a file in the job's folder, and in the terminal
+on request.
 """
 
 import re

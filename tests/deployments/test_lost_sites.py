@@ -1,5 +1,5 @@
-"""Sites that go away while a job runs, for a while or for good: what that costs, and what the
-job's record says of it.
+"""Sites that go offline while a job runs, for a while or for good: what that costs, and what the
+job's record says about it.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ SITES = ("a", "b", "c")
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
     home = tmp_path_factory.mktemp("poc")
-    # Rounds are announced in their turn, so that none is in a site's hands already when something
-    # happens to it.
+    # Rounds are announced one at a time, so that a site doesn't already have the next one when
+    # something happens to it.
     env = PocEnv(clients=SITES, home=home, look_ahead=0, progress=False)
     try:
         env.up()
@@ -59,7 +59,7 @@ def worker_of(env: PocEnv, site: str) -> psutil.Process:
 
 
 def set_paused(env: PocEnv, pool: str, *, paused: bool) -> None:
-    """Pause a work pool, as an operator does."""
+    """Pause or resume a work pool, as an operator does."""
 
     async def update() -> None:
         async with get_client() as client:
@@ -79,7 +79,7 @@ def not_asked(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def all_logs(env: PocEnv) -> str:
-    """What all runs have logged, those of the rounds included."""
+    """What all runs have logged, including the runs of the rounds."""
 
     async def read() -> str:
         lines: list[str] = []
@@ -129,7 +129,7 @@ def test_the_default_recipe_outlasts_a_worker_that_stands_still_for_a_minute(env
         worker.send_signal(signal.SIGSTOP)
         try:
             job.release()
-            assert not run.wait(65)  # what is tried is a minute
+            assert not run.wait(65)  # a minute is what is tested
         finally:
             worker.send_signal(signal.SIGCONT)
         result = run.get_result(240)
@@ -253,6 +253,6 @@ def test_a_job_that_is_submitted_by_a_clock_two_minutes_ahead_begins_at_once(env
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=110,  # by that clock it would not be due before
+        timeout=110,  # by that clock, the job would be due only later
     )
     assert "rounds: 1" in done.stdout, done.stdout

@@ -1,4 +1,4 @@
-"""Scripts that read and send by `meta`, as those written for NVFlare do, in real jobs."""
+"""Scripts that read and fill `meta`, as those written for NVFlare do, in real jobs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +25,8 @@ HEAD = """
         optimizer.step()
 """
 
-# It asks for no task: in the evaluation it trains once more, and must find all that it reads there,
-# too.
+# This script never asks for its task: it also trains in the evaluation, and must find everything
+# that it reads there too.
 BY_META = """
     from fedpool.client.scaffold_helper import PTScaffoldHelper
     helper = None

@@ -1,6 +1,4 @@
-"""The algorithm of CONTRIBUTING.md, from a folder of the user's: the same bytes in every
-environment.
-"""
+"""CONTRIBUTING.md's algorithm, in a user's folder, gives the same bytes in every environment."""
 
 import importlib
 import shutil
@@ -29,7 +27,7 @@ COMMAND = ("-m", "fedpool.cli", "job")
 
 
 class Algorithm:
-    """The user's folder: client.py, partial_step.py, job.py; it is on sys.path."""
+    """The user's folder, which is on sys.path: client.py, partial_step.py, job.py."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +52,7 @@ def algorithm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Algorithm]:
 
 @pytest.fixture(scope="module")
 def simulated(algorithm: Algorithm, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job that has ended in simulation."""
+    """The folder of a simulated job that has ended."""
     workspace = tmp_path_factory.mktemp("simulated")
     done = algorithm.recipe().execute(SimEnv(workspace=workspace, progress=False))
     assert done.get_result().params["w"].tolist() == [1, 1, 1]
@@ -62,7 +60,7 @@ def simulated(algorithm: Algorithm, prefect_api: str, tmp_path_factory: pytest.T
 
 
 def lost(job: Path) -> None:
-    """Take back a job's result and its last commit, as if its process had been killed before."""
+    """Delete a job's result and last commit, as if its process had been killed before them."""
     for path in job.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     for name in ("result.json", "rounds/00001/round.json", "rounds/00002/global.safetensors"):
@@ -71,7 +69,7 @@ def lost(job: Path) -> None:
 
 @pytest.fixture
 def job(simulated: Path, tmp_path: Path) -> Path:
-    """A copy of it, to change."""
+    """A copy of the simulated job, for the test to change."""
     return Path(shutil.copytree(simulated, tmp_path / "runs" / simulated.name))
 
 
@@ -174,7 +172,7 @@ def test_a_person_at_a_terminal_is_asked(
 
 
 def in_job_py(folder: Path) -> Path:
-    """The same with the class in job.py itself."""
+    """Write the same algorithm with its class in job.py itself."""
     write_algorithm(folder)
     script = (folder / "job.py").read_text().replace("from partial_step import PartialStepRecipe\n", "")
     (folder / "job.py").write_text((folder / "partial_step.py").read_text() + script)
@@ -240,7 +238,7 @@ def test_a_deployment_has_its_fields_in_the_form_and_each_run_is_a_job_of_it(
     second, first = [job.job_id for job in list_jobs(store) if job.job_id.startswith("deployed")]
     assert models_of(store, first) == models_of(Store(simulated.parent), simulated.name)
     final = load(store.read_bytes(JobPaths(second).global_model(2)))
-    assert final["w"].tolist() == [3, 3, 3]  # from 1, by two whole steps
+    assert final["w"].tolist() == [3, 3, 3]  # from 1, by two full steps
     for job_id in (first, second):
         assert store.read_json(JobPaths(job_id).job)["code"]["modules"] == ["partial_step"]
         assert verify_job(store, job_id).status == "COMPLETED"

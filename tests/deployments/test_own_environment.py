@@ -1,4 +1,4 @@
-"""An environment of one's own, and regions: each is one file (`tests/own_environment.py`)."""
+"""Custom environments and regions take one file (`tests/own_environment.py`)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""The filter of CONTRIBUTING.md, from a folder of the user's: in every environment it is run,
-named, and undone again.
-"""
+"""CONTRIBUTING.md's filter, in a user's folder: every environment runs, names and undoes it."""
 
 import importlib
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ NAMED = [{"type": "scaling:Scaling", "factor": 8.0}]
 
 
 class Scaled:
-    """The user's folder: client.py, scaling.py, job.py; it is on sys.path."""
+    """The user's folder, which is on sys.path: client.py, scaling.py, job.py."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +51,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
 
 @pytest.fixture(scope="module")
 def simulated(scaled: Scaled, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job that has ended in simulation."""
+    """The folder of a simulated job that has ended."""
     workspace = tmp_path_factory.mktemp("simulated")
     done = scaled.recipe().execute(SimEnv(workspace=workspace, progress=False))
     assert done.get_result().params["w"].tolist() == [2, 2, 2]
@@ -67,8 +65,8 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PocEnv]:
 
 
 def assert_filtered(store: Store, job_id: str) -> None:
-    """What travelled was eight times what was trained; manifests and records name the filter,
-    and whoever verifies undoes it.
+    """Each stored update is eight times the trained one; manifests and records name the filter, and
+    verification undoes it.
     """
     paths = JobPaths(job_id)
     for round in range(2):

@@ -1,4 +1,4 @@
-"""A tracker of one's own is one module of an installed package, which an entry point names."""
+"""A custom tracker is one module of an installed package, named by an entry point."""
 
 import json
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""The proof of concept: real servers, workers and scripts on this machine, and what becomes of a
-job when one of them goes.
+"""The proof of concept: real servers, workers and scripts on this machine, and what happens to a
+job when one of them dies.
 """
 
 import asyncio
@@ -52,21 +52,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(home: Path, postgres: PostgresServer) -> Iterator[PocEnv]:
-    """A proof of concept with all that it can have; the tests here share it, and some hurt it."""
+    """A proof of concept with every option; the tests here share it, and some damage it."""
     with brought_up(PocEnv(num_clients=3, database=postgres.new_database(), s3=True, home=home, progress=False)) as env:
         yield env
 
 
 @pytest.fixture
 def env(shared: PocEnv) -> PocEnv:
-    """The shared one, whole again."""
+    """The shared proof of concept, repaired."""
     shared.up()
     return shared
 
 
 @pytest.fixture(scope="module")
 def hello_pt() -> FedAvgRecipe:
-    """The example's model and script, two rounds."""
+    """The example's model and script, for two rounds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HELLO_PT))
         network = runpy.run_path(str(HELLO_PT / "model.py"))["SimpleNetwork"]
@@ -82,7 +82,7 @@ def hello_pt() -> FedAvgRecipe:
 
 
 def models_of(run: Run) -> list[bytes]:
-    """The bytes of a job's global models, in the order of the rounds."""
+    """The bytes of a job's global models, in round order."""
     paths = JobPaths(run.job_id)
     return [run._store.read_bytes(paths.global_model(round)) for round in range(run.get_result().num_rounds + 1)]
 
@@ -94,14 +94,14 @@ def pid_of(env: PocEnv, name: str) -> int:
 
 
 def kill(pid: int) -> None:
-    """End a process at once, and wait until it is gone."""
+    """Kill a process and wait until it is gone."""
     process = psutil.Process(pid)
     process.kill()
     process.wait(300)
 
 
 def kill_coordinators(env: PocEnv) -> None:
-    """End the processes of the jobs' flows, and leave the worker that started them."""
+    """Kill the processes of the jobs' flows, but not the worker that started them."""
     coordinators = psutil.Process(pid_of(env, "coordinator")).children(recursive=True)
     for process in coordinators:
         process.kill()
@@ -118,7 +118,7 @@ def flow_run_of(env: PocEnv, job_id: str) -> FlowRun:
 
 
 def states_of_rounds(env: PocEnv, job_id: str) -> list[str | None]:
-    """The states of the flow runs of a job's rounds, in the rounds' order."""
+    """The states of the flow runs of a job's rounds, in round order."""
 
     async def find() -> list[FlowRun]:
         async with get_client() as client:
@@ -264,7 +264,7 @@ def test_a_site_whose_worker_comes_back_says_that_it_lost_its_work(env: PocEnv, 
         failed["site"] == "site-3" and "the worker of site-3 was lost during its part of the round" in failed["cause"]
     )
     attempts = {entry["site"]: entry["attempt"] for entry in result.rounds[1]["accepted"]}
-    assert attempts == {"site-1": 0, "site-2": 0, "site-3": 1}  # it was asked again, and did its part
+    assert attempts == {"site-1": 0, "site-2": 0, "site-3": 1}  # it was asked again and did its part
 
 
 @pytest.mark.parametrize("by", ["recipe", "command"])
@@ -280,18 +280,18 @@ def test_a_job_whose_coordinator_is_killed_goes_on_with_what_has_arrived_meanwhi
         wait_until(lambda: all(store.exists(paths.manifest(1, site)) for site in SITES), timeout_s=400)
         with pytest.raises(JobFailed, match="was lost after 1 committed rounds: its run ended without a result"):
             run.get_result(120)
-    if by == "command":  # in a process that knows neither the server nor the keys of the store
+    if by == "command":  # in a process that knows neither the server nor the store's keys
         command = [sys.executable, "-m", "fedpool.cli", "job", "resume", run.job_id, "--home", str(env.home)]
         plain = {
             name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FEDPOOL_", "PREFECT_"))
         }
         resumed = subprocess.run(command, env=plain, cwd=tmp_path, capture_output=True, text=True)
         assert resumed.returncode == 0 and f"{run.job_id}: COMPLETED" in resumed.stdout, resumed.stdout + resumed.stderr
-    result = job.recipe.execute(env, resume=run.job_id).get_result()  # of a job that has completed: what it came to
+    result = job.recipe.execute(env, resume=run.job_id).get_result()  # returns the result of the completed job
     assert [record["failed"] for record in result.rounds] == [[], [], []]
     assert {entry["attempt"] for record in result.rounds for entry in record["accepted"]} == {
         0
-    }  # nothing was asked twice
+    }  # no site was asked twice
     np.testing.assert_array_equal(result.params["w"], np.full(3, 3))
     assert verify_job(store, run.job_id).status == "COMPLETED"
 
@@ -310,7 +310,7 @@ def test_a_run_that_prefect_runs_again_goes_on_with_its_job(env: PocEnv, tmp_pat
         async with get_client() as client:
             return (await client.read_flow_run(run_id)).state
 
-    async def run_again(run_id: UUID) -> None:  # as the button Retry does
+    async def run_again(run_id: UUID) -> None:  # as the Retry button does
         async with get_client() as client:
             await client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
 
@@ -420,7 +420,7 @@ def test_a_cancelled_job_is_gone_in_seconds_and_the_sites_take_the_next_one(
             run.get_result()
         state = flow_run_of(env, run.job_id).state
         assert state is not None and state.name == "Cancelled"
-        first, *others = states_of_rounds(env, run.job_id)  # of the round that was held, and of those announced ahead
+        first, *others = states_of_rounds(env, run.job_id)  # the round that was held, then those announced ahead
         assert first == "Completed" and others and set(others) == {"Crashed"}
     assert {service.name: service.pid for service in env.status()} == workers
     following = GatedJob(tmp_path / "second", SITES, hold=-1, num_rounds=1)
@@ -429,14 +429,14 @@ def test_a_cancelled_job_is_gone_in_seconds_and_the_sites_take_the_next_one(
 
 @pytest.fixture(scope="module")
 def adder(shared: PocEnv, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The name of a deployment whose jobs start from the last one's model."""
+    """The name of a deployment whose jobs each start from the previous job's model."""
     shared.up()
     job = GatedJob(tmp_path_factory.mktemp("deployed"), SITES, hold=-1, name="adder", num_rounds=1)
     return job.recipe.deploy(env=shared, warm_start=True)
 
 
 def jobs_of_adder(env: PocEnv) -> list[str]:
-    """Ids of the deployment's jobs, the oldest first."""
+    """The ids of the deployment's jobs, oldest first."""
     return [job.job_id for job in list_jobs(env.open_store()) if job.job_id.startswith("adder")][::-1]
 
 
@@ -491,7 +491,7 @@ def test_a_job_survives_a_store_that_is_cut_off_for_20_seconds(s3_server: S3Serv
         with job.started(env) as run:
             job.wait_until_held(run)
             s3_server.stop()
-            job.release()  # the sites have updates to write, and nowhere to
+            job.release()  # the sites have updates but nowhere to write them
             assert not run.wait(20)
             s3_server.start()
             assert float(run.get_result(200).params["w"][0]) == 2
@@ -506,7 +506,7 @@ def test_down_leaves_no_process_and_the_results_stay(tmp_path: Path) -> None:
     assert env.status() == []
     try:
         job = GatedJob(tmp_path / "job", env.names, hold=-1, num_rounds=1)
-        run = job.recipe.execute(env=env)  # brings it up
+        run = job.recipe.execute(env=env)  # this brings it up
         assert len(processes_of(env.home)) >= 3
     finally:
         env.down()

@@ -1,5 +1,5 @@
-"""A user's own `job.py` in its own process: the private server, Ctrl-C, and what is left when
-the process is killed.
+"""A user's `job.py` in its own process: the private server, Ctrl-C, and what is left when the
+process is killed.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ print("status", run.get_status())
 
 @pytest.fixture
 def job_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A `python job.py` whose sites hang in round 1, with no Prefect API configured; past round
-    0 when the test begins.
+    """A `python job.py` without a configured Prefect API, whose sites hang in round 1; round 0 is
+    over when the test begins.
     """
     process = start(tmp_path, hang_at=1)
     wait_until(lambda: len(list(tmp_path.glob("hanging-*"))) == 2, process)
@@ -67,7 +67,7 @@ def start(folder: Path, *, hang_at: int) -> subprocess.Popen[str]:
 
 
 def output_of(process: subprocess.Popen[str], timeout_s: float = 120) -> str:
-    """All that a process prints until its end; one that does not end says where its threads are."""
+    """Everything that a process prints; one that hangs is aborted and prints its threads."""
     try:
         return process.communicate(timeout=timeout_s)[0]
     except subprocess.TimeoutExpired:
@@ -76,7 +76,7 @@ def output_of(process: subprocess.Popen[str], timeout_s: float = 120) -> str:
 
 
 def tmp(folder: Path) -> Path:
-    """A short temporary folder of the job's own, to see what it leaves there."""
+    """The job's own temporary folder, with a short path, to see what the job leaves there."""
     path = folder / "t"
     path.mkdir(exist_ok=True)
     return path

@@ -1,5 +1,5 @@
-"""Production: a server with a password, a store on S3 and sites that others run; what is missing
-is said before anything runs.
+"""Production: a server with a password, a store on S3 and sites that others run; anything missing
+is reported before anything runs.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ PASSWORD = "admin:a-password-of-the-operator"
 
 @pytest.fixture(scope="module")
 def api_url() -> Iterator[str]:
-    """A Prefect server that asks for a password; the settings of this process know it not."""
+    """A Prefect server that requires a password, which is not in this process's settings."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="tests-prefect-") as home:
         log = Path(home) / "log"
@@ -59,7 +59,7 @@ def as_operator(api_url: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workers(api_url: str, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worker]]:
-    """A coordinator's worker, and those of the sites east and west."""
+    """The workers of a coordinator and of the sites east and west."""
     folder = tmp_path_factory.mktemp("prod")
     commands = {"coordinator": ("prefect", "worker", "start", "--type", "process", "--pool", "prod")}
     for site in ("east", "west"):
@@ -86,7 +86,7 @@ def recipe(write_script: Callable[..., Path]) -> FedAvgRecipe:
 
 @pytest.fixture
 def env(api_url: str, tmp_path: Path) -> Callable[..., ProdEnv]:
-    """Makes environments, with a folder for a store unless told."""
+    """Makes environments, with a folder as the store by default."""
 
     def make(**fields: Any) -> ProdEnv:
         defaults = {"api_url": api_url, "auth_string": PASSWORD, "store": str(tmp_path / "store")}
@@ -97,7 +97,7 @@ def env(api_url: str, tmp_path: Path) -> Callable[..., ProdEnv]:
 
 
 def refused(env: ProdEnv, recipe: FedAvgRecipe, error: type[FedpoolError]) -> str:
-    """What `execute` says when it refuses; makes sure that nothing was submitted."""
+    """The message with which `execute` refuses a recipe; checks that nothing was submitted."""
     with pytest.raises(error) as caught:
         recipe.execute(env=env)
     store = Path(env.store)
@@ -114,7 +114,7 @@ def test_a_job_runs_at_real_sites_and_no_credential_is_in_its_records(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where the models of a remote store are fetched to
+    monkeypatch.chdir(tmp_path)  # models of a remote store are downloaded to this folder
     run = recipe.execute(env=env(store=f"{s3_server.url}/prod"))
     result = run.get_result()
     assert result.params["w"].tolist() == [2, 2, 2]

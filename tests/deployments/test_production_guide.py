@@ -1,6 +1,4 @@
-"""docs/production.md, followed from its own text: on a fresh PostgreSQL server and a fresh S3
-server, with two sites.
-"""
+"""Follows the text of docs/production.md on fresh PostgreSQL and S3 servers, with two sites."""
 
 import contextlib
 import os
@@ -28,7 +26,7 @@ LOGIN = "operator:a-password"
 
 
 def blocks(section: str, language: str = "text") -> list[str]:
-    """The code blocks of a section of the guide, in their order."""
+    """The code blocks of a section of the guide, in order."""
     (text,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", GUIDE, re.MULTILINE | re.DOTALL)
     found = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert found, f"{section} has no such block any more"
@@ -58,7 +56,7 @@ class Machine:
         return block
 
     def run(self, block: str) -> str:
-        """Run a block to its end."""
+        """Run a block to completion."""
         command = ["bash", "-e", "-c", self.filled(block)]
         done = subprocess.run(
             command, cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=600
@@ -67,7 +65,7 @@ class Machine:
         return done.stdout
 
     def start(self, name: str, block: str, until: str | None = None, **values: str) -> None:
-        """Run a block whose last command stays, until its output has some words."""
+        """Start a block whose last command keeps running; wait until its output has some words."""
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -148,7 +146,7 @@ def test_the_guide_to_the_letter_gives_a_job_and_a_backup(machine: Machine, tmp_
         folder.mkdir()
         file = folder / "site.toml"
         text = settings.replace("hospital-a", site).replace("/var/lib/fedpool", str(folder / "work"))
-        file.write_text(re.sub(r"^gpus.*\n", "", text, flags=re.MULTILINE))  # there need be none here
+        file.write_text(re.sub(r"^gpus.*\n", "", text, flags=re.MULTILINE))  # this machine may have none
         machine.start(site, start, "started!", **{"/etc/fedpool/site.toml": str(file)})
 
     (tmp_path / "client.py").write_text(textwrap.dedent(ADD_ONE))

@@ -1,4 +1,4 @@
-"""What a terminal shows of a job while it runs."""
+"""What the terminal shows about a job while it runs."""
 
 from fedpool.deployments.progress import done_line
 

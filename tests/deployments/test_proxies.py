@@ -1,5 +1,5 @@
-"""The loopback is reached directly, whatever proxy the environment names; a server behind a
-proxy is reached through it.
+"""Loopback connections bypass any proxy that the environment names; a server behind a proxy is
+reached through it.
 """
 
 import os
@@ -25,7 +25,7 @@ PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 def no_proxy_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in PROXY_VARIABLES:
         for spelling in (name, name.lower()):
-            monkeypatch.setenv(spelling, "")  # so that it is put back as it was
+            monkeypatch.setenv(spelling, "")  # so that monkeypatch restores the original value
             monkeypatch.delenv(spelling)
 
 
@@ -67,7 +67,7 @@ def test_the_proxy_of_these_tests_is_one(proxy: Proxy, prefect_api: str) -> None
 
 
 def run_job(folder: Path, environment: str, **variables: str) -> str:
-    """Run a job in a process of its own; returns what it prints."""
+    """Run a job in its own process; returns its output."""
     (folder / "client.py").write_text(textwrap.dedent(ADD_ONE))
     (folder / "job.py").write_text(
         textwrap.dedent(
@@ -117,7 +117,7 @@ def test_a_server_that_only_the_proxy_can_reach_is_reached(proxy: Proxy, prefect
     assert {method for method, _, _ in (line.partition(" ") for line in asked)} >= {
         "CONNECT",
         "GET",
-    }  # web sockets, too
+    }  # WebSockets too
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Rounds that do not wait for everyone: grace, over-sampling, late updates; and those that ask
-again.
+"""Rounds that do not wait for every site: grace, over-sampling, late updates; and rounds that ask
+sites again.
 """
 
 import json
@@ -143,7 +143,7 @@ def test_a_round_without_quorum_asks_the_missing_sites_again_and_keeps_what_it_h
     second = result.rounds[1]
     assert [(entry["site"], entry["attempt"]) for entry in second["accepted"]] == [("site-1", 0), ("site-2", 2)]
     assert [(entry["attempt"], entry["code"]) for entry in second["rejected"]] == [(0, "shape"), (1, "shape")]
-    assert len(list(tmp_path.glob("site-1-1-*"))) == 1  # its update was there already
+    assert len(list(tmp_path.glob("site-1-1-*"))) == 1  # its update was already there
     assert verify_job(Store(tmp_path / "runs"), result.job_id).num_updates == 6
 
 
@@ -154,6 +154,6 @@ def test_a_round_that_fails_every_time_fails_the_job_with_the_cause_told_once(
     run = run_job(WAIT.format(fault=fault), train_args=[str(tmp_path)], round_retries=1, site_retries=0)
     with pytest.raises(JobFailed) as caught:
         run.get_result()
-    assert str(caught.value).count("ValueError: for good") == 1  # both attempts failed by it
+    assert str(caught.value).count("ValueError: for good") == 1  # although both attempts failed with it
     result = Store(tmp_path / "runs").read_json(f"{run.job_id}/result.json")
-    assert result["final"]["round"] == 1  # the last model that was committed
+    assert result["final"]["round"] == 1  # the last committed model

@@ -1,4 +1,4 @@
-"""Several API servers before one database: docs/production.md's settings, on real PostgreSQL and
+"""Several API servers on one database, with docs/production.md's settings, on real PostgreSQL and
 Redis.
 """
 
@@ -25,7 +25,7 @@ SITES = ("east", "west")
 
 @contextlib.contextmanager
 def started(folder: Path, environment: dict[str, str], *command: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process of the stock `prefect` command, which prints to FOLDER/log."""
+    """Run the stock `prefect` command in a process whose output goes to FOLDER/log."""
     folder.mkdir()
     with (folder / "log").open("wb") as output:
         process = subprocess.Popen(
@@ -40,7 +40,7 @@ def started(folder: Path, environment: dict[str, str], *command: str) -> Iterato
 
 @pytest.fixture
 def replicas(postgres: services.PostgresServer, tmp_path: Path) -> Iterator[list[str]]:
-    """The APIs of two servers without background services, which run apart; all meet in
+    """The API URLs of two servers whose background services run in a separate process; all share
     PostgreSQL and Redis.
     """
     if services.find_redis() is None:
@@ -87,7 +87,7 @@ def test_a_job_and_a_schedule_run_across_two_api_servers(replicas: list[str], tm
         job = GatedJob(tmp_path / "job", SITES, hold=-1)
         result = job.recipe.execute(env=env).get_result()
         assert result.params["w"].tolist() == [3, 3, 3]
-        for url in replicas:  # both tell the same
+        for url in replicas:  # both report the same
             found = httpx.post(f"{url}/flow_runs/filter", json={"flow_runs": {"name": {"like_": "round 2"}}}).json()
             sites = sorted(run["name"].split()[-1] for run in found if run["deployment_id"])
             assert sites == list(SITES)

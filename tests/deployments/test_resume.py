@@ -1,5 +1,5 @@
-"""A job whose coordinator is killed, at any instant, goes on from its last commit and ends with
-the bytes of one that was not.
+"""A job whose coordinator is killed at any instant resumes from its last commit and ends with the
+same bytes as an undisturbed job.
 """
 
 import os
@@ -25,7 +25,8 @@ from tests.poc import processes_of, wait_until_gone
 
 ROUNDS = 4
 
-# What a site sends depends on site, round and the model that it received, and so does its score.
+# A site's update depends on the site, the round and the model that it received; its score depends
+# on the model.
 SCRIPT = """
     import numpy as np
     import fedpool.client as flare
@@ -57,7 +58,7 @@ print(recipe.execute(SimEnv(num_clients=3, workspace=here / "runs", progress=Fal
 
 
 class Killed:
-    """A job that can be killed and resumed, in a folder of its own."""
+    """A job that can be killed and resumed, in its own folder."""
 
     def __init__(self, folder: Path, fields: str = f"num_rounds={ROUNDS}") -> None:
         (folder / "client.py").write_text(textwrap.dedent(SCRIPT))
@@ -69,17 +70,17 @@ class Killed:
     @property
     def job_id(self) -> str | None:
         names = [name for name in self.store.names("") if name.startswith("killed-")]
-        jobs = [name for name in names if self.store.exists(JobPaths(name).job)]  # without it, there is no job
+        jobs = [name for name in names if self.store.exists(JobPaths(name).job)]  # without this file, there is no job
         assert len(jobs) <= 1
         return jobs[0] if jobs else None
 
     def start(self, *kill: str) -> subprocess.Popen[bytes]:
-        """Start it, or resume it when it was begun."""
+        """Start the job, or resume it if it has begun."""
         command = [sys.executable, *(["-m", "fedpool.testing", *kill] if kill else []), str(self.script)]
         return subprocess.Popen(command + ([self.job_id] if self.job_id else []), cwd=self.folder)
 
     def bytes(self) -> dict[str, Any]:
-        """All that must be the same, however often it was killed."""
+        """Everything that must be the same, however often the job was killed."""
         assert self.job_id is not None
         paths = JobPaths(self.job_id)
         result = self.store.read_json(paths.result)
@@ -90,7 +91,7 @@ class Killed:
 
 @pytest.fixture(scope="module")
 def undisturbed(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the job comes to when nobody kills it."""
+    """The outcome of the job when nobody kills it."""
     folder = tmp_path_factory.mktemp("undisturbed")
     job = Killed(folder)
     assert (
@@ -117,7 +118,7 @@ POINTS = {
     "before a model is published": ("rounds/00002/global", "before"),
     "after the commit": ("rounds/00001/round\\.json", "after"),
     "before the evaluation is committed": (f"rounds/{ROUNDS:05d}/round\\.json", "before"),
-    # these are where it is easiest to go wrong, and run in CI
+    # these are the easiest to get wrong, and run in CI
     "between an update and its manifest": ("rounds/00001/sites/[^/]+/update\\.json", "before"),
     "after aggregation and before the commit": ("rounds/00001/round\\.json", "before"),
     "before the result": ("/result\\.json", "before"),
@@ -141,8 +142,8 @@ def test_killed_at_any_point_of_a_round_it_goes_on_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_what_early_stopping_has_counted_survives(tmp_path: Path) -> None:
-    """The model of round 1 is the best, so that a job killed in round 2 has seen one of two
-    rounds without progress.
+    """The model of round 1 is the best, so a job killed in round 2 has seen one of two rounds
+    without progress.
     """
     jobs = []
     for name in ("undisturbed", "killed"):
@@ -163,7 +164,7 @@ def test_killed_again_and_again_at_random_instants_it_ends_with_the_same_bytes(
     rng = random.Random(times)
     for _ in range(times):
         coordinator = killed.start()
-        with suppress(subprocess.TimeoutExpired):  # the instant is what is random here
+        with suppress(subprocess.TimeoutExpired):  # the instant is random
             coordinator.wait(rng.uniform(2.0, 7.0))
         coordinator.kill()
         coordinator.wait()

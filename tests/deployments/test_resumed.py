@@ -1,4 +1,4 @@
-"""A job that is resumed from the command line goes on in the environment in which it began."""
+"""A job resumed from the command line continues in the environment in which it began."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from fedpool.store import Store
 from fedpool.tasks.job_record import JobRecord
 from tests.records import job_of
 
-# Says which process trained in which round.
+# In every round, each site logs its name and the id of the process that trained.
 SCRIPT = """
     import os, pathlib
     import fedpool.client as flare
@@ -30,8 +30,8 @@ SCRIPT = """
 
 
 def forget(store: Store, job_id: str, number: int) -> None:
-    """Take away what came of a round and after it: a coordinator that is lost before the round
-    leaves a job like that.
+    """Delete the results of a round and of everything after it, as if the coordinator had been lost
+    before the round.
     """
     paths = JobPaths(job_id)
     for gone in (paths.result, paths.record(number)):
@@ -54,7 +54,7 @@ def test_a_simulation_of_fresh_scripts_goes_on_with_fresh_scripts(
         main(["job", "resume", run.job_id, "--store", store.url])
     assert f"{run.job_id}: COMPLETED" in capsys.readouterr().out
     trained = log.read_text().splitlines()
-    assert len(set(trained)) == len(trained) == 4  # each site in each of two rounds, in a process of its own
+    assert len(set(trained)) == len(trained) == 4  # two sites in each of two rounds, each in its own process
 
 
 def test_an_environment_says_what_it_is_and_is_made_of_that_again(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_an_environment_says_what_it_is_and_is_made_of_that_again(tmp_path: Path
                 "sites": sites,
                 "simulated": env is sim,
                 "environment": env.recorded().as_json(),
-            }  # as it lies in the store
+            }  # as it is in the store
         )
         assert environment_of(job, store, tmp_path) == env
     job = job_of({"sites": sites, "simulated": False, "environment": poc.recorded().as_json()})

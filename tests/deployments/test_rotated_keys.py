@@ -1,5 +1,5 @@
-"""The store's keys are changed while a job runs: the job fails in seconds and says so, and goes
-on with the new keys.
+"""The store's keys change while a job runs: the job fails within seconds, says why, and resumes
+with the new keys.
 """
 
 import time
@@ -51,7 +51,7 @@ def test_a_job_whose_keys_are_changed_fails_with_the_remedy_and_goes_on_with_the
         shown = capsys.readouterr().out
         assert f"{run.job_id}: FAILED" in shown and f"fedpool job resume {run.job_id}" in shown
 
-        env.down()  # the workers have their keys in their environment
+        env.down()  # the workers take their keys from their environment
         env.up()
         again = job.recipe.execute(env=env, resume=run.job_id)
         assert again.get_status() is JobStatus.COMPLETED

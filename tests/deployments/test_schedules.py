@@ -1,6 +1,4 @@
-"""Runs of a deployment that would overlap: what a schedule does while the last run is still
-under way.
-"""
+"""Overlapping runs of a deployment: what a schedule does while the last run is in progress."""
 
 import asyncio
 import threading
@@ -53,7 +51,7 @@ def ask(env: PocEnv, question: Callable[[PrefectClient], Awaitable[T]]) -> T:
 
 @contextmanager
 def deployed(env: PocEnv, job: GatedJob, **options: Any) -> Iterator[DeploymentResponse]:
-    """The job's recipe as a deployment, which is gone after the test."""
+    """Deploy the job's recipe; the deployment is deleted after the test."""
     name = env.deploy(job.recipe, **options)
     deployment = ask(env, lambda client: client.read_deployment_by_name(name))
     try:
@@ -63,7 +61,7 @@ def deployed(env: PocEnv, job: GatedJob, **options: Any) -> Iterator[DeploymentR
 
 
 def runs_of(env: PocEnv, deployment: DeploymentResponse) -> list[FlowRun]:
-    """Its runs that were due, the oldest first."""
+    """The deployment's runs that were due, oldest first."""
     of_it = DeploymentFilter(name=DeploymentFilterName(any_=[deployment.name]))
     found: list[FlowRun] = ask(env, lambda client: client.read_flow_runs(deployment_filter=of_it))
     return sorted((run for run in found if run.state_name != "Scheduled"), key=lambda run: str(run.expected_start_time))
@@ -82,7 +80,7 @@ def state_of(env: PocEnv, run: FlowRun) -> str | None:
 
 
 def jobs_called(env: PocEnv, name: str) -> list[JobSummary]:
-    """Its jobs, the oldest first."""
+    """The jobs with this name, oldest first."""
     return [job for job in list_jobs(env.open_store()) if job.job_id.startswith(f"{name}-")][::-1]
 
 
@@ -102,10 +100,10 @@ def test_a_schedule_skips_what_is_due_while_the_last_run_is_under_way(env: PocEn
 
         wait_until(lambda: len(skipped()) >= 3, timeout_s=400)
         assert {run.state.message for run in skipped() if run.state} == {"Deployment concurrency limit reached."}
-        assert len(jobs_called(env, "often")) == 1  # nothing was staged, and no process was started for them
+        assert len(jobs_called(env, "often")) == 1  # nothing was staged and no process was started for the skipped runs
         job.release()
         wait_until(lambda: jobs_called(env, "often")[0].status is JobStatus.COMPLETED)
-        wait_until(lambda: len(jobs_called(env, "often")) >= 2, timeout_s=400)  # the next that is due is not skipped
+        wait_until(lambda: len(jobs_called(env, "often")) >= 2, timeout_s=400)  # the next due run is not skipped
 
 
 @pytest.mark.slow
@@ -164,7 +162,7 @@ def test_a_run_that_loses_its_slot_goes_on_to_its_end(prefect_api: str, tmp_path
     @flow(persist_result=False, flow_run_name=job_id, on_crashed=[believe_the_store])
     async def slotted(store: str) -> None:
         async def work() -> None:
-            # The server knows of no such lease: Prefect gives it up, and cancels the run.
+            # The server does not know this lease: Prefect gives it up and cancels the run.
             (renewal,) = (thread for thread in threading.enumerate() if thread.name.endswith(str(lease)))
             await asyncio.to_thread(renewal.join, 60)
             lost.set()

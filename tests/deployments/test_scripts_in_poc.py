@@ -1,6 +1,4 @@
-"""What a script learns, and what becomes of one that errs, at sites that are processes of their
-own.
-"""
+"""What a script knows, and what happens when one fails, at sites in their own processes."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from tests.poc import processes_of, wait_until, wait_until_gone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# Each site moves the model by what it knows of itself, and site-2 fails after its last round.
+# Each site changes the model by what it knows about itself; site-2 fails after its last round.
 SCRIPT = """
 import sys
 import numpy as np

@@ -16,7 +16,7 @@ from fedpool.sites.devices import num_devices
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
-# Sends what its per_site_config says, with that weight.
+# Sends the value and the weight from its per_site_config.
 SENDS_VALUE = """
     import numpy as np
     import fedpool.client as flare
@@ -46,7 +46,7 @@ TRAINS = """
         flare.send(flare.FLModel(params=model.state_dict(), metrics={"loss": loss}, meta={"NUM_STEPS_CURRENT_ROUND": 5}))
 """
 
-# Scores model r as 0.1 * r: its only parameter counts the rounds.
+# The model's only parameter counts the rounds; each test fills in how it is scored.
 COUNTS = """
     import numpy as np
     import fedpool.client as flare
@@ -117,8 +117,8 @@ def test_differences_give_the_same_model_as_full_parameters(run_job: Callable[..
 
 
 def test_the_best_model_is_the_one_with_the_best_score_of_its_own(run_job: Callable[..., Run]) -> None:
-    # Model r scores 0, .1, .4, .3: the third is best, though it was sent with the score of the
-    # second.
+    # The models score 0, 0.1, 0.4 and 0.3: the third is best, though it arrived with the score of
+    # the second.
     script = COUNTS.format(score="[0, 0.1, 0.4, 0.3][int(model.params['w'][0])]")
     result = run_job(script, num_rounds=3).get_result()
     assert [metrics["accuracy"] for metrics in result.metrics] == [0, 0.1, 0.4, 0.3]
@@ -247,8 +247,8 @@ def test_devices_are_dealt_to_slots(prefect_api: str, write_script: Callable[...
             flare.send(flare.FLModel(params={"w": np.full(3, int(os.environ["CUDA_VISIBLE_DEVICES"]), np.float32)}))
     """
     env = SimEnv(num_clients=2, num_threads=2, workspace=tmp_path / "runs", progress=False)
-    # A copy is not checked: the script looks at the numbers only, and this machine need not have
-    # such devices.
+    # A copy is not validated: the script only reads the numbers, so this machine need not have such
+    # devices.
     env = env.model_copy(update={"gpus": "4, 6"})
     recipe = FedAvgRecipe(
         name="devices",

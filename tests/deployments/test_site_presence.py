@@ -1,5 +1,5 @@
-"""What the server knows of a site's worker: that it is there, that it has gone, and that there
-is only one.
+"""What the server knows about a site's worker: that it is online, that it has left, and that it is
+the only one.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ SERVED = "is already served by"
 
 @pytest.fixture
 def start(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
-    """Starts a worker of a site, in a folder of its own, and ends it after the test."""
+    """Starts a site's worker in its own folder, and ends it after the test."""
     workers: list[Worker] = []
 
     def start_one(site: str, api: str = prefect_api, **variables: str) -> Worker:
@@ -62,9 +62,7 @@ def claim_to(site: str) -> Holder | None:
 
 
 def seem_elsewhere(site: str) -> None:
-    """Have a site's claim say that its process is on another machine, where nobody here can look
-    for it.
-    """
+    """Make a site's claim name another machine, whose processes cannot be checked from here."""
     holder = claim_to(site)
     assert holder is not None
 
@@ -111,7 +109,7 @@ def test_a_worker_that_was_killed_is_replaced_at_once(start: Callable[..., Worke
     first = start("killed").wait_until_started()
     first.process.kill()
     first.process.wait()
-    second = start("killed").wait_until_started()  # though the server still takes the first one to be online
+    second = start("killed").wait_until_started()  # although the server still counts the first one as online
     holder = claim_to("killed")
     assert holder is not None and holder.pid == second.process.pid
 
@@ -125,10 +123,10 @@ def test_on_another_machine_a_worker_lives_by_its_heartbeats(start: Callable[...
     assert f"{SERVED} process {first.process.pid} on another" in second.log
     first.process.send_signal(signal.SIGSTOP)
     try:
-        third = start("moved").wait_until_started()  # after three heartbeats that did not come
+        third = start("moved").wait_until_started()  # after three missed heartbeats
     finally:
         first.process.send_signal(signal.SIGCONT)
-    # The first, which has slept through it, finds out by itself.
+    # The first worker, which was suspended meanwhile, finds out by itself.
     assert first.process.wait(300) == 1
     assert f"{SERVED} process {third.process.pid} on" in first.log
     assert third.process.poll() is None and len(workers_of("moved")) == 1
@@ -138,7 +136,7 @@ def test_a_server_answers_again_only_once_it_has_answered(start: Callable[..., W
     port = free_port()
     worker = start("early", api=f"http://127.0.0.1:{port}/api", PREFECT_LOGGING_LEVEL="DEBUG")
     wait_until(lambda: "the Prefect server is unreachable" in worker.log)
-    wait_until(lambda: worker.log.count("the Prefect server is unreachable") >= 3)  # told once, and noted each time
+    wait_until(lambda: worker.log.count("the Prefect server is unreachable") >= 3)  # warned once, logged each time
     assert "answers again" not in worker.log
     environment = server_environment(tmp_path / "server")
     with (tmp_path / "server.log").open("wb") as output:

@@ -1,5 +1,5 @@
-"""The site's worker: what it does when it is asked in order, and that nothing else of what it is
-handed is ever run.
+"""The site's worker: what it does with valid requests, and that it never runs anything else that it
+receives.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# Sends its process id; says that it trains, and goes on when it may.
+# Touches `training`, waits for the file `go`, then sends its process id.
 SCRIPT = """
     import os, pathlib, sys, threading
     import numpy as np
@@ -47,13 +47,13 @@ SCRIPT = """
 
 
 class Job:
-    """A staged job whose coordinator is the test: it asks a site for rounds, and reads what came of
-    them from the store.
+    """A staged job coordinated by the test, which asks a site for rounds and reads the results from
+    the store.
 
     Args:
-        folder: of store, script and gate.
-        site: the only one.
-        gated: hold in training until `release()`.
+        folder: for the store, the script and the gate.
+        site: the job's only site.
+        gated: whether training waits for `release()`.
     """
 
     def __init__(self, folder: Path, site: str, *, gated: bool = False) -> None:
@@ -83,8 +83,8 @@ class Job:
         wait_until((self.folder / "training").exists)
 
     def ask(self, round: int = 0, deployment: str | None = None) -> FlowRun:
-        """Write the assignment of a round, and create its run, of the site's own deployment or
-        of another.
+        """Write the assignment of a round and create its run, from the site's own deployment or
+        another one.
         """
         model = self.recipe.model.digest
         if round > 0:  # every round starts from the same model
@@ -103,7 +103,7 @@ class Job:
         return run_deployment(deployment or f"site-round/{self.site}", parameters)
 
     def pid(self, round: int = 0) -> float:
-        """What the script sent."""
+        """The process id that the script sent."""
         return float(load(self.store.read_bytes(self.paths.update(round, self.site)))["w"][0])
 
     def end(self) -> None:
@@ -134,14 +134,14 @@ def state_of(run: FlowRun) -> State[Any]:
 
 
 def final_state(run: FlowRun, timeout_s: float = 120) -> State[Any]:
-    """How a run ends."""
+    """Wait for a run to end; returns its final state."""
     wait_until(lambda: state_of(run).is_final(), timeout_s=timeout_s)
     return state_of(run)
 
 
 @pytest.fixture
 def site_worker(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
-    """Starts `fedpool site start --name NAME`, or another command, which it ends after the test."""
+    """Starts `fedpool site start --name NAME` or another command, and ends it after the test."""
     workers = []
 
     def start(name: str, *command: str, **variables: str) -> Worker:
@@ -158,12 +158,12 @@ def site_worker(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., Work
 
 @pytest.fixture(scope="module")
 def hospital(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """A site's worker that the tests which do it no harm share."""
+    """A site's worker, shared by the tests that do it no harm."""
     folder = tmp_path_factory.mktemp("hospital")
     worker = Worker(prefect_api, folder, "fedpool.cli", "site", "start", "--name", "hospital", "--folder", str(folder))
     try:
         yield worker.wait_until_started()
-        assert worker.process.poll() is None  # whatever it was handed, it has survived
+        assert worker.process.poll() is None  # it has survived everything that it received
     finally:
         worker.end()
 
@@ -186,7 +186,7 @@ def other_flow() -> None:
 
 
 def deploy_evil(of: Any, name: str, folder: Path, canary: Path) -> UUID:
-    """A deployment in the hospital's pool all of whose code touches a file as soon as it runs."""
+    """A deployment in the hospital's pool; all of its code touches a file as soon as it runs."""
     touch = f"open({str(canary)!r}, 'a').close()"
     (folder / "evil.py").write_text(f"{touch}\nfrom prefect import flow\n\n@flow\ndef evil(**_):\n    {touch}\n")
     (folder / "sitecustomize.py").write_text(touch)
@@ -239,7 +239,7 @@ def test_a_deployment_that_calls_itself_site_round_brings_no_code_of_its_own(hos
     assert "clinic, round 0: this is hospital: the run was sent to the wrong work pool" in str(elsewhere.message)
     upwards = final_state(run_deployment("site-round/evil", asked | {"job_id": "../a", "round": 0}))
     assert upwards.is_failed() and "'../a' cannot be part of a path" in str(upwards.message)
-    # Asked in order, it is the site's own site_round that runs, whatever the deployment says.
+    # For a valid request, the site's own site_round runs, whatever the deployment says.
     job = Job(tmp_path / "job", "hospital")
     assert final_state(job.ask(deployment="site-round/evil")).is_completed()
     assert not canary.exists()
@@ -297,13 +297,13 @@ def test_a_run_that_a_killed_worker_left_behind_crashes_when_the_worker_comes_ba
     job.wait_until_training()
     worker.process.kill()
     worker.process.wait()
-    wait_until_gone(scripts_of, tmp_path, 30)  # by its guard, not by the worker
+    wait_until_gone(scripts_of, tmp_path, 30)  # ended by its guard, not by the worker
     assert state_of(run).is_running()
     site_worker("returns")
     state = final_state(run, 60)
     assert state.is_crashed() and state.message == "the worker of returns was lost during its part of the round"
     job.release()
-    assert final_state(job.ask(1)).is_completed()  # and the next round is done as ever
+    assert final_state(job.ask(1)).is_completed()  # and the next round works as usual
     job.end()
 
 
@@ -357,5 +357,5 @@ def test_a_site_whose_clock_is_off_counts_as_online_and_takes_its_runs_at_once(
 
     assert asyncio.run(status()) == ["ONLINE"]
     job = Job(tmp_path / "job", name)
-    assert final_state(job.ask(), timeout_s=90).is_completed()  # by its own clock it was due later than that
+    assert final_state(job.ask(), timeout_s=90).is_completed()  # by the site's clock, it was due later than that
     job.end()

@@ -1,5 +1,5 @@
-"""A script that prints, logs and raises what no database takes: on PostgreSQL, which refuses a
-NUL in any text.
+"""A script that prints, logs and raises text that the database refuses: PostgreSQL allows no NUL in
+text.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ NUL = """
 
 @pytest.fixture(scope="module")
 def on_postgres(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server on a database of its own; its API's URL, which this process is configured
-    with.
+    """A Prefect server with its own database; yields its API's URL, which this process is
+    configured with.
     """
     home = tmp_path_factory.mktemp("prefect")
     url = f"http://127.0.0.1:{free_port()}/api"

@@ -1,5 +1,5 @@
-"""A site behind a process, docker or kubernetes pool: what the templates fix, and a process pool
-for real.
+"""A site behind a process, Docker or Kubernetes pool: what the templates fix, and a real process
+pool.
 """
 
 import asyncio
@@ -95,15 +95,15 @@ HOSTILE: dict[str, Any] = {
 
 
 def configured(kind: str, values: dict[str, Any], **given: Any) -> Any:
-    """The configuration of a job as the pool's worker makes it from the template and a
-    deployment's job variables.
+    """The job configuration that the pool's worker makes from the template and a deployment's job
+    variables.
     """
     template = base_job_template(kind, name=SITE, **GIVEN[kind] | given)  # type: ignore[arg-type]
     return asyncio.run(CONFIGURATIONS[kind].from_template_and_values(json.loads(json.dumps(template)), values))
 
 
 def prepared(kind: str, values: dict[str, Any]) -> Any:
-    """That configuration as it is when the worker starts the job."""
+    """That configuration at the time when the worker starts the job."""
     configuration = configured(kind, values)
     run = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), name="curious-otter")
     with temporary_settings({PREFECT_API_URL: "http://server.example/api"}):
@@ -138,7 +138,7 @@ def test_a_container_gets_our_command_and_nothing_but_reading_rights(prefect_api
 
     worker = DockerWorker(work_pool_name="any", test_mode=True)
     settings = worker._build_container_settings(Engine(), prepared("docker", HOSTILE))
-    del settings["auto_remove"]  # docker-py takes it apart from the others
+    del settings["auto_remove"]  # docker-py handles this setting separately
     container = _create_container_args(settings | {"version": "1.47"})
     assert shlex.split(container["command"]) == [
         *("env", "OMP_NUM_THREADS=2", "GREETING=it's a {test}"),
@@ -158,7 +158,7 @@ def test_a_kubernetes_job_is_one_that_the_api_knows(prefect_api: str) -> None:
     manifest = prepared("kubernetes", HOSTILE).job_manifest
     pod = manifest["spec"]["template"]["spec"]
 
-    for name in ("parallelism", "completions"):  # Prefect wants them in the pod, where they are unknown
+    for name in ("parallelism", "completions"):  # Prefect wants them in the pod, where the API does not know them
         del pod[name]
 
     class Response:
@@ -168,7 +168,7 @@ def test_a_kubernetes_job_is_one_that_the_api_knows(prefect_api: str) -> None:
         async with ApiClient() as api:
             return api.sanitize_for_serialization(api.deserialize(Response(), "V1Job"))
 
-    assert asyncio.run(read_back()) == manifest  # a field with a wrong name would be missing
+    assert asyncio.run(read_back()) == manifest  # a misnamed field would be missing
 
     assert manifest["metadata"]["namespace"] == "federated"
     (container,) = pod["containers"]
@@ -233,8 +233,8 @@ def test_a_variable_is_written_as_name_and_value() -> None:
 
 
 class ProcessPool:
-    """A site behind a stock process worker, on a pool made with our template, registered by our
-    command.
+    """A site behind a stock process worker, on a pool made from our template and registered with
+    our command.
     """
 
     def __init__(self, api_url: str, folder: Path) -> None:
@@ -288,9 +288,7 @@ def pool(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 class StagedJob:
-    """A job in a store, and the assignment of its round 0 to the site: what a coordinator leaves
-    there.
-    """
+    """What a coordinator writes to the store: a job, and the site's assignment for round 0."""
 
     def __init__(self, folder: Path, script: str = ADD_ONE) -> None:
         self.store = Store(folder / "store")
@@ -312,13 +310,13 @@ class StagedJob:
         self.parameters = {"job_id": self.job_id, "site": SITE, "round": 0, "attempt": 0, "store": self.store.url}
 
     def update(self) -> UpdateManifest | None:
-        """What the site has committed."""
+        """The update that the site has committed, if any."""
         path = self.paths.manifest(0, SITE)
         return UpdateManifest.model_validate_json(self.store.read_bytes(path)) if self.store.exists(path) else None
 
 
 async def ended(run_id: UUID) -> State[Any]:
-    """The state in which a run has ended."""
+    """Wait for a run to end; returns its final state."""
     async with get_client() as client:
         while True:
             state = (await client.read_flow_run(run_id)).state
@@ -354,7 +352,7 @@ def test_a_run_for_another_site_is_refused(pool: ProcessPool, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["backup", "site-round"])
 def test_nothing_of_a_hostile_deployment_is_executed(pool: ProcessPool, tmp_path: Path, name: str) -> None:
-    """Whatever it calls its flow: at best it has a round done."""
+    """Whatever it calls its flow, the most that it achieves is an ordinary round."""
     job = StagedJob(tmp_path)
     pulled, imported = tmp_path / "pulled", tmp_path / "imported"
     (tmp_path / "hostile.py").write_text(f"import pathlib\npathlib.Path({str(imported)!r}).touch()\n")
@@ -385,7 +383,7 @@ def test_nothing_of_a_hostile_deployment_is_executed(pool: ProcessPool, tmp_path
 
 @pytest.mark.slow
 def test_job_variables_that_no_server_has_checked_change_nothing(pool: ProcessPool, tmp_path: Path) -> None:
-    """Prefect checks those of deployments, not those of a run that has none."""
+    """Prefect checks the job variables of deployments, but not those of a run that has none."""
     job, canary = StagedJob(tmp_path), tmp_path / "canary"
 
     async def attack() -> State[Any]:
@@ -404,7 +402,7 @@ def test_job_variables_that_no_server_has_checked_change_nothing(pool: ProcessPo
 
 
 def create_run(parameters: dict[str, Any]) -> UUID:
-    """A run that no worker picks up."""
+    """Create a run that no worker picks up."""
 
     async def create() -> UUID:
         async with get_client() as client:
@@ -418,8 +416,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts `fedpool site run` as the command of a container is: nobody else stops it when the
-    run is cancelled.
+    """Starts `fedpool site run` like a container's command: nothing else stops it when the run is
+    cancelled.
     """
     started = []
 

@@ -1,5 +1,5 @@
-"""Trackers hold every scalar of every site with step and time, and the server's metrics; read
-back by the trackers' own means.
+"""Trackers hold every site's scalars with step and time, and the server's metrics; the tests read
+them with the trackers' own tools.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.deployments.test_resumed import forget
 from tests.poc import brought_up
 from tests.trackers import MLflowStore, Series, read_tensorboard, read_texts
 
-# In the manner of NVFlare's examples of experiment tracking, after the import lines.
+# Written like NVFlare's examples of experiment tracking, apart from the imports.
 SCRIPT = """
 import numpy as np
 import fedpool.client as flare
@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 
 def expected_of(site: int, rounds: int) -> dict[str, list[tuple[int, float]]]:
-    """What a site has logged."""
+    """The scalars that a site has logged."""
     return {
         "train/loss": [(step, site / (step + 1)) for step in range(5 * rounds)],
         "parts/a": [(number, 1.0 * site) for number in range(rounds)],
@@ -68,7 +68,7 @@ def expected_of(site: int, rounds: int) -> dict[str, list[tuple[int, float]]]:
 
 
 def check(found: Series, expected: Mapping[str, list[tuple[int, float]]], since: float) -> None:
-    """Compare a run; every scalar has the time at which it was logged."""
+    """Compare a run; check that every scalar has the time at which it was logged."""
     for name, rows in expected.items():
         assert [step for step, _, _ in found[name]] == [step for step, _ in rows], name
         assert [value for _, value, _ in found[name]] == pytest.approx([value for _, value in rows], abs=1e-6), name
@@ -77,7 +77,7 @@ def check(found: Series, expected: Mapping[str, list[tuple[int, float]]], since:
 
 
 def check_job(tensorboard: Path, mlflow: MLflowStore, job_id: str, name: str, since: float, rounds: int = 2) -> Any:
-    """Compare all runs of a job of `SCRIPT`; returns the server's run in MLflow."""
+    """Compare all runs of a job that runs `SCRIPT`; returns the server's run in MLflow."""
     assert sorted(os.listdir(tensorboard)) == ["server", "site-1", "site-2"]
     runs = mlflow.runs(name)
     assert sorted(runs) == ["server", "site-1", "site-2"]
@@ -106,7 +106,7 @@ def check_job(tensorboard: Path, mlflow: MLflowStore, job_id: str, name: str, si
 
 
 def recipe_of(folder: Path, **fields: Any) -> FedAvgRecipe:
-    """A recipe of `SCRIPT`."""
+    """A recipe that runs `SCRIPT`."""
     (folder / "client.py").write_text(SCRIPT)
     defaults: dict[str, Any] = {"name": "tracked", "min_clients": 2, "num_rounds": 2}
     model = {"w": np.zeros(3, np.float32)}
@@ -126,7 +126,7 @@ def test_in_a_simulation_they_hold_it_all_and_a_job_that_is_resumed_goes_on_in_t
     before = check_job(tensorboard, mlflow, run.job_id, "tracked", since)
     assert result.rounds[1]["logged"]["train/loss"] == pytest.approx(
         1.5 / 10
-    )  # the record has the last values, as ever
+    )  # the record has the last values, as always
     assert not store.exists(paths.scalars(0, "site-1")) and not store.exists(paths.tracked)
     verify_job(store, run.job_id)
     forget(store, run.job_id, 1)
@@ -134,7 +134,7 @@ def test_in_a_simulation_they_hold_it_all_and_a_job_that_is_resumed_goes_on_in_t
     again = mlflow.runs("tracked")
     assert again["server"].info.run_id == before.info.run_id and again["server"].info.status == "FINISHED"
     steps = [step for step, _, _ in mlflow.read(again["site-1"])["train/loss"]]
-    assert sorted(set(steps)) == list(range(10)) and len(steps) == 15  # the round that was lost was done again
+    assert sorted(set(steps)) == list(range(10)) and len(steps) == 15  # the lost round was run again
     assert len(list((tensorboard / "site-1").iterdir())) == 2
     verify_job(store, run.job_id)
 

@@ -1,4 +1,4 @@
-"""What a person sees of a job in the Prefect UI, read through the API that the UI itself uses."""
+"""What a user sees of a job in the Prefect UI, read through the API that the UI itself uses."""
 
 import asyncio
 import json
@@ -74,7 +74,7 @@ def test_a_job_shows_as_flow_runs_with_logs_tables_and_a_report(run_job: Callabl
     assert sorted({task.name for task in seen["tasks"]}) == ["site-1", "site-2"] and len(seen["tasks"]) == 6
     own_logs = {log.message for log in seen["logs"]}
     said = {log.task_run_id for log in seen["logs"] if log.message == "site-2: hello from site-2 in round 1"}
-    # In the evaluation that follows, the script's round is still its last one.
+    # During the evaluation that follows, the script still reports its last round.
     assert {t.flow_run_id for t in seen["tasks"] if t.id in said} == {seen["rounds"][1].id, seen["rounds"][2].id}
     assert "site-1: loss = 1.5" in own_logs
     by_key: dict[str, list[Any]] = {}
@@ -133,4 +133,4 @@ def test_an_aborted_job_shows_as_cancelled_and_so_do_its_rounds(run_job: Callabl
     assert run.wait(300)
     seen = asyncio.run(read(run))
     assert seen["job"].state_name == "Cancelled"
-    assert [r.state_name for r in seen["rounds"]] == ["Cancelled", "Cancelled"]  # it trained; it was announced ahead
+    assert [r.state_name for r in seen["rounds"]] == ["Cancelled", "Cancelled"]  # one trained, one was announced ahead

@@ -1,5 +1,5 @@
-"""A script learns which of how many sites it is, by names that people count: the same in every
-environment.
+"""A script learns its site's index and the number of sites, with names in natural order: the same
+in every environment.
 """
 
 import json

@@ -1,6 +1,4 @@
-"""The field `aggregator` of a recipe: what it takes, what its job and its deployments' form have
-of it.
-"""
+"""A recipe's `aggregator` field: accepted values, JSON in a job, and a deployment's form."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,12 +37,12 @@ PLAIN: dict[str, Any] = {
     "even_median": None,
     "weighted_median": None,
 }
-"""The fields that a job of an earlier version has beside the name of its aggregator."""
+"""The fields beside the aggregator's name in a job of an earlier version."""
 
 
 @pytest.fixture
 def recipe(write_script: Callable[..., Path]) -> Callable[..., FedAvgRecipe]:
-    """Makes a recipe: `recipe(aggregator=...)`, for eleven sites unless told."""
+    """Makes a recipe: `recipe(aggregator=...)`, with min_clients=11 by default."""
     script = write_script("import fedpool.client as flare\n")
 
     def make(kind: type[FedAvgRecipe] = FedAvgRecipe, **fields: Any) -> FedAvgRecipe:
@@ -130,7 +128,7 @@ def test_a_job_has_its_aggregator_as_json_and_restores_it(
             {"kind": "bulyan", "num_byzantine": 1, "even_median": "element"},
         ),
         (
-            {"aggregator": "bulyan", "num_byzantine": 1},  # before there was a choice
+            {"aggregator": "bulyan", "num_byzantine": 1},  # before even_median could be chosen
             {"kind": "bulyan", "num_byzantine": 1, "even_median": "midpoint"},
         ),
         ({"aggregator": "geometric_median", **PLAIN}, {"kind": "geometric_median", "weighted": True}),
@@ -138,7 +136,7 @@ def test_a_job_has_its_aggregator_as_json_and_restores_it(
             {"aggregator": "geometric_median", **PLAIN, "weighted_median": False},
             {"kind": "geometric_median", "weighted": False},
         ),
-        ({"aggregator": "geometric_median"}, {"kind": "geometric_median", "weighted": False}),  # as bulyan's
+        ({"aggregator": "geometric_median"}, {"kind": "geometric_median", "weighted": False}),  # as for bulyan above
         ({"aggregator": "rules:largest", **PLAIN}, "rules:largest"),
         ({}, "mean"),
     ],

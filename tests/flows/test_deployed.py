@@ -106,7 +106,7 @@ def test_a_staged_job_that_was_tampered_with_is_refused(
     damage(job)
     (tmp_path / "store/job-1/job.json").unlink()
     store.write_json("job-1/job.json", job)
-    with pytest.raises(error, match=words):  # at the latest when a job is made from it
+    with pytest.raises(error, match=words):  # at the latest when a job is staged from it
         stage(restore(FedAvgRecipe, "job-1", store), "job-2", store, ("site-1", "site-2"))
     assert not store.exists("job-2/job.json") and not store.exists("job-2/rounds/00000/global.safetensors")
 

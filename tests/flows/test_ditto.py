@@ -1,4 +1,4 @@
-"""What a site's personal model starts from, where the site is first drawn in a later round."""
+"""What a site's personal model starts from if the site is first drawn in a later round."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -1,6 +1,4 @@
-"""Federated averaging: the laws of a strategy that averages, a naive reference, and the oracle's
-small exact cases.
-"""
+"""Federated averaging: its properties, a naive reference, and the oracle's small exact cases."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from fedpool.tasks.gate import Accepted
 from fedpool.tasks.strategy import Update
 from tests.updates import sent_by
 
-# Zero comes without its sign: adding to -0.0 gives 0.0, which is equal and has other bits.
+# Never -0.0: adding 0.0 to it gives 0.0, which is equal but has different bits.
 numbers = st.floats(-1e6, 1e6).map(lambda value: value + 0.0)
 weights = st.floats(1e-6, 1e6)
 Sites = list[tuple[float, list[float]]]
@@ -32,7 +30,7 @@ sites: st.SearchStrategy[Sites] = st.integers(1, 4).flatmap(
 
 
 def apply(updates: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The next model of a strategy that is given the sites' models in order."""
+    """The next model from FedAvg, given the sites' models in order."""
     strategy = FedAvg()
     state = strategy.init({"w": torch.zeros(len(updates[0][1]), dtype=torch.float64)})
     after = strategy.apply(
@@ -49,9 +47,7 @@ def apply(updates: Sequence[tuple[float, Sequence[float]]]) -> np.ndarray[Any, n
 def aggregated(
     updates: Sequence[tuple[str, float, Mapping[str, Any]]], base: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[dict[str, Any], bytes]:
-    """The next global model through the store, in the order in which the updates are given, and
-    its bytes.
-    """
+    """Aggregate updates in the given order through the store: the next model and its bytes."""
     with tempfile.TemporaryDirectory(dir=folder) as root:
         store, paths = Store(root), JobPaths("job")
         with store.staged(paths.global_model(0)) as file:

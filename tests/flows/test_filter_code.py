@@ -1,6 +1,4 @@
-"""The code of a filter of the user's own: it travels to the sites, which run it only where they
-allow it.
-"""
+"""A custom filter's code travels to the sites, which run it only if they allow it."""
 
 import importlib
 import sys
@@ -41,7 +39,7 @@ class Folder:
         (path / "client.py").write_text("import fedpool.client\n")
 
     def staged(self, job_id: str, text: str = SCALING) -> ClientJob:
-        """A job with the filter, whose class this process forgets."""
+        """Stage a job with the filter, then make this process forget the filter's class."""
         (self.path / "scaling_of_mine.py").write_text(text)
         importlib.invalidate_caches()
         kind = importlib.import_module("scaling_of_mine").Scaling
@@ -92,7 +90,7 @@ def test_it_runs_what_it_allows_and_not_what_that_became(folder: Folder, monkeyp
     allowed = site(allowed_code=job.filter_code.sha256)
     found = load_filters(job, folder.store, allowed.allow_code)
     assert described(found) == job.filters == ({"type": "scaling_of_mine:Scaling", "factor": 2.0},)
-    sys.modules["kept"] = sys.modules.pop("scaling_of_mine")  # so that the user's process can import the changed one
+    sys.modules["kept"] = sys.modules.pop("scaling_of_mine")  # so the user's process can import the changed module
     sys.path[:] = [place for place in sys.path if "fedpool-code-" not in place]
     monkeypatch.syspath_prepend(str(folder.path))
     changed = folder.staged("job-2", SCALING.replace("* self.factor", "* 2 * self.factor"))

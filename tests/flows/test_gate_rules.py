@@ -1,4 +1,4 @@
-"""The gate's further rules in a whole job: norms and quarantine."""
+"""The gate's other rules in a whole job: norms and quarantine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.record import RoundRecord
 from tests.records import record_of
 
-# site-2 sends a difference of L2 norm 50 in the rounds that it is told, others one of norm 5.
+# In the rounds listed in its argument, site-2 sends a difference of L2 norm 50; all others have 5.
 SCRIPT = """
     import json
     import sys
@@ -89,7 +89,7 @@ def test_a_site_in_quarantine_is_asked_as_a_probe_until_it_sends_what_passes(
         {"accepted": one, "rejected": ["site-2"], "probed": []},
         {"accepted": one, "rejected": ["site-2"], "probed": []},
         {"accepted": one, "rejected": ["site-2"], "probed": []},  # a probe that fails
-        {"accepted": one, "rejected": [], "probed": ["site-2"]},  # one that passes, and is not used
+        {"accepted": one, "rejected": [], "probed": ["site-2"]},  # a probe that passes, but is not used
         {"accepted": both, "rejected": [], "probed": []},
     ]
     np.testing.assert_array_equal(run.get_result().params["w"], [15, 20])
@@ -114,7 +114,7 @@ def test_a_site_in_quarantine_is_left_out_of_the_draw(run_job: Callable[..., Run
     assert caught < 5, "the seed draws site-2 too late for this test"
     for state in found[caught + 1 :]:
         assert state["accepted"] == ["site-1", "site-3"]  # two are drawn from the rest
-        assert state["rejected"] == ["site-2"]  # and it is asked all the same
+        assert state["rejected"] == ["site-2"]  # but it is asked anyway
 
 
 def test_a_quorum_of_sites_in_quarantine_is_none(run_job: Callable[..., Run]) -> None:

@@ -1,5 +1,5 @@
-"""A model with an attention mask, whose buffer holds -inf by design, through whole jobs; what
-nobody can mean is told at once.
+"""Whole jobs with an attention mask, whose buffer holds -inf by design. Infinity or NaN that can't
+be intended is reported when the recipe is built.
 """
 
 import json
@@ -99,7 +99,7 @@ def test_infinity_in_a_parameter_that_is_trained_is_told_when_the_recipe_is_buil
         net.fc.weight[0, 1] = float("inf")
     with pytest.raises(RecipeError, match=r"model: fc\.weight holds infinity and is trained: give finite values, or"):
         FedAvgRecipe(**fields, model=net)
-    net.fc.weight.requires_grad_(False)  # frozen, it may be meant
+    net.fc.weight.requires_grad_(False)  # if frozen, it may be intended
     assert FedAvgRecipe(**fields, model=net).model.holes == {"fc.weight", "mask"}
 
 

@@ -1,9 +1,9 @@
-"""A hostile site: whatever it puts into the store is rejected with a reason of its own, and the
-global model stays as it was.
+"""A hostile site: whatever it puts in the store is rejected with a specific reason and does not
+affect the global model.
 
-The site writes to the store itself, as one could that does not run our code; the other site is
-honest. Each case goes through the flow of a whole round, and must come out with the very bytes of
-the model that the honest site alone makes.
+The hostile site writes to the store directly, without running our code; the other site is honest.
+Each case goes through the flow of a whole round, which must produce exactly the bytes of the model
+that the honest site alone would produce.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ HONEST = {name: np.asarray(value + 1 if value.dtype != bool else ~value) for nam
 
 
 class Sent:
-    """What the hostile site puts into the store: honest unless a case changes it."""
+    """What a site puts in the store: honest unless a case changes it."""
 
     def __init__(self, assignment: SiteAssignment, job: ClientJob) -> None:
         self.update = save(HONEST)
@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "integers for floats": (params({"w": np.zeros((2, 3), np.int32)}), "dtype", "w: expected F32, got I32"),
     "floats for integers": (params({"count": np.zeros((), np.float32)}), "dtype", "count: expected I64, got F32"),
     "bytes for booleans": (params({"mask": np.zeros(2, np.uint8)}), "dtype", "mask: expected BOOL, got U8"),
-    # what it claims
+    # claims in the manifest
     "an old base": (claims(base_sha256="0" * 64), "base", "says base 000"),
     "another round": (claims(round=999), "round", "says round 999, expected"),
     "another attempt": (claims(attempt=1), "attempt", "says attempt 1, expected 0"),
@@ -225,9 +225,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
 
 
 class HostileSites:
-    """Two sites behind a store: site-1 is honest, site-2 sends what a case says, one in each
-    round.
-    """
+    """Two sites behind a store: site-1 is honest, site-2 sends one case per round."""
 
     traits: ClassVar[Traits] = SIMULATED
     num_slots = 2
@@ -265,7 +263,7 @@ class HostileSites:
 
 
 def run_cases(folder: Path, *cases: Case) -> tuple[Store, JobPaths]:
-    """Run a job whose every round has a case, and verify it."""
+    """Run and verify a job with one case per round."""
     (folder / "client.py").write_text("import fedpool.client\n")
     recipe = FedAvgRecipe(
         name="hostile", min_clients=1, num_rounds=len(cases), model=MODEL, train_script=folder / "client.py"
@@ -278,7 +276,7 @@ def run_cases(folder: Path, *cases: Case) -> tuple[Store, JobPaths]:
 
 @pytest.fixture(scope="module")
 def attacked(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, JobPaths]:
-    """A job that has met all the cases, in their order."""
+    """A job that has been through all the cases, in order."""
     return run_cases(tmp_path_factory.mktemp("hostile"), *(send for send, _, _ in CASES.values()))
 
 
@@ -296,9 +294,7 @@ def test_it_is_rejected_with_its_own_reason_and_changes_nothing(case: str, attac
 
 @dataclass(frozen=True)
 class Swapping(FedAvg):
-    """Swaps site-2's update in the instant between the gate and the aggregation: that asks first
-    whether to survey.
-    """
+    """Swaps site-2's update between the gate and the aggregation, which reads `surveys` first."""
 
     path: Path = Path()
 

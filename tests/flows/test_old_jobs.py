@@ -1,6 +1,4 @@
-"""Jobs that earlier versions wrote: what they hold has the meaning that it had then, to the
-byte.
-"""
+"""Jobs written by earlier versions keep their original meaning, to the byte."""
 
 import json
 import shutil
@@ -27,7 +25,7 @@ ARCHIVES = {
     "48fad92": "every aggregator and every algorithm whose arithmetic is its own, at up to eleven sites",
     "d3a726f": "every aggregator, its parameters beside it in the recipe",
 }
-"""Commit that wrote them -> what they are."""
+"""Commit that wrote the jobs -> what they cover."""
 
 
 def of_commit(commit: str) -> tarfile.TarFile:
@@ -44,7 +42,7 @@ JOBS = [job_id for commit in ARCHIVES for job_id in job_ids(commit)]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """A store with all of them."""
+    """A store with all the jobs."""
     folder = tmp_path_factory.mktemp("old-jobs")
     for commit in ARCHIVES:
         with of_commit(commit) as opened:
@@ -97,7 +95,7 @@ def test_a_job_that_was_lost_goes_on_to_the_same_bytes(store: Store, tmp_path: P
     final = paths.global_model(2)
     wanted = lost.read_bytes(final)
     lost.remove(paths.result)
-    shutil.rmtree((tmp_path / final).parent)  # the first round is committed, and no other
+    shutil.rmtree((tmp_path / final).parent)  # only the first round is committed
     shutil.rmtree((tmp_path / paths.record(1)).with_name("sites"))
     for path in (paths.record(1), paths.state(1)):
         lost.remove(path)
@@ -113,7 +111,7 @@ def test_a_job_that_was_lost_goes_on_to_the_same_bytes(store: Store, tmp_path: P
 def test_a_job_of_when_every_recipe_had_the_fields_of_a_training_is_what_it_was(
     tmp_path: Path, name: str, num_rounds: int, trains: bool
 ) -> None:
-    """One of them with a class of the user's, which derives from `Recipe` and trains."""
+    """One job has a custom class that derives from `Recipe` and trains."""
     with tarfile.open(FOLDER / "recipes-of-d3a726f.tar.xz") as opened:
         opened.extractall(tmp_path, filter="data")
     store = Store(tmp_path)

@@ -1,4 +1,4 @@
-"""The code of a recipe of the user's own: what travels, where it may run, and what is refused."""
+"""A custom recipe's code: what travels, where it may run, and what is refused."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ HALVES = """
 
 
 class Folder:
-    """A folder of the user's, first on sys.path."""
+    """A user's folder, first on sys.path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class Folder:
         return kind(**defaults | {"train_script": str(self.path / "client.py")} | fields)
 
     def stage(self, full: str, job_id: str = "job-1", **fields: Any) -> dict[str, Any]:
-        """Stage a job, and have this process forget its class; returns its job.json."""
+        """Stage a job and make this process forget its class; returns its job.json."""
         stage(self.recipe(self.kind(full), **fields), job_id, self.store, SITES)
         forget(self.path)
         described: dict[str, Any] = self.store.read_json(JobPaths(job_id).job)
@@ -138,7 +138,7 @@ def test_a_package_travels_with_what_it_imports_and_names_and_with_nothing_else(
     (folder.path / "beside.py").unlink()
     found = recipe_of("job-1", folder.store, allow=allow)
     assert found.share == 0.125  # type: ignore[attr-defined]
-    check_unchanged(found, "job-1", folder.store, SITES)  # from where it was unpacked, it has the same hash
+    check_unchanged(found, "job-1", folder.store, SITES)  # the unpacked code has the same hash
     stage(found, "job-2", folder.store, SITES)
     assert folder.store.read_json("job-2/job.json")["code"] == job["code"]
 

@@ -1,4 +1,4 @@
-"""What a job does next: a function of its recipe and of its committed rounds."""
+"""What a job does next, as a function of its recipe and its committed rounds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ def make(write_script: Callable[..., Path]) -> Callable[..., Recipe]:
 
 
 def steps_of(recipe: Recipe, records: Records) -> list[tuple[str, str] | None]:
-    """What each of the rounds was to do, and the one after them."""
+    """The step for each recorded round, and for the round after them."""
     steps = [next_step(recipe, records[:number])[0] for number in range(len(records) + 1)]
     return [(step.task, step.owner) if step else None for step in steps]
 
@@ -68,7 +68,7 @@ def test_without_a_final_evaluation_the_last_training_round_is_the_end(make: Cal
     records = [a_round(0, accuracy=0.5), a_round(1, accuracy=0.4)]
     assert steps_of(recipe, records)[2:] == [None]
     assert [num_expected(recipe, records[:number], 2) for number in range(3)] == [2, 2, 2]
-    assert best_model(recipe, records) == 0  # of the models that are scored; the final one is not
+    assert best_model(recipe, records) == 0  # among the scored models; the final one is not scored
     assert best_model(recipe, [a_round(0), a_round(1)]) == 2
     stopped = make(final_evaluation=False, num_rounds=9, stop_cond="accuracy >= 0.5")
     assert next_step(stopped, records[:1]) == (None, "accuracy >= 0.5 (it was 0.5 at the start of round 0)")

@@ -65,8 +65,8 @@ def test_the_registry_loads_no_recipe() -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], type[TrainingRecipe]]:
-    """Installs a package with a recipe, as pip would, and gives its class; with the value of its
-    entry point, if any.
+    """Installs a package with a recipe, as pip would, and returns the recipe's class. The argument
+    is the value of the package's entry point, or empty for none.
     """
 
     def install(entry_point: str) -> type[TrainingRecipe]:

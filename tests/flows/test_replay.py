@@ -95,7 +95,7 @@ def test_what_cannot_be_replayed_is_said(job: Callable[..., Run], store: Store, 
 
 
 def updates_in(store: Store, job_id: str) -> list[int]:
-    """The rounds whose updates are there."""
+    """The rounds whose updates are still in the store."""
     return sorted({int(path.split("/")[1]) for path in store.tree(job_id) if path.endswith("/update.safetensors")})
 
 

@@ -1,5 +1,5 @@
-"""SCAFFOLD over whole jobs: the server's variate is the mean of the sites', whatever becomes of
-their updates.
+"""SCAFFOLD over whole jobs: the server's control variate is the mean of the sites' variates,
+whatever happens to their updates.
 """
 
 from collections.abc import Callable
@@ -48,8 +48,8 @@ SCRIPT = """
 
 
 def variates(run: Run) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]], dict[str, float]]:
-    """The server's variate at the job's end; the sites', by what counted of them; and the
-    weights that they first had.
+    """The server's control variate at the end of the job, the sites' variates from the updates that
+    counted, and the sites' first weights.
     """
     store, paths = Store(Path(run.path).parent), JobPaths(run.job_id)
     records = [record for record in run.get_result().rounds if record["task"] == "train"]
@@ -63,7 +63,7 @@ def variates(run: Run) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, 
                 sent = load_arrays(store.full(paths.update(number, site, entry["attempt"])), "numpy")
                 own[site] += entry.get("scale", 1.0) * sent["control::w"]
     last = load_arrays(store.full(paths.state(len(records) - 1)), "numpy")
-    for site, variate in own.items():  # what the site itself goes by; its last update of all it knows nothing of yet
+    for site, variate in own.items():  # what the site itself keeps; it can't know yet if its last update counted
         kept = sorted(Path(store.full(paths.kept(site))).glob("*/control.safetensors"))
         if kept and int(kept[-1].parent.name) == len(records) - 1:
             found = load_arrays(kept[-1], "numpy")

@@ -1,4 +1,4 @@
-"""Every strategy against a naive reference of ten lines, and its laws."""
+"""Every strategy against a naive ten-line reference, and its properties."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ def drawn(seed: int) -> tuple[Array, Array, Array]:
 
 
 def run(strategy: Strategy, start: Array, models: Array, weights: Array, **extra: Any) -> list[Array]:
-    """The global models of the rounds."""
+    """The global model after each round."""
     state = strategy.init({"w": torch.from_numpy(start)})
     found: list[Array] = []
     known: dict[str, float] = {}
@@ -91,7 +91,7 @@ def adaptive_reference(kind: str) -> Callable[[Array, Array, Array], list[Array]
 
 
 def momentum_reference(nesterov: bool) -> Callable[[Array, Array, Array], list[Array]]:
-    """Sutskever et al. 2013 as torch has it; DiLoCo's outer optimizer."""
+    """Sutskever et al. 2013 as implemented in torch; DiLoCo's outer optimizer."""
 
     def reference(start: Array, models: Array, weights: Array) -> list[Array]:
         x, m, found = start, np.zeros(SIZE), []
@@ -251,7 +251,7 @@ def test_a_power_of_two_times_all_weights_changes_no_bit(name: str, seed: int, p
 @pytest.mark.parametrize("name", every_strategy())
 @pytest.mark.parametrize("seed", range(20))
 def test_weights_relative_to_the_heaviest_come_to_the_same_bits(name: str, seed: int) -> None:
-    """They are what a strategy was given before it was given absolute ones."""
+    """Strategies were given relative weights before they were given absolute ones."""
     start, models, weights = drawn(seed)
     extra = {"extras": {CONTROL: models}, "meta": {LOCAL_STEPS: np.abs(models[:, :, 0]) + 1}}
     found, relative = (
@@ -321,8 +321,8 @@ def test_without_momentum_fedadagrad_steps_by_this_rounds_difference_alone() -> 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_scaffolds_variate_is_the_weighted_mean_of_the_sites_whoever_takes_part(seed: int) -> None:
-    """Twelve rounds of 3 of 6 sites of unequal weights: c = sum_k w_k c_k / sum_k w_k, once all
-    have been heard of.
+    """Twelve rounds of 3 of 6 sites with unequal weights: c = sum_k w_k c_k / sum_k w_k once every
+    site has taken part.
     """
     rng = np.random.default_rng(seed)
     weights = {f"s{k}": float(w) for k, w in enumerate(rng.uniform(1, 9, 6))} | {"s5": 0.0}

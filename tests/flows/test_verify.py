@@ -1,4 +1,4 @@
-"""Verification: an honest record passes, and whatever is changed in it afterwards is named."""
+"""Verification: an honest record passes, and any later change to it is reported by name."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from fedpool.flows.verify import Verified, verify_job
 from fedpool.store import Store, to_json
 from tests.records import record_of
 
-# site-3 sends a NaN in round 1 and fails in round 2; the others add the number of their site.
+# site-3 sends a NaN in round 1 and fails in round 2; otherwise each adds its site number.
 SCRIPT = """
     import fedpool.client as flare
     import numpy as np
@@ -42,7 +42,7 @@ SCRIPT = """
 
 @pytest.fixture(scope="module")
 def finished(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job that has ended: three rounds, and the evaluation."""
+    """The folder of a finished job: three rounds and the evaluation."""
     folder = tmp_path_factory.mktemp("verify")
     script = folder / "client.py"
     script.write_text(textwrap.dedent(SCRIPT))
@@ -54,7 +54,7 @@ def finished(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def job(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to change."""
+    """A writable copy of the finished job."""
     copy = tmp_path / finished.name
     shutil.copytree(finished, copy)
     for path in copy.rglob("*"):
@@ -67,7 +67,7 @@ def verify(job: Path) -> Verified:
 
 
 def command(*arguments: str) -> int | str | None:
-    """The exit code of `fedpool`."""
+    """The exit code of the `fedpool` command."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     return ended.value.code
@@ -107,7 +107,7 @@ def test_a_job_without_a_result_is_verified_as_far_as_it_went(job: Path, capsys:
 
 
 def test_a_rejection_in_other_words_is_the_same_rejection(job: Path) -> None:
-    """Messages are reworded between versions; the code stays, and is what is judged."""
+    """Messages are reworded between versions; the code stays the same, so only it is compared."""
     (job / "result.json").unlink()
     (job / "rounds/00003/round.json").unlink()
     (job / "rounds/00002/round.json").unlink()
@@ -120,9 +120,7 @@ def test_a_rejection_in_other_words_is_the_same_rejection(job: Path) -> None:
 
 
 def forge(job: Path) -> None:
-    """Another update in place of site-1's, with all hashes to match, but for the model that was
-    made of it.
-    """
+    """Replace site-1's update and fix every hash; the model made from it no longer follows."""
     folder = job / "rounds/00000/sites/site-1"
     tensors = load_file(folder / "update.safetensors")
     tensors["w"] = tensors["w"] + 1
@@ -134,7 +132,7 @@ def forge(job: Path) -> None:
 
 
 def as_accepted(rejected: dict[str, Any]) -> dict[str, Any]:
-    """An entry of a record that says of a rejected update that it was accepted."""
+    """A record entry that claims that a rejected update was accepted."""
     claims = {name: rejected[name] for name in ("site", "attempt", "sha256", "manifest_sha256")}
     return {**record_of({"accepted": [claims]}).as_json()["accepted"][0], **claims}
 
@@ -245,7 +243,7 @@ def test_what_was_changed_is_named(job: Path, case: str) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_one_flipped_bit_in_any_one_file_is_found(finished: Path, data: st.DataObject) -> None:
-    outside = finished / "logs"  # what scripts printed is for people, and no part of the record
+    outside = finished / "logs"  # scripts' output is for people, not part of the record
     files = sorted(path for path in finished.rglob("*") if path.is_file() and outside not in path.parents)
     assert len(files) >= 30
     path = data.draw(st.sampled_from(files))

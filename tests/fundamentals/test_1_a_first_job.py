@@ -24,7 +24,7 @@ while flare.is_running():
 
 @pytest.mark.usefixtures("prefect_api")
 def test_three_rounds_over_two_sites(tmp_path: Path) -> None:
-    """Every site adds 1 a round, and so does their mean."""
+    """Every site adds 1 per round, and so does their mean."""
     (tmp_path / "client.py").write_text(CLIENT)
 
     # 2. A recipe says what to run.
@@ -42,6 +42,6 @@ def test_three_rounds_over_two_sites(tmp_path: Path) -> None:
     result = run.get_result()
     assert result.params["w"].tolist() == [[4, 5, 6], [7, 8, 9], [10, 11, 12]]
 
-    # All that the job did lies in its folder, as safetensors and JSON.
+    # Everything that the job did is in its folder, as safetensors and JSON.
     names = sorted(path.relative_to(run.path).as_posix() for path in Path(run.path).rglob("*.json"))
     assert names[:3] == ["job.json", "result.json", "rounds/00000/round.json"]

@@ -1,6 +1,4 @@
-"""Sites score the model that they receive; the best global model is the one with the best score
-of its own.
-"""
+"""Sites score the model that they receive; the best global model is the one that scored best."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,4 @@
-"""A site's settings: from a TOML file, the environment, or both, and said clearly when they do
-not fit.
-"""
+"""A site's settings, from a TOML file, the environment, or both, with clear errors if invalid."""
 
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
 
 @pytest.fixture(autouse=True)
 def no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A folder and an environment that say nothing of a site."""
+    """A folder and an environment without site settings."""
     for name in ("NAME", "POOL", "FOLDER", "CONFIG", "GPUS", "COMMAND", "STORE", "CONFIG_FILE"):
         monkeypatch.delenv(f"FEDPOOL_SITE_{name}", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,5 @@
-"""What a script starts ends with it, however the script ends and wherever its child has gone: in
-simulation as at a site.
+"""Processes that a script starts end with it, however it ends and even if they have left its
+session: in simulation and at a site.
 """
 
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux lets a process adopt what has lost its parent"
 )
 
-# A child in a session of its own; a daemon, whose parent has ended; a daemon's own child. Each
+# A child in its own session; a daemon, whose parent has ended; and the daemon's child. Each
 # writes its pid, then sleeps.
 FAMILY = """
     import os, pathlib, subprocess, sys, threading
@@ -63,7 +63,7 @@ def process_launcher() -> ProcessLauncher:
 
 @pytest.fixture(params=[zygote, process_launcher])
 def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
-    """What starts scripts: in a simulation, and at a site."""
+    """Starts scripts as in a simulation, or as at a site."""
     made = request.param()
     yield made
     if isinstance(made, Zygote):
@@ -71,7 +71,7 @@ def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
 
 
 def begin(launcher: Launcher, folder: Path, end: str = "pass") -> tuple[Script, list[psutil.Process]]:
-    """Start a script; returns it with what it has started, when all of that runs."""
+    """Start a script; returns it and the processes it started, once all of them run."""
     folder.mkdir(exist_ok=True)
     path = folder / "client.py"
     path.write_text(textwrap.dedent(FAMILY).replace("{end}", end))

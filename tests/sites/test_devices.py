@@ -1,4 +1,4 @@
-"""Devices that are asked for must be there; asking does not initialise CUDA."""
+"""Requested devices must exist; checking them does not initialise CUDA."""
 
 import pytest
 

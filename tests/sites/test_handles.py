@@ -1,5 +1,5 @@
-"""File handles: raised where the system allows it, refused early where it does not, named as the
-cause when they run out.
+"""File handles: the limit is raised if the system allows it; otherwise the job is refused early. If
+handles run out, the error says so.
 """
 
 import os
@@ -34,14 +34,14 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="counts open fil
 
 @pytest.fixture
 def limit() -> Iterator[Callable[[int], None]]:
-    """Sets this process's limit of open files for the length of a test."""
+    """Sets this process's limit on open files for the duration of a test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield lambda number: resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def limit_with_free(num_free: int, pid: int) -> int:
-    """The limit of open files that leaves a process so many."""
+    """The limit on open files that leaves a process `num_free` handles."""
     used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
     number = 0
     while number - sum(handle < number for handle in used) < num_free:
@@ -108,7 +108,7 @@ def test_more_scripts_than_the_system_allows_are_refused_before_anything_starts(
 
 @pytest.fixture
 def long_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, as a TMPDIR of 200 bytes makes it."""
+    """A folder for temporary files, as set by a TMPDIR of over 200 bytes."""
     folder = tmp_path / ("x" * 200)
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

@@ -1,5 +1,5 @@
-"""What leaves a site: nothing that is excluded, differences where they are asked for, and what
-the filters make of the rest.
+"""What leaves a site: nothing that is excluded, differences if the recipe asks for them, and the
+filters' output for the rest.
 """
 
 from collections.abc import Mapping
@@ -103,8 +103,8 @@ def test_the_host_subtracts_the_model_where_the_recipe_asks_for_differences(para
         "w": ("torch.float32", [0.5, -1.0]),
         "half": ("torch.bfloat16", [0.5]),
         "count": ("torch.int64", -3),
-        "byte": ("torch.int64", [-100, 252]),  # unsigned ones would wrap around
-        "mask": ("torch.bool", [True, True]),  # a boolean has no difference: its own value
+        "byte": ("torch.int64", [-100, 252]),  # unsigned integers would wrap around
+        "mask": ("torch.bool", [True, True]),  # a boolean has no difference, so its value is sent
     }
 
 

@@ -1,5 +1,5 @@
-"""What lives at a site between rounds: sessions that stay warm, and that end with their job,
-with the site, or idle.
+"""What lives at a site between rounds: sessions that stay warm, and that end with their job, with
+the site, or when idle.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from fedpool.sites.config import SiteConfig
 from fedpool.sites.resident import Resident
 from tests.poc import scripts_of, wait_until, wait_until_gone
 
-# Sends its process id, unless it finds something to wait for.
+# Sends its process id, unless a file `hang` makes it wait forever.
 SCRIPT = """
     import os, pathlib, threading
     import numpy as np
@@ -40,7 +40,7 @@ SCRIPT = """
 
 
 class Job:
-    """A staged job, whose coordinator is the test."""
+    """A staged job; the test acts as its coordinator."""
 
     def __init__(self, store: Store, script: Path, sites: tuple[str, ...] = ("a",), **fields: Any) -> None:
         self.store = store
@@ -91,7 +91,7 @@ class Site:
 
 
 class Aside:
-    """A call on a thread of its own, and what came of it."""
+    """A call on its own thread, and its result."""
 
     def __init__(self, call: Callable[[], bool]) -> None:
         self.answer: bool | BaseException | None = None
@@ -112,7 +112,7 @@ class Aside:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
-    """Makes sites; they leave no script and no file behind when they are closed."""
+    """Makes sites, and checks that they leave no script or file behind when closed."""
     sites: list[Site] = []
 
     def make(**settings: Any) -> Site:
@@ -195,7 +195,7 @@ COUNTING = """
 def test_what_a_script_keeps_outlives_the_worker(tmp_path: Path) -> None:
     (tmp_path / "client.py").write_text(textwrap.dedent(COUNTING))
     work = Job(Store(tmp_path / "store"), tmp_path / "client.py")
-    for round in (0, 1, 2):  # in each round another worker, in the same folder
+    for round in (0, 1, 2):  # each round has a new worker in the same folder
         here = Site(tmp_path / "site")
         work.assign(round)
         assert here.perform(work, round)
@@ -240,7 +240,7 @@ def test_a_site_that_takes_one_job_at_a_time_has_the_other_wait_for_its_turn_and
     why = f"(max_jobs), and {first.paths.job_id} asked first"
     wait_until(lambda: any(why in line for line in here.printed))
     assert not second.store.exists(second.paths.update(0, "a"))
-    first.end()  # its script is killed, and the turn is the other's
+    first.end()  # its script is killed, and it is the second job's turn
     assert isinstance(hanging.wait(), SiteError)
     assert waiting.wait() is True
     assert second.store.exists(second.paths.update(0, "a"))
@@ -268,7 +268,7 @@ def test_the_end_of_a_job_is_seen_from_its_result(site: Callable[..., Site], job
     here, work = site(), job()
     work.assign()
     assert here.perform(work)
-    waiting = here.perform_aside(work, 1)  # announced, and never comes
+    waiting = here.perform_aside(work, 1)  # announced, but never assigned
     work.end()
     assert waiting.wait() is False
     wait_until((here.folder / "ended").exists, timeout_s=400)  # the script was told
@@ -311,7 +311,7 @@ def test_a_stop_ends_the_wait_and_the_script(site: Callable[..., Site], job: Cal
     here.stop.clear()
     (here.folder / "hang").unlink()
     work.assign(1)
-    assert here.perform(work, 1)  # only what was under way has ended
+    assert here.perform(work, 1)  # only what was under way was stopped
 
 
 def test_a_script_that_outlives_its_deadline_is_killed(site: Callable[..., Site], job: Callable[..., Job]) -> None:

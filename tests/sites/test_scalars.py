@@ -1,4 +1,4 @@
-"""The scalars of a round: as they come, in the store, and from a site that is not trusted."""
+"""A round's scalars: as they are logged, in the store, and from an untrusted site."""
 
 import hashlib
 import json

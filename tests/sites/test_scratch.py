@@ -1,4 +1,4 @@
-"""Scratch folders: gone with their process, however it ends."""
+"""Scratch folders: a process removes its own, and the next removes those of killed processes."""
 
 import signal
 import subprocess

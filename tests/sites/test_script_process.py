@@ -20,7 +20,7 @@ from tests.poc import scripts_of, wait_until, wait_until_gone
 
 @pytest.fixture
 def start(write_script: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[ProcessLauncher, Script]]:
-    """Starts a script's text."""
+    """Starts a script, given its text."""
 
     def start(
         text: str, *, command: str = "python", threads: int = 1, imports: tuple[str, ...] = ()

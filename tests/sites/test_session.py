@@ -1,4 +1,4 @@
-"""A session: a site's part of a round is done by whatever keeps to it, a client script or not."""
+"""Anything that implements `Session` can do a site's part of a round, client script or not."""
 
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ PATHS = JobPaths("job-1")
 
 
 class Region:
-    """A session without a script: it answers the mean of what its own sites would have sent, and
-    fails as often as it is told.
+    """A session without a script: it answers with the mean of what its own sites would have sent,
+    and fails as often as it's told to.
     """
 
     def __init__(self, steps: list[float], failures: int = 0) -> None:

@@ -25,8 +25,8 @@ def test_a_site_that_could_not_be_reached_is_silent_until_it_answers() -> None:
     assert silent([AWAY, left]) == {"c"}
     for answer in ("accepted", "rejected", "probed"):
         assert silent([AWAY, left, record(**{answer: sites("c")})]) == frozenset()
-    assert silent([AWAY, record(failed=sites("c"))]) == frozenset()  # its script raised, so somebody was there
-    assert silent([AWAY, record(accepted=sites("a"))]) == {"c"}  # a round that it was not drawn for says nothing
+    assert silent([AWAY, record(failed=sites("c"))]) == frozenset()  # its script raised, so the site was reachable
+    assert silent([AWAY, record(accepted=sites("a"))]) == {"c"}  # it was not drawn for this round, which tells nothing
 
 
 def test_a_site_that_was_late_is_silent_too() -> None:
@@ -42,7 +42,7 @@ def test_only_silent_sites_that_cannot_be_reached_are_left_out() -> None:
     # b answered in the last round: this one waits for it.
     found = left_out([AWAY], ("a", "b", "c"), unreachable, probes=(), needed=2)
     assert found == {"c": "its work pool is paused"}
-    assert left_out([AWAY], ("a", "b", "c"), {}, probes=(), needed=2) == {}  # it is back
+    assert left_out([AWAY], ("a", "b", "c"), {}, probes=(), needed=2) == {}  # it is reachable again
     assert left_out([AWAY], ("a", "b"), unreachable, probes=(), needed=2) == {}  # it was not drawn
 
 

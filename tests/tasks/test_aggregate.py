@@ -1,6 +1,4 @@
-"""Aggregation as a stream: block by block from the store's updates to the next global model in
-the store.
-"""
+"""Streaming aggregation: block by block, from updates to the next global model in the store."""
 
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +32,7 @@ PATHS = JobPaths("job-1")
 
 @pytest.fixture
 def torch_threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of torch's threads for one test."""
+    """Sets the number of torch threads for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -54,7 +52,7 @@ class Round:
         return self.store.tensors(PATHS.global_model(0), self.digest.size)
 
     def send(self, site: str, params: Mapping[str, Any], weight: float = 1.0, params_type: str = "FULL") -> None:
-        """An update of a site."""
+        """Store a site's update and pass it through the gate."""
         with self.store.staged(PATHS.update(0, site)) as file:
             digest = save_and_hash(file, params)
         manifest = sent_by(
@@ -67,7 +65,7 @@ class Round:
         )
         spec = {name: entry for name, entry in self.base.spec.items() if name in params}
         wanted = Expected("job-1", 0, "train", self.digest.sha256, spec, "FULL")
-        # As a simulated site does it, so that a test may change the size of the blocks meanwhile.
+        # Inspected here, as a simulated site does, so a test can change the block size afterwards.
         seen = inspect_tensors(self.store.tensors(PATHS.update(0, site), digest.size), self.store.block_elements)
         outcome = judge(self.store, site, 0, Delivery(manifest, "m" * 64, seen), wanted)
         assert isinstance(outcome, Accepted), outcome
@@ -76,7 +74,7 @@ class Round:
     def aggregate(
         self, factors: Mapping[str, float] | None = None, number: int = 1, aggregator: Aggregator | None = None
     ) -> Digest:
-        """Write the next global model as that of round `number`."""
+        """Write the next global model as round `number`'s."""
         return aggregate(
             FedAvg(aggregator or Mean()),
             store=self.store,
@@ -284,7 +282,7 @@ def test_the_size_of_the_blocks_changes_no_bit(size: int, tmp_path: Path) -> Non
 def test_neither_the_kind_of_store_nor_the_number_of_threads_changes_a_bit(
     aggregator: Aggregator, tmp_path: Path, torch_threads: Callable[[int], None]
 ) -> None:
-    """A store is read in blocks of its own size; torch splits what is large over its threads."""
+    """Each store has its own block size; torch splits large tensors over its threads."""
     generator = np.random.default_rng(0)
     size = 5 * CHUNK_ELEMENTS + 3
     round = Round(tmp_path, {"w": generator.normal(size=size).astype(np.float64)})
@@ -367,9 +365,8 @@ def test_a_strategy_reads_one_parameter_of_one_block_from_sites_in_sorted_order(
 
 
 def test_memory_does_not_grow_with_the_number_of_sites(tmp_path: Path) -> None:
-    size = (
-        1 << 17
-    )  # 1 MiB a site of float64, in which a block is used as it was read: what is alive is what Python allocated
+    # 1 MiB per site. A float64 block is used as read, so live memory is what Python allocated.
+    size = 1 << 17
     peaks = []
     for num_sites in (2, 20):
         round = Round(tmp_path / str(num_sites), {"w": np.zeros(size)})
@@ -380,5 +377,5 @@ def test_memory_does_not_grow_with_the_number_of_sites(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert load_arrays(round.path(), "torch")["w"][-1].item() == pytest.approx((num_sites - 1) / 2)
-    assert peaks[0] > 1 << 18  # a block, so that this measures something
+    assert peaks[0] > 1 << 18  # a block, so this measures something
     assert peaks[1] < peaks[0] + (1 << 20)

@@ -1,4 +1,4 @@
-"""What is found of a round that an earlier coordinator began."""
+"""Taking over a round that an earlier coordinator began, and asking lost sites again."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_a_site_that_was_lost_is_asked_again_at_once_so_often_as_is_said() -> No
 def test_after_that_it_is_asked_again_after_pauses_that_grow_while_the_patience_lasts() -> None:
     again = Again(retries=1, patience_s=10)
     assert [again.after_loss(now) for now in (100.0, 101.0, 103.0, 105.5)] == [0.0, 1.0, 2.0, 4.0]
-    assert again.after_loss(109.5) is None  # the next pause, of 8 s, would end after the patience does
+    assert again.after_loss(109.5) is None  # the next pause, of 8 s, would outlast the patience
 
 
 def test_the_patience_counts_from_the_first_loss() -> None:

@@ -1,5 +1,5 @@
-"""Who is missing from a round and why: equal causes are told once, with all the sites and rounds
-that had them.
+"""Who is missing from a round and why: equal causes are reported once, with all their sites and
+rounds.
 """
 
 from typing import Any

@@ -25,7 +25,7 @@ from tests.updates import client_job, sent_by
 
 
 class Asking:
-    """A coordinator that asks one site, whose run nobody takes."""
+    """A coordinator that asks one site, whose run no worker picks up."""
 
     def __init__(self, sites: PoolSites, store: Store, client: PrefectClient, run: UUID) -> None:
         self.sites = sites
@@ -43,13 +43,13 @@ class Asking:
         return await self.sites.perform(assignment, deadline=deadline, patience_s=patience_s, log=log)
 
     async def state(self) -> str | None:
-        """The name of the state of the site's run."""
+        """The state name of the site's run."""
         return (await self.client.read_flow_run(self.run)).state_name
 
 
 @asynccontextmanager
 async def asking(folder: Path, *, paused: bool = False) -> AsyncIterator[Asking]:
-    """A coordinator that has announced a round to a site, with a work pool of its own."""
+    """A coordinator that has announced a round to a site with its own work pool."""
     pool, job = folder.name, client_job(job_id=folder.name)
     async with get_client() as client:
         await client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
@@ -101,7 +101,7 @@ def test_a_coordinator_that_waits_for_a_site_can_be_cancelled(prefect_api: str, 
     async def answer() -> str | None:
         async with asking(tmp_path, paused=True) as far:
             with pytest.raises(SiteError, match="the job was cancelled"):
-                await far.answer(log=lambda line: far.sites.cancel())  # its first line: it waits for the pool
+                await far.answer(log=lambda line: far.sites.cancel())  # its first line says that it waits for the pool
             assert far.sites.cancelled
         async with get_client() as client:
             return (await client.read_flow_run(far.run)).state_name
@@ -126,7 +126,7 @@ def test_an_unreachable_server_hangs_nobody_and_the_end_can_be_repeated(prefect_
         sites = PoolSites(["far"])
         sites.open(client_job(job_id=name), Store(tmp_path))
         with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
-            # All ask for the one connection; the first to fail must not leave the others waiting.
+            # All wait for the same connection; the first to fail must not leave the others waiting.
             asked = asyncio.gather(*(sites.announce("far", number, 0) for number in range(3)), return_exceptions=True)
             errors = await asyncio.wait_for(asked, 60)
             assert all(isinstance(error, RuntimeError | httpx.HTTPError) for error in errors), errors

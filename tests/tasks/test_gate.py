@@ -1,6 +1,4 @@
-"""The gate: an update is accepted, or rejected with a code and a reason that says what was
-wrong.
-"""
+"""The gate accepts an update, or rejects it with a code and a reason that says what is wrong."""
 
 import math
 from collections.abc import Mapping
@@ -57,7 +55,7 @@ def expected(**changes: Any) -> Expected:
 
 
 def sent(store: Store, params: Mapping[str, Any] | None = GOOD, **changes: Any) -> UpdateManifest:
-    """What site-1 sent: the update in the store and its manifest."""
+    """Put site-1's update in the store; returns its manifest."""
     fields: dict[str, Any] = {"round": 2, "base_sha256": BASE_SHA256, "weight": 5.0, "params_type": None}
     if params is not None:
         with store.staged(PATHS.update(2, "site-1")) as file:

@@ -1,5 +1,5 @@
-"""Infinities that a model holds by design pass the gate unchanged, are kept to the bit, and
-count in no mean and no norm.
+"""Infinities that a model holds by design pass the gate if unchanged, are kept to the bit, and
+count in no mean or norm.
 """
 
 import math
@@ -36,7 +36,7 @@ HOLES = frozenset({"mask", "best"})
 
 
 class Round:
-    """A round in a local store, with the blocks of a few elements."""
+    """A round in a local store, with blocks of a few elements."""
 
     def __init__(self, folder: Path, base: Mapping[str, Any] = BASE, *, trusted: bool = True) -> None:
         self.store = Store(folder)
@@ -154,10 +154,10 @@ def test_what_the_sites_make_finite_is_their_mean_and_what_one_of_them_leaves_st
 @pytest.mark.parametrize(
     ("changes", "params_type"),
     [
-        ({"w": torch.tensor([-INF, 1.0])}, "FULL"),  # where nothing may be
-        ({"mask": torch.tensor([0.0, -INF, INF, 0.0])}, "FULL"),  # the other infinity
+        ({"w": torch.tensor([-INF, 1.0])}, "FULL"),  # where no infinity is allowed
+        ({"mask": torch.tensor([0.0, -INF, INF, 0.0])}, "FULL"),  # infinity of the opposite sign
         ({"mask": torch.tensor([0.0, -INF, math.nan, 0.0])}, "FULL"),
-        ({"mask": torch.tensor([-INF, -INF, -INF, 0.0])}, "FULL"),  # a hole more
+        ({"mask": torch.tensor([-INF, -INF, -INF, 0.0])}, "FULL"),  # one hole too many
         ({"mask": torch.tensor([0.0, 0.0, -INF, 0.0]), "best": torch.tensor([0.0, math.nan])}, "DIFF"),
         ({"mask": torch.tensor([math.nan, 0.0, 0.0, 0.0]), "best": torch.zeros(2)}, "DIFF"),
         ({"w": torch.tensor([math.nan, 1.0]), "mask": torch.zeros(4), "best": torch.zeros(2)}, "DIFF"),

@@ -1,5 +1,5 @@
-"""A metric that the recipe goes by and no site reports: an error where the user asked for it,
-else a warning.
+"""A metric that the recipe uses but no site reports: an error if the user asked for it, otherwise
+a warning.
 """
 
 from typing import Any

@@ -1,6 +1,4 @@
-"""The ledger: what a job has committed, advanced by whoever commits, takes up or verifies a
-round.
-"""
+"""The ledger: what a job has committed, advanced by committing, resuming or verifying a round."""
 
 from typing import Any
 
@@ -30,7 +28,7 @@ def test_a_training_round_brings_the_next_model_and_state() -> None:
     ledger = LEDGER.advance(record, "a" * 64)
     assert (ledger.head, ledger.state) == (Digest(**MODEL), Digest(**STATE))
     assert (ledger.records, ledger.sha256, ledger.num_trained) == ((record,), "a" * 64, 1)
-    assert LEDGER.records == ()  # it is a value: the one before is what it was
+    assert LEDGER.records == ()  # a ledger is a value: the one before is unchanged
 
 
 def test_an_evaluation_leaves_model_and_state() -> None:

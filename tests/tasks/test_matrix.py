@@ -1,4 +1,4 @@
-"""The cross-site matrix: what follows from the rounds' records, and how it is shown."""
+"""The cross-site matrix: how it follows from the rounds' records, and how it is shown."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ NUM = "NUM_STEPS_CURRENT_ROUND"
 def scored(
     round: int, owner: str, scores: Mapping[str, float | None], *, task: str = "evaluate", origin: int | None = None
 ) -> RoundRecord:
-    """A round in which sites report an accuracy; one whose score is None has failed."""
+    """A round in which sites report an accuracy; a site whose score is None failed."""
     return record_of(
         {
             "round": round,

@@ -1,4 +1,4 @@
-"""The weighted mean: a running one in float64, read once and in order."""
+"""The weighted mean: a running mean in float64 that reads its values once and in order."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedpool.tasks.mean import weighted_mean
 
-# Zero comes without its sign: adding to -0.0 gives 0.0, which is equal and has other bits.
+# Never -0.0: adding 0.0 to it gives 0.0, which is equal but has different bits.
 numbers = st.floats(-1e12, 1e12).map(lambda value: value + 0.0)
 weights = st.floats(1e-9, 1e9)
 pairs = st.integers(1, 4).flatmap(

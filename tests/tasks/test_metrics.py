@@ -1,4 +1,4 @@
-"""Metrics of a global model, and what follows from them: the best round and early stopping."""
+"""A global model's metrics, and what depends on them: the best round and early stopping."""
 
 from typing import Literal
 

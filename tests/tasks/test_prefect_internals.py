@@ -1,5 +1,5 @@
-"""What we rely on of Prefect that it does not document, each on a real object: an upgrade of
-Prefect fails here first.
+"""Undocumented parts of Prefect that we rely on, each tested on real objects, so an incompatible
+Prefect upgrade fails here first.
 """
 
 import asyncio
@@ -35,11 +35,11 @@ from fedpool.tasks import prefect_internals as internals
 
 @flow(name="inner")
 async def inner(number: int) -> None:
-    """Its run is made by hand."""
+    """Its run is created by hand."""
 
 
 def with_run(work: Callable[[PrefectClient, FlowRun], Awaitable[None]]) -> None:
-    """Do something with a run that was created, and not begun."""
+    """Call `work` with a run that was created but not started."""
 
     async def run() -> None:
         async with get_client() as client:
@@ -49,7 +49,7 @@ def with_run(work: Callable[[PrefectClient, FlowRun], Awaitable[None]]) -> None:
 
 
 async def lines(client: PrefectClient, run: UUID, count: int) -> list[str]:
-    """What was logged, once there are so many lines: they are sent in batches."""
+    """The run's log messages, once there are `count` of them: they are sent in batches."""
     wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
     while len(found := await client.read_logs(wanted)) < count:  # noqa: ASYNC110  # another process writes them
         await asyncio.sleep(0.1)
@@ -66,7 +66,7 @@ def test_a_state_that_is_proposed_is_taken_rejected_or_not_allowed(prefect_api: 
     async def work(client: PrefectClient, run: FlowRun) -> None:
         taken = await internals.propose(client, Pending(message="mine"), run.id)
         assert taken is not None and taken.is_pending() and taken.message == "mine"
-        assert await internals.propose(client, Pending(), run.id) is None  # somebody has it
+        assert await internals.propose(client, Pending(), run.id) is None  # it is already taken
         assert await internals.propose(client, Running(), run.id) is not None
         await client.set_flow_run_state(run.id, Cancelled(message="by hand"), force=True)
         assert await internals.propose(client, Crashed(), run.id) is None  # it has ended
@@ -81,7 +81,7 @@ def test_a_paused_run_stays_paused_whatever_is_proposed(prefect_api: str) -> Non
     async def work(client: PrefectClient, run: FlowRun) -> None:
         await client.set_flow_run_state(run.id, Paused(timeout_seconds=60, reschedule=True), force=True)
         paused = await internals.propose(client, Running(), run.id)
-        assert paused is not None and paused.is_paused()  # rejected, by an exception of Prefect's
+        assert paused is not None and paused.is_paused()  # rejected with a Prefect exception
 
     with_run(work)
 
@@ -103,7 +103,7 @@ def test_a_runs_logger_writes_to_its_log_also_from_a_thread_with_our_context(pre
 
 @task
 def step() -> None:
-    """A task inside a run that was made by hand."""
+    """A task inside a run that was created by hand."""
 
 
 def test_in_a_subflows_context_tasks_and_logs_belong_to_the_run_that_was_made_for_it(prefect_api: str) -> None:
@@ -122,7 +122,7 @@ def test_in_a_subflows_context_tasks_and_logs_belong_to_the_run_that_was_made_fo
             get_run_logger().info("inside")
             step(return_state=True)
         assert FlowRunContext.get() is parent
-        step(return_state=True)  # numbered for itself
+        step(return_state=True)  # numbered independently of the inner run
         await internals.propose(client, Completed(), run.id)
         found.update(run=run.id, outer=parent.flow_run.id if parent.flow_run else None, client=client)
         assert internals.surrounding_api() == prefect_api
@@ -190,7 +190,7 @@ def test_a_workers_record_and_a_variable_are_deleted_and_a_second_time_is_harmle
             first = await client.create_variable(VariableCreate(name=variable, value=1))
             await internals.delete_variable(client, first.id)
             second = await client.create_variable(VariableCreate(name=variable, value=2))
-            await internals.delete_variable(client, first.id)  # of the same name, and not the same
+            await internals.delete_variable(client, first.id)  # it's gone; `second` only has the same name
             assert await client.read_variable_by_name(variable) == second
 
     asyncio.run(run())

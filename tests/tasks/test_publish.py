@@ -1,5 +1,5 @@
-"""Submitted models as the global models of rounds to come: tensor by tensor what was submitted,
-in sorted order of the sites.
+"""Submitted models become the global models of later rounds: copied tensor by tensor, in sorted
+order of their sites.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""When a round closes: the rule of quorum, grace and over-sampling."""
+"""When a round closes: quorum, grace and over-sampling."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ def test_the_grace_is_a_share_of_the_time_until_the_quorum() -> None:
     rule = Quorum(2, grace=0.5)
     assert rule.closes_after([1.0]) is None
     assert rule.closes_after([1.0, 4.0]) == 6.0
-    assert rule.closes_after([1.0, 4.0, 5.0]) == 6.0  # who comes in time does not prolong it
+    assert rule.closes_after([1.0, 4.0, 5.0]) == 6.0  # an update within the grace does not extend it
 
 
 def test_without_patience_a_round_closes_with_its_quorum() -> None:

@@ -17,11 +17,11 @@ RESUME = "prefect work-pool resume a"
     ("pool", "resident", "begun", "hindrance"),
     [
         (Pool(offline=False), True, False, None),
-        (Pool(offline=True), True, True, NO_WORKER),  # the worker did the round itself
-        (Pool(offline=True), False, True, None),  # a container lives on without its worker
+        (Pool(offline=True), True, True, NO_WORKER),  # the worker was running the round itself
+        (Pool(offline=True), False, True, None),  # a container outlives its worker
         (Pool(offline=True), False, False, NO_WORKER),
         (Pool(False, RESUME), True, False, PAUSED),
-        (Pool(False, RESUME), True, True, None),  # what has begun goes on
+        (Pool(False, RESUME), True, True, None),  # a run that has begun continues
         (Pool(True, RESUME), True, True, NO_WORKER),
     ],
 )

@@ -1,4 +1,4 @@
-"""`round.json`: what was asked, what came, and what it was made into."""
+"""`round.json`: what was asked, what was answered, and what became of it."""
 
 import json
 from collections.abc import Sequence
@@ -148,7 +148,7 @@ def test_scores_count_with_the_examples_that_they_are_of_where_a_site_says_so() 
         accepted("site-3", 5.0, metrics={"acc": 0.1}, meta={"NUM_EVAL_EXAMPLES": 0}),
     ]
     made = record(outcomes)
-    assert [entry.weight for entry in made.accepted] == [7.0, 10.0, 5.0]  # of the updates, as ever
+    assert [entry.weight for entry in made.accepted] == [7.0, 10.0, 5.0]  # the updates' own weights, as always
     assert [entry.num_eval_examples for entry in made.accepted] == [30.0, None, 0.0]
     assert made.metrics == pytest.approx({"acc": 0.6})
     assert made.denominators == {"acc": 40.0}

@@ -1,4 +1,4 @@
-"""How long updates are kept: which rounds' are outdated, and when."""
+"""How long updates are kept: which rounds' updates are outdated, and when."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Robust aggregation against naive references, and what each rule's theorem says."""
+"""Robust aggregation against naive references and the bound from each rule's theorem."""
 
 import sys
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ def made(name: str, **changes: Any) -> Aggregator:
 def combined(
     aggregator: Aggregator, models: Array, weights: Sequence[float] | None = None, base: Array | None = None
 ) -> Array:
-    """The aggregate of (n, elements) models, as the stream computes it: a survey first where one
-    is wanted.
+    """The aggregate of (n, elements) models, as streaming computes it: with a survey first if
+    the rule needs one.
     """
     start = torch.zeros(models.shape[1], dtype=torch.float64) if base is None else torch.from_numpy(base)
     each = [1.0] * len(models) if weights is None else list(weights)
@@ -148,9 +148,9 @@ def test_two_of_eleven_arbitrary_updates_cannot_pull_it_out_of_the_others(
     low, high = honest.min(axis=0), honest.max(axis=0)
     if name in ("median", "trimmed_mean"):
         room: Any = 0.0
-    elif name == "bulyan":  # the values nearest to a median that is an honest one's: no farther than those reach
+    elif name == "bulyan":  # the values nearest to a median in the honest range: no farther away than honest values
         room = high - low
-    else:  # a score of Krum's is at most that of an honest update: n - f - 2 squared honest distances
+    else:  # a selected update's Krum score is at most an honest one's: n - f - 2 squared honest distances
         room = np.sqrt((11 - 2 - 2) * distances(honest).max())
     assert (found >= low - room - 1e-9).all() and (found <= high + room + 1e-9).all()
 
@@ -174,7 +174,7 @@ def test_the_geometric_median_counts_updates_by_their_weights_unless_told_not_to
         geometric_median_reference(models),
         rtol=1e-6,
     )
-    twice = np.concatenate([models, models[:1]])  # a site split in two changes nothing
+    twice = np.concatenate([models, models[:1]])  # splitting a site in two changes nothing
     split = [weights[0] / 2, *weights[1:], weights[0] / 2]
     np.testing.assert_allclose(combined(made("geometric_median"), twice, weights=split), found, rtol=1e-6)
 
@@ -189,12 +189,12 @@ def test_weights_do_not_count(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("power", [-1000, 3, 1020])
 def test_a_power_of_two_times_all_weights_changes_no_bit(name: str, power: int) -> None:
-    """Also where their sum overflows."""
+    """Even if the sum of the weights overflows."""
     rng = np.random.default_rng(3)
     models, weights = rng.normal(size=(12, 3)), rng.uniform(1, 9, 12)
     found = combined(made(name), models, weights=list(weights))
     assert combined(made(name), models, weights=list(weights * 2.0**power)).tolist() == found.tolist()
-    # As when an aggregator was given weights that were relative to the heaviest.
+    # As when aggregators were given weights relative to the heaviest.
     assert combined(made(name), models, weights=list(weights / weights.max())).tolist() == found.tolist()
 
 
@@ -330,16 +330,16 @@ def test_the_median_is_within_what_is_there_however_large(values: list[float]) -
 
 
 def updates_of_integers(seed: int, n: int, elements: int) -> Array:
-    """Updates whose distances are whole numbers, so that ties are exact, and there are many."""
+    """Updates whose squared distances are whole numbers, so ties are exact and frequent."""
     return np.random.default_rng(seed).integers(-2, 3, (n, elements)).astype(np.float64)
 
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize(("n", "f"), [(7, 1), (11, 2)])
 def test_bulyans_ties_are_the_first_sites_and_not_the_roundings(seed: int, n: int, f: int) -> None:
-    """Of the last updates that Krum picks from, two that are nearest to each other always tie."""
+    """Among the last updates that Krum picks from, the two nearest to each other always tie."""
     models = np.random.default_rng(seed).normal(size=(n, 650))
-    # Exactly: in whole numbers, which Python does not round.
+    # Exact: Python does not round integers.
     whole = [[int(value * 2**60) for value in row] for row in models.tolist()]
     squared = [[sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) for other in whole] for one in whole]
     left = list(range(n))
@@ -365,7 +365,7 @@ def test_inner_products_are_symmetric_to_the_bit_and_right() -> None:
 
 
 def test_inner_products_are_pairs_added_in_an_order_that_is_written_down() -> None:
-    """A reference in plain Python, which knows neither a library nor a processor."""
+    """A reference in plain Python, independent of any library or processor."""
     values = torch.randn(3, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def product(one: list[float], other: list[float]) -> float:

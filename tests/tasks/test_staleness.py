@@ -1,5 +1,5 @@
-"""Late updates that count in a later round: what they come to, what they weigh, and that each
-counts at most once.
+"""Late updates that count in a later round: their effect, their weight, and that each counts at
+most once.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ Params = Mapping[str, Any]
 
 
 class Rounds:
-    """Rounds of a local store, each with its own global model, and real updates that passed the
+    """Rounds in a local store, each with its own global model, and real updates that passed the
     gate.
     """
 
@@ -53,7 +53,7 @@ class Rounds:
         return len(self.digests) - 1
 
     def send(self, site: str, params: Params, *, round: int, weight: float = 1.0, kind: Any = "FULL") -> None:
-        """An update of a round, which counts in the last one."""
+        """Send an update for a round; it counts in the last round."""
         outcome = self.judged(site, params, round=round, weight=weight, kind=kind)
         assert isinstance(outcome, Accepted), outcome
         self.updates.append(outcome)
@@ -126,7 +126,7 @@ def test_without_late_updates_the_order_in_which_updates_come_changes_no_bit(tmp
 
 
 class Seen(FedAvg):
-    """Remembers nothing, but checks what a strategy is given."""
+    """Checks what a strategy is given, without recording it."""
 
     def apply(self, state: State, updates: Any) -> State:
         given: list[Update] = list(updates)
@@ -171,7 +171,7 @@ def test_what_nobody_trains_is_averaged_as_the_sites_have_it(tmp_path: Path) -> 
         }
 
     rounds = Rounds(tmp_path, model(9.0, 0, False), model(1.0, 10, False))
-    rounds.send("site-1", model(0.5, 4, True), round=0)  # its variance has shrunk by 8.5: 1 - 8.5 would be none
+    rounds.send("site-1", model(0.5, 4, True), round=0)  # its variance shrank by 8.5, but 1 - 8.5 is not a variance
     found = rounds.next()
     assert (found["running_var"].item(), found["num_batches_tracked"].item(), found["on"].item()) == (0.5, 4, True)
 

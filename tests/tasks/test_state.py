@@ -1,4 +1,4 @@
-"""Strategies with state and rules that survey, through the store."""
+"""Stateful strategies and surveying rules, run through the store."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ BASE = {
 
 
 class Rounds:
-    """Rounds of seven sites, whose updates follow from the round and the site."""
+    """Rounds of seven sites, whose updates are determined by the round and the site."""
 
     def __init__(self, folder: Path, strategy: Strategy, block_elements: int = 1 << 15) -> None:
         self.store = Store(folder)

@@ -1,4 +1,4 @@
-"""What `track` may say, checked before anything runs."""
+"""The values that `track` accepts, checked before anything runs."""
 
 import importlib.util
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_a_library_that_is_missing_is_refused_by_its_extra(
     extra = tracker.partition(":")[0]
     with pytest.raises(RecipeError, match=rf'is not installed: pip install "fedpool\[{extra}\]"'):
         kind(track=[tracker])
-    # Production's coordinator is another machine: what is installed here says nothing.
+    # In production the coordinator is another machine: what is installed here is irrelevant.
     assert ProdEnv(store="s3://x", sites=("a",), track=[tracker]).track == (tracker,)
 
 
@@ -79,4 +79,4 @@ def test_a_job_that_is_resumed_has_the_trackers_with_which_it_began(tmp_path: Pa
     said = {"sites": ("a", "b"), "environment": env.recorded().as_json()}
     again = environment_of(job_of(said), store, tmp_path)
     assert again.track == env.track == ("tensorboard", "mlflow:http://host")
-    assert "track" not in SimEnv().recorded().settings  # the record of a job that nobody tracks is as it was
+    assert "track" not in SimEnv().recorded().settings  # the record of an untracked job is unchanged

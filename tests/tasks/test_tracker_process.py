@@ -1,4 +1,4 @@
-"""The process of a tracker: it writes what it is given, tries again, and ends with its input."""
+"""A tracker's process writes what it is given, retries failed writes, and ends with its input."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_it_writes_what_it_was_given_when_whoever_gave_it_is_gone(tracker: Track
     begin(tracker, tmp_path)
     tracker.put(do="scalars", run="site-1", rows=[["loss", 1 / (n + 1), n, 1e9 + n] for n in range(1000)])
     tracker.put(do="scalars", run="site-1", rows=[["loss", 0.5, 1000, 1e9 + 1000.25], ["nan", float("nan"), 3, 5.0]])
-    assert tracker.end() == 0  # there was no word of the job's end
+    assert tracker.end() == 0  # it was never told that the job ended
     found = read_tensorboard(tmp_path / "site-1")
     assert [(step, when) for step, _, when in found["loss"][:-1]] == [(n, 1e9 + n) for n in range(1000)]
     assert [value for _, value, _ in found["loss"][:-1]] == pytest.approx([1 / (n + 1) for n in range(1000)])
@@ -100,7 +100,7 @@ def test_a_thousand_scalars_are_one_write_and_are_not_forced_to_disk(
 
 
 def test_what_fails_is_tried_again_in_order_until_it_works(tracker: Tracker, tmp_path: Path) -> None:
-    (tmp_path / "logs").touch()  # a file where the folder is to be
+    (tmp_path / "logs").touch()  # a file where the folder should go
     begin(tracker, tmp_path / "logs")
     tracker.put(do="scalars", run="server", rows=[["a", 1.0, 0, 1.0]])
     assert "writing failed and is retried" in tracker.read_warning()

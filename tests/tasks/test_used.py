@@ -1,4 +1,4 @@
-"""What has counted of the sites' updates, round by round."""
+"""Which of the sites' updates have counted, round by round."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
@@ -10,7 +10,7 @@ from tests.records import record_of
 
 
 class Looked(Sequence[RoundRecord]):
-    """Records that count how often one of them is looked at."""
+    """Records that count how often one of them is read."""
 
     def __init__(self) -> None:
         self.records: list[RoundRecord] = []

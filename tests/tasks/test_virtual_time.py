@@ -1,4 +1,4 @@
-"""Virtual time: who is at work on what, when rounds close, and that records alone tell it again."""
+"""Virtual time: who works on what, when rounds close, and that the records alone determine it."""
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
@@ -30,7 +30,7 @@ def turn_of(sites: Sequence[str], quorum: Quorum) -> Turn:
 async def play(
     clock: VirtualClock, number: int, quorum: Quorum, sites: Sequence[str] = tuple(UNITS), fails: Sequence[str] = ()
 ) -> Mapping[str, Sequence[str]]:
-    """A round in which the sites' real work takes no time; who was in time, late, or failed."""
+    """Play a round in which real work takes no time; returns who was accepted, late or failed."""
     answers, turn = Answers(0.0, quorum, ()), turn_of(sites, quorum)
 
     def work(site: str) -> Any:
@@ -63,7 +63,7 @@ def test_a_round_closes_when_the_quorums_rule_says_so_in_virtual_time() -> None:
         assert await play(clock, 1, two) == {"accepted": ["a", "b"], "late": ["c"]}
         assert clock.schedule.at_work == {"c": Part(0, 5.0)}  # it has not begun round 1
         assert await play(clock, 2, Quorum(3)) == {"accepted": ["a", "b", "c"]}
-        assert clock.schedule.now == 10.0  # c was done with round 0 at 5, began round 2 then, and was waited for
+        assert clock.schedule.now == 10.0  # c finished round 0 at 5, then began round 2, and was waited for
 
     asyncio.run(rounds())
 
@@ -94,7 +94,7 @@ def test_of_those_that_come_at_one_moment_a_round_takes_the_first_ones() -> None
     async def rounds() -> None:
         clock = VirtualClock(Schedule(dict.fromkeys("abc", 1.0)))
         assert await play(clock, 0, Quorum(1, take=2)) == {"accepted": ["a", "b"], "late": ["c"]}
-        assert not clock.owes("c", 0)  # it has come, and may be folded into the next round
+        assert not clock.owes("c", 0)  # its update has arrived, and may be folded into the next round
 
     asyncio.run(rounds())
 

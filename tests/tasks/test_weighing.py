@@ -1,5 +1,5 @@
-"""What a strategy is given as the weight of an update: absolute, so that one answer can stand for a
-group of sites.
+"""The update weights that a strategy is given are absolute, so one answer can stand for a group of
+sites.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ LIGHTEST_NORMAL, LIGHTEST, HEAVIEST = 2.0**-1022, 2.0**-1074, 2.0**1023
 
 
 def accepted(site: str, weight: float, *, staleness: int = 0, tensors: Tensors = NO_TENSORS) -> Accepted:
-    """An update that the gate has let through."""
+    """An update that passed the gate."""
     origin = Origin(tensors, staleness) if staleness else None
     return Accepted(sent_by(site, weight=weight), "m" * 64, weight, tensors, origin=origin)
 
@@ -41,7 +41,7 @@ def accepted(site: str, weight: float, *, staleness: int = 0, tensors: Tensors =
 def weights(
     said: Mapping[str, float], factors: Mapping[str, float] | None = None, arithmetic: Arithmetic = CURRENT
 ) -> dict[str, float]:
-    """site -> weight, of the sites that count."""
+    """site -> weight, for the sites that count."""
     counted = with_weights([accepted(site, weight) for site, weight in said.items()], factors or {}, arithmetic)
     return {update.site: weight for update, weight in counted}
 
@@ -50,7 +50,7 @@ SEEN = {"site-1": 3.0, "site-2": 10.0, "site-3@3": 3.5, "site-4": 1.5, "site-4@1
 
 
 class Seeing(FedAvg):
-    """Checks what a strategy is given, before the first slice and with each."""
+    """Checks what a strategy is given, before the first slice and for each slice."""
 
     surveys = True
 
@@ -96,7 +96,7 @@ def mean_of(updates: Sequence[Update]) -> torch.Tensor:
 def as_seen(
     accepted: Sequence[Accepted], models: Mapping[str, torch.Tensor], factors: Mapping[str, float]
 ) -> list[Update]:
-    """What a strategy is given in a round of these updates."""
+    """What a strategy is given in a round with these updates."""
     counted = with_weights(accepted, factors, CURRENT)
     return [Update(one.site, weight, {"w": models[one.site]}, staleness=one.staleness) for one, weight in counted]
 
@@ -122,7 +122,7 @@ def test_regions_that_answer_as_one_site_each_come_to_the_mean_of_all_sites(
     assume(everyone)
     answers = []
     for number, each in enumerate(rounds):
-        if updates := as_seen(each, models, factors):  # in a region's own round there are its own sites alone
+        if updates := as_seen(each, models, factors):  # a region's own round has only its own sites
             total = sum(update.weight for update in updates)
             answers.append(Update(f"region-{number}", total, {"w": mean_of(updates)}))
     largest = max(float(model.abs().max()) for model in models.values())

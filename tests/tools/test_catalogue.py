@@ -1,5 +1,5 @@
-"""The catalogue says what is so: its pages are up to date, and what they say of scripts, rules
-and fields holds.
+"""The catalogue is correct: its pages are up to date, and what they say about scripts, rules and
+fields is true.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ PAGES = pages(ROOT / "docs")
 
 
 def code_of(markdown: str) -> list[str]:
-    """The lines of its blocks of Python, without indentation and comments."""
+    """The lines of a page's Python blocks, without indentation and comments."""
     lines = "\n".join(re.findall(r"```python\n(.*?)```", markdown, re.DOTALL)).splitlines()
     return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
 
@@ -45,7 +45,7 @@ def test_the_module_writes_them(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in (tmp_path / "recipes").iterdir()} == {
         f"{name}.md": text for name, text in pages(tmp_path).items()
     }
-    assert "## Measured" not in (tmp_path / "recipes/fedavg.md").read_text()  # for want of a fidelity.md
+    assert "## Measured" not in (tmp_path / "recipes/fedavg.md").read_text()  # there is no fidelity.md
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +79,7 @@ def test_a_field_has_its_type_bounds_default_and_meaning() -> None:
     assert "| `fedprox_mu` | `float`, from 0, finite | required | weight of the proximal term" in PAGES["fedprox"]
     assert (
         "| `min_clients` | `int`, from 1 to 1 | `1` |" in PAGES["cyclic"]
-    )  # a field of every recipe, with bounds of its own
+    )  # a field of every recipe, with its own bounds
     fields = PAGES["fields"]
     assert "| `name` | `str`, up to 64 characters | required |" in fields
     assert "| `num_rounds` | `int`, from 1 to 100,000 | required |" in fields
@@ -153,7 +153,7 @@ def oracle() -> ModuleType:
     spec = importlib.util.spec_from_file_location("oracle_of_catalogue", ROOT / "benchmarks" / "oracle.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
