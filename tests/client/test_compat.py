@@ -180,6 +180,7 @@ class TestLogging:
             """
         )
         assert run.get_result().rounds[0]["logged"] == {"loss": 0.25}
+        assert "owner" in (Path(run.path) / "logs" / "site-1.log").read_text()
 
 
 class TestConstants:

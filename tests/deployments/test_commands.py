@@ -1,6 +1,4 @@
-"""The `command` that runs the client script in a simulation, as at a real site: torchrun at all
-sites or at some.
-"""
+"""The `command` that runs the client script in a simulation, as at a real site: torchrun."""
 
 from collections.abc import Callable
 from typing import Any

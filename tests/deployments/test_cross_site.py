@@ -321,8 +321,7 @@ def test_verify_finds_whatever_is_swapped(scored: Path) -> None:
     matrix = json.loads((scored / "cross_site.json").read_text())
     matrix["site-1"]["site-2"]["accuracy"] = 0.99
     assert "cross_site.json does not follow from the rounds" in swapped("cross_site.json", to_json(matrix))
-    # The submissions themselves expose a forger who rewrites the submission's record and all
-    # hashes after it.
+    # The submissions themselves expose a forger who rewrites their record.
     record = json.loads((scored / "rounds/00002/round.json").read_text())
     record["models"][0], record["models"][1] = (
         {**record["models"][0], "sha256": record["models"][1]["sha256"]},

@@ -59,7 +59,7 @@ def test_a_process_that_ends_meanwhile_is_a_family_of_one(tmp_path: Path) -> Non
     assert _family(parent) == [parent]
 
 
-def test_python_and_the_command_speak_of_the_same_proof_of_concept() -> None:
+def test_the_folder_of_a_proof_of_concept_is_expanded() -> None:
     """If no folder was given, the default was once used literally, `~` included."""
     assert PocEnv(num_clients=1).home == Path.home() / ".fedpool/poc"
     assert PocEnv(num_clients=1, home=Path("~/other")).home == Path.home() / "other"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedpool import JobFailed, JobStatus, Run
+from fedpool.sites.output import MAX_LINE_BYTES, MAX_LINES_PER_ROUND
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -123,13 +124,26 @@ def test_sites_that_never_got_a_slot_before_round_timeout_are_named(run_job: Cal
         run.get_result()
 
 
+def longest_log(run: Run) -> list[str]:
+    """The lines of the site's log that has the most."""
+    return max((path.read_text().splitlines() for path in Path(run.path, "logs").iterdir()), key=len)
+
+
 def test_a_script_that_prints_10_mb_neither_hangs_nor_floods_the_log(run_job: Callable[..., Run]) -> None:
     fault = 'print("\\n".join("x" * 100 for _ in range(100_000)))'
-    assert run_job(SCRIPT.format(fault=fault), model=MODEL).get_result().num_rounds == 2
+    run = run_job(SCRIPT.format(fault=fault), model=MODEL)
+    assert run.get_result().num_rounds == 2
+    lines = longest_log(run)
+    assert sum("xxx" in line for line in lines) == MAX_LINES_PER_ROUND
+    assert any("99000 more lines, not shown" in line for line in lines)
 
 
 def test_a_line_of_10_mb_is_cut(run_job: Callable[..., Run]) -> None:
-    assert run_job(SCRIPT.format(fault='print("x" * 10_000_000)'), model=MODEL).get_result().num_rounds == 2
+    run = run_job(SCRIPT.format(fault='print("x" * 10_000_000)'), model=MODEL)
+    assert run.get_result().num_rounds == 2
+    lines = longest_log(run)
+    assert max(map(len, lines)) < 2 * MAX_LINE_BYTES
+    assert sum("xxx" in line for line in lines) <= MAX_LINES_PER_ROUND
 
 
 def test_a_script_that_fails_before_init_says_so(run_job: Callable[..., Run]) -> None:

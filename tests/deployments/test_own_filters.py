@@ -123,6 +123,7 @@ def test_in_production_a_site_runs_what_its_operator_allows(
         try:
             done = scaled.recipe(min_clients=1).execute(prod)
             assert done.get_result(300).params["w"].tolist() == [2, 2, 2]
+            verify_job(store, done.job_id)
         finally:
             allowed.end()
     finally:

@@ -100,7 +100,7 @@ def test_a_schedule_skips_what_is_due_while_the_last_run_is_under_way(env: PocEn
 
         wait_until(lambda: len(skipped()) >= 3, timeout_s=400)
         assert {run.state.message for run in skipped() if run.state} == {"Deployment concurrency limit reached."}
-        assert len(jobs_called(env, "often")) == 1  # nothing was staged and no process was started for the skipped runs
+        assert len(jobs_called(env, "often")) == 1  # the skipped runs staged no job
         job.release()
         wait_until(lambda: jobs_called(env, "often")[0].status is JobStatus.COMPLETED)
         wait_until(lambda: len(jobs_called(env, "often")) >= 2, timeout_s=400)  # the next due run is not skipped

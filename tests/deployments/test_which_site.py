@@ -1,6 +1,4 @@
-"""A script learns its site's index and the number of sites, with names in natural order: the same
-in every environment.
-"""
+"""A script learns its site's index and the number of sites, with names in natural order."""
 
 import json
 from collections.abc import Callable

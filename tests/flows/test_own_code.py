@@ -228,8 +228,6 @@ def test_a_module_of_the_same_name_that_is_another_is_not_mixed_with_it(folder: 
 
 def test_code_that_cannot_be_imported_says_why_and_leaves_nothing(folder: Folder) -> None:
     folder.write("helper.py", "")
-    folder.write("halves.py", "import helper\n" + textwrap.dedent(HALVES))
-    folder.stage("halves:FedAvgRecipe")
     code = build_code_of(folder, "import helper\nimport no_such_package\n")
     before = list(sys.path)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Requested devices must exist; checking them does not initialise CUDA."""
+"""Requested devices must exist."""
 
 import pytest
 

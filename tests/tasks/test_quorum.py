@@ -39,5 +39,6 @@ def test_a_round_never_closes_before_its_quorum_and_never_later_with_more_update
     closes = [rule.closes_after(times[:count]) for count in range(len(times) + 1)]
     assert all(close is None for close in closes[:min_clients])
     known = [close for close in closes if close is not None]
-    assert all(later <= earlier for earlier, later in pairwise(known)) or take is not None
+    if take is None:  # a round that wants so many closes with the last of them
+        assert all(later <= earlier for earlier, later in pairwise(known))
     assert all(close >= times[min_clients - 1] for close in known)
