@@ -219,7 +219,7 @@ def test_what_an_operator_has_paused_is_named_with_the_command_that_resumes_it(
 
 def test_the_logs_say_what_the_processes_print_and_hold_no_keys(env: PocEnv, home: Path) -> None:
     assert "Worker 'site-1' started" in env.log("site-1").read_text()
-    with pytest.raises(ConfigError, match="no process 'site-9': there are coordinator, s3, server, site-1"):
+    with pytest.raises(ConfigError, match="no process 'site-9'; known processes: coordinator, s3, server, site-1"):
         env.log("site-9")
     state = json.loads((home / "poc.json").read_text())
     assert (home / "poc.json").stat().st_mode & 0o077 == 0
