@@ -67,11 +67,13 @@ class Sample:
 
     Attributes:
         start_s: time until the first site received its first model.
+        cpu_s: processor time of all its processes; lacks those that lived between two samples.
         score: that site's score of the last model that it received.
         other_cores: average number of cores that were busy with other work.
     """
 
     total_s: float
+    cpu_s: float
     start_s: float
     round_s: tuple[float, ...]
     peak_bytes: int
@@ -149,6 +151,7 @@ def _run_in(folder: Path, engine: Engine, case: Case, python: Path, num_threads:
     round_s = tuple(after[0] - before[0] for before, after in pairwise(first))
     return Sample(
         total_s=total_s,
+        cpu_s=memory.cpu_s,
         start_s=first[0][0] - started_at,
         round_s=round_s,
         peak_bytes=memory.peak_bytes,

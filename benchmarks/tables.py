@@ -14,11 +14,13 @@ def report(case: Case, results: dict[str, list[Sample]]) -> Iterable[str]:
     yield f"\n{case.title}: {case.num_sites} sites, {case.num_rounds} round{'s' * (case.num_rounds > 1)}\n"
     unit = "ms a site" if case.num_rounds == 1 else "round s"
     reference = _figures(case, results.get("fedpool", []))
-    rows: list[tuple[str, ...]] = [("engine", "total s", "x", unit, "x", "peak PSS GB", "x", "processes", "score")]
+    rows: list[tuple[str, ...]] = [
+        ("engine", "total s", "x", "cpu s", "x", unit, "x", "peak PSS GB", "x", "processes", "score")
+    ]
     for name, samples in results.items():
         figures = _figures(case, samples)
         cells = [name]
-        for key, digits in (("total", 1), ("each", 3 if case.num_rounds > 1 else 1), ("memory", 2)):
+        for key, digits in (("total", 1), ("cpu", 1), ("each", 3 if case.num_rounds > 1 else 1), ("memory", 2)):
             ratio = f"{figures[key] / reference[key]:.2f}" if figures and reference else "-"
             cells += [f"{figures[key]:.{digits}f}" if figures else "failed", ratio]
         last = [f"{samples[-1].num_processes}", f"{samples[-1].score:.4f}"] if samples else ["-", "-"]
@@ -83,6 +85,7 @@ def _figures(case: Case, samples: Sequence[Sample]) -> dict[str, float]:
     rounds = [second for sample in samples for second in sample.round_s]
     return {
         "total": total_s,
+        "cpu": statistics.median(sample.cpu_s for sample in samples),
         "each": statistics.median(rounds) if rounds else 1000 * total_s / case.num_sites,
         "memory": peak_bytes / 1e9,
     }
