@@ -12,7 +12,7 @@ from importlib.metadata import version
 from itertools import takewhile
 from typing import Any
 
-from fedpool.bundle import Bundle
+from fedpool.bundle import MAX_ZIP_BYTES, Bundle
 from fedpool.environment import Begin
 from fedpool.errors import IntegrityError, RecipeError
 from fedpool.flows.own_code import code_of, filter_code_of
@@ -207,7 +207,7 @@ def restore(kind: type[Recipe], job_id: str, store: Store) -> Recipe:
     client, found = job.client, full_type(job.kind)
     if found != type_of(kind):
         raise RecipeError(f"job {job_id} has a {_told(found, type_of(kind))}, not a {_told(type_of(kind), found)}")
-    data = store.read_bytes(paths.bundle(client.bundle_sha256))
+    data = store.read_bytes(paths.bundle(client.bundle_sha256), MAX_ZIP_BYTES)
     if hashlib.sha256(data).hexdigest() != client.bundle_sha256:
         raise IntegrityError(f"{store.full(paths.bundle(client.bundle_sha256))} does not match the hash in its name")
     model = StoredModel(store, paths.global_model(0), job.model, job.holes)

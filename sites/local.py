@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import ClassVar
 
+from fedpool.bundle import MAX_ZIP_BYTES
 from fedpool.errors import SiteError
 from fedpool.filter_field import read_filters
 from fedpool.filters import Filter
@@ -131,9 +132,7 @@ class LocalSites:
 
     def open(self, job: ClientJob, store: Store) -> None:
         """See `Sites.open`."""
-        with store.open(JobPaths(job.job_id).bundle(job.bundle_sha256)) as file:
-            data = file.read()
-        self._sessions.open(job, data)
+        self._sessions.open(job, store.read_bytes(JobPaths(job.job_id).bundle(job.bundle_sha256), MAX_ZIP_BYTES))
         self._filters = read_filters(job.filters)
         self._job, self._store = job, store
         self._logs = SiteLogs(job.job_id, store, self._show)

@@ -13,6 +13,8 @@ from fedpool.store import Store
 
 _LOCAL_POLL_S = 0.05
 _REMOTE_POLL_S = 0.25
+_MAX_BYTES = 1 << 20
+"""Limit on an assignment in the store."""
 _JOB_POLL_S = 1.0
 """Interval at which a site checks whether its job has ended, while it waits or trains."""
 
@@ -74,7 +76,7 @@ class Looks:
             now = time.monotonic()
             try:
                 if self._store.exists(path):
-                    return SiteAssignment.model_validate_json(self._store.read_bytes(path))
+                    return SiteAssignment.model_validate_json(self._store.read_bytes(path, _MAX_BYTES))
                 answered = now
             except StoreRefused:
                 raise

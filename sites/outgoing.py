@@ -7,15 +7,16 @@ as well, because it keeps them; that saves writing them here, but nothing relies
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from fedpool.arrays import as_bytes, numpy_dtype, torch_block
-from fedpool.errors import FilterError, SiteError
+from fedpool.errors import FilterError, IntegrityError, SiteError
 from fedpool.exclude import excluded
 from fedpool.filters import ComputedTensors, Filter, Passage
 from fedpool.inspection import Inspection, inspect_tensors, write_and_inspect
-from fedpool.local_file import LocalFile
+from fedpool.local_file import LocalFile, open_file
 from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.sites.output import LogLine
 from fedpool.store import Store
@@ -47,9 +48,14 @@ class Outgoing:
         Returns: the inspection of the update that leaves, and what it contains now.
 
         Raises:
-            SiteError: a filter failed; the message names it.
+            SiteError: a filter failed, which the message names, or the script's file isn't one of
+                tensors.
         """
-        found = _open(written)
+        asked = self.assignment
+        try:
+            found = _open(written)
+        except IntegrityError as error:
+            raise SiteError(asked.site, asked.round, f"its script has left no usable update: {error}") from error
         try:
             made, kind = self._made(found, model, said)
             if made is found:  # the usual case: move it instead of writing it again
@@ -57,10 +63,11 @@ class Outgoing:
                 store.adopt(written, path)
                 return seen, kind
             leaving = written.with_name(f"leaving-{written.name}")
-            with leaving.open("wb") as file:
+            leaving.unlink(missing_ok=True)
+            with leaving.open("xb") as file:  # not through a link that the script may have left
                 seen = write_and_inspect(file, made, store.block_elements)
         except FilterError as error:
-            raise SiteError(self.assignment.site, self.assignment.round, f"its update cannot leave: {error}") from error
+            raise SiteError(asked.site, asked.round, f"its update cannot leave: {error}") from error
         store.adopt(leaving, path)
         written.unlink()
         return seen, kind
@@ -120,4 +127,5 @@ def _subtracted(value: BlockBytes, spec: TensorSpec, base: BlockBytes, base_spec
 
 
 def _open(path: Path) -> TensorReader:
-    return TensorReader(LocalFile(path), path.stat().st_size, where=path.name)
+    read = LocalFile(partial(open_file, path, follow=False))
+    return TensorReader(read, path.lstat().st_size, where=path.name)

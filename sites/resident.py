@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from fedpool.bundle import unpack_bundle
+from fedpool.bundle import MAX_ZIP_BYTES, unpack_bundle
 from fedpool.errors import ConfigError, IntegrityError, SiteError, StoreError
 from fedpool.filters import Filter
 from fedpool.messages import ClientJob, SiteAssignment
@@ -33,6 +33,9 @@ _IDLE_POLL_S = 3.0
 """How often to check whether a job without calls has ended: that happens after its last round."""
 
 _CLOSE_GRACE_S = 15.0
+
+_MAX_JOB_BYTES = 64 << 20
+"""Limit on the description of a job."""
 
 
 class Resident:
@@ -239,13 +242,13 @@ class _JobHere:
             SiteError: this site does not allow the code of the job's filters.
         """
         try:
-            described = self._store.read_json(self._paths.job)
+            described = self._store.read_json(self._paths.job, _MAX_JOB_BYTES)
             client = ClientJob.model_validate(described["client"], strict=False)
             self._sites = in_order(described["sites"])
             self._sites.index(self._config.name)
         except (KeyError, ValueError) as error:
             raise IntegrityError(f"{self._store.full(self._paths.job)} does not describe a job: {error}") from None
-        data = self._store.read_bytes(self._paths.bundle(client.bundle_sha256))
+        data = self._store.read_bytes(self._paths.bundle(client.bundle_sha256), MAX_ZIP_BYTES)
         unpack_bundle(data, self._folder / "bundle", sha256=client.bundle_sha256)
         try:
             self._filters = load_filters(client, self._store, self._config.allow_code)

@@ -5,8 +5,10 @@ inspect. A late update stays until the round in which it counts is outdated.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
+from fedpool.errors import IntegrityError
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.record import LateAcceptedEntry, LateProbedEntry, RoundRecord
@@ -37,6 +39,7 @@ def drop_updates(store: Store, job_id: str, record: RoundRecord) -> int:
         gone.append(paths.state(number - 1))
     for path in gone:
         if store.exists(path):
-            freed += store.size(path)
+            with suppress(IntegrityError):  # its site has put something else in its place since
+                freed += store.size(path)
             store.remove(path)
     return freed

@@ -15,8 +15,14 @@ from pathlib import Path
 import pytest
 
 from fedpool import bundle as module
+from fedpool import stored_code as stored_code_module
 from fedpool.bundle import Bundle, build_bundle, unpack_bundle
 from fedpool.errors import IntegrityError, RecipeError
+from fedpool.messages import NamedCode
+from fedpool.paths import JobPaths
+from fedpool.store import Store
+from fedpool.stored_code import stored_code
+from fedpool.user_code import Code, load_code
 
 
 def folder_with(root: Path, files: Mapping[str, str]) -> Path:
@@ -317,3 +323,59 @@ def test_a_bundle_that_would_unpack_to_too_much_is_refused(tmp_path: Path, monke
 def test_bytes_of_the_right_hash_that_are_no_zip_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="bundle"):
         unpack_bundle(b"no zip", tmp_path, sha256=hashlib.sha256(b"no zip").hexdigest())
+
+
+def zip_that_declares(size: int, contents: int, kind: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip whose only member, of zeros, says that it is smaller than it is."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive, archive.open("client.py", "w") as member:
+        for _ in range(contents >> 20):
+            member.write(bytes(1 << 20))
+    data = bytearray(buffer.getvalue())
+    directory = data.rindex(b"PK\x01\x02")
+    for at in (22, directory + 24):  # in the member's header, and in the directory
+        data[at : at + 4] = size.to_bytes(4, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_is_larger_than_it_declares_is_refused_before_it_fills_the_memory(
+    kind: int, tmp_path: Path
+) -> None:
+    data = zip_that_declares(10, 128 << 20, kind)
+    assert len(data) < 1 << 20
+    tracemalloc.start()
+    with pytest.raises(IntegrityError, match=r"client\.py"):
+        unpack_bundle(data, tmp_path, sha256=hashlib.sha256(data).hexdigest())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_of_too_many_files_is_refused_at_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_FILES", 3)
+    files = {"client.py": "import fedpool.client\n", **{f"conf/{number}.json": "{}" for number in range(3)}}
+    with pytest.raises(RecipeError, match=r"would contain 4 files, over the limit of 3: .*include"):
+        built(tmp_path, files, include=("conf",))
+    data, sha256 = zip_of({str(number): b"" for number in range(4)})
+    with pytest.raises(IntegrityError, match="contains 4 files, but only 3 are allowed"):
+        unpack_bundle(data, tmp_path / "away", sha256=sha256)
+
+
+def test_the_code_of_a_job_is_unpacked_as_carefully(tmp_path: Path) -> None:
+    data = zip_that_declares(10, 128 << 20)
+    tracemalloc.start()
+    with pytest.raises(IntegrityError, match=r"client\.py"):
+        load_code(Code(("client",), hashlib.sha256(data).hexdigest(), data))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_a_zip_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, named = Store(tmp_path), NamedCode(sha256="a" * 64, modules=("m",))
+    store.write_bytes(JobPaths("job-1").code(named.sha256), bytes(101))
+    monkeypatch.setattr(stored_code_module, "MAX_ZIP_BYTES", 100)
+    with pytest.raises(IntegrityError, match=r"code-a*\.zip has 101 bytes, but only 100 are allowed"):
+        stored_code("job-1", store, named)

@@ -7,10 +7,11 @@ torch, and bfloat16 in numpy needs `ml_dtypes`.
 import math
 import sys
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedpool.local_file import LocalFile
+from fedpool.local_file import LocalFile, open_file
 from fedpool.tensor_stream import Writable, write_and_hash, write_tensors
 from fedpool.tensors import BlockBytes, Digest, TensorReader, Tensors, TensorSpec, blocks_of, file_order, is_beside
 
@@ -127,7 +128,7 @@ def load_arrays(path: str | Path, params_format: ParamsFormat) -> dict[str, Any]
             return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
     import numpy as np
 
-    reader = TensorReader(LocalFile(path), Path(path).stat().st_size, where=str(path))
+    reader = TensorReader(LocalFile(partial(open_file, path)), Path(path).stat().st_size, where=str(path))
     return {
         name: np.frombuffer(
             reader.read_block(name, 0, reader.spec[name].num_elements), numpy_dtype(reader.spec[name].dtype)

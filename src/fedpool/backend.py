@@ -59,7 +59,12 @@ class Backend:
 
     def full(self, path: str) -> str:
         """The full path, as the file system and people know it."""
-        return f"{self.root.rstrip('/')}/{path}"
+        return f"{self.folder}/{path}"
+
+    @property
+    def folder(self) -> str:
+        """The folder or prefix that `path` is relative to."""
+        return str(self.root).rstrip("/")
 
     def address(self, path: str) -> str:
         """The path as anyone can open it: a file path for a local store, otherwise a URL."""

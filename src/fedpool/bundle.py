@@ -20,11 +20,17 @@ from fedpool.refusals import explained
 from fedpool.script_files import ScriptFiles, find_files
 
 _CANNOT_UNPACK = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
-"""Errors from a member that is damaged, encrypted, packed in an unknown way, or has an impossible
-or duplicate name.
+"""Errors from a zip or a member that is damaged, encrypted, or has an impossible or duplicate name.
 """
 MAX_BUNDLE_BYTES = 64 << 20
 """Unpacked size limit: code travels in the bundle, data stays at its site."""
+MAX_ZIP_BYTES = MAX_BUNDLE_BYTES + (16 << 20)
+"""Limit on the zip itself: incompressible files get a little larger, and every file has a name."""
+MAX_FILES = 10_000
+
+_KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""The others inflate a member as a whole, whatever its size."""
+_CHUNK_BYTES = 1 << 16
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -74,6 +80,11 @@ def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
     sizes = {name: len(data) for name, data in contents.items()}
     sizes |= {name: file.stat().st_size for name, file in names.items()}  # before reading any of them
     size = sum(sizes.values())
+    if len(sizes) > MAX_FILES:
+        raise RecipeError(
+            f"the bundle of {path.name} would contain {len(sizes)} files, over the limit of {MAX_FILES}: name fewer files and "
+            "folders in include, and leave data at the site"
+        )
     if size > MAX_BUNDLE_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
         raise RecipeError(
@@ -105,8 +116,11 @@ def _notes(script: Path, found: ScriptFiles) -> Iterator[str]:
 def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
     """Unpack a bundle into an empty folder.
 
+    Inflates a little at a time, and no more than a file says that it has.
+
     Raises:
-        IntegrityError: the bytes have another hash, or a name points outside the folder.
+        IntegrityError: the bytes have another hash, a name points outside the folder, or a limit is
+            exceeded.
         StoreRefused: the folder isn't writable.
     """
     found = hashlib.sha256(data).hexdigest()
@@ -114,26 +128,46 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
         raise IntegrityError(f"the bundle has sha256 {found}, but its job names {sha256}")
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
-    except zipfile.BadZipFile as error:
+    except _CANNOT_UNPACK as error:
         raise IntegrityError(f"the bundle is not a zip: {error}") from None
     with archive:
-        if sum(entry.file_size for entry in archive.infolist()) > MAX_BUNDLE_BYTES:
-            raise IntegrityError(f"the bundle would unpack to more than {MAX_BUNDLE_BYTES >> 20} MiB")
+        _check_members(archive.infolist())
         for entry in archive.infolist():
-            name = PurePosixPath(entry.filename)
-            outside = name.is_absolute() or ".." in name.parts or "\\" in entry.filename
-            if outside or not name.parts or entry.filename.endswith("/"):
-                raise IntegrityError(f"the bundle contains {entry.filename!r}, which is not a file inside its folder")
-            target = folder / name
+            target = folder / PurePosixPath(entry.filename)
             try:
                 with explained(target):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(archive.read(entry))
+                    _unpack(archive, entry, target)
             except _CANNOT_UNPACK as error:
                 raise IntegrityError(
                     f"the bundle contains {entry.filename!r}, which cannot be unpacked: {error}"
                 ) from None
     compileall.compile_dir(folder, quiet=2)  # once here, rather than in each of a thousand scripts
+
+
+def _check_members(members: Sequence[zipfile.ZipInfo]) -> None:
+    if len(members) > MAX_FILES:
+        raise IntegrityError(f"the bundle contains {len(members)} files, but only {MAX_FILES} are allowed")
+    if sum(entry.file_size for entry in members) > MAX_BUNDLE_BYTES:
+        raise IntegrityError(f"the bundle would unpack to more than {MAX_BUNDLE_BYTES >> 20} MiB")
+    for entry in members:
+        name = PurePosixPath(entry.filename)
+        outside = name.is_absolute() or ".." in name.parts or "\\" in entry.filename
+        if outside or not name.parts or entry.filename.endswith("/"):
+            raise IntegrityError(f"the bundle contains {entry.filename!r}, which is not a file inside its folder")
+        if entry.compress_type not in _KINDS:
+            raise IntegrityError(f"the bundle contains {entry.filename!r}, which is neither stored nor deflated")
+
+
+def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    """Unpack a file. Leaves nothing of one that is damaged."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with archive.open(entry) as member, target.open("wb") as file:
+            while chunk := member.read(_CHUNK_BYTES):
+                file.write(chunk)
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        target.unlink(missing_ok=True)
+        raise
 
 
 def _included(folder: Path, item: str) -> Iterator[Path]:

@@ -21,9 +21,9 @@ from fedpool.backend import Backend
 from fedpool.digest import check_digest
 from fedpool.download import download
 from fedpool.errors import IntegrityError, StoreError
-from fedpool.local_file import LocalFile
+from fedpool.local_file import LocalFile, object_size, open_object, remove_object
 from fedpool.refusals import explained
-from fedpool.tensors import MAX_HEADER_BYTES, Digest, TensorReader
+from fedpool.tensors import MAX_HEADER_BYTES, Digest, ReadRange, TensorReader
 from fedpool.upload import Upload
 
 _LARGE_BYTES = 16 << 20
@@ -48,7 +48,9 @@ class Store(Backend):
             missing.
 
     Apart from `FileNotFoundError` for a missing object, methods raise `StoreError`s: `StoreRefused`
-    at once if waiting wouldn't help, others once the store has failed for `patience_s`.
+    at once if waiting wouldn't help, others once the store has failed for `patience_s`. In a local
+    store, whatever is not a regular file, or in a folder that is a link, is an `IntegrityError`;
+    see `fedpool.local_file`.
     """
 
     def __init__(self, url: str | Path, **storage_options: Any) -> None:
@@ -61,11 +63,13 @@ class Store(Backend):
         self._may_stay_open = threading.Semaphore(_OPEN_FILES)
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object at path.
+        """Whether there is an object at path, or anything else.
 
         Raises:
             StoreError: the store doesn't answer.
         """
+        if self.is_local:
+            return os.path.lexists(self.full(path))
         with self.errors(path):
             return bool(self.fs.exists(self.full(path)))
 
@@ -92,12 +96,21 @@ class Store(Backend):
         return exclusive.is_locked(Path(self.full(path))) if self.is_local else None
 
     def remove(self, path: str) -> None:
-        """Remove an object, if it exists: nothing refers to it, or its owner no longer needs it."""
-        with suppress(FileNotFoundError), self.errors(path, "removed"):
-            self.fs.rm_file(self.full(path))
+        """Remove an object, if it exists: nothing refers to it, or its owner no longer needs it.
+
+        What a link stands for stays: it isn't the job's.
+        """
+        with suppress(FileNotFoundError, IntegrityError), self.errors(path, "removed"):
+            if self.is_local:
+                remove_object(self.folder, path)
+            else:
+                self.fs.rm_file(self.full(path))
 
     def size(self, path: str) -> int:
         """Size of an object in bytes; raises `FileNotFoundError` if there is none."""
+        if self.is_local:
+            with self.errors(path):
+                return object_size(self.folder, path)
         return self.patiently(path, lambda: int(self.fs.info(self.full(path))["size"]))
 
     def names(self, path: str) -> list[str]:
@@ -126,35 +139,53 @@ class Store(Backend):
     def open(self, path: str) -> IO[bytes]:
         """A seekable binary file. The caller must check its hash before trusting it."""
         with self.errors(path):
+            if self.is_local:
+                return os.fdopen(open_object(self.folder, path), "rb")
             file: IO[bytes] = self.fs.open(self.full(path), "rb")
             return file
 
-    def read_bytes(self, path: str) -> bytes:
-        """An object's bytes, unchecked; raises `FileNotFoundError` if there is none."""
+    def read_bytes(self, path: str, limit: int | None = None) -> bytes:
+        """An object's bytes, unchecked.
+
+        Args:
+            limit: the most bytes to read; None: all that there are.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            IntegrityError: it has more bytes than that.
+        """
+        if limit is not None and (size := self.size(path)) > limit:
+            raise IntegrityError(f"{self.full(path)} has {size} bytes, but only {limit} are allowed")
+        if self.is_local:
+            with self.open(path) as file:
+                return file.read()
         return self.patiently(path, lambda: bytes(self.fs.cat_file(self.full(path))))
 
     def tensors(self, path: str, size: int, *, max_header: int = MAX_HEADER_BYTES) -> TensorReader:
         """Block-wise access to a safetensors object of `size` bytes."""
-        full = self.full(path)
-        read = LocalFile(full, self._may_stay_open) if self.is_local else partial(self.read_range, path)
-        return TensorReader(read, size, where=full, max_header=max_header)
+        read: ReadRange = partial(self.read_range, path)
+        if self.is_local:
+            with self.errors(path):
+                read = LocalFile(partial(open_object, self.folder, path), self._may_stay_open)
+        return TensorReader(read, size, where=self.full(path), max_header=max_header)
 
     def read_range(self, path: str, start: int, stop: int) -> bytearray | memoryview:
         """An object's bytes from `start` to `stop`, or to its end; unchecked."""
         if stop == start:
             return bytearray()
         if self.is_local:
-            return LocalFile(self.full(path))(start, stop)
+            with self.errors(path):
+                return LocalFile(partial(open_object, self.folder, path))(start, stop)
         return self.patiently(path, lambda: bytearray(self.fs.cat_file(self.full(path), start=start, end=stop)))
 
-    def read_json(self, path: str) -> dict[str, Any]:
-        """A JSON object.
+    def read_json(self, path: str, limit: int | None = None) -> dict[str, Any]:
+        """A JSON object; see `read_bytes` for `limit`.
 
         Raises:
             FileNotFoundError: there is no such object.
             IntegrityError: it isn't a JSON object.
         """
-        return self.json_of(path, self.read_bytes(path))
+        return self.json_of(path, self.read_bytes(path, limit))
 
     def json_of(self, path: str, data: bytes) -> dict[str, Any]:
         """Parse an object's bytes as a JSON object.
@@ -230,9 +261,10 @@ class Store(Backend):
         """
         if not self.is_local or not hasattr(os, "posix_fadvise"):
             return
-        with suppress(FileNotFoundError), self.errors(path), Path(self.full(path)).open("rb") as file:
+        with suppress(FileNotFoundError, IntegrityError), self.open(path) as file:
             if os.fstat(file.fileno()).st_size >= _LARGE_BYTES:
-                exclusive.sync(file.fileno(), self.url, self.say)
+                with self.errors(path):
+                    exclusive.sync(file.fileno(), self.url, self.say)
 
     @contextmanager
     def _scratch(self) -> Iterator[str]:
@@ -257,13 +289,10 @@ class Store(Backend):
             IntegrityError: the bytes don't have the expected digest.
         """
         if self.is_local:
-            local = Path(self.full(path))
-            if not local.exists():
-                raise FileNotFoundError(local)
-            if digest is not None:
-                with local.open("rb") as file:
+            with self.open(path) as file:
+                if digest is not None:
                     check_digest(file, digest, where=self.full(path))
-            return local
+            return Path(self.full(path))
         local = folder / path.replace("/", "_")
         download(self, path, local, digest, again=again)
         return local

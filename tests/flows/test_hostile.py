@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable, Collection, Mapping
@@ -61,6 +62,7 @@ class Sent:
             seconds=0.1,
         ).model_dump(mode="json")
         self.raw_manifest: bytes | None = None
+        self.last: Callable[[Path], object] = lambda folder: None
         self.claims: dict[str, Any] = {}
 
     def params(self, changes: Mapping[str, Any], *, without: str | None = None, **claims: Any) -> None:
@@ -75,6 +77,7 @@ class Sent:
         manifest = {**self.manifest, **digest, **self.claims}
         data = self.raw_manifest if self.raw_manifest is not None else json.dumps(manifest).encode()
         store.write_bytes(paths.manifest(round, site), data)
+        self.last(Path(store.full(paths.update(round, site))).parent)
 
 
 Case = Callable[[Sent], object]
@@ -109,6 +112,27 @@ def raw(data: bytes) -> Case:
 
 def raw_manifest(data: bytes) -> Case:
     return lambda sent: setattr(sent, "raw_manifest", data)
+
+
+def instead(name: str, put: Callable[[Path], object]) -> Case:
+    """Puts something that isn't a file in the place of an object."""
+
+    def last(folder: Path) -> None:
+        (folder / name).unlink()
+        put(folder / name)
+
+    return lambda sent: setattr(sent, "last", last)
+
+
+def linked(at: Path) -> None:
+    """A link to the other site's object."""
+    at.symlink_to(at.parent.parent / "site-1" / at.name)
+
+
+def linked_folder(folder: Path) -> None:
+    """A folder that is a link to the other site's."""
+    folder.rename(folder.with_name("moved"))
+    folder.symlink_to(folder.with_name("site-1"))
 
 
 def flipped(at: int) -> Case:
@@ -209,6 +233,16 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "a shape of any size": (with_header(lambda head: head["w"].update(shape=[1 << 62] * 4)), "bytes", "'w' is F32"),
     "a dtype nobody knows": (with_header(lambda head: head["w"].update(dtype="PICKLE")), "bytes", "unknown dtype"),
     "a header that is a list": (raw(header_of([1, 2])), "bytes", "is not a JSON object"),  # type: ignore[arg-type]
+    # what isn't a file
+    "a link to the other's update": (instead("update.safetensors", linked), "bytes", "is a symbolic link"),
+    "a link to the other's manifest": (instead("update.json", linked), "manifest", "is a symbolic link"),
+    "a link to the other's folder": (
+        lambda sent: setattr(sent, "last", linked_folder),
+        "manifest",
+        "is a symbolic link",
+    ),
+    "a FIFO for an update": (instead("update.safetensors", os.mkfifo), "bytes", "is a FIFO"),
+    "a FIFO for a manifest": (instead("update.json", os.mkfifo), "manifest", "is a FIFO"),
     # manifests
     "a manifest that is no JSON": (raw_manifest(b"\x80\x04}"), "manifest", "its manifest is invalid"),
     "a manifest of nothing but brackets": (raw_manifest(DEEP), "manifest", "its manifest is invalid"),

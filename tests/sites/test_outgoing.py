@@ -2,6 +2,7 @@
 filters' output for the rest.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,26 @@ def test_a_filter_that_fails_is_named_and_nothing_leaves(tmp_path: Path) -> None
     with pytest.raises(SiteError, match="its update cannot leave: filter Failing: RuntimeError: no key"):
         site.leaves(Failing())
     assert not site.store.exists("there")
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a symbolic link"])
+def test_only_a_regular_file_of_the_scripts_own_leaves(kind: str, tmp_path: Path) -> None:
+    site = Site(tmp_path, BASE, TRAINED)
+    (tmp_path / "update").rename(tmp_path / "patients")
+    if kind == "a FIFO":
+        os.mkfifo(tmp_path / "update")
+    else:
+        (tmp_path / "update").symlink_to(tmp_path / "patients")
+    with pytest.raises(SiteError, match=f"its script has left no usable update: .*update is {kind}"):
+        site.leaves()
+    assert not site.store.exists("there")
+
+
+def test_the_host_does_not_write_through_a_link_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "diary").write_text("dear diary")
+    (tmp_path / "leaving-update").symlink_to(tmp_path / "diary")
+    Site(tmp_path, BASE, TRAINED).leaves(transfer="DIFF")
+    assert (tmp_path / "diary").read_text() == "dear diary"
 
 
 def test_a_difference_of_torch_is_that_of_the_host(tmp_path: Path) -> None:
