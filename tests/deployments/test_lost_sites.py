@@ -27,7 +27,7 @@ from tests.conftest import ADD_ONE
 from tests.poc import GatedJob, processes_of, wait_until, wait_until_gone
 from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 SITES = ("a", "b", "c")
 

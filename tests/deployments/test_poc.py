@@ -39,7 +39,7 @@ from tests import algorithms
 from tests.poc import GatedJob, brought_up, prefect, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import PostgresServer, S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 SITES = ("site-1", "site-2", "site-3")
 HELLO_PT = Path(__file__).parents[2] / "examples" / "hello-pt"

@@ -26,7 +26,7 @@ from tests.conftest import ADD_ONE
 from tests.poc import Worker, processes_of, wait_until_gone
 from tests.services import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 PASSWORD = "admin:a-password-of-the-operator"
 

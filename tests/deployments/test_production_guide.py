@@ -19,7 +19,7 @@ from tests import services
 from tests.conftest import ADD_ONE
 from tests.poc import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "production.md").read_text()
 LOGIN = "operator:a-password"

@@ -18,7 +18,7 @@ from fedpool.deployments.stored_jobs import list_jobs
 from tests import services
 from tests.poc import GatedJob, Worker, processes_of, wait_until, wait_until_gone
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 SITES = ("east", "west")
 

@@ -15,7 +15,7 @@ from fedpool.store import Store
 from tests.poc import GatedJob, processes_of, wait_until_gone
 from tests.services import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 SITES = ("site-1", "site-2")
 

@@ -15,7 +15,7 @@ from fedpool.store import Store
 from fedpool.tasks.job_record import JobResult
 from tests.poc import processes_of, wait_until, wait_until_gone
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 # Each site changes the model by what it knows about itself; site-2 fails after its last round.
 SCRIPT = """

@@ -20,7 +20,7 @@ from fedpool.deployments.server import free_port, server_command, server_environ
 from fedpool.deployments.site_claim import Holder, variable_name
 from tests.poc import Worker, processes_of, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 SERVED = "is already served by"
 

@@ -26,7 +26,7 @@ from fedpool.paths import JobPaths, new_job_id
 from tests.poc import Worker, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 # Touches `training`, waits for the file `go`, then sends its process id.
 SCRIPT = """
@@ -349,7 +349,7 @@ def test_a_site_whose_clock_is_off_counts_as_online_and_takes_its_runs_at_once(
     name = f"off-{abs(seconds)}-{'behind' if seconds < 0 else 'ahead'}"
     worker = site_worker(name, **clock_off_by(seconds))
     which = "behind" if seconds < 0 else "ahead of"
-    wait_until(lambda: f"s {which} the Prefect server's" in worker.log)
+    wait_until(lambda: f"s {which} that of the Prefect server" in worker.log)
 
     async def status() -> list[str]:
         async with get_client() as client:
