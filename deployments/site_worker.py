@@ -24,6 +24,7 @@ from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker
 from fedpool.deployments.prefect_desk import Counter, open_desk
 from fedpool.loopback import bypass_proxies
 from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
+from fedpool.sites.own_memory import hide_memory
 from fedpool.sites.service import Pace, SiteService
 from fedpool.tasks.reach import SITE_POOL
 
@@ -108,6 +109,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         """
         if not PREFECT_API_URL.value():
             raise ValueError("PREFECT_API_URL must be set to start a worker")
+        hide_memory()
         logger = get_logger("fedpool.site")
         pace = Pace(PREFECT_WORKER_QUERY_SECONDS.value(), self.heartbeat_interval_seconds)
         with _ended_by_signals() as signalled:

@@ -21,6 +21,7 @@ from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems, nearest
 from fedpool.paths import check_new_names
 from fedpool.sites.devices import missing_device
+from fedpool.sites.script_environment import check_pattern
 from fedpool.sites.script_process import find_program
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
@@ -54,6 +55,10 @@ class SiteConfig(BaseSettings):
     command: str = Field(
         default="python",
         description='command that runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"',
+    )
+    script_environment: tuple[str, ...] = Field(
+        default=(),
+        description='variables of the worker that scripts get in addition to those that they need, e.g. "HF_HOME", "MY_*"',
     )
     store: str | None = Field(
         default=None, description="the only store that this site uses; default: the store that the job names"
@@ -94,6 +99,13 @@ class SiteConfig(BaseSettings):
     @classmethod
     def _command_has_a_program(cls, value: str) -> str:
         find_program(value)
+        return value
+
+    @field_validator("script_environment")
+    @classmethod
+    def _has_no_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            check_pattern(pattern)
         return value
 
     @property

@@ -5,6 +5,7 @@ exists), is cancelled, or has had no assignment for the idle timeout. A job does
 time, in the order of its rounds.
 """
 
+import os
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ from fedpool.sites.config import SiteConfig
 from fedpool.sites.looks import Either, Looks, NowAndThen, Watch
 from fedpool.sites.output import LogLine
 from fedpool.sites.scratch import Scratch
+from fedpool.sites.script_environment import for_scripts
 from fedpool.sites.script_process import ProcessLauncher
 from fedpool.sites.script_session import ScriptSession
 from fedpool.sites.session import Session, Work
@@ -265,5 +267,10 @@ class _JobHere:
             site_index=self._sites.index(config.name),
             num_sites=len(self._sites),
         )
-        launcher = ProcessLauncher(config.command, threads=client.threads, imports=client.imports)
+        launcher = ProcessLauncher(
+            config.command,
+            threads=client.threads,
+            imports=client.imports,
+            environment=for_scripts(os.environ, config.script_environment),
+        )
         return ScriptSession(work, launcher, folder=self._sockets, workdir=config.folder.absolute())
