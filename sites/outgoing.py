@@ -34,12 +34,14 @@ class Outgoing:
     log: LogLine
 
     def deliver(
-        self, written: Path, model: Path, said: ParamsKind, store: Store, path: str
+        self, written: Path, leaving: Path, model: Path, said: ParamsKind, store: Store, path: str
     ) -> tuple[Inspection, ParamsKind]:
         """Hash the update that a script has written, and put it into the store.
 
         Args:
             written: the script's file, which is removed.
+            leaving: path of the host's own file. The script must not be able to write there, or the
+                host could be made to overwrite another file.
             model: the round's global model.
             said: what the file contains according to the script.
             path: path in the store.
@@ -56,7 +58,6 @@ class Outgoing:
                 seen = inspect_tensors(found, store.block_elements)
                 store.adopt(written, path)
                 return seen, kind
-            leaving = written.with_name(f"leaving-{written.name}")
             with leaving.open("wb") as file:
                 seen = write_and_inspect(file, made, store.block_elements)
         except FilterError as error:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from fedpool.client_use import missing_client
 from fedpool.errors import IntegrityError, RecipeError
+from fedpool.messages import inside_bundle
 from fedpool.refusals import explained
 from fedpool.script_files import ScriptFiles, find_files
 
@@ -47,6 +48,13 @@ class Bundle:
     imports: tuple[str, ...]
     data: bytes = field(repr=False, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises `RecipeError` if the script's name leads out of the bundle."""
+        try:
+            inside_bundle(self.entry)
+        except ValueError as error:
+            raise RecipeError(f"the client script {error}") from None
 
 
 def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
@@ -134,6 +142,17 @@ def unpack_bundle(data: bytes, folder: Path, *, sha256: str) -> None:
                     f"the bundle contains {entry.filename!r}, which cannot be unpacked: {error}"
                 ) from None
     compileall.compile_dir(folder, quiet=2)  # once here, rather than in each of a thousand scripts
+
+
+def check_entry(entry: str, folder: Path) -> None:
+    """Check that a job's script is a file of its unpacked bundle.
+
+    Raises:
+        IntegrityError: it isn't.
+    """
+    path = folder / entry
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        raise IntegrityError(f"the job runs {entry!r}, which is not a file of its bundle")
 
 
 def _included(folder: Path, item: str) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """What an ordinary client script reaches at a real site, beyond what it was given."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -32,13 +33,13 @@ while flare.is_running():
 """
 
 SECRETS = {
-    "PREFECT_API_AUTH_STRING": "operator:secret",
-    "AWS_SECRET_ACCESS_KEY": "secret",
-    "AWS_ACCESS_KEY_ID": "secret",
-    "FEDPOOL_SITE_STORAGE_OPTIONS": '{"secret": "secret"}',
+    "PREFECT_API_AUTH_STRING": "operator:hush",
+    "AWS_SECRET_ACCESS_KEY": "hush",
+    "AWS_ACCESS_KEY_ID": "hush",
+    "FEDPOOL_SITE_STORAGE_OPTIONS": '{"secret": "hush"}',
     "FEDPOOL_ALLOWED_CODE": "any",
-    "HTTPS_PROXY": "http://user:secret@proxy:3128",
-    "SOME_TOKEN": "secret",
+    "HTTPS_PROXY": "http://user:hush@proxy:3128",
+    "SOME_TOKEN": "hush",
 }
 
 
@@ -88,7 +89,7 @@ def test_a_script_sees_no_secret_of_its_worker(
     )
     for environment in seen:
         assert not SECRETS.keys() & environment.keys()
-        assert not any("secret" in value for value in environment.values())
+        assert not any("hush" in value for value in environment.values())
     assert seen[0]["PATH"]
 
 
@@ -135,6 +136,133 @@ def test_scripts_get_what_libraries_and_devices_need() -> None:
 def test_the_workers_own_secrets_cannot_be_named(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"script_environment: .*{message}"):
         SiteConfig.load(name="a", script_environment=[name])
+
+
+COUNTS = """
+    import numpy as np
+    import fedpool.client as flare
+
+    flare.init()
+    while flare.is_running():
+        flare.receive()
+        counted = {"n": (flare.kept("count") or {"n": np.zeros(1)})["n"] + 1}
+        flare.keep("count", counted)
+        flare.send(flare.FLModel(params={"w": counted["n"].astype(np.float32)}))
+"""
+
+
+def test_what_a_job_has_kept_is_not_that_of_a_job_with_its_id_on_another_store(
+    site: Callable[..., Site], write_script: Callable[..., Path], tmp_path: Path
+) -> None:
+    here, script = site(), write_script(COUNTS)
+    first = Job(Store(tmp_path / "store"), script)
+    second = Job(Store(tmp_path / "other"), script, job_id=first.paths.job_id)
+    for job, round in ((first, 0), (first, 1), (second, 0), (second, 1)):
+        job.assign(round)
+        assert here.perform(job, round)
+    assert (first.pid(1), second.pid(1)) == (2, 2)
+
+
+def test_what_a_job_has_kept_is_not_that_of_other_code_with_its_id(
+    site: Callable[..., Site], write_script: Callable[..., Path], tmp_path: Path
+) -> None:
+    here = site()
+    first = Job(Store(tmp_path / "store"), write_script(COUNTS))
+    first.assign()
+    assert here.perform(first)
+    here.resident.close()
+    shutil.rmtree(tmp_path / "store")
+    again = Job(Store(tmp_path / "store"), write_script(f"{COUNTS}    # changed"), job_id=first.paths.job_id)
+    here = Site(here.folder)
+    again.assign(1)
+    try:
+        assert here.perform(again, 1)
+    finally:
+        here.resident.close()
+    assert again.pid(1) == 1
+
+
+# Leaves modules in every place that an earlier job may reach, named as those that the processes of
+# a site import first.
+LEAVES = """
+    import pathlib
+    for folder in (pathlib.Path.cwd(), pathlib.Path.home()):
+        for name in ("shlex", "json", "fedpool", "numpy", "sitecustomize", "usercustomize"):
+            (folder / f"{name}.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
+    seen = str(pathlib.Path.cwd())
+"""
+
+
+def test_what_a_script_leaves_in_its_folder_does_not_run_in_another_jobs_processes(
+    site: Callable[..., Site], ask: Callable[..., Any]
+) -> None:
+    here = site()
+    folder = Path(ask(here, LEAVES))
+    other, names, home = ask(here, "import os\nseen = [os.getcwd(), os.listdir(), os.path.expanduser('~')]")
+    assert other != str(folder) and names == [] and home == other
+    assert not (folder / "ran").exists()
+
+
+def test_a_worker_does_not_look_for_modules_in_its_current_folder(
+    site: Callable[..., Site], ask: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("shlex", "json", "runpy", "traceback"):  # of the guard, and of what starts the script
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    assert ask(site(), "seen = 1") == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_pythons_that_a_script_starts_find_the_modules_beside_them(
+    site: Callable[..., Site], ask: Callable[..., Any]
+) -> None:
+    seen = ask(
+        site(),
+        """
+        import pathlib, subprocess, sys
+        pathlib.Path("tool.py").write_text("import beside; print(beside.VALUE)")
+        pathlib.Path("beside.py").write_text("VALUE = 7")
+        seen = subprocess.run([sys.executable, "tool.py"], capture_output=True, text=True).stdout
+        """,
+    )
+    assert seen == "7\n"
+
+
+# Leaves a link where the host would write if it changed the update.
+LINKS = """
+    import os
+    import numpy as np
+    import fedpool.client as flare
+    from fedpool.client.hosts import SessionHost
+
+    next_of_host, victim = SessionHost.next, os.environ["VICTIM"]
+
+    def next(self, timeout):
+        assignment = next_of_host(self, timeout)
+        if assignment:
+            folder = os.path.dirname(assignment.update)
+            os.symlink(victim, os.path.join(folder, "leaving-update.safetensors"))
+        return assignment
+
+    SessionHost.next = next
+    flare.init()
+    while flare.is_running():
+        flare.receive()
+        flare.send(flare.FLModel(params={"w": np.ones(1, np.float32)}))
+"""
+
+
+def test_a_script_cannot_make_the_host_overwrite_a_file(
+    site: Callable[..., Site], write_script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setenv("VICTIM", str(victim))
+    here = site(script_environment=["VICTIM"])
+    job = Job(Store(tmp_path / "store"), write_script(LINKS), params_transfer_type="DIFF")
+    job.assign()
+    assert here.perform(job)
+    assert victim.read_text() == "precious"
 
 
 # Runs without the capabilities that let root look into every process, as a worker in a container
