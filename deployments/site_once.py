@@ -25,6 +25,7 @@ from fedpool.deployments.prefect_runs import PrefectRuns
 from fedpool.errors import ConfigError, ServerError
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.desk import Phase, Piece, Report, Reports
+from fedpool.sites.own_memory import hide_memory
 from fedpool.sites.piece import check_piece, do_piece
 from fedpool.sites.resident import Resident
 from fedpool.tasks.prefect_internals import FLOW_RUN_VARIABLE, engine_signals
@@ -64,6 +65,7 @@ def run_assigned(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
     Raises:
         SystemExit: the run is already over (0), or could not be reported (1).
     """
+    hide_memory()
     with engine_signals(run_id):
         return asyncio.run(_run(run_id, load))
 

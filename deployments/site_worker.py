@@ -21,6 +21,7 @@ from fedpool.deployments.prefect_desk import Counter, open_desk
 from fedpool.deployments.signals import ended_by_signals
 from fedpool.loopback import bypass_proxies
 from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
+from fedpool.sites.own_memory import hide_memory
 from fedpool.sites.service import Pace, SiteService
 from fedpool.tasks.reach import SITE_POOL
 
@@ -105,6 +106,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
         """
         if not PREFECT_API_URL.value():
             raise ValueError("PREFECT_API_URL must be set to start a worker")
+        hide_memory()
         logger = get_logger("fedpool.site")
         pace = Pace(PREFECT_WORKER_QUERY_SECONDS.value(), self.heartbeat_interval_seconds)
         with ended_by_signals():

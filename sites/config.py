@@ -22,6 +22,7 @@ from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems, nearest
 from fedpool.paths import check_new_names
 from fedpool.sites.devices import missing_device
+from fedpool.sites.script_environment import check_pattern
 from fedpool.sites.script_process import find_program
 from fedpool.store import Store
 
@@ -58,6 +59,10 @@ class SiteConfig(BaseSettings):
     command: str = Field(
         default="python",
         description='command that runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"',
+    )
+    script_environment: tuple[str, ...] = Field(
+        default=(),
+        description='variables of the worker that scripts get in addition to those that they need, e.g. "HF_HOME", "MY_*"',
     )
     store: str = Field(
         description="URL of the only store that this site uses, such as s3://fl-jobs; a run that names another is refused",
@@ -99,6 +104,13 @@ class SiteConfig(BaseSettings):
     @classmethod
     def _command_has_a_program(cls, value: str) -> str:
         find_program(value)
+        return value
+
+    @field_validator("script_environment")
+    @classmethod
+    def _has_no_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            check_pattern(pattern)
         return value
 
     @property

@@ -56,7 +56,7 @@ def num_devices() -> int:
 def _ask_torch() -> int:
     everything = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     answer = subprocess.run(
-        [sys.executable, "-c", _ASK_TORCH],
+        [sys.executable, "-P", "-c", _ASK_TORCH],
         env=everything,
         capture_output=True,
         text=True,

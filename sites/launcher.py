@@ -32,7 +32,7 @@ class Launcher(Protocol):
         Args:
             script: its path.
             arguments: its command line.
-            environment: variables added to the host's.
+            environment: variables of this script alone.
             folder: where it runs.
             seed: seed of the script's random generators.
 

@@ -223,12 +223,13 @@ class LocalSites:
         assert self._job is not None and self._store is not None and self._logs is not None
         site = assignment.site
         kept = Path(self._store.full(JobPaths(self._job.job_id).kept(site)))
+        folder = self._sessions.folder_of(site)
         return run_site_round(
             self._job,
             assignment,
             session=session,
             store=self._store,
-            folder=SiteFolder(self._sessions.folder_of(site), kept),
+            folder=SiteFolder(folder, folder, kept),
             deadline=deadline,
             log=self._logs.writer(site, assignment.round, log),
             trusted=self._store.is_local,

@@ -1,5 +1,6 @@
 """The sessions of simulated sites, and the sites' folders."""
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,10 @@ class LocalSessions:
         self._origin = origin
         self._commands = dict(commands)
         self._launchers = {
-            command: ProcessLauncher(command, threads=threads, imports=imports) for command in set(commands.values())
+            command: ProcessLauncher(
+                command, threads=threads, imports=imports, environment=os.environ, beside=Path.cwd()
+            )
+            for command in set(commands.values())
         }
         self._zygote = None if commands.keys() >= set(names) else Zygote(threads=threads)
         self._job: ClientJob | None = None

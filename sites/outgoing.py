@@ -35,12 +35,14 @@ class Outgoing:
     log: LogLine
 
     def deliver(
-        self, written: Path, model: Path, said: ParamsKind, store: Store, path: str
+        self, written: Path, leaving: Path, model: Path, said: ParamsKind, store: Store, path: str
     ) -> tuple[Inspection, ParamsKind]:
         """Hash the update that a script has written, and put it into the store.
 
         Args:
             written: the script's file, which is removed.
+            leaving: path of the host's own file. The script must not be able to write there, or the
+                host could be made to overwrite another file.
             model: the round's global model.
             said: what the file contains according to the script.
             path: path in the store.
@@ -62,9 +64,7 @@ class Outgoing:
                 seen = inspect_tensors(found, store.block_elements)
                 store.adopt(written, path)
                 return seen, kind
-            leaving = written.with_name(f"leaving-{written.name}")
-            leaving.unlink(missing_ok=True)
-            with leaving.open("xb") as file:  # not through a link that the script may have left
+            with leaving.open("wb") as file:
                 seen = write_and_inspect(file, made, store.block_elements)
         except FilterError as error:
             raise SiteError(asked.site, asked.round, f"its update cannot leave: {error}") from error

@@ -5,37 +5,21 @@ exists), is cancelled, or has had no assignment for the idle timeout. A job does
 time, in the order of its rounds.
 """
 
-import shutil
 import threading
 import time
-from pathlib import Path
 
-from fedpool.bundle import MAX_ZIP_BYTES, unpack_bundle
-from fedpool.errors import ConfigError, IntegrityError, SiteError, StoreError
-from fedpool.filters import Filter
-from fedpool.messages import ClientJob, SiteAssignment
-from fedpool.paths import JobPaths
-from fedpool.site_order import in_order
+from fedpool.errors import SiteError
 from fedpool.sites.config import SiteConfig
-from fedpool.sites.looks import Either, Looks, NowAndThen, Watch
+from fedpool.sites.job_here import JobHere
+from fedpool.sites.looks import Either
 from fedpool.sites.output import LogLine
 from fedpool.sites.scratch import Scratch
-from fedpool.sites.script_process import ProcessLauncher
-from fedpool.sites.script_session import ScriptSession
-from fedpool.sites.session import Session, Work
-from fedpool.sites.site_filters import load_filters
-from fedpool.sites.site_round import SiteFolder, run_site_round
-from fedpool.sites.sockets import make_socket_folder
 from fedpool.sites.turns import Turns
-from fedpool.store import Store
 
 _IDLE_POLL_S = 3.0
 """How often to check whether a job without calls has ended: that happens after its last round."""
 
 _CLOSE_GRACE_S = 15.0
-
-_MAX_JOB_BYTES = 64 << 20
-"""Limit on the description of a job."""
 
 
 class Resident:
@@ -47,7 +31,7 @@ class Resident:
 
     def __init__(self, config: SiteConfig) -> None:
         self.config = config
-        self._jobs: dict[str, _JobHere] = {}
+        self._jobs: dict[str, JobHere] = {}
         self._lock = threading.Lock()
         self._turns = Turns(config.max_jobs)
         self._closed = threading.Event()
@@ -87,7 +71,7 @@ class Resident:
                 raise SiteError(self.config.name, round, "the site was stopped")
             job = self._jobs.get(job_id)
             if job is None:
-                job = self._jobs[job_id] = _JobHere(
+                job = self._jobs[job_id] = JobHere(
                     job_id, self.config.open_store(), self.config, self._scratch.path, self._turns
                 )
             job.num_calls += 1
@@ -123,146 +107,3 @@ class Resident:
                         continue  # it has a call again
                     del self._jobs[job.job_id]
                 job.end()
-
-
-class _JobHere:
-    """One job at this site."""
-
-    def __init__(self, job_id: str, store: Store, config: SiteConfig, scratch: Path, turns: Turns) -> None:
-        self.job_id = job_id
-        self._store = store
-        self._paths = JobPaths(job_id)
-        self._looks = Looks(config.name, store, self._paths, max_wait_s=config.max_wait_s)
-        self._config = config
-        self._turns = turns
-        self._folder = scratch / job_id
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._sockets = make_socket_folder()
-        self._working = threading.Lock()
-        self.num_calls = 0
-        """Calls of `perform` in progress. Guarded by the resident's lock, like the next one."""
-        self.last_call = time.monotonic()
-        self._client: ClientJob | None = None
-        self._filters: tuple[Filter, ...] = ()
-        self._sites: list[str] = []
-        self._last: tuple[SiteAssignment, LogLine] | None = None
-        self._session: Session | None = None
-
-    def perform(self, round: int, attempt: int, *, stop: Either, log: LogLine) -> bool:
-        try:
-            assignment = self._looks.wait_for(round, attempt, stop)
-            if assignment is None:
-                return False
-            deadline = None if assignment.timeout_s is None else time.monotonic() + assignment.timeout_s
-            with self._working:
-                if self._looks.is_over(round):  # it ended while the script worked on the previous round
-                    return False
-                is_over = NowAndThen(lambda: self._looks.is_over(round))
-
-                def give_up() -> bool:
-                    late = deadline is not None and time.monotonic() >= deadline
-                    return late or stop.is_set() or is_over()
-
-                with self._turns.turn(self.job_id, over=give_up, tell=log) as came:
-                    if came:
-                        self._do(assignment, deadline, stop, log)
-                    elif stop.is_set():
-                        raise SiteError(self._config.name, round, "the run was cancelled before its turn")
-            return came
-        except (OSError, StoreError) as error:
-            raise SiteError(self._config.name, round, f"the store failed: {error}") from error
-
-    def has_ended(self) -> bool:
-        """Whether the job's result is in the store."""
-        return self._looks.has_ended()
-
-    def kill(self) -> None:
-        if (session := self._session) is not None:
-            session.kill()
-
-    def end(self) -> None:
-        """Tell the script to end, give it time, and remove everything that it leaves."""
-        with self._working:
-            if self._session is not None:
-                how = self._session.end()
-                self._session = None
-                if how is not None:
-                    self._tell_ending(how)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        shutil.rmtree(self._sockets, ignore_errors=True)
-
-    def _tell_ending(self, how: str) -> None:
-        """Report how the script failed after its last round, in its log and in the job."""
-        assert self._last is not None, "a script is started by an assignment"
-        assignment, log = self._last
-        log(f"after its last round, {how}")
-        path = self._paths.ending(assignment.round, assignment.site, assignment.attempt)
-        try:
-            if self.has_ended():  # otherwise it was idle, and may be started again
-                self._store.write_json(path, {"how": how})
-        except (OSError, StoreError) as error:
-            log(f"{path} could not be written: {error}")
-
-    def _do(self, assignment: SiteAssignment, deadline: float | None, stop: Either, log: LogLine) -> None:
-        client = self._client = self._client or self._read_job(assignment.round)
-        self._last = assignment, log
-        session = self._session = self._session or self._new_session(client)
-        with Watch(lambda: stop.is_set() or self.has_ended(), session.kill) as watch:
-            try:
-                run_site_round(
-                    client,
-                    assignment,
-                    session=session,
-                    store=self._store,
-                    folder=SiteFolder(self._folder, self._config.folder.absolute() / "kept" / self.job_id),
-                    deadline=deadline,
-                    log=log,
-                    filters=self._filters,
-                )
-            except SiteError as error:
-                if watch.fired:
-                    raise SiteError(error.site, error.round, "the run was cancelled") from error
-                raise
-            finally:
-                if watch.fired:  # a killed session cannot be used again
-                    self._session = None
-                    session.end(0)
-
-    def _read_job(self, round: int) -> ClientJob:
-        """Read the job's description from the store, and unpack its bundle.
-
-        Raises:
-            IntegrityError: an object is invalid or does not match its hash.
-            SiteError: this site does not allow the code of the job's filters.
-        """
-        try:
-            described = self._store.read_json(self._paths.job, _MAX_JOB_BYTES)
-            client = ClientJob.model_validate(described["client"], strict=False)
-            if client.job_id != self.job_id:  # its objects would be those of another job
-                raise ValueError(f"it names the job {client.job_id!r}")
-            self._sites = in_order(described["sites"])
-            self._sites.index(self._config.name)
-        except (KeyError, ValueError) as error:
-            raise IntegrityError(f"{self._store.full(self._paths.job)} does not describe a job: {error}") from None
-        data = self._store.read_bytes(self._paths.bundle(client.bundle_sha256), MAX_ZIP_BYTES)
-        unpack_bundle(data, self._folder / "bundle", sha256=client.bundle_sha256)
-        try:
-            self._filters = load_filters(client, self._store, self._config.allow_code)
-        except ConfigError as error:
-            raise SiteError(self._config.name, round, str(error)) from error
-        return client
-
-    def _new_session(self, client: ClientJob) -> Session:
-        config = self._config
-        work = Work(
-            job_id=self.job_id,
-            site=config.name,
-            script=self._folder / "bundle" / client.entry,
-            arguments=client.site_arguments.get(config.name, client.arguments),
-            config={**client.config, **client.site_config.get(config.name, {}), **config.config},
-            environment={"CUDA_VISIBLE_DEVICES": config.gpus} if config.gpus is not None else {},
-            site_index=self._sites.index(config.name),
-            num_sites=len(self._sites),
-        )
-        launcher = ProcessLauncher(config.command, threads=client.threads, imports=client.imports)
-        return ScriptSession(work, launcher, folder=self._sockets, workdir=config.folder.absolute())

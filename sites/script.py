@@ -86,6 +86,7 @@ def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int
     """Run a script as `python script.py ARGUMENTS` would; returns its exit code.
 
     Args:
+        script: its path; its folder replaces the first entry of `sys.path`.
         threads: number of torch threads.
         seed: seed of the script's random generators.
     """
@@ -116,7 +117,10 @@ def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int
 def main() -> None:
     """Entry point of a script's own process."""
     request = json.loads(sys.argv[1])
-    sys.path[0] = ""  # `-m` has put the starting process's folder there
+    # The current folder was kept off the path until here. The Python processes that the script
+    # itself starts find the modules beside them, as usual.
+    os.environ.pop("PYTHONSAFEPATH", None)
+    sys.path.insert(0, request["beside"] or str(Path(request["script"]).parent))
     preload(request["imports"])
     os.chdir(request["folder"])
     sys.exit(run_script(request["script"], request["arguments"], threads=request["threads"], seed=request["seed"]))

@@ -22,6 +22,8 @@ from fedpool.sites.descendants import adopt_orphans, end_children, kill, kill_gr
 from fedpool.sites.launcher import Script
 
 _GUARD = (sys.executable, "-m", "fedpool.sites.script_process")
+_SAFE = {"PYTHONSAFEPATH": "1"}
+"""Keeps the current folder off `sys.path`: earlier scripts may have left modules there."""
 
 
 def find_program(command: str) -> list[str]:
@@ -49,12 +51,24 @@ class ProcessLauncher:
         command: command that runs Python: "python", or e.g. "torchrun --nproc-per-node 2".
         threads: torch, OpenMP and BLAS threads of every script.
         imports: modules outside its bundle that the script imports.
+        environment: variables of every script.
+        beside: a folder in which those modules may be, too.
     """
 
-    def __init__(self, command: str, *, threads: int, imports: Sequence[str]) -> None:
+    def __init__(
+        self,
+        command: str,
+        *,
+        threads: int,
+        imports: Sequence[str],
+        environment: Mapping[str, str],
+        beside: Path | None = None,
+    ) -> None:
         self._command = find_program(command)
         self._threads = threads
         self._imports = list(imports)
+        self._environment = dict(environment)
+        self._beside = None if beside is None else str(beside)
         self._running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(
@@ -65,6 +79,7 @@ class ProcessLauncher:
             "script": str(script),
             "arguments": list(arguments),
             "imports": self._imports,
+            "beside": self._beside,
             "folder": str(folder),
             "threads": self._threads,
             "seed": seed,
@@ -77,7 +92,7 @@ class ProcessLauncher:
             output, output_end, status, status_end = ends
             process = subprocess.Popen(
                 [*_GUARD, *self._command, "-m", "fedpool.sites.script", json.dumps(request)],
-                env={**os.environ, **limits, "PYTHONUNBUFFERED": "1", **environment},
+                env={**self._environment, **limits, **_SAFE, "PYTHONUNBUFFERED": "1", **environment},
                 stdin=subprocess.PIPE,
                 stdout=output_end,
                 stderr=output_end,

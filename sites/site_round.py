@@ -14,6 +14,7 @@ from fedpool.client.hosts import Assignment
 from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
 from fedpool.filters import Filter
 from fedpool.inspection import Inspection
+from fedpool.job_digest import job_digest
 from fedpool.messages import ClientJob, SiteAssignment, Stored, UpdateManifest
 from fedpool.model import NUM_STEPS
 from fedpool.paths import JobPaths
@@ -29,16 +30,27 @@ MAX_MANIFEST_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class SiteFolder:
-    """A site's own folder, with its downloads and its script's output."""
+    """A site's folders in a job.
+
+    Attributes:
+        path: the host's downloads, and its own files on the way to the store.
+        outbox: where the script writes its update; may be the same folder.
+        kept: for tensors that stay at the site between rounds, and after the job.
+    """
 
     path: Path
+    outbox: Path
     kept: Path
-    """Folder for tensors that stay at the site between rounds, and after the job."""
 
     @property
     def update(self) -> Path:
         """Path of the update that the script writes."""
-        return self.path / "update.safetensors"
+        return self.outbox / "update.safetensors"
+
+    @property
+    def leaving(self) -> Path:
+        """Path of the update that the host writes, if it changes the script's."""
+        return self.path / "leaving-update.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +183,9 @@ class _Part:
         inspection, kind = None, update["params_type"]
         if kind is not None:
             path = paths.update(asked.round, asked.site, asked.attempt)
-            inspection, kind = self.outgoing.deliver(self.folder.update, model, kind, self.store, path)
+            inspection, kind = self.outgoing.deliver(
+                self.folder.update, self.folder.leaving, model, kind, self.store, path
+            )
         manifest = UpdateManifest(
             job_id=self.job.job_id,
             site=asked.site,
@@ -190,6 +204,7 @@ class _Part:
             scalars=scalars,
             seconds=time.monotonic() - started,
             filters=() if kind is None else self.job.filters,
+            job_digest=job_digest(self.job),
         )
         where = paths.manifest(asked.round, asked.site, asked.attempt)
         written = self.store.write_json(where, manifest.model_dump(mode="json"))

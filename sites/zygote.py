@@ -33,7 +33,7 @@ class Zygote:
         self._lock = threading.Lock()
         limits = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fedpool.sites.zygote_process", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "fedpool.sites.zygote_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env={**os.environ, **limits},
             stdin=subprocess.DEVNULL,

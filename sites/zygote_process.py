@@ -31,6 +31,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fedpool.sites.descendants import adopt_orphans, end_children, kill, kill_group, living_descendants, own_children
@@ -220,5 +221,6 @@ def _run_script(
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path.cwd()))  # scripts may import modules from there, but this process did not
     serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)  # tearing down thousands of modules would take half a second

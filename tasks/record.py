@@ -21,6 +21,9 @@ from fedpool.written import Written
 SiteName = Annotated[str, AfterValidator(partial(check_name, "site"))]
 """Names that are safe in the store's paths."""
 
+RECORD_PROTOCOL = 3
+"""The form of `round.json`. It changes less often than what sites and coordinators send."""
+
 
 class SiteEntry(Written):
     """An entry of a site."""

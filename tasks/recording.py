@@ -3,13 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedpool.messages import SITE_PROTOCOL, Described, Task
+from fedpool.messages import Described, Task
 from fedpool.model import NUM_EVAL_EXAMPLES, NUM_STEPS
 from fedpool.recipe import SERVER
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.gate import Accepted, Arrival, Failed, Late, Outcome, Probed, Rejected
 from fedpool.tasks.metrics import denominators, mean_metrics
 from fedpool.tasks.record import (
+    RECORD_PROTOCOL,
     AcceptedEntry,
     FailedEntry,
     LateAcceptedEntry,
@@ -68,7 +69,7 @@ def round_record(
     came = arithmetic.by_site(sorted(arrivals, key=lambda came: came.round), lambda came: came.outcome.site)
     without = not_asked or {}
     return RoundRecord(
-        protocol=SITE_PROTOCOL,
+        protocol=RECORD_PROTOCOL,
         job_id=job_id,
         round=round,
         task=task,

@@ -74,7 +74,7 @@ class SessionSites(Sites):
             assignment,
             session=self._sessions[assignment.site],
             store=self._store,
-            folder=SiteFolder(folder, folder / "kept"),
+            folder=SiteFolder(folder, folder, folder / "kept"),
             deadline=deadline,
             log=log,
             filters=self._filters,

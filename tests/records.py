@@ -4,9 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fedpool.messages import SITE_PROTOCOL
 from fedpool.tasks.job_record import JobRecord, JobResult
-from fedpool.tasks.record import RoundRecord
+from fedpool.tasks.record import RECORD_PROTOCOL, RoundRecord
 
 _MODEL = {"sha256": "b" * 64, "size": 10}
 _ASKED = {"site": "site-1", "attempt": 0}
@@ -42,7 +41,7 @@ def record_of(said: Mapping[str, Any]) -> RoundRecord:
     number, task = said.get("round", 0), said.get("task", "train")
     sites = dict.fromkeys(entry["site"] for of_kind in entries.values() for entry in of_kind)
     fields = {
-        "protocol": SITE_PROTOCOL,
+        "protocol": RECORD_PROTOCOL,
         "job_id": "job-1",
         "round": number,
         "task": task,

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from fedpool.client_use import missing_client
 from fedpool.errors import IntegrityError, RecipeError
+from fedpool.messages import inside_bundle
 from fedpool.refusals import explained
 from fedpool.script_files import ScriptFiles, find_files
 
@@ -53,6 +54,13 @@ class Bundle:
     imports: tuple[str, ...]
     data: bytes = field(repr=False, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises `RecipeError` if the script's name leads out of the bundle."""
+        try:
+            inside_bundle(self.entry)
+        except ValueError as error:
+            raise RecipeError(f"the client script {error}") from None
 
 
 def build_bundle(script: str | Path, include: Sequence[str] = ()) -> Bundle:
@@ -168,6 +176,17 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> N
     except (zipfile.BadZipFile, zlib.error, EOFError):
         target.unlink(missing_ok=True)
         raise
+
+
+def check_entry(entry: str, folder: Path) -> None:
+    """Check that a job's script is a file of its unpacked bundle.
+
+    Raises:
+        IntegrityError: it isn't.
+    """
+    path = folder / entry
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        raise IntegrityError(f"the job runs {entry!r}, which is not a file of its bundle")
 
 
 def _included(folder: Path, item: str) -> Iterator[Path]:

@@ -4,6 +4,7 @@ They are frozen pydantic models, because neither side trusts the other. `ClientJ
 `SiteAssignment` go to the site. `UpdateManifest` comes back, as `update.json`.
 """
 
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
@@ -11,13 +12,37 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 from fedpool.left_out import is_empty, is_none
 from fedpool.storable import storable
 
-SITE_PROTOCOL = 3
+SITE_PROTOCOL = 4
 
 Task = Literal["train", "evaluate", "submit_model"]
 
 
 Text = Annotated[str, AfterValidator(storable)]
 """A script's text in a form that can be stored; see `fedpool.storable`."""
+
+
+def inside_bundle(name: str) -> str:
+    """Return the name of a file in a bundle, if it can't lead out of the bundle's folder.
+
+    Raises:
+        ValueError: it is absolute, goes up, or isn't a file's name.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name or name == ".":
+        raise ValueError(f"{name!r} is not the name of a file inside its bundle")
+    return name
+
+
+def _module(name: str) -> str:
+    if name and not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{name!r} is not the dotted name of a module")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(inside_bundle)]
+"""The name of a file in a bundle."""
+Module = Annotated[str, AfterValidator(_module)]
+"""The dotted name of a module, or of something in it."""
 
 
 class Value(BaseModel):
@@ -49,9 +74,9 @@ class ClientJob(Value):
 
     job_id: str
     total_rounds: int
-    entry: str = Field(description="name of the client script inside the bundle")
+    entry: Inside = Field(description="name of the client script inside the bundle")
     bundle_sha256: str
-    imports: tuple[str, ...] = Field(description="dotted names that the script imports, for preloading")
+    imports: tuple[Module, ...] = Field(description="dotted names that the script imports, for preloading")
     arguments: tuple[str, ...] = Field(description="command line of the script")
     site_arguments: dict[str, tuple[str, ...]] = Field(description="command lines of the sites that have their own")
     config: dict[str, Any] = Field(description="values that get_config() returns at every site")
@@ -110,12 +135,13 @@ class UpdateManifest(Value):
 
     `weight` is the site's `NUM_STEPS_CURRENT_ROUND` (1 if absent). It is a string if it wasn't a
     finite number, which JSON can't represent and the gate rejects. A metric that wasn't finite is
-    null. `filters` are those that the update has passed.
+    null. `filters` are those that the update has passed. Manifests of protocol 3 have no
+    `job_digest`.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    protocol: Literal[3] = 3
+    protocol: Literal[3, 4] = 4
     job_id: str
     site: str
     round: int
@@ -138,3 +164,9 @@ class UpdateManifest(Value):
     )
     seconds: float
     filters: tuple[Described, ...] = Field(default=(), exclude_if=is_empty)
+    job_digest: str | None = Field(
+        default=None,
+        description="what the site ran, see fedpool.job_digest",
+        pattern="^[0-9a-f]{64}$",
+        exclude_if=is_none,
+    )

@@ -58,7 +58,7 @@ def zygote() -> Zygote:
 
 
 def process_launcher() -> ProcessLauncher:
-    return ProcessLauncher("python", threads=1, imports=())
+    return ProcessLauncher("python", threads=1, imports=(), environment=os.environ)
 
 
 @pytest.fixture(params=[zygote, process_launcher])

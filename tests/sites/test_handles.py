@@ -60,7 +60,9 @@ def session_of(launcher: Launcher, folder: Path, script: Path) -> ScriptSession:
 def test_a_script_that_cannot_start_says_that_handles_ran_out_and_starts_later(
     free: int, limit: Callable[[int], None], write_script: Callable[..., Path], tmp_path: Path
 ) -> None:
-    session = session_of(ProcessLauncher("python", threads=1, imports=()), tmp_path, write_script(ADD_ONE))
+    session = session_of(
+        ProcessLauncher("python", threads=1, imports=(), environment=os.environ), tmp_path, write_script(ADD_ONE)
+    )
     limit(limit_with_free(free, os.getpid()))
     with pytest.raises(SiteError, match=f"site-1, round 0: the client script could not be started: .*{NONE_LEFT}"):
         session.perform(Assignment(0, 1), deadline=None, log=print)

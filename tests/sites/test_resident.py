@@ -15,18 +15,20 @@ from safetensors.numpy import load
 
 from fedpool import FedAvgRecipe, IntegrityError, SiteError, Store
 from fedpool.flows.staging import stage
+from fedpool.job_digest import job_digest
 from fedpool.messages import SiteAssignment
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.sites.config import SiteConfig
 from fedpool.sites.resident import Resident
 from tests.poc import scripts_of, wait_until, wait_until_gone
 
-# Sends its process id, unless a file `hang` makes it wait forever.
+# Sends its process id, unless a file `hang` in the site's folder makes it wait forever.
 SCRIPT = """
     import os, pathlib, threading
     import numpy as np
     import fedpool.client as flare
 
+    os.chdir("../..")
     flare.init()
     while flare.is_running():
         flare.receive()
@@ -42,9 +44,11 @@ SCRIPT = """
 class Job:
     """A staged job; the test acts as its coordinator."""
 
-    def __init__(self, store: Store, script: Path, sites: tuple[str, ...] = ("a",), **fields: Any) -> None:
+    def __init__(
+        self, store: Store, script: Path, sites: tuple[str, ...] = ("a",), job_id: str | None = None, **fields: Any
+    ) -> None:
         self.store = store
-        self.paths = JobPaths(new_job_id("job"))
+        self.paths = JobPaths(job_id or new_job_id("job"))
         model = {"w": np.zeros(1, np.float32)}
         self.recipe = FedAvgRecipe(
             name="job",
@@ -149,7 +153,7 @@ def test_a_script_learns_which_of_the_jobs_sites_it_is(
     work.assign()
     assert here.perform(work)
     who = {"job_id": work.paths.job_id, "site_name": "a", "site_index": 0, "num_sites": 3}
-    assert here.printed == [str(who)]
+    assert here.printed[1:] == [str(who)]
 
 
 def test_a_script_that_fails_after_the_job_is_named_in_its_log_and_in_the_store(
@@ -199,7 +203,35 @@ def test_what_a_script_keeps_outlives_the_worker(tmp_path: Path) -> None:
         assert here.perform(work, round)
         here.resident.close()
         assert work.pid(round) == round + 1
-    assert (tmp_path / "site" / "kept" / work.paths.job_id / "00002" / "count.safetensors").exists()
+    (kept,) = (tmp_path / "site" / "kept").glob(f"{work.paths.job_id}-*")
+    assert (kept / "00002" / "count.safetensors").exists()
+
+
+def test_a_jobs_first_line_says_what_runs_and_its_digest_is_in_the_manifest(
+    site: Callable[..., Site], job: Callable[..., Job]
+) -> None:
+    here, work = site(), job()
+    digest = job_digest(work.recipe.client_job(work.paths.job_id, work.recipe.model.digest))
+    for round in (0, 1):
+        work.assign(round)
+        assert here.perform(work, round)
+    assert here.printed == [f"job {work.paths.job_id} runs client.py, digest {digest}", "{}", "{}"]
+    assert work.store.read_json(work.paths.manifest(1, "a"))["job_digest"] == digest
+
+
+@pytest.mark.parametrize("entry", ["/etc/hostname", "../../../client.py", "missing.py", "."])
+def test_a_script_outside_the_jobs_bundle_does_not_run(
+    entry: str, site: Callable[..., Site], job: Callable[..., Job], tmp_path: Path
+) -> None:
+    here, work = site(), job()
+    described = Path(work.store.full(work.paths.job))
+    if entry.startswith("/"):
+        entry = str(tmp_path / "client.py")  # the same script, but not the bundle's
+    described.write_text(described.read_text().replace('"entry": "client.py"', f'"entry": "{entry}"'))
+    work.assign()
+    with pytest.raises(SiteError, match=r"not the name of a file inside its bundle|which is not a file of its bundle"):
+        here.perform(work)
+    assert not work.store.exists(work.paths.update(0, "a"))
 
 
 def test_an_assignment_is_waited_for(site: Callable[..., Site], job: Callable[..., Job]) -> None:
@@ -339,7 +371,7 @@ def test_the_sites_own_settings_beat_those_of_the_job(site: Callable[..., Site],
     work = job(per_site_config={"a": {"data": "/theirs", "more": True}})
     work.assign()
     assert here.perform(work)
-    assert here.printed == ["{'data': '/mine', 'more': True, 'n': 1}"]
+    assert here.printed[1:] == ["{'data': '/mine', 'more': True, 'n': 1}"]
 
 
 def test_a_job_that_gives_the_id_of_another_is_refused(site: Callable[..., Site], job: Callable[..., Job]) -> None:

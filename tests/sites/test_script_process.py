@@ -25,7 +25,7 @@ def start(write_script: Callable[..., Path], tmp_path: Path) -> Callable[..., tu
     def start(
         text: str, *, command: str = "python", threads: int = 1, imports: tuple[str, ...] = ()
     ) -> tuple[ProcessLauncher, Script]:
-        launcher = ProcessLauncher(command, threads=threads, imports=imports)
+        launcher = ProcessLauncher(command, threads=threads, imports=imports, environment=os.environ)
         environment = {"GREETING": "hello", "FEDPOOL_TEST": str(tmp_path)}
         script = launcher.start(
             write_script(text), arguments=["a b", "--c"], environment=environment, folder=tmp_path, seed=7
@@ -123,11 +123,11 @@ def test_what_a_script_leaves_running_ends_with_it(start: Callable[..., tuple[Pr
 
 
 HOST = """
-    import sys
+    import os, sys
     from pathlib import Path
     from fedpool.sites.script_process import ProcessLauncher
 
-    launcher = ProcessLauncher("python", threads=1, imports=())
+    launcher = ProcessLauncher("python", threads=1, imports=(), environment=os.environ)
     folder = Path(sys.argv[1])
     launcher.start(folder / "client.py", arguments=(), environment={"FEDPOOL_TEST": str(folder)}, folder=folder, seed=0)
     sys.stdin.read()

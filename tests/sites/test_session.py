@@ -57,7 +57,7 @@ def run(folder: Path, session: Session, lines: list[str], restarts: int = 0) -> 
     assignment = SiteAssignment(
         site="north", round=0, task="train", base_sha256=base.sha256, base_size=base.size, timeout_s=None
     )
-    site = SiteFolder(folder, folder / "kept")
+    site = SiteFolder(folder, folder, folder / "kept")
     return store, run_site_round(
         job, assignment, session=session, store=store, folder=site, deadline=None, log=lines.append
     )
