@@ -290,7 +290,7 @@ def _server() -> Iterator[None]:
 
     with private_server() as server:
         server.wait()
-        os.environ |= {"PREFECT_API_URL": server.api_url, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        os.environ |= server.access.environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         yield
 
 

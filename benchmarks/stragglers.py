@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from fedpool import FedAvgRecipe, SimEnv
 from fedpool.deployments.server import private_server
@@ -54,7 +54,7 @@ def main() -> None:
     late: dict[str, int] = {}
     with private_server() as server:
         server.wait()
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
+        with temporary_settings(server.access.settings()):
             for _ in range(arguments.repeat):
                 for rule in RULES:
                     print(f"{rule} ...", file=sys.stderr)

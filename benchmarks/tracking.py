@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from fedpool import FedAvgRecipe, SimEnv
 from fedpool.deployments.server import private_server
@@ -67,7 +67,7 @@ def main() -> None:
     found: dict[str, list[float]] = {name: [] for name in cases}
     with private_server() as server, tempfile.TemporaryDirectory() as folder:
         server.wait()
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
+        with temporary_settings(server.access.settings()):
             for _ in range(arguments.repeat):
                 for name, (scalars, track) in cases.items():
                     found[name] += round_ms(Path(folder), scalars, arguments.rounds, track)

@@ -58,8 +58,14 @@ class Processes:
             return None
         return process if same else None
 
-    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """Start a process in its own session."""
+    def start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], sockets: Sequence[int] = ()
+    ) -> "subprocess.Popen[bytes]":
+        """Start a process in its own session.
+
+        Args:
+            sockets: numbers of the sockets that it inherits.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         # A shell makes its background processes ignore SIGINT, and children inherit that. Prefect's
         # worker would then ignore SIGTERM as well, because it handles it as SIGINT.
@@ -68,6 +74,7 @@ class Processes:
             process = subprocess.Popen(
                 [*_HEARING, *command] if deaf else command,
                 env=dict(environment),
+                pass_fds=sockets,
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -15,9 +15,10 @@ from pydantic import Field, field_validator, model_validator
 
 from fedpool import exclusive
 from fedpool.backend import normal_url
+from fedpool.deployments.access import Access
 from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.poc_services import Service, Services
-from fedpool.deployments.poc_state import PocState
+from fedpool.deployments.poc_state import PocState, close_to_others
 from fedpool.deployments.remote import RemoteEnv
 from fedpool.errors import ConfigError, RecipeError
 from fedpool.loopback import bypass_proxies
@@ -48,7 +49,7 @@ class PocEnv(RemoteEnv, NamedClients):
     )
     home: Path = Field(
         default=DEFAULT_HOME,
-        description="folder for the processes' logs, the sites' folders and the store",
+        description="folder for the processes' logs, the sites' folders and the store; `up` closes it to other users",
         validate_default=True,  # the default begins with ~
     )
 
@@ -89,36 +90,45 @@ class PocEnv(RemoteEnv, NamedClients):
         return f"run `fedpool poc up --home {self.home}`"
 
     def settings(self) -> dict[Any, Any]:
-        from prefect.settings import PREFECT_API_URL
-
-        return {PREFECT_API_URL: self.api_url}
+        return self.access.settings()
 
     @property
-    def api_url(self) -> str:
-        """URL of the Prefect server's API.
+    def access(self) -> Access:
+        """The Prefect server's address and password.
 
         Raises:
             ConfigError: no proof of concept is up.
         """
-        return PocState.read(self.home).api_url
+        return PocState.read(self.home).access
+
+    @property
+    def api_url(self) -> str:
+        """URL of the Prefect server's API."""
+        return self.access.api_url
 
     @property
     def ui_url(self) -> str:
-        """URL of the Prefect UI."""
-        return PocState.read(self.home).address
+        """URL of the Prefect UI, which asks for the password."""
+        return self.access.address
+
+    @property
+    def ui_link(self) -> str:
+        """Link that opens the Prefect UI, signed in. It has the password in it."""
+        return self.access.link
 
     def is_up(self) -> bool:
         """Whether it is up."""
         return PocState.path(self.home).exists()
 
     def environment(self) -> dict[str, str]:
-        """Variables with which other programs reach the server and the store, with `s3` its keys.
+        """Variables with which other programs reach the server and the store: addresses, the
+        password and, with `s3`, keys.
 
         Raises:
             ConfigError: no proof of concept is up.
         """
         state = PocState.read(self.home)
-        return {"PREFECT_API_URL": state.api_url, "FEDPOOL_STORE": state.store, **state.environment}
+        return {**state.access.environment, "FEDPOOL_STORE": state.store, **state.environment}
 
     def up(self) -> None:
         """Start the server, store, coordinator and sites that do not run; wait until all answer.
@@ -131,6 +141,7 @@ class PocEnv(RemoteEnv, NamedClients):
         """
         bypass_proxies()  # the processes inherit this
         with self._locked():
+            close_to_others(self.home)
             # In one form, because the workers have other current folders and compare it with jobs'.
             store = self.store and normal_url(self.store)
             state = PocState.reconcile(self.home, database=self.database, store=store, s3=self.s3)
@@ -167,6 +178,6 @@ class PocEnv(RemoteEnv, NamedClients):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with explained(self.home):
-            self.home.mkdir(parents=True, exist_ok=True)
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
             with exclusive.locked(self.home, _LOG.warning, wait=True):
                 yield

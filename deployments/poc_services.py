@@ -20,6 +20,7 @@ from fedpool.deployments.poc_state import BUCKET, PocState
 from fedpool.deployments.server import (
     IN_MEMORY,
     STARTUP_TIMEOUT_S,
+    listening,
     server_command,
     server_environment,
     wait_until_up,
@@ -101,7 +102,7 @@ class Services:
 
     def status(self, state: PocState, coordinator_pool: str) -> list[Service]:
         """Every process that was started and not stopped: whether it runs, and is healthy."""
-        answers = _answers(f"{state.api_url}/health")
+        answers = _answers(f"{state.access.api_url}/health")
         healthy = self._online(state, coordinator_pool) if answers else set()
         if answers:
             healthy.add(_SERVER)
@@ -152,18 +153,19 @@ class Services:
         raise ServerError(f"{_S3} did not answer within {STARTUP_TIMEOUT_S:g} s:\n{self._tail(_S3)}")
 
     def _start_server(self, state: PocState) -> None:
-        port = int(state.address.rsplit(":", 1)[1])
-        environment = server_environment(self._home / "prefect", state.database)
+        access = state.access
+        environment = server_environment(self._home / "prefect", access, state.database)
         if state.database != IN_MEMORY:  # keep the leases of deployments' slots as long as the runs
             environment |= LASTING_LEASES
-        process = self._processes.start(_SERVER, [*server_command(port), "stay"], environment)
-        wait_until_up(state.api_url, process, self._processes.log(_SERVER))
+        with listening(access.port) as door:
+            process = self._processes.start(_SERVER, [*server_command(door), "stay"], environment, [door.fileno()])
+        wait_until_up(access.api_url, process, self._processes.log(_SERVER))
 
     def _start_worker(self, state: PocState, name: str, command: Sequence[str], more: Mapping[str, str]) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
         environment |= {
             "PREFECT_HOME": str(self._home / "prefect"),
-            "PREFECT_API_URL": state.api_url,
+            **state.access.environment,
             "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "4",
             # A server with a single database connection answers 500 when it is too busy; a retry is
             # harmless.
@@ -189,17 +191,18 @@ class Services:
     def _online(self, state: PocState, coordinator_pool: str) -> set[str]:
         """Names of the processes whose workers are online and, for sites, registered."""
         found = set()
-        with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=10) as client:
+        server = httpx.Client(base_url=state.access.api_url, headers=state.access.headers, trust_env=False, timeout=10)
+        with suppress(httpx.HTTPError), server as client:
             for name in (_COORDINATOR, *(n for n in self._processes.names() if n.startswith(_SITE_PREFIX))):
                 if (process := self._processes.find(name)) is None:
                     continue
                 site = name.removeprefix(_SITE_PREFIX)
                 pool = coordinator_pool if name == _COORDINATOR else site
-                workers = client.post(f"{state.api_url}/work_pools/{pool}/workers/filter", json={})
+                workers = client.post(f"/work_pools/{pool}/workers/filter", json={})
                 if workers.status_code != 200 or not _any_online(workers.json(), since=process.create_time()):
                     continue
                 if name != _COORDINATOR:
-                    deployment = client.get(f"{state.api_url}/deployments/name/site-round/{site}")
+                    deployment = client.get(f"/deployments/name/site-round/{site}")
                     if deployment.status_code != 200:
                         continue
                 found.add(name)

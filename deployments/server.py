@@ -1,4 +1,5 @@
-"""A private Prefect server for one run: its own process, an in-memory database, a free local port.
+"""A private Prefect server for one run: a process, a database in memory, a free local port, and a
+random password.
 
 The database is in memory because with a SQLite file the server answers 503 to subflows that are
 created just after tasks finish. Background services that a simulation does not need are off, which
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedpool.deployments.access import Access
 from fedpool.errors import ServerError
 from fedpool.patience import pauses
 from fedpool.refusals import explained
@@ -43,29 +45,37 @@ _BATCHES = {
 
 
 class PrivateServer:
-    """A Prefect server that ends when it is closed, or when this process ends."""
+    """A Prefect server that ends when it is closed, or when this process ends.
+
+    Attributes:
+        access: its address and its password.
+        link_file: path of a file that has the link to the UI, for its owner only.
+    """
 
     def __init__(self) -> None:
         with explained(tempfile.gettempdir()):
-            self._home = tempfile.TemporaryDirectory(prefix="fedpool-prefect-")
-        self._output = Path(self._home.name) / "server.log"
-        port = free_port()
-        self.address = f"http://127.0.0.1:{port}"
-        self.api_url = f"{self.address}/api"
-        environment = {
-            **server_environment(Path(self._home.name)),
-            **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _UNUSED_SERVICES},
-            **_BATCHES,
-        }
-        with self._output.open("wb") as output:
+            self._home = tempfile.TemporaryDirectory(prefix="fedpool-prefect-")  # for its owner only
+        home = Path(self._home.name)
+        self._output = home / "server.log"
+        with listening() as door, self._output.open("wb") as output:
+            self.access = Access.new(door.getsockname()[1])
+            environment = {
+                **server_environment(home, self.access),
+                **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _UNUSED_SERVICES},
+                **_BATCHES,
+            }
             self._process = subprocess.Popen(
-                server_command(port),
+                server_command(door),
                 env=environment,
+                pass_fds=[door.fileno()],
                 stdin=subprocess.PIPE,  # when it closes, the server knows that this process is gone, even if killed
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # this process handles Ctrl-C, and the job must still report its end
             )
+        self.link_file = home / "ui-link"
+        self.link_file.touch(mode=0o600)
+        self.link_file.write_text(f"{self.access.link}\n")
 
     def wait(self) -> None:
         """Wait until the server answers.
@@ -73,7 +83,7 @@ class PrivateServer:
         Raises:
             ServerError: the server ended, or does not answer within `STARTUP_TIMEOUT_S`.
         """
-        wait_until_up(self.api_url, self._process, self._output)
+        wait_until_up(self.access.api_url, self._process, self._output)
 
     def close(self) -> None:
         """End the server and remove its folder. Idempotent.
@@ -114,10 +124,11 @@ def wait_until_up(api_url: str, process: "subprocess.Popen[bytes]", output: Path
     raise ServerError(f"the Prefect server did not answer within {STARTUP_TIMEOUT_S:g} s:\n{tail()}")
 
 
-def server_environment(home: Path, database: str = IN_MEMORY) -> dict[str, str]:
+def server_environment(home: Path, access: Access, database: str = IN_MEMORY) -> dict[str, str]:
     """The environment of a server's process: this one's without Prefect settings, and our own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     return environment | {
+        **access.server_environment,
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": str(database != IN_MEMORY).lower(),  # see server_process
@@ -142,9 +153,33 @@ def free_port() -> int:
     return port
 
 
-def server_command(port: int) -> list[str]:
-    """The command of a server's process; see `server_process`."""
-    return [sys.executable, "-m", "fedpool.deployments.server_process", str(port), str(_cache_folder())]
+def listening(port: int = 0) -> socket.socket:
+    """A socket that listens on the loopback, for a server's process to inherit. Close it here then.
+
+    It listens before anyone knows the port. If the server took the port itself once it has started,
+    seconds later, another user could take it first, and would be sent the password.
+
+    Args:
+        port: the port; 0: any that is free.
+
+    Raises:
+        ServerError: another program has the port.
+    """
+    door = socket.socket()
+    try:
+        if port:  # of a server that has ended: the system remembers its connections for a minute
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(("127.0.0.1", port))
+        door.listen(2048)
+    except OSError as error:
+        door.close()
+        raise ServerError(f"cannot listen on port {port} of 127.0.0.1: {error.strerror}") from None
+    return door
+
+
+def server_command(door: socket.socket) -> list[str]:
+    """The command of a server's process; see `server_process`. Pass it the socket (`pass_fds`)."""
+    return [sys.executable, "-m", "fedpool.deployments.server_process", str(door.fileno()), str(_cache_folder())]
 
 
 def _cache_folder() -> Path:

@@ -1,8 +1,8 @@
 """The process of a private Prefect server: serves on the loopback until its standard input ends.
 
-Run as `python -m fedpool.deployments.server_process PORT CACHE`. Its parent holds the other end of
-its standard input, so the server ends with the parent, however that ends. With a fourth argument,
-`stay`, it outlives its parent.
+Run as `python -m fedpool.deployments.server_process SOCKET CACHE`, with the number of an inherited
+socket that listens. Its parent holds the other end of its standard input, so the server ends with
+the parent, however that ends. With a third argument, `stay`, it outlives its parent.
 
 Prefect creates its tables by running every migration it ever had, which takes most of a server's
 start. The empty tables are always the same, so they are kept in CACHE (a SQLite file per version of
@@ -30,6 +30,7 @@ import prefect  # noqa: E402
 import uvicorn  # noqa: E402
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL  # noqa: E402
 
+from fedpool.deployments.local_app import local_app  # noqa: E402
 from fedpool.tasks.prefect_internals import server_app, server_database  # noqa: E402
 
 
@@ -64,8 +65,8 @@ async def _prepare_tables(cache: Path, *, known: bool) -> None:
             partial.replace(cache)
 
 
-async def main(port: int, tables: Path, *, known: bool, stay: bool) -> None:
-    """Serve Prefect's API and UI on 127.0.0.1."""
+async def main(listening: socket.socket, tables: Path, *, known: bool, stay: bool) -> None:
+    """Serve Prefect's API and UI."""
     if not stay:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     if ":memory:" in PREFECT_API_DATABASE_CONNECTION_URL.value():  # other databases are migrated when the server starts
@@ -73,15 +74,8 @@ async def main(port: int, tables: Path, *, known: bool, stay: bool) -> None:
             await _prepare_tables(tables, known=known)
         except sqlite3.DatabaseError:  # the cache is damaged: create the tables again
             await _prepare_tables(tables, known=False)
-    config = uvicorn.Config(
-        server_app,
-        factory=True,
-        host="127.0.0.1",
-        port=port,
-        log_level="warning",
-        lifespan="on",
-    )
-    await _Server(config).serve()
+    config = uvicorn.Config(lambda: local_app(server_app()), factory=True, log_level="warning", lifespan="on")
+    await _Server(config).serve(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
@@ -92,5 +86,7 @@ class _Server(uvicorn.Server):
 
 
 if __name__ == "__main__":
+    os.umask(0o077)  # a database in a file is only for its owner
     _tables = Path(sys.argv[2]) / f"prefect-{prefect.__version__}.sqlite"
-    asyncio.run(main(int(sys.argv[1]), _tables, known=_tables.exists(), stay=sys.argv[3:] == ["stay"]))
+    _socket = socket.socket(fileno=int(sys.argv[1]))
+    asyncio.run(main(_socket, _tables, known=_tables.exists(), stay=sys.argv[3:] == ["stay"]))

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fedpool.deployments.server import private_server
+from fedpool.deployments.terminal import ui_address
 from fedpool.sites.local import LocalSites
 from fedpool.tasks.prefect_internals import import_for_first_run, surrounding_api
 
@@ -51,7 +52,8 @@ def find_api(stack: ExitStack, console: Console, sites: LocalSites) -> dict[Any,
     server = server or stack.enter_context(private_server())
     import_for_first_run()
     server.wait()
-    console.print(f"Prefect UI during the run: {server.address}", highlight=False)
+    shown = ui_address(console, server.access, f"the link in {server.link_file} signs you in")
+    console.print(f"Prefect UI during the run: {shown}", highlight=False, markup=False, soft_wrap=True)
     # Our own server has our version and needs no token, so the client has nothing to ask first.
     ask_first = (PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED)
-    return {PREFECT_API_URL: server.api_url, **dict.fromkeys(ask_first, False)}
+    return {**server.access.settings(), **dict.fromkeys(ask_first, False)}

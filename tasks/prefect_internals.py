@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 """The variable in which every Prefect worker passes the id of the flow run."""
 
+UI_PASSWORD_KEY = "prefect-password"
+"""The key under which the UI keeps the password, in base64, in the browser's local storage."""
+
 LASTING_LEASES = {
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }

@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 import psutil
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from fedpool import FedAvgRecipe, Recipe, Run, SimEnv
 from fedpool.deployments.server import private_server
@@ -50,11 +50,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
-    """The API URL of a real Prefect server with an in-memory database."""
-    with private_server() as server:
+    """The API URL of a real Prefect server with an in-memory database. This process and its
+    children know its password.
+    """
+    with private_server() as server, pytest.MonkeyPatch.context() as patch:
         server.wait()
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
-            yield server.api_url
+        patch.setenv("PREFECT_API_AUTH_STRING", server.access.password)
+        with temporary_settings(server.access.settings()):
+            yield server.access.api_url
 
 
 @pytest.fixture

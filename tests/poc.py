@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from prefect.settings import PREFECT_API_AUTH_STRING
 
 from fedpool import FedAvgRecipe, JobStatus, PocEnv, Run
 from fedpool.environment import Environment
@@ -97,17 +98,18 @@ class Worker:
     """A worker's process.
 
     Args:
+        server: see `reaching`.
         command: the arguments after `python -m`.
         folder: its working directory; it prints to the file `log` there.
     """
 
-    def __init__(self, api_url: str, folder: Path, *command: str, **variables: str) -> None:
+    def __init__(self, server: str | PocEnv, folder: Path, *command: str, **variables: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._log = folder / "log"
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "FEDPOOL_"))}
         environment |= {
-            "PREFECT_API_URL": api_url,
+            **reaching(server),
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_WORKER_HEARTBEAT_SECONDS": "3",
@@ -168,13 +170,26 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float = 120, over:
     return time.monotonic() - began
 
 
-def prefect(api_url: str, home: Path, *arguments: str, timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":
-    """Run the stock Prefect command."""
+def reaching(server: str | PocEnv) -> dict[str, str]:
+    """The variables with which a process reaches a server.
+
+    Args:
+        server: a proof of concept, or the URL of the API that this process is configured with.
+    """
+    if isinstance(server, PocEnv):
+        return server.access.environment
+    password = PREFECT_API_AUTH_STRING.value()
+    return {"PREFECT_API_URL": server} | ({"PREFECT_API_AUTH_STRING": password} if password else {})
+
+
+def prefect(
+    server: str | PocEnv, home: Path, *arguments: str, timeout_s: float = 240
+) -> "subprocess.CompletedProcess[str]":
+    """Run the stock Prefect command against a server: see `reaching`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
     return subprocess.run(
         [sys.executable, "-m", "prefect", *arguments],
-        env=environment
-        | {"PREFECT_API_URL": api_url, "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "COLUMNS": "400"},
+        env=environment | reaching(server) | {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "COLUMNS": "400"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from fedpool import FedAvgRecipe, JobCancelled, PocEnv, Run
 from tests import services
@@ -92,19 +92,32 @@ def job(poc: PocEnv, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def page(poc: PocEnv, job: Run) -> Iterator[Page]:
-    """A page of the UI. Playwright occupies this thread's event loop, so the job runs first."""
+def browser(job: Run) -> Iterator[Browser]:
+    """A browser. Playwright occupies this thread's event loop, so the job runs first."""
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=services.find_chromium(), args=["--no-sandbox", "--disable-gpu"], headless=True
         )
-        context = browser.new_context(
-            base_url=poc.ui_url, viewport={"width": 1280, "height": 800}, locale="en-US", timezone_id="UTC"
-        )
-        context.set_default_timeout(PATIENCE_MS)
-        yield context.new_page()
+        yield browser
         browser.close()
+
+
+def open_page(browser: Browser, poc: PocEnv) -> Page:
+    """A page of somebody who has never used the UI."""
+    context = browser.new_context(
+        base_url=poc.ui_url, viewport={"width": 1280, "height": 800}, locale="en-US", timezone_id="UTC"
+    )
+    context.set_default_timeout(PATIENCE_MS)
+    return context.new_page()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, poc: PocEnv) -> Page:
+    """A page of the UI, signed in by the link."""
+    page = open_page(browser, poc)
+    page.goto(poc.ui_link)
+    return page
 
 
 @pytest.fixture
@@ -144,6 +157,21 @@ def wait_for_graph(page: Page) -> None:
 
 
 @pytest.mark.timeout(600)  # brings up a server, three workers and a browser
+@pytest.mark.parametrize("ui", ["", "/v2"])  # Prefect has two, which share the password
+def test_the_link_opens_the_ui_signed_in_and_the_address_alone_asks_for_the_password(
+    ui: str, browser: Browser, poc: PocEnv, job: Run
+) -> None:
+    page = open_page(browser, poc)
+    page.goto(f"{ui}/runs")
+    expect(page.get_by_role("button", name="Login", exact=True)).to_be_visible()
+    page.goto(poc.ui_link)
+    expect(page).to_have_url(re.compile("/dashboard"))
+    assert "#" not in page.url
+    page.goto(f"{ui}/runs")
+    expect(link(page, job.job_id)).to_be_visible()
+
+
+@pytest.mark.timeout(600)
 def test_a_jobs_run_is_found_by_its_name_and_leads_to_the_runs_of_its_rounds(
     page: Page, job: Run, take: Callable[[str], None]
 ) -> None:

@@ -197,7 +197,8 @@ def test_a_job_whose_run_is_gone_says_so_and_goes_on(how: str, env: PocEnv, tmp_
 
                 await client.delete_flow_run((await find_run(client, run.job_id)).id)
 
-            in_prefect(env.api_url, delete)
+            with temporary_settings(env.settings()):
+                in_prefect(env.api_url, delete)
         else:
             (server,) = [service for service in env.status() if service.name == "server"]
             subprocess.run(["kill", "-9", str(server.pid)], check=True)

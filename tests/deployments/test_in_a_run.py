@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ADD_ONE
+from tests.poc import reaching
 
 JOB = """
     import asyncio
@@ -93,7 +94,7 @@ def test_a_job_joins_the_run_around_it(server: str, which: str, prefect_api: str
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     }
     if server == "configured":
-        environment["PREFECT_API_URL"] = prefect_api
+        environment |= reaching(prefect_api)
     done = subprocess.run(
         [sys.executable, "job.py", which],
         cwd=tmp_path,

@@ -229,10 +229,10 @@ def test_a_deployment_has_its_fields_in_the_form_and_each_run_is_a_job_of_it(
     env: PocEnv, algorithm: Algorithm, simulated: Path, tmp_path: Path
 ) -> None:
     name = algorithm.recipe(name="deployed").deploy(env, warm_start=True)
-    refused = prefect(env.api_url, tmp_path, "deployment", "run", name, "-p", "server_lr=2")
+    refused = prefect(env, tmp_path, "deployment", "run", name, "-p", "server_lr=2")
     assert refused.returncode != 0 and "server_lr" in refused.stdout and "maximum" in refused.stdout
     for parameters in ((), ("-p", "server_lr=1")):
-        ran = prefect(env.api_url, tmp_path, "deployment", "run", name, *parameters, "--watch")
+        ran = prefect(env, tmp_path, "deployment", "run", name, *parameters, "--watch")
         assert ran.returncode == 0, ran.stdout
     store = env.open_store()
     second, first = [job.job_id for job in list_jobs(store) if job.job_id.startswith("deployed")]
@@ -262,9 +262,10 @@ def test_in_production_the_coordinator_runs_what_its_operator_allows(
     env: PocEnv, algorithm: Algorithm, simulated: Path, tmp_path: Path
 ) -> None:
     recipe, store = algorithm.recipe(), env.open_store()
-    prod = ProdEnv(api_url=env.api_url, store=store.url, sites=SITES, coordinator_pool="strict", progress=False)
+    reached = {"api_url": env.access.api_url, "auth_string": env.access.password}
+    prod = ProdEnv(**reached, store=store.url, sites=SITES, coordinator_pool="strict", progress=False)
     start = ("fedpool.cli", "coordinator", "start", "--pool", "strict")
-    strict = Worker(env.api_url, tmp_path / "strict", *start).wait_until_started()
+    strict = Worker(env, tmp_path / "strict", *start).wait_until_started()
     try:
         refused = recipe.execute(prod)
         sha256 = store.read_json(JobPaths(refused.job_id).job)["code"]["sha256"]
@@ -274,7 +275,7 @@ def test_in_production_the_coordinator_runs_what_its_operator_allows(
             refused.get_result(300)
     finally:
         strict.end()
-    open_minded = Worker(env.api_url, tmp_path / "open", *start, **{VARIABLE: sha256}).wait_until_started()
+    open_minded = Worker(env, tmp_path / "open", *start, **{VARIABLE: sha256}).wait_until_started()
     try:
         recipe.execute(prod, resume=refused.job_id).get_result(300)
     finally:

@@ -104,13 +104,14 @@ def test_in_production_a_site_runs_what_its_operator_allows(
     env: PocEnv, scaled: Scaled, simulated: Path, tmp_path: Path
 ) -> None:
     store = env.open_store()
-    prod = ProdEnv(api_url=env.api_url, store=store.url, sites=("strict",), coordinator_pool="open", progress=False)
+    reached = {"api_url": env.access.api_url, "auth_string": env.access.password}
+    prod = ProdEnv(**reached, store=store.url, sites=("strict",), coordinator_pool="open", progress=False)
     start = ("fedpool.cli", "coordinator", "start", "--pool", "open")
     own = ("--name", "strict", "--folder", str(tmp_path / "site"), "--store", store.url)
     site = ("fedpool.cli", "site", "start", *own)
-    coordinator = Worker(env.api_url, tmp_path / "open", *start, **{VARIABLE: "any"}).wait_until_started()
+    coordinator = Worker(env, tmp_path / "open", *start, **{VARIABLE: "any"}).wait_until_started()
     try:
-        strict = Worker(env.api_url, tmp_path / "strict", *site, **{VARIABLE: "none"}).wait_until_started()
+        strict = Worker(env, tmp_path / "strict", *site, **{VARIABLE: "none"}).wait_until_started()
         try:
             refused = scaled.recipe(min_clients=1).execute(prod)
             with pytest.raises(
@@ -120,7 +121,7 @@ def test_in_production_a_site_runs_what_its_operator_allows(
         finally:
             strict.end()
         sha256 = str(failed.value).partition(f"{VARIABLE}=")[2][:64]
-        allowed = Worker(env.api_url, tmp_path / "allowed", *site, **{VARIABLE: sha256}).wait_until_started()
+        allowed = Worker(env, tmp_path / "allowed", *site, **{VARIABLE: sha256}).wait_until_started()
         try:
             done = scaled.recipe(min_clients=1).execute(prod)
             assert done.get_result(300).params["w"].tolist() == [2, 2, 2]

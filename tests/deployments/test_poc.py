@@ -207,13 +207,13 @@ def test_what_an_operator_has_paused_is_named_with_the_command_that_resumes_it(
     env: PocEnv, hello_pt: FedAvgRecipe, tmp_path: Path, what: tuple[str, ...]
 ) -> None:
     kind, *name = what
-    paused = prefect(env.api_url, tmp_path, kind, "pause", *name)
+    paused = prefect(env, tmp_path, kind, "pause", *name)
     assert paused.returncode == 0, paused.stderr
     try:
         with pytest.raises(ConfigError, match=f"work pool 'site-2' is paused: prefect {kind} resume {' '.join(name)}"):
             hello_pt.execute(env)
     finally:
-        resumed = prefect(env.api_url, tmp_path, kind, "resume", *name)
+        resumed = prefect(env, tmp_path, kind, "resume", *name)
     assert resumed.returncode == 0, resumed.stderr
 
 
@@ -379,7 +379,8 @@ def test_a_hung_site_is_not_waited_for_and_a_rejection_is_an_event(env: PocEnv, 
     }
 
     def events() -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = httpx.post(f"{env.api_url}/events/filter", json=wanted).json()["events"]
+        answer = httpx.post(f"{env.api_url}/events/filter", json=wanted, headers=env.access.headers)
+        found: list[dict[str, Any]] = answer.json()["events"]
         return found
 
     wait_until(lambda: bool(events()), timeout_s=400)
@@ -409,7 +410,7 @@ def test_a_cancelled_job_is_gone_in_seconds_and_the_sites_take_the_next_one(
         if by == "abort":
             run.abort()
         else:
-            done = prefect(env.api_url, tmp_path, "flow-run", "cancel", str(flow_run_of(env, run.job_id).id))
+            done = prefect(env, tmp_path, "flow-run", "cancel", str(flow_run_of(env, run.job_id).id))
             assert done.returncode == 0, done.stdout
         began = time.monotonic()
         wait_until_gone(scripts_of, env.home, 30)
@@ -447,7 +448,7 @@ def test_a_deployment_runs_by_the_stock_command_and_each_job_starts_from_the_las
     alike = {"kind": "geometric_median", "weighted": False}
     for rounds, aggregator in ((2, "median"), (1, json.dumps(alike))):
         changes = ("-p", f"num_rounds={rounds}", "-p", f"aggregator={aggregator}")
-        done = prefect(env.api_url, tmp_path, "deployment", "run", adder, *changes, "--watch")
+        done = prefect(env, tmp_path, "deployment", "run", adder, *changes, "--watch")
         assert done.returncode == 0, done.stdout
     store = env.open_store()
     first, second = (JobPaths(job_id) for job_id in jobs_of_adder(env))
@@ -460,10 +461,10 @@ def test_a_deployment_runs_by_the_stock_command_and_each_job_starts_from_the_las
 
 def test_a_deployment_refuses_parameters_out_of_bounds_with_the_reason(adder: str, env: PocEnv, tmp_path: Path) -> None:
     before = jobs_of_adder(env)
-    done = prefect(env.api_url, tmp_path, "deployment", "run", adder, "-p", "num_rounds=0")
+    done = prefect(env, tmp_path, "deployment", "run", adder, "-p", "num_rounds=0")
     assert done.returncode != 0
     assert "num_rounds" in done.stdout and "minimum" in done.stdout, done.stdout
-    done = prefect(env.api_url, tmp_path, "deployment", "run", adder, "-p", 'aggregator={"kind": "krum"}')
+    done = prefect(env, tmp_path, "deployment", "run", adder, "-p", 'aggregator={"kind": "krum"}')
     assert done.returncode != 0 and "aggregator" in done.stdout, done.stdout
     assert jobs_of_adder(env) == before
 
@@ -479,7 +480,7 @@ def test_a_deployment_runs_by_its_schedule(env: PocEnv, tmp_path: Path) -> None:
     try:
         wait_until(completed, timeout_s=400)
     finally:
-        done = prefect(env.api_url, tmp_path, "deployment", "delete", "federated-job/hourly")
+        done = prefect(env, tmp_path, "deployment", "delete", "federated-job/hourly")
     assert done.returncode == 0, done.stdout
 
 

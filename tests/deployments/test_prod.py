@@ -3,7 +3,6 @@ is reported before anything runs.
 """
 
 import asyncio
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +17,14 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from pydantic import ValidationError
 
 from fedpool import ConfigError, FedAvgRecipe, FedpoolError, ProdEnv, ServerError, Store, StoreError
+from fedpool.deployments.access import Access
 from fedpool.deployments.prefect_desk import register_site
-from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
+from fedpool.deployments.server import free_port
 from fedpool.flows.site_round import site_round
 from fedpool.messages import SITE_PROTOCOL
 from tests.conftest import ADD_ONE
 from tests.poc import Worker, processes_of, wait_until_gone
+from tests.servers import prefect_server
 from tests.services import S3Server
 
 pytestmark = pytest.mark.slow
@@ -34,21 +35,12 @@ PASSWORD = "admin:a-password-of-the-operator"
 @pytest.fixture(scope="module")
 def api_url() -> Iterator[str]:
     """A Prefect server that requires a password, which is not in this process's settings."""
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="tests-prefect-") as home:
-        log = Path(home) / "log"
-        environment = server_environment(Path(home)) | {"PREFECT_SERVER_API_AUTH_STRING": PASSWORD}
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(
-                server_command(port), env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output
-            ) as server,
-        ):
-            try:
-                wait_until_up(f"http://127.0.0.1:{port}/api", server, log)
-                yield f"http://127.0.0.1:{port}/api"
-            finally:
-                server.kill()
+    address = f"http://127.0.0.1:{free_port()}"
+    with (
+        tempfile.TemporaryDirectory(prefix="tests-prefect-") as home,
+        prefect_server(Path(home), access=Access(address, PASSWORD)) as access,
+    ):
+        yield access.api_url
 
 
 @pytest.fixture

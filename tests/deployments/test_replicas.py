@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from fedpool import JobStatus, ProdEnv
+from fedpool.deployments.access import Access
 from fedpool.deployments.server import free_port, server_environment, wait_until_up
 from fedpool.deployments.stored_jobs import list_jobs
 from tests import services
@@ -21,6 +22,7 @@ from tests.poc import GatedJob, Worker, processes_of, wait_until, wait_until_gon
 pytestmark = pytest.mark.slow
 
 SITES = ("east", "west")
+PASSWORD = "admin:a-password-of-the-operator"
 
 
 @contextlib.contextmanager
@@ -39,15 +41,16 @@ def started(folder: Path, environment: dict[str, str], *command: str) -> Iterato
 
 
 @pytest.fixture
-def replicas(postgres: services.PostgresServer, tmp_path: Path) -> Iterator[list[str]]:
-    """The API URLs of two servers whose background services run in a separate process; all share
+def replicas(postgres: services.PostgresServer, tmp_path: Path) -> Iterator[list[Access]]:
+    """Access to two servers whose background services run in a separate process; all share
     PostgreSQL and Redis.
     """
     if services.find_redis() is None:
         pytest.skip(services.REDIS_MISSING)
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(contextlib.closing(services.RedisServer()))
-        environment = server_environment(tmp_path / "prefect", postgres.new_database()) | {
+        both = [Access(f"http://127.0.0.1:{free_port()}", PASSWORD) for _ in range(2)]
+        environment = server_environment(tmp_path / "prefect", both[0], postgres.new_database()) | {
             "PREFECT_MESSAGING_BROKER": "prefect_redis.messaging",
             "PREFECT_MESSAGING_CACHE": "prefect_redis.messaging",
             "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect_redis.ordering",
@@ -59,36 +62,41 @@ def replicas(postgres: services.PostgresServer, tmp_path: Path) -> Iterator[list
         upgrade = ("server", "database", "upgrade", "-y")
         with started(tmp_path / "upgrade", environment, *upgrade) as process:
             assert process.wait(300) == 0, (tmp_path / "upgrade/log").read_text()
-        urls = []
-        for name in ("a", "b"):
-            port = free_port()
-            command = ("server", "start", "--no-services", "--host", "127.0.0.1", "--port", str(port))
+        for name, access in zip("ab", both, strict=True):
+            command = ("server", "start", "--no-services", "--host", "127.0.0.1", "--port", str(access.port))
             process = stack.enter_context(started(tmp_path / name, environment, *command))
-            urls.append(f"http://127.0.0.1:{port}/api")
-            wait_until_up(urls[-1], process, tmp_path / name / "log")
+            wait_until_up(access.api_url, process, tmp_path / name / "log")
         stack.enter_context(started(tmp_path / "services", environment, "server", "services", "start"))
-        yield urls
+        yield both
 
 
-def test_a_job_and_a_schedule_run_across_two_api_servers(replicas: list[str], tmp_path: Path) -> None:
+def test_a_job_and_a_schedule_run_across_two_api_servers(replicas: list[Access], tmp_path: Path) -> None:
     first, second = replicas
     coordinator = ("fedpool.cli", "coordinator", "start")
     with contextlib.ExitStack() as stack:
-        workers = [Worker(first, tmp_path / "coordinator", *coordinator)]
-        for site, url in zip(SITES, replicas, strict=True):
+        workers = [Worker(first.api_url, tmp_path / "coordinator", *coordinator, **first.environment)]
+        for site, access in zip(SITES, replicas, strict=True):
             own = ("--name", site, "--folder", str(tmp_path / site / "scripts"), "--store", str(tmp_path / "store"))
-            workers.append(Worker(url, tmp_path / site, "fedpool.cli", "site", "start", *own))
+            command = ("fedpool.cli", "site", "start", *own)
+            workers.append(Worker(access.api_url, tmp_path / site, *command, **access.environment))
         for worker in workers:
             stack.callback(worker.end)
         for worker in workers:
             worker.wait_until_started()
-        env = ProdEnv(api_url=second, store=str(tmp_path / "store"), sites=SITES, progress=False)
+        env = ProdEnv(
+            api_url=second.api_url,
+            auth_string=second.password,
+            store=str(tmp_path / "store"),
+            sites=SITES,
+            progress=False,
+        )
 
         job = GatedJob(tmp_path / "job", SITES, hold=-1)
         result = job.recipe.execute(env=env).get_result()
         assert result.params["w"].tolist() == [3, 3, 3]
-        for url in replicas:  # both report the same
-            found = httpx.post(f"{url}/flow_runs/filter", json={"flow_runs": {"name": {"like_": "round 2"}}}).json()
+        for access in replicas:  # both report the same
+            wanted = {"flow_runs": {"name": {"like_": "round 2"}}}
+            found = httpx.post(f"{access.api_url}/flow_runs/filter", json=wanted, headers=access.headers).json()
             sites = sorted(run["name"].split()[-1] for run in found if run["deployment_id"])
             assert sites == list(SITES)
             assert {run["state_name"] for run in found} == {"Completed"}

@@ -5,7 +5,6 @@ the only one.
 import asyncio
 import signal
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import VariableUpdate
 from prefect.client.schemas.objects import Worker as WorkerRecord
 
-from fedpool.deployments.server import free_port, server_command, server_environment
+from fedpool.deployments.access import Access
+from fedpool.deployments.server import free_port
 from fedpool.deployments.site_claim import Holder, variable_name
 from tests.poc import Worker, processes_of, wait_until
+from tests.servers import prefect_server
 
 pytestmark = pytest.mark.slow
 
@@ -132,23 +133,14 @@ def test_on_another_machine_a_worker_lives_by_its_heartbeats(start: Callable[...
 
 
 def test_a_server_answers_again_only_once_it_has_answered(start: Callable[..., Worker], tmp_path: Path) -> None:
-    port = free_port()
-    worker = start("early", api=f"http://127.0.0.1:{port}/api", PREFECT_LOGGING_LEVEL="DEBUG")
+    access = Access.new(free_port())
+    worker = start("early", api=access.api_url, **access.environment, PREFECT_LOGGING_LEVEL="DEBUG")
     wait_until(lambda: "the Prefect server is unreachable" in worker.log)
     wait_until(lambda: worker.log.count("the Prefect server is unreachable") >= 3)  # warned once, logged each time
     assert "answers again" not in worker.log
-    environment = server_environment(tmp_path / "server")
-    with (tmp_path / "server.log").open("wb") as output:
-        command = server_command(port)
-        server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output)
-    try:
+    with prefect_server(tmp_path / "server", access=access):
         wait_until(lambda: "the Prefect server answers again" in worker.log)
-    finally:
         worker.end()
-        server.kill()
-        server.wait()
-        assert server.stdin is not None
-        server.stdin.close()
     assert not processes_of(worker.folder)
 
 

@@ -3,21 +3,20 @@ text.
 """
 
 import asyncio
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, Log
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Failed
 
 from fedpool import JobFailed, Run
-from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
+from fedpool.deployments.access import Access
 from fedpool.tasks.run_states import report_state
+from tests.servers import prefect_server
 from tests.services import PostgresServer
 
 NUL = """
@@ -35,32 +34,15 @@ NUL = """
 
 
 @pytest.fixture(scope="module")
-def on_postgres(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server with its own database; yields its API's URL, which this process is
-    configured with.
-    """
+def on_postgres(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
+    """A Prefect server with its own database, which this process is configured with."""
     home = tmp_path_factory.mktemp("prefect")
-    url = f"http://127.0.0.1:{free_port()}/api"
-    with (home / "log").open("wb") as output:
-        server = subprocess.Popen(
-            server_command(int(url.split(":")[2].split("/")[0])),
-            env=server_environment(home, postgres.new_database()),
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-        )
-    with closing(server.stdin):  # type: ignore[type-var]
-        try:
-            wait_until_up(url, server, home / "log")
-            with temporary_settings({PREFECT_API_URL: url}):
-                yield url
-        finally:
-            server.kill()
-            server.wait()
+    with prefect_server(home, postgres.new_database()) as access, temporary_settings(access.settings()):
+        yield access
 
 
-def test_a_job_whose_scripts_say_nul_fails_with_its_cause(on_postgres: str, run_job: Callable[..., Run]) -> None:
-    with temporary_settings({PREFECT_API_URL: on_postgres}):
+def test_a_job_whose_scripts_say_nul_fails_with_its_cause(on_postgres: Access, run_job: Callable[..., Run]) -> None:
+    with temporary_settings(on_postgres.settings()):
         run = run_job(NUL, name="says-nul", num_rounds=3)
         with pytest.raises(JobFailed, match=r"ValueError: my own\\x00 error"):
             run.get_result()
@@ -85,7 +67,7 @@ async def _read() -> tuple[list[FlowRun], list[Log]]:
         return runs, await client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=ids)), limit=200)
 
 
-def test_a_state_that_the_server_refuses_is_reported_without_its_message(on_postgres: str) -> None:
+def test_a_state_that_the_server_refuses_is_reported_without_its_message(on_postgres: Access) -> None:
     @flow
     def refused() -> None:
         return None
@@ -96,7 +78,7 @@ def test_a_state_that_the_server_refuses_is_reported_without_its_message(on_post
             await report_state(client, Failed(message="a NUL: \x00"), run.id)
             return await client.read_flow_run(run.id)
 
-    with temporary_settings({PREFECT_API_URL: on_postgres, PREFECT_CLIENT_MAX_RETRIES: 0}):
+    with temporary_settings({**on_postgres.settings(), PREFECT_CLIENT_MAX_RETRIES: 0}):
         state = asyncio.run(report()).state
     assert state is not None and state.is_failed()
     assert state.message == "the server refused this state's message (HTTP 503): see the job's record in the store"

@@ -40,7 +40,7 @@ from fedpool.messages import SiteAssignment, UpdateManifest
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from tests.conftest import ADD_ONE
-from tests.poc import prefect, scripts_of, wait_until
+from tests.poc import prefect, reaching, scripts_of, wait_until
 
 SITE = "site-1"
 BIN = Path(sys.executable).parent
@@ -245,7 +245,7 @@ class ProcessPool:
         ours = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
         self.environment = ours | {
             "PATH": f"{BIN}:{ours['PATH']}",
-            "PREFECT_API_URL": api_url,
+            **reaching(api_url),
             "PREFECT_HOME": str(folder / "home"),
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "DO_NOT_TRACK": "1",
@@ -427,7 +427,7 @@ def start(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
 
     def start(run_id: UUID, **variables: str) -> "subprocess.Popen[str]":
         ours = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
-        server = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(tmp_path / "home")}
+        server = {**reaching(prefect_api), "PREFECT_HOME": str(tmp_path / "home")}
         own = {"FEDPOOL_SITE_FOLDER": str(tmp_path / "site"), "FEDPOOL_SITE_STORE": str(tmp_path / "store")}
         site = {**own, **(variables or {"FEDPOOL_SITE_NAME": SITE})}
         process = subprocess.Popen(

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import aiosqlite
+import prefect
 import pytest
 from prefect import flow, get_run_logger, tags, task
 from prefect.client.orchestration import PrefectClient, get_client
@@ -28,10 +28,12 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Crashed, Paused, Pending, Running, Scheduled
 from prefect.workers.base import BaseJobConfiguration, BaseWorker
 
+from fedpool.deployments.access import Access
 from fedpool.deployments.coordinator_worker import CoordinatorWorker
-from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
+from fedpool.deployments.server import server_environment
 from fedpool.deployments.site_worker import SiteWorker
 from fedpool.tasks import prefect_internals as internals
+from tests.servers import prefect_server
 
 
 @flow(name="inner")
@@ -263,9 +265,8 @@ print(type(app).__name__)
 
 
 def test_the_server_has_a_database_of_one_connection_and_an_app_with_the_first_routes_first(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SERVER], capture_output=True, text=True, env=server_environment(tmp_path)
-    )
+    environment = server_environment(tmp_path, Access.new(9))
+    done = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         aiosqlite.__name__,
@@ -276,20 +277,15 @@ def test_the_server_has_a_database_of_one_connection_and_an_app_with_the_first_r
     ]
 
 
+def test_both_uis_keep_the_password_under_the_key_that_our_page_uses() -> None:
+    for bundle in (prefect.__ui_static_path__, prefect.__ui_v2_static_path__):
+        scripts = "".join(path.read_text() for path in Path(bundle).glob("assets/*.js"))
+        assert internals.UI_PASSWORD_KEY in scripts
+
+
 def test_leases_are_kept_by_a_module_that_a_server_finds(tmp_path: Path) -> None:
-    port = free_port()
-    environment = server_environment(tmp_path) | internals.LASTING_LEASES
-    with (tmp_path / "log").open("wb") as output:
-        process = subprocess.Popen(
-            server_command(port), env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output
-        )
-    assert process.stdin is not None
-    with closing(process.stdin):
-        try:
-            wait_until_up(f"http://127.0.0.1:{port}/api", process, tmp_path / "log")
-        finally:
-            process.kill()
-            process.wait()
+    with prefect_server(tmp_path / "server", **internals.LASTING_LEASES):
+        pass
     (name,) = internals.LASTING_LEASES.values()
     found = subprocess.run(
         [sys.executable, "-c", f"import {name} as m; print(hasattr(m, 'ConcurrencyLeaseStorage'))"],

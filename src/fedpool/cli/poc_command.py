@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fedpool.deployments.poc import DEFAULT_HOME, PocEnv
 from fedpool.deployments.poc_services import Service
-from fedpool.deployments.terminal import open_console
+from fedpool.deployments.terminal import open_console, ui_address
 
 poc = App(name="poc", help="A proof of concept on this machine: server, coordinator, sites.")
 
@@ -80,4 +80,5 @@ def _show(proof: PocEnv, services: Sequence[Service]) -> None:
         state = "healthy" if service.healthy else "not healthy" if service.pid else "not running"
         table.add_row(service.name, str(service.pid or ""), state, str(service.log))
     console.print(table)
-    console.print(f"UI: {proof.ui_url}", highlight=False, soft_wrap=True)
+    shown = ui_address(console, proof.access, "`fedpool poc env` has the password")
+    console.print(f"UI: {shown}", highlight=False, markup=False, soft_wrap=True)

@@ -28,5 +28,5 @@ def meant_server(home: Path) -> Iterator[None]:
         raise ConfigError(
             f"no Prefect server is configured: set PREFECT_API_URL, or start a proof of concept in {proof.home}: fedpool poc up"
         )
-    with temporary_settings({PREFECT_API_URL: proof.api_url}):
+    with temporary_settings(proof.settings()):
         yield
