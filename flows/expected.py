@@ -48,4 +48,7 @@ def expected(
         eval_examples=arithmetic.eval_examples,
         filters=() if task == "evaluate" else recipe.filters,
         seed=recipe.seed,
+        max_weight=recipe.max_weight,
+        metric_ranges=recipe.metric_ranges,
+        bounded=arithmetic.bounded,
     )

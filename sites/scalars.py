@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedpool.bounds import MAX_NAME, MAX_VALUES
 from fedpool.errors import IntegrityError, StoreError
 from fedpool.messages import SiteAssignment, Stored
 from fedpool.paths import JobPaths
@@ -23,9 +24,6 @@ MAX_SCALARS = 100_000
 """Limit for a site in a round."""
 MAX_SHOWN = 50
 """Lines in a site's log per round. Each costs the log and the server as much as a short step."""
-MAX_KEYS = 1_000
-MAX_KEY = 250
-"""Limit on the characters of a name, as in MLflow."""
 MAX_BYTES = 16 << 20
 """Limit on a site's scalars of a round in the store: more than the allowed number can take."""
 
@@ -60,7 +58,7 @@ class ScalarLog:
         self.dropped = 0
         """Number of scalars beyond the limits."""
         self.last: dict[str, float] = {}
-        """The last value of every scalar, without a limit."""
+        """name -> last value, for as many names as an update may have."""
         self._keys: dict[str, str] = {}
         self._num = 0
 
@@ -80,11 +78,14 @@ class ScalarLog:
             when: the time if `where` has none; None: now.
         """
         self._num += 1
-        self.last[key] = value
-        if len(self.scalars) >= MAX_SCALARS or (key not in self._keys and len(self._keys) >= MAX_KEYS):
+        if key not in self._keys and len(self._keys) >= MAX_VALUES:
             self.dropped += 1
             return self._line(key, value, where)
-        known = self._keys.setdefault(key, storable(key)[:MAX_KEY])
+        known = self._keys.setdefault(key, storable(key)[:MAX_NAME])
+        self.last[known] = value
+        if len(self.scalars) >= MAX_SCALARS:
+            self.dropped += 1
+            return self._line(key, value, where)
         step = where.get("global_step", where.get("step"))
         given = _number(where.get("walltime"))
         if given is None or not 0 <= given < _END_OF_TIME:
@@ -98,7 +99,7 @@ class ScalarLog:
             yield f"... and {self._num - MAX_SHOWN} more scalars in this round, not shown"
         if self.dropped:
             yield (
-                f"{self.dropped} scalars were dropped: trackers get at most {MAX_SCALARS} per site and round, {MAX_KEYS} names"
+                f"{self.dropped} scalars were dropped: trackers get at most {MAX_SCALARS} per site and round, {MAX_VALUES} names"
             )
 
     def _line(self, key: str, value: float, where: Mapping[str, str]) -> str | None:
@@ -132,7 +133,7 @@ def decode(data: bytes) -> list[Scalar]:
         said = json.loads(data)
         if said["format"] != _FORMAT:
             raise ValueError(f"its format is {said['format']!r}")
-        keys = [storable(_text(key))[:MAX_KEY] for key in said["keys"][:MAX_KEYS]]
+        keys = [storable(_text(key))[:MAX_NAME] for key in said["keys"][:MAX_VALUES]]
         key, value, step, when = (said[column][:MAX_SCALARS] for column in _COLUMNS)
         return [
             Scalar(keys[i], float(v), None if s is None else _checked(s), _finite(t))

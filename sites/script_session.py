@@ -25,6 +25,7 @@ from fedpool.sites.handles import explain
 from fedpool.sites.launcher import Launcher, Script
 from fedpool.sites.output import MAX_LINE_BYTES, LogLine, Output
 from fedpool.sites.scalars import ScalarLog
+from fedpool.sites.script_messages import next_message
 from fedpool.sites.session import END_GRACE_S, Reply, Work
 from fedpool.storable import storable
 
@@ -204,7 +205,10 @@ class ScriptSession:
 
     def _message(self) -> dict[str, Any] | None:
         assert self._link is not None
-        message = self._link.get()
+        try:
+            message = next_message(self._link)
+        except ValueError as error:
+            raise _Ended(f"sent its host a message that is not valid: {storable(str(error))}") from None
         match message["kind"]:
             case "hello":
                 if message["protocol"] != LINK_PROTOCOL:

@@ -1,7 +1,6 @@
 """The site's half of a round: global model in, script, update and manifest out."""
 
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedpool.bounds import as_float, fits
 from fedpool.client.hosts import Assignment
 from fedpool.errors import FedpoolError, IntegrityError, SiteError, StoreError
 from fedpool.filters import Filter
@@ -198,8 +198,8 @@ class _Part:
             sha256=inspection.digest.sha256 if inspection else None,
             size=inspection.digest.size if inspection else 0,
             weight=_weight(update["meta"]),
-            metrics=_finite(update["metrics"]),
-            logged=_finite(reply.logged),
+            metrics=_fitting(update["metrics"]),
+            logged=_fitting(reply.logged),
             meta=update["meta"],
             scalars=scalars,
             seconds=time.monotonic() - started,
@@ -236,8 +236,8 @@ def _weight(meta: Mapping[str, Any]) -> float | str:
     value = meta.get(NUM_STEPS, 1)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return float(value)
+    return as_float(value)
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def _fitting(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if fits(value) else None for name, value in values.items()}

@@ -31,6 +31,8 @@ class Arithmetic:
             version 1, that had no meaning.
         absolute_weights: a strategy gets the absolute weights of updates; in versions 1 and 2,
             their weights relative to the heaviest of the round.
+        bounded: an update with too many, too long or too large values beside its tensors is
+            rejected; versions 1 to 3 took whatever a manifest held.
     """
 
     number: int
@@ -47,6 +49,11 @@ class Arithmetic:
         """See the class."""
         return self.number >= 3
 
+    @property
+    def bounded(self) -> bool:
+        """See the class."""
+        return self.number >= 4
+
     @classmethod
     def numbered(cls, number: int) -> Self:
         """The version with a number.
@@ -54,7 +61,7 @@ class Arithmetic:
         Raises:
             ValueError: this version of fedpool doesn't know it.
         """
-        if number not in (1, 2, 3):
+        if number not in (1, 2, 3, 4):
             raise ValueError(
                 f"arithmetic {number} is unknown: a later version of fedpool wrote this job, so use that version"
             )
@@ -70,4 +77,4 @@ class Arithmetic:
 
 
 BEFORE = Arithmetic(1)
-CURRENT = Arithmetic(3)
+CURRENT = Arithmetic(4)

@@ -1,8 +1,10 @@
 """The requirements on an update, and the exception for a refused one, for the gate's parts."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from fedpool.bounds import MAX_WEIGHT, Range
 from fedpool.filters import Filter
 from fedpool.tensors import Spec, Tensors
 
@@ -26,6 +28,9 @@ class Expected:
             number must be valid.
         filters: those that the update has passed.
         seed: of the job.
+        max_weight: see `Recipe`, like `metric_ranges`.
+        bounded: whether what a site says beside its tensors is bounded (`fedpool.bounds`); it was
+            not in earlier versions.
     """
 
     job_id: str
@@ -43,6 +48,9 @@ class Expected:
     eval_examples: bool = True
     filters: tuple[Filter, ...] = ()
     seed: int = 0
+    max_weight: float = MAX_WEIGHT
+    metric_ranges: Mapping[str, Range] = field(default_factory=dict)
+    bounded: bool = True
 
     @property
     def growth(self) -> float:

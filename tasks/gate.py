@@ -10,7 +10,7 @@ from fedpool.paths import JobPaths
 from fedpool.sites.site_round import Delivery
 from fedpool.storable import storable
 from fedpool.store import Store
-from fedpool.tasks.claims import check_manifest
+from fedpool.tasks.claims import check_manifest, not_a_hash
 from fedpool.tasks.expected import MAX_REASON, Expected, Refused
 from fedpool.tasks.fits import check_finite, check_names, check_range, norm_and_scale, open_update
 from fedpool.tasks.staleness import Origin, update_key
@@ -143,6 +143,8 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
         delivery: the manifest as read, and what was seen of the file if it was inspected already.
     """
     manifest = delivery.manifest
+    if expected.bounded and (wrong := not_a_hash(manifest)):  # the record would hold it
+        return Rejected(site, attempt, None, delivery.manifest_sha256, "manifest", wrong)
     try:
         weight = check_manifest(site, attempt, manifest, expected)
         if expected.task == "evaluate" or (manifest.params_type is None and expected.task != "train"):

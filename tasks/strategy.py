@@ -121,7 +121,7 @@ class Strategy(ABC):
     """Groups of tensors that every update has in addition to its parameters."""
 
     positive_meta: ClassVar[tuple[str, ...]] = ()
-    """Names that every update's `meta` must have, with finite numbers above 0."""
+    """Names that every update's `meta` must have, with numbers from 1e-12 to 1e12, or 0 (idle)."""
 
     shared: ClassVar[bool] = False
     """Whether the sites receive the slots with the global model."""

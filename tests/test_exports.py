@@ -230,6 +230,8 @@ def test_what_an_algorithm_of_the_users_is_written_against_stays_as_it_is() -> N
         "filters",
         "key_metric",
         "key_metric_mode",
+        "metric_ranges",
+        "max_weight",
         "seed",
         "config",
         "per_site_config",

@@ -1,6 +1,8 @@
 """The recipe: frozen, described, and refused when it is built if anything is known to be wrong."""
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,34 @@ def test_a_stop_condition_keeps_every_digit_of_its_threshold(fields: dict[str, A
     condition = FedAvgRecipe(**{**fields, "stop_cond": "loss <= 0.123456789"}).stop_condition
     assert condition is not None
     assert condition.threshold == 0.123456789
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"accuracy": (0, 1)}, {"accuracy": (0.0, 1.0)}),
+        ({"loss": [0, None], "gap": [None, 2.5]}, {"loss": (0.0, None), "gap": (None, 2.5)}),
+        ({"bias": (1, 1)}, {"bias": (1.0, 1.0)}),
+        (None, {}),
+    ],
+)
+def test_the_range_of_a_metric_may_be_open_at_one_end(given: Any, kept: Any, fields: dict[str, Any]) -> None:
+    assert FedAvgRecipe(**fields, metric_ranges=given).metric_ranges == kept
+
+
+@pytest.mark.parametrize("limits", [(None, None), (1, 0), (0, math.inf), (math.nan, 1)])
+def test_a_range_that_says_nothing_is_refused_by_the_metrics_name(limits: Any, fields: dict[str, Any]) -> None:
+    said = refusal(fields, metric_ranges={"accuracy": limits})
+    assert "metric_ranges['accuracy'] must have a lowest and a highest value, one of which may be None, got" in said
+
+
+def test_a_weight_has_a_limit_unless_an_earlier_version_wrote_the_job(fields: dict[str, Any]) -> None:
+    assert FedAvgRecipe(**fields).max_weight == 1e12
+    assert FedAvgRecipe(**fields, max_weight=5000).max_weight == 5000.0
+    for limit in (0, -1, math.inf):
+        assert "max_weight" in refusal(fields, max_weight=limit)
+    assert FedAvgRecipe.recorded({})["max_weight"] == sys.float_info.max
+    assert FedAvgRecipe.recorded({"max_weight": 7.0})["max_weight"] == 7.0
 
 
 def test_a_stop_condition_that_does_not_parse_is_refused(fields: dict[str, Any]) -> None:

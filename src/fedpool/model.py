@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeGuard
 
 NUM_STEPS = "NUM_STEPS_CURRENT_ROUND"
 """Key of `FLModel.meta` for a script's number of local steps, the weight of its update."""
@@ -42,7 +42,7 @@ VALIDATE_TYPE = "validate_type"
 """Key of a received `FLModel.meta` for the purpose of a validation."""
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[float]:
     """Whether a value can be a weight: a finite number from 0, no integer too large for a float."""
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= sys.float_info.max
 

@@ -8,12 +8,14 @@ descriptions and bounds as a form. The two fields with the user's files or objec
 bundle.
 """
 
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -25,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedpool.bounds import MAX_WEIGHT, Range, check_ranges
 from fedpool.bundle import build_bundle
 from fedpool.conditions import MODE_FIELDS, choose_mode
 from fedpool.errors import RecipeError
@@ -80,6 +83,17 @@ class Recipe(Restorable, Executable, TrainingTerms):
     key_metric_mode: Literal["max", "min"] = Field(
         default="max",
         description="whether a higher or lower key metric is better; if omitted, it follows a stop_cond on that metric",
+    )
+    metric_ranges: Annotated[dict[str, Range], AfterValidator(check_ranges)] = Field(
+        default_factory=dict,
+        description='metric -> its lowest and highest value, e.g. {"accuracy": [0, 1], "loss": [0, null]}; an update whose '
+        "metric is outside is rejected",
+    )
+    max_weight: float = Field(
+        default=MAX_WEIGHT,
+        description="largest weight of an update: the steps or rows that a site may report; more is rejected",
+        gt=0,
+        allow_inf_nan=False,
     )
     seed: int = Field(
         default=0, description="seed of sampling and, with site and round, of every session", ge=0, lt=2**63
@@ -140,7 +154,7 @@ class Recipe(Restorable, Executable, TrainingTerms):
     def _one_or_many(cls, value: Any) -> Any:
         return one_or_many(value)
 
-    @field_validator("config", "per_site_config", mode="before")
+    @field_validator("config", "per_site_config", "metric_ranges", mode="before")
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return none_is_empty(value)
@@ -175,6 +189,11 @@ class Recipe(Restorable, Executable, TrainingTerms):
         check_excluded(self.exclude_vars, self.model.spec)
         self.model.check_finite(excluded(self.exclude_vars, self.model.spec))
         return self
+
+    @classmethod
+    def earlier(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        # The largest double, which is no limit.
+        return {**super().earlier(fields), "max_weight": sys.float_info.max}
 
     @property
     def starts_own_models(self) -> bool:

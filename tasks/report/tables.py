@@ -1,5 +1,6 @@
 """Shows rounds as tables and a job as a report, for the UI and the terminal."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,10 +9,20 @@ from fedpool.site_order import by_site
 from fedpool.tasks.job_record import JobResult
 from fedpool.tasks.record import RoundRecord
 
+MAX_METRICS = 50
+"""Columns for metrics in a table. The names are those that sites choose, 1,000 each."""
+
 
 def metric_names(records: Sequence[RoundRecord]) -> list[str]:
-    """Names of all metrics and logged scalars of some rounds, sorted."""
-    return sorted({name for record in records for name in (*record.metrics, *record.logged)})
+    """Names of the metrics and logged scalars of some rounds, sorted; if there are too many for a
+    table, those that most sites have reported most often.
+    """
+    names = {name for record in records for name in (*record.metrics, *record.logged)}
+    if len(names) <= MAX_METRICS:
+        return sorted(names)
+    entries = [entry for record in records for entry in record.accepted]
+    reported = Counter(name for entry in entries for name in {*entry.metrics, *entry.logged})
+    return sorted(sorted(names, key=lambda name: (-reported[name], name))[:MAX_METRICS])
 
 
 def values(record: RoundRecord) -> dict[str, float]:
@@ -98,7 +109,8 @@ def final_report(
     if result.error:
         lines += ["```", result.error, "```", ""]
     for which, model in (("final", result.final), ("best", result.best)):
-        scores = ", ".join(f"{key} {value:.4f}" for key, value in model.metrics.items()) or "not scored"
+        known = list(model.metrics.items())
+        scores = ", ".join(f"{key} {value:.4f}" for key, value in known[:MAX_METRICS]) or "not scored"
         lines.append(f"- **{which} model**: the start of round {model.round}, {scores}: `{model.path}`")
     if result.stopped_by:
         lines.append(f"- stopped early: {result.stopped_by}")

@@ -90,6 +90,24 @@ def test_a_difference_of_controls_sent_in_it_goes_beside_the_parameters(
     assert "scaffold_c_global" not in host.updates[0]["meta"]
 
 
+@pytest.mark.parametrize("value", [10**400, float("inf")])
+def test_a_number_that_json_or_a_float_cannot_hold_is_sent_as_a_word(value: float, tmp_path: Path) -> None:
+    host = host_of(tmp_path, MODEL)
+    client, model = received(host)
+    client.send(FLModel(params=model.params, meta={"NUM_STEPS_CURRENT_ROUND": value, "low": -value, "id": 10**50}))
+    assert host.updates[0]["meta"] == {"NUM_STEPS_CURRENT_ROUND": "inf", "low": "-inf", "id": 10**50}
+
+
+@pytest.mark.parametrize("what", ["metrics", "meta"])
+def test_too_many_values_or_too_long_a_name_are_refused_in_the_script(what: str, tmp_path: Path) -> None:
+    many = dict.fromkeys(map(str, range(1001)), 1.0)
+    for values, words in ((many, "it has 1001 entries, but at most 1000"), ({"x" * 251: 1.0}, "has 251 characters")):
+        client, model = received(host_of(tmp_path, MODEL))
+        fields: dict[str, Any] = {what: values}
+        with pytest.raises(ClientError, match=f"{what} cannot be sent: .*{words}.*log others with flare.log"):
+            client.send(FLModel(model.params_type, model.params, **fields))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "changes", "words"),
     [

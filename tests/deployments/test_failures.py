@@ -54,6 +54,24 @@ FAULTS: dict[str, tuple[str, str]] = {
         'flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": -1})); continue',
         "its weight is -1",
     ),
+    "sends a weight that no float holds": (
+        'flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": 10**400})); continue',
+        "its weight is inf",
+    ),
+    "sends a weight beyond max_weight": (
+        'flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": 1e300})); continue',
+        "its weight is 1e+300, max_weight is 1e+12",
+    ),
+    "sends seventy thousand metrics": (
+        "flare.send(flare.FLModel(params=params, metrics={str(n): 0.5 for n in range(70_000)})); continue",
+        "ClientError: metrics cannot be sent: it has 70000 entries, but at most 1000 are allowed",
+    ),
+    "sends a note of its own to its host": (
+        "import gc; from fedpool.client.link import Link; "
+        "link = next(each for each in gc.get_objects() if isinstance(each, Link)); "
+        'link.put("update", round=1, metrics={"accuracy": "none"}, meta={}, params_type=None); continue',
+        "sent its host a message that is not valid: update.metrics.accuracy: Input should be a valid number",
+    ),
     "forgets to send": ("continue", "ClientError: round 1 at site-2: send() was not called before the next"),
     "misuses the client API": ("flare.send(params)", "send() takes a flare.FLModel, got dict"),
 }

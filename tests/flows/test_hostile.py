@@ -59,6 +59,7 @@ class Sent:
             base_sha256=assignment.base_sha256,
             assignment_sha256="a" * 64,
             params_type="FULL",
+            metrics={"accuracy": 0.5},
             seconds=0.1,
         ).model_dump(mode="json")
         self.raw_manifest: bytes | None = None
@@ -210,6 +211,8 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "a weight below zero": (claims(weight=-1.0), "weight", "its weight is -1.0"),
     "a weight that is text": (claims(weight="many"), "weight", "its weight is many"),
     "a weight that is NaN": (claims(weight=float("nan")), "weight", "its weight is nan"),
+    "a weight that takes the mean": (claims(weight=1e300), "weight", "its weight is 1e+300, max_weight is 1e+12"),
+    "a weight that no float holds": (claims(weight=10**400), "weight", "its weight is inf"),
     "an infinite weight": (claims(weight=float("inf")), "weight", "its weight is inf"),
     # bytes
     "truncated": (truncated, "bytes", "its manifest says"),
@@ -253,6 +256,17 @@ CASES: dict[str, tuple[Case, str, str]] = {
     ),
     "a manifest with a field of its own": (claims(run="rm -rf /"), "manifest", "run: Extra inputs"),
     "a manifest of another protocol": (claims(protocol=1), "manifest", "protocol"),
+    "seventy thousand scores": (
+        claims(metrics={str(number): 0 for number in range(70_000)}),
+        "metrics",
+        "metrics: it has 70000 entries, but at most 1000 are allowed",
+    ),
+    "a score that nothing can be added to": (claims(metrics={"loss": 1.7e308}), "metrics", "loss is 1.7e+308"),
+    "a score that ends the job": (claims(metrics={"accuracy": 1e6}), "metrics", "metric_ranges says 0 to 1"),
+    "a scalar that nothing can be added to": (claims(logged={"loss": -1.7e308}), "logged", "loss is -1.7e+308"),
+    "a number of four hundred digits": (claims(meta={"rows": 10**400}), "meta", "rows is 1000"),
+    "a round of a negative eternity": (claims(seconds=-1e308), "seconds", "it took -1e+308 s"),
+    "a hash of half a megabyte": (claims(sha256="x" * 500_000), "manifest", "is not a sha256 in hex"),
     "a score that is no number": (claims(metrics={"accuracy": float("nan")}), "manifest", "metrics.accuracy"),
     "a score that is infinite": (claims(metrics={"accuracy": float("inf")}), "manifest", "metrics.accuracy"),
 }
@@ -300,7 +314,14 @@ def run_cases(folder: Path, *cases: Case) -> tuple[Store, JobPaths]:
     """Run and verify a job with one case per round."""
     (folder / "client.py").write_text("import fedpool.client\n")
     recipe = FedAvgRecipe(
-        name="hostile", min_clients=1, num_rounds=len(cases), model=MODEL, train_script=folder / "client.py"
+        name="hostile",
+        min_clients=1,
+        num_rounds=len(cases),
+        model=MODEL,
+        train_script=folder / "client.py",
+        stop_cond="accuracy >= 0.8",
+        metric_ranges={"accuracy": (0, 1)},
+        final_evaluation=False,
     )
     store, job_id = Store(folder / "runs"), "hostile-0"
     asyncio.run(federated_job(recipe, job_id, store.url, HostileSites(*cases)))
@@ -383,8 +404,8 @@ def save_as_written(params: Mapping[str, Any]) -> bytes:
 
 
 def test_a_weight_at_the_end_of_the_range_is_a_weight_and_0_counts_nothing(prefect_api: str, tmp_path: Path) -> None:
-    weights = (0.0, 1e308, 1e-308)
-    store, paths = run_cases(tmp_path, *(claims(weight=weight, metrics={"accuracy": 1e308}) for weight in weights))
+    weights = (0.0, 1e12, 1e-308)
+    store, paths = run_cases(tmp_path, *(claims(weight=weight, metrics={"loss": 1e100}) for weight in weights))
     for number, weight in enumerate(weights):
         record = store.read_json(paths.record(number))
         assert [entry["weight"] for entry in record["accepted"]] == [1.0, weight]

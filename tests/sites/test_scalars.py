@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from fedpool.bounds import MAX_NAME, MAX_VALUES
 from fedpool.errors import IntegrityError
 from fedpool.messages import Stored
 from fedpool.sites import scalars
-from fedpool.sites.scalars import MAX_KEY, MAX_SCALARS, MAX_SHOWN, Scalar, ScalarLog, decode, encode, read_scalars
+from fedpool.sites.scalars import MAX_SCALARS, MAX_SHOWN, Scalar, ScalarLog, decode, encode, read_scalars
 from fedpool.store import Store
 
 
@@ -37,7 +38,7 @@ def test_names_are_made_storable_and_steps_that_no_tracker_holds_are_left_out() 
     log.add("a\x00\ud800" + "b" * 1000, 1.0, {"step": str(1 << 80), "walltime": "-1"})
     (scalar,) = log.scalars
     assert abs(scalar.time - time.time()) < 60
-    assert scalar.key.startswith("a\\x00\\ud800b") and len(scalar.key) == MAX_KEY and scalar.step is None
+    assert scalar.key.startswith("a\\x00\\ud800b") and len(scalar.key) == MAX_NAME and scalar.step is None
 
 
 def test_what_exceeds_a_bound_is_dropped_and_told_and_the_log_shows_the_first_ones() -> None:
@@ -67,7 +68,7 @@ def test_in_the_store_they_are_the_same_also_when_they_are_not_finite() -> None:
 
 
 def test_as_many_as_are_allowed_take_less_than_the_coordinator_reads() -> None:
-    names = [f"{number:04d}".ljust(MAX_KEY, "\u20ac") for number in range(scalars.MAX_KEYS)]
+    names = [f"{number:04d}".ljust(MAX_NAME, "\u20ac") for number in range(MAX_VALUES)]
     worst = [
         Scalar(names[n % len(names)], -1.2345678901234567e-300, -(1 << 63) + 1, 1e10 / 3) for n in range(MAX_SCALARS)
     ]

@@ -123,6 +123,111 @@ def test_a_weight_that_is_no_finite_number_from_0_is_rejected(weight: float | st
     assert f"its weight is {weight}: NUM_STEPS_CURRENT_ROUND must be a finite number from 0" == reason
 
 
+@pytest.mark.parametrize("weight", [1.5e12, 1e300, float("1e308")])
+def test_a_weight_beyond_the_recipes_limit_is_rejected(weight: float, store: Store) -> None:
+    assert rejected(store, sent(store, weight=weight)) == ("weight", f"its weight is {weight:g}, max_weight is 1e+12")
+
+
+def test_the_limit_on_weights_is_the_recipes_and_holds_for_examples_as_well(store: Store) -> None:
+    manifest = sent(store, weight=100.0)
+    assert accepted(store, manifest, max_weight=100.0).weight == 100.0
+    assert rejected(store, manifest, max_weight=99.0) == ("weight", "its weight is 100, max_weight is 99")
+    manifest = sent_by("site-1", round=2, base_sha256=BASE_SHA256, task="evaluate", meta={"NUM_EVAL_EXAMPLES": 100})
+    assert accepted(store, manifest, max_weight=100.0, task="evaluate").weight == 1.0
+    code, reason = rejected(store, manifest, max_weight=99.0, task="evaluate")
+    assert (code, reason) == ("weight", "its meta says NUM_EVAL_EXAMPLES 100, max_weight is 99")
+
+
+AS_MANY = [f"{number:04d}".ljust(250, "x") for number in range(1000)]
+
+BEYOND: dict[str, tuple[str, dict[str, Any], str]] = {
+    "metrics": ("metrics", {"metrics": dict.fromkeys(map(str, range(1001)), 0.5)}, "metrics: it has 1001 entries, but"),
+    "logged": ("logged", {"logged": dict.fromkeys(map(str, range(1001)), 0.5)}, "logged: it has 1001 entries, but"),
+    "meta": ("meta", {"meta": dict.fromkeys(map(str, range(1001)), "a")}, "meta: it has 1001 entries, but"),
+    "a metric's name": ("metrics", {"metrics": {"x" * 251: 1.0}}, f"the name {'x' * 40!r}... has 251 characters"),
+    "a scalar's name": ("logged", {"logged": {"x" * 251: 1.0}}, "has 251 characters, but at most 250 are allowed"),
+    "a key of meta": ("meta", {"meta": {"x" * 251: 1}}, "has 251 characters, but at most 250 are allowed"),
+    "a metric": (
+        "metrics",
+        {"metrics": {"loss": 1.7e308}},
+        "metrics: loss is 1.7e+308: the absolute value of a number",
+    ),
+    "a scalar": ("logged", {"logged": {"loss": -1.1e100}}, "logged: loss is -1.1e+100: the absolute value of a number"),
+    "meta's number": (
+        "meta",
+        {"meta": {"rows": 10**400}},
+        f"meta: rows is 1{'0' * 99}: the absolute value of a number",
+    ),
+    "the seconds": ("seconds", {"seconds": -1e308}, "it says that it took -1e+308 s: that must be from 0 to 1e+09"),
+}
+
+
+@pytest.mark.parametrize("what", BEYOND)
+@pytest.mark.parametrize("task", ["train", "evaluate"])
+def test_what_is_too_much_beside_the_tensors_is_rejected_by_a_code_of_its_own(
+    what: str, task: Any, store: Store
+) -> None:
+    code, fields, words = BEYOND[what]
+    found, reason = rejected(store, sent(store, task=task, **fields), task=task)
+    assert found == code and words in reason and len(reason) < 1100
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_in_a_job_of_an_earlier_version_it_was_accepted(what: str, store: Store) -> None:
+    _, fields, _ = BEYOND[what]
+    accepted(store, sent(store, **fields), bounded=False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"metrics": dict.fromkeys(AS_MANY, -1e100)},
+        {"logged": dict.fromkeys(AS_MANY, None)},
+        {"meta": dict.fromkeys(AS_MANY, 10**100)},
+        {"meta": {"note": "x" * 20_000}, "seconds": 1e9},  # a long text is cut when it is read
+    ],
+    ids=["metrics", "logged", "meta", "text"],
+)
+def test_as_much_as_is_allowed_is_accepted(fields: dict[str, Any], store: Store) -> None:
+    accepted(store, sent(store, **fields))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (-0.1, "accuracy is -0.1, but metric_ranges says 0 to 1"),
+        (1e6, "accuracy is 1e+06, but metric_ranges says 0 to 1"),
+    ],
+)
+def test_a_metric_outside_its_range_is_rejected(value: float, said: str, store: Store) -> None:
+    ranges = {"accuracy": (0.0, 1.0), "loss": (0.0, None)}
+    manifest = sent(store, metrics={"accuracy": value, "loss": 1e6})
+    assert rejected(store, manifest, metric_ranges=ranges) == ("metrics", f"its metric {said}")
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"accuracy": 0.0, "loss": 1e6}, {"accuracy": 1.0}, {"accuracy": None}, {"other": -5.0}]
+)
+def test_a_metric_inside_its_range_or_without_one_is_accepted(metrics: dict[str, Any], store: Store) -> None:
+    ranges = {"accuracy": (0.0, 1.0), "loss": (0.0, None)}
+    accepted(store, sent(store, metrics=metrics), metric_ranges=ranges)
+
+
+@pytest.mark.parametrize("steps", [10**400, 1.1e12, 5e-324, 9e-13])
+def test_a_number_that_the_algorithm_divides_by_is_neither_tiny_nor_huge(steps: float, store: Store) -> None:
+    code, reason = rejected(store, sent(store, meta={"LOCAL_STEPS": steps}), positive_meta=("LOCAL_STEPS",))
+    assert code == "meta"
+    assert reason.startswith(("its meta says LOCAL_STEPS", "meta: LOCAL_STEPS is 1000"))
+
+
+@pytest.mark.parametrize("sha256", ["x" * 500_000, "0" * 63, "0" * 65, "A" * 64, ""])
+def test_a_hash_that_is_none_does_not_get_into_the_record(sha256: str, store: Store) -> None:
+    outcome = judge(store, "site-1", 0, Delivery(sent(store, sha256=sha256), "m" * 64), expected())
+    assert isinstance(outcome, Rejected)
+    assert (outcome.code, outcome.manifest, outcome.manifest_sha256) == ("manifest", None, "m" * 64)
+    assert f"{sha256[:100]!r} is not a sha256 in hex" in outcome.reason and len(outcome.reason) < 200
+
+
 @pytest.mark.parametrize("count", [-1, 10**400, "nan", True, None])
 @pytest.mark.parametrize("task", ["train", "evaluate"])
 def test_a_number_of_examples_that_is_no_finite_number_from_0_is_rejected(task: Any, count: Any, store: Store) -> None:

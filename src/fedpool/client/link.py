@@ -14,6 +14,8 @@ from typing import Any
 LINK_PROTOCOL = 2
 ADDRESS_VARIABLE = "FEDPOOL_SESSION_ADDRESS"
 KEY_VARIABLE = "FEDPOOL_SESSION_KEY"
+_MAX_BYTES = 256 << 20
+"""Limit on a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Link:
 
     def get(self) -> dict[str, Any]:
         """The next message; raises `EOFError` or `OSError` if the other end is gone."""
-        message: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        message: dict[str, Any] = json.loads(self.connection.recv_bytes(_MAX_BYTES))
         return message
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from fedpool.arrays import describe, is_torch
+from fedpool.bounds import as_float
 from fedpool.client.hosts import Assignment, Welcome
 from fedpool.errors import ClientError
 from fedpool.model import (
@@ -93,7 +94,10 @@ def sent_meta(meta: Mapping[str, Any], received: Mapping[str, Any]) -> dict[str,
             raise ClientError(
                 f"meta[{key!r}] must be a finite number from 0, the number of examples behind the metrics, got {value!r}"
             )
-        plain[str(key)] = value if not isinstance(value, float) or math.isfinite(value) else str(value)
+        # JSON has neither infinity nor NaN, and few readers know integers of hundreds of digits.
+        if isinstance(value, int | float) and not math.isfinite(number := as_float(value)):
+            value = str(number)
+        plain[str(key)] = value
     return plain
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpool.arrays import save_arrays
+from fedpool.bounds import as_float, too_many
 from fedpool.client import keeping
 from fedpool.client.hosts import Assignment
 from fedpool.client.meta import sent_control, sent_meta
@@ -21,6 +22,11 @@ def update_message(assignment: Assignment, model: FLModel, received: FLModel) ->
     Raises:
         ClientError: the model is empty, or its metrics or meta can't be sent.
     """
+    for what, values in (("metrics", model.metrics or {}), ("meta", model.meta)):
+        if wrong := too_many({str(name): value for name, value in values.items()}):
+            raise ClientError(
+                f"{what} cannot be sent: {wrong}. Send the values that the round needs; log others with flare.log"
+            )
     if model.params is None and model.metrics is None:
         raise ClientError("the model has neither params nor metrics: give flare.FLModel(params=..., metrics=...)")
     return {
@@ -68,7 +74,8 @@ def write_params(assignment: Assignment, model: FLModel, config: Mapping[str, An
 
 
 def number(what: str, value: Any) -> float:
-    """A scalar as a Python float: a number, numpy scalar, 0-d or one-element array.
+    """A scalar as a Python float: a number, numpy scalar, 0-d or one-element array. Infinite if it
+    is too large for one.
 
     Args:
         what: its name in the message.
@@ -78,7 +85,7 @@ def number(what: str, value: Any) -> float:
         ClientError: it isn't one number.
     """
     try:
-        return float(value.item() if hasattr(value, "item") else value)
+        return as_float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError):
         raise ClientError(f"{what} must be one number, got {type(value).__name__}: {value!r}") from None
 

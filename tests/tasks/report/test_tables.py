@@ -49,6 +49,18 @@ def test_metric_names_are_those_of_metrics_and_logged_scalars_once_and_sorted() 
     assert metric_names([]) == []
 
 
+def test_one_site_that_reports_a_thousand_names_pushes_no_metric_of_the_others_out_of_the_table() -> None:
+    flood = {f"a{number:03d}": 0.0 for number in range(1000)}
+    crowd = [
+        site("site-1", metrics={"loss": 1.0}),
+        site("site-2", metrics={"loss": 1.0}),
+        site("site-3", metrics=flood),
+    ]
+    shown = metric_names([record(accepted=crowd, metrics={"loss": 1.0, **flood}, logged={})])
+    assert shown == [f"a{number:03d}" for number in range(49)] + ["loss"]
+    assert len(report_rows([record(accepted=crowd, metrics={"loss": 1.0, **flood}, logged={})])[0]) == 50 + 4
+
+
 def test_a_rounds_table_has_a_row_per_site_with_examples_metrics_seconds_and_bytes() -> None:
     rows = round_table(record())
     assert [row["site"] for row in rows] == ["site-1", "site-2", "site-3"]
