@@ -1,7 +1,7 @@
 """Prefect servers with all background services, for tests that need more than `prefect_api`."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from fedpool.deployments.server import (
 
 @contextmanager
 def prefect_server(
-    home: Path, database: str = IN_MEMORY, access: Access | None = None, **variables: str
+    home: Path,
+    database: str = IN_MEMORY,
+    access: Access | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Access]:
     """A server that answers; yields its address and password, which no setting has yet.
 
@@ -32,7 +35,7 @@ def prefect_server(
     with (home / "log").open("wb") as output, listening(access.port) as door:
         process = subprocess.Popen(
             server_command(door),
-            env=server_environment(home, access, database) | variables,
+            env=server_environment(home, access, database) | dict(variables or {}),
             pass_fds=[door.fileno()],
             stdin=subprocess.PIPE,
             stdout=output,

@@ -277,9 +277,8 @@ def test_a_proof_of_concept_without_a_password_is_of_another_version(tmp_path: P
 
 def test_a_message_about_another_database_leaves_out_its_password(tmp_path: Path) -> None:
     first, second = (f"postgresql+asyncpg://me:hidden-{n}@host/prefect" for n in (1, 2))
-    settings = {"store": None, "s3": False}
-    state = PocState.reconcile(tmp_path, database=first, **settings)
+    state = PocState.reconcile(tmp_path, database=first, store=None, s3=False)
     assert "hidden" not in repr(state) and state.password not in repr(state)
     with pytest.raises(ConfigError, match=r"database='postgresql\+asyncpg://me:\*\*\*@host/prefect' is up") as refused:
-        PocState.reconcile(tmp_path, database=second, **settings)
+        PocState.reconcile(tmp_path, database=second, store=None, s3=False)
     assert "hidden" not in str(refused.value)

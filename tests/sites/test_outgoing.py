@@ -51,7 +51,8 @@ class Site:
     ) -> tuple[dict[str, Any], ParamsKind]:
         asked = SiteAssignment(site="site-1", round=0, task=task, base_sha256="b", base_size=1, timeout_s=None)
         outgoing = Outgoing(client_job(transfer=transfer, **job), asked, filters, self.lines.append)
-        seen, kind = outgoing.deliver(self.folder / "update", self.folder / "model", said, self.store, "there")
+        written, leaving, model = (self.folder / name for name in ("update", "leaving", "model"))
+        seen, kind = outgoing.deliver(written, leaving, model, said, self.store, "there")
         assert seen.digest.size == self.store.size("there")
         return load_arrays(self.store.full("there"), "torch"), kind
 

@@ -284,7 +284,7 @@ def test_both_uis_keep_the_password_under_the_key_that_our_page_uses() -> None:
 
 
 def test_leases_are_kept_by_a_module_that_a_server_finds(tmp_path: Path) -> None:
-    with prefect_server(tmp_path / "server", **internals.LASTING_LEASES):
+    with prefect_server(tmp_path / "server", variables=internals.LASTING_LEASES):
         pass
     (name,) = internals.LASTING_LEASES.values()
     found = subprocess.run(
