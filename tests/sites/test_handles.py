@@ -67,7 +67,7 @@ def test_a_script_that_cannot_start_says_that_handles_ran_out_and_starts_later(
     with pytest.raises(SiteError, match=f"site-1, round 0: the client script could not be started: .*{NONE_LEFT}"):
         session.perform(Assignment(0, 1), deadline=None, log=print)
     limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    assert session.perform(Assignment(0, 1), deadline=None, log=print).update["num_params"] == 0
+    assert session.perform(Assignment(0, 1), deadline=None, log=print).update["params_type"] == "FULL"
     session.end()
 
 
@@ -83,7 +83,7 @@ def test_a_zygote_without_handles_says_so_and_goes_on(write_script: Callable[...
     with pytest.raises(SiteError, match=f"could not be started: .*{NONE_LEFT}"):
         session.perform(Assignment(0, 1), deadline=None, log=print)
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (soft, hard))
-    assert session.perform(Assignment(0, 1), deadline=None, log=print).update["num_params"] == 0
+    assert session.perform(Assignment(0, 1), deadline=None, log=print).update["params_type"] == "FULL"
     session.end()
     zygote.close()
 

@@ -198,7 +198,7 @@ def test_what_a_script_keeps_outlives_the_worker(tmp_path: Path) -> None:
     (tmp_path / "client.py").write_text(textwrap.dedent(COUNTING))
     work = Job(Store(tmp_path / "store"), tmp_path / "client.py")
     for round in (0, 1, 2):  # each round has a new worker in the same folder
-        here = Site(tmp_path / "site")
+        here = Site(tmp_path / "site", store=str(tmp_path / "store"))
         work.assign(round)
         assert here.perform(work, round)
         here.resident.close()

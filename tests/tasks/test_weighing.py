@@ -170,7 +170,7 @@ def test_relative_to_the_heaviest_they_are_to_the_bit_what_decides_who_counts(sa
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=6))
+@given(st.lists(st.tuples(finite, st.floats(1e-6, 1e6)), min_size=1, max_size=6))
 def test_whatever_the_factors_their_ratios_are_those_that_decide_who_counts(drawn: list[tuple[float, float]]) -> None:
     said = {f"site-{number}": weight for number, (weight, _) in enumerate(drawn)}
     factors = {f"site-{number}": factor for number, (_, factor) in enumerate(drawn)}
