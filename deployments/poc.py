@@ -14,6 +14,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from fedpool import exclusive
+from fedpool.backend import normal_url
 from fedpool.deployments.clients import NamedClients
 from fedpool.deployments.poc_services import Service, Services
 from fedpool.deployments.poc_state import PocState
@@ -130,7 +131,9 @@ class PocEnv(RemoteEnv, NamedClients):
         """
         bypass_proxies()  # the processes inherit this
         with self._locked():
-            state = PocState.reconcile(self.home, database=self.database, store=self.store, s3=self.s3)
+            # In one form, because the workers have other current folders and compare it with jobs'.
+            store = self.store and normal_url(self.store)
+            state = PocState.reconcile(self.home, database=self.database, store=store, s3=self.s3)
             self._services.start(state, self.names, self.coordinator_pool)
 
     def down(self) -> None:

@@ -76,6 +76,7 @@ async def _run(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
             check_piece(piece)
             config = load()
             config.check_devices()
+            config.open_store()
         except (PermissionError, ConfigError) as error:
             sys.stderr.write(f"{error}\n")
             refused = isinstance(error, PermissionError)

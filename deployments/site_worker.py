@@ -79,6 +79,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             given = {} if file or "FEDPOOL_SITE_NAME" in os.environ else {"name": work_pool_name}
             config = SiteConfig.load(Path(file) if file else None, pool=work_pool_name, **given)
         config.check_devices()
+        config.open_store()  # a store that cannot be opened is named now, not in the first round
         super().__init__(work_pool_name, name=name or config.name, **kwargs)
         self.site = config
         self._counter = Counter(

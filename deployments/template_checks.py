@@ -11,6 +11,7 @@ from fedpool.paths import check_new_names
 
 Kind = Literal["process", "docker", "kubernetes"]
 
+_STORE = "FEDPOOL_SITE_STORE"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KUBERNETES_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _MEMORY = {
@@ -33,6 +34,7 @@ class SitePool:
 
     kind: Kind
     name: str
+    store: str | None
     image: str | None
     data: str | None
     keep: str | None
@@ -49,7 +51,7 @@ def check_pool(pool: SitePool) -> None:
     """Raise `ConfigError` if a value is invalid, or this type of pool lacks the option."""
     _check_kind(pool.kind, {option: getattr(pool, option) for option in _ONLY_IN})
     _check_env(pool.env)
-    _check_texts({option: getattr(pool, option) for option in ("image", "data", "keep", "config", "program")})
+    _check_texts({option: getattr(pool, option) for option in ("store", "image", "data", "keep", "config", "program")})
     try:
         check_new_names("site", [pool.name])
     except RecipeError as error:
@@ -59,6 +61,10 @@ def check_pool(pool: SitePool) -> None:
     if pool.cpus is not None and not 0 < pool.cpus < 10_000:
         raise ConfigError(f"cpus is {pool.cpus!r}: give a number of processors, such as 2 or 0.5")
     words(pool.program)
+    if pool.kind != "process" and not (pool.store or pool.config or pool.env_secret or _STORE in pool.env):
+        raise ConfigError(
+            f"a {pool.kind} pool needs the store that the site uses: give store, such as s3://fl-jobs, or config"
+        )
     if pool.kind == "kubernetes":
         for option in ("data", "keep", "config", "env_secret", "namespace"):
             _check_kubernetes_name(option, getattr(pool, option))

@@ -31,6 +31,7 @@ def base_job_template(
     kind: Kind,
     *,
     name: str,
+    store: str | None = None,
     image: str | None = None,
     data: str | None = None,
     keep: str | None = None,
@@ -47,6 +48,8 @@ def base_job_template(
     Args:
         kind: type of the work pool.
         name: the site's name; a run for another site is refused.
+        store: URL of the only store that the site uses, if `config`, `env` or `env_secret` does not
+            give it.
         image: image with fedpool and the packages that scripts import. If it has an entrypoint,
             that must run its arguments.
         data: the site's data: an absolute path; for kubernetes the name of a volume claim. It is
@@ -71,6 +74,7 @@ def base_job_template(
     pool = SitePool(
         kind=kind,
         name=name,
+        store=store,
         image=image,
         data=data,
         keep=keep,
@@ -106,7 +110,8 @@ def parse_env(entries: Iterable[str]) -> dict[str, str]:
 
 def _command(pool: SitePool, **options: str | None) -> list[str]:
     given = (word for option, value in options.items() if value is not None for word in (f"--{option}", value))
-    return [*words(pool.program), "site", "run", "--name", pool.name, *given]
+    own = ["--name", pool.name, *(["--store", pool.store] if pool.store is not None else [])]
+    return [*words(pool.program), "site", "run", *own, *given]
 
 
 def _command_in_container(pool: SitePool) -> list[str]:

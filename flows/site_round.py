@@ -36,7 +36,7 @@ async def site_round(
         site: the site that is asked.
         round: the round, from 0.
         attempt: how often the site was asked in this round before.
-        store: URL of the store that the job is in.
+        store: URL of the store that the job is in; it must be the site's own.
 
     Returns: Completed; Cancelled if the job or the round ended before the work started here.
 

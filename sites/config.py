@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from pydantic_settings import (
 )
 
 from fedpool.allowed_code import VARIABLE, Request, allows
+from fedpool.backend import normal_url
 from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems, nearest
 from fedpool.paths import check_new_names
 from fedpool.sites.devices import missing_device
 from fedpool.sites.script_process import find_program
+from fedpool.store import Store
 
 CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 """Path of the site's TOML file, for commands without the option, such as `prefect worker start`."""
@@ -29,6 +31,8 @@ CONFIG_VARIABLE = "FEDPOOL_SITE_CONFIG_FILE"
 
 _PREFIX = "FEDPOOL_SITE_"
 _ALLOWED = "allowed_code"
+_EXAMPLES = {"name": '"hospital-a"', "store": '"s3://fl-jobs"'}
+"""The settings that have no default, and an example for each."""
 _OF_KUBERNETES = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)\w*)?")
 """Variables that Kubernetes sets in every pod for a service named `fedpool-site`."""
 
@@ -55,8 +59,9 @@ class SiteConfig(BaseSettings):
         default="python",
         description='command that runs the client script: "python" or e.g. "torchrun --nproc-per-node 2"',
     )
-    store: str | None = Field(
-        default=None, description="the only store that this site uses; default: the store that the job names"
+    store: str = Field(
+        description="URL of the only store that this site uses, such as s3://fl-jobs; a run that names another is refused",
+        min_length=1,
     )
     storage_options: dict[str, JsonValue] = Field(
         default_factory=dict,
@@ -117,6 +122,26 @@ class SiteConfig(BaseSettings):
                 f"site's configuration, or {VARIABLE}={request.sha256} in the environment of its worker, and restart the worker"
             )
 
+    def check_store(self, named: str) -> None:
+        """Refuse a run that names another store than this site's. Opens neither of them.
+
+        Raises:
+            ConfigError: it names another; the message has both, and the remedy.
+        """
+        if normal_url(named) != normal_url(self.store):
+            raise ConfigError(
+                f"the run names the store {named!r}, but {self.name} takes jobs only from {normal_url(self.store)!r}: correct "
+                "the store of the environment that submits the job, or `store` in the site's settings"
+            )
+
+    def open_store(self) -> Store:
+        """The site's store.
+
+        Raises:
+            ConfigError: it cannot be opened; see `Store`.
+        """
+        return Store(self.store, **self.storage_options)
+
     def check_devices(self) -> None:
         """Check that this machine has the devices that scripts may use.
 
@@ -163,11 +188,22 @@ class SiteConfig(BaseSettings):
         try:
             settings: SiteConfig = FromFile(**{key: value for key, value in given.items() if value is not None})
         except ValidationError as error:
-            problems = "; ".join(describe_problems(cls, error, given))
+            problems = "; ".join([*describe_problems(cls, error, given), *_remedies(error)])
             raise ConfigError(f"the site's configuration is invalid: {problems}") from None
         except (OSError, SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the site's configuration cannot be read: {error}") from None
         return settings
+
+
+def _remedies(error: ValidationError) -> Iterator[str]:
+    """What to do about each setting that was not given."""
+    for entry in error.errors(include_url=False):
+        if entry["type"] == "missing":
+            name = str(entry["loc"][0])
+            yield (
+                f"give {name} in the site's file, such as {name} = {_EXAMPLES[name]}, with the option --{name}, or as "
+                f"{_PREFIX}{name.upper()}"
+            )
 
 
 def check_variables(names: Iterable[str]) -> None:

@@ -3,13 +3,16 @@
 import asyncio
 import threading
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fedpool.errors import ConfigError, FedpoolError, SiteError, Unreachable
+from fedpool.fields import describe_problems
+from fedpool.paths import check_name
 from fedpool.sites.desk import SITE_ROUND, Phase, Piece, Report, Reports
 from fedpool.sites.output import LogLine
 from fedpool.sites.resident import Resident
@@ -23,7 +26,7 @@ class RoundAsked(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    job_id: str
+    job_id: Annotated[str, AfterValidator(partial(check_name, "job_id"))]
     site: str
     round: int = Field(ge=0)
     attempt: int = Field(ge=0)
@@ -85,14 +88,18 @@ def do_round(resident: Resident, asked: RoundAsked, *, stop: threading.Event, lo
     before the work began here; crashed if the site was stopped.
 
     Raises:
-        SiteError: the script or the store failed, or the run was meant for another site.
+        SiteError: the script or the store failed, or the run is for another site or another store.
     """
     if resident.config.name != asked.site:
         raise SiteError(
             asked.site, asked.round, f"this is {resident.config.name}: the run was sent to the wrong work pool"
         )
     try:
-        came = resident.perform(asked.job_id, asked.round, asked.attempt, store=asked.store, stop=stop, log=log)
+        resident.config.check_store(asked.store)
+    except ConfigError as error:
+        raise SiteError(asked.site, asked.round, str(error)) from None
+    try:
+        came = resident.perform(asked.job_id, asked.round, asked.attempt, stop=stop, log=log)
     except SiteError:
         if resident.closed:
             return Report(Phase.CRASHED, "the site was stopped before it finished its part")
@@ -108,7 +115,7 @@ def _asked(parameters: Mapping[str, Any]) -> RoundAsked:
     try:
         return RoundAsked.model_validate(dict(parameters))
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        wrong = "; ".join(describe_problems(RoundAsked, error, parameters))
         raise ConfigError(f"the run's parameters are invalid: {wrong}") from None
 
 

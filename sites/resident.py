@@ -66,15 +66,12 @@ class Resident:
         """Whether the site was stopped."""
         return self._closed.is_set()
 
-    def perform(
-        self, job_id: str, round: int, attempt: int = 0, *, store: str, stop: threading.Event, log: LogLine
-    ) -> bool:
+    def perform(self, job_id: str, round: int, attempt: int = 0, *, stop: threading.Event, log: LogLine) -> bool:
         """Wait for a round's assignment, do it, and commit the outcome to the store.
 
         Blocks, so call it on a thread.
 
         Args:
-            store: fsspec URL of the coordinator's store; the site's own setting overrides it.
             stop: set it to end the wait or the script at once.
             log: called with each line that the script prints.
 
@@ -91,7 +88,7 @@ class Resident:
             job = self._jobs.get(job_id)
             if job is None:
                 job = self._jobs[job_id] = _JobHere(
-                    job_id, self._open(store), self.config, self._scratch.path, self._turns
+                    job_id, self.config.open_store(), self.config, self._scratch.path, self._turns
                 )
             job.num_calls += 1
         try:
@@ -113,9 +110,6 @@ class Resident:
             job.end()
         self._keeper.join(_CLOSE_GRACE_S)  # it may be ending a script, or waiting for the store
         self._scratch.remove()
-
-    def _open(self, store: str) -> Store:
-        return Store(self.config.store or store, **self.config.storage_options)
 
     def _keep_house(self) -> None:
         """End the scripts of jobs that have ended or had no assignment for the idle timeout."""
@@ -244,6 +238,8 @@ class _JobHere:
         try:
             described = self._store.read_json(self._paths.job, _MAX_JOB_BYTES)
             client = ClientJob.model_validate(described["client"], strict=False)
+            if client.job_id != self.job_id:  # its objects would be those of another job
+                raise ValueError(f"it names the job {client.job_id!r}")
             self._sites = in_order(described["sites"])
             self._sites.index(self._config.name)
         except (KeyError, ValueError) as error:

@@ -133,7 +133,7 @@ async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str
     pools = await read_pools(client, set(names.values()))
     found: dict[str, list[str]] = {}
     for site in sites:
-        command = f"fedpool site start --name {site}"
+        command = f"fedpool site start --name {site} --store URL"
         if site not in deployments:
             found[site] = [f"site {site!r} is not registered: {command}"]
             continue

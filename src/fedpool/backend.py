@@ -1,6 +1,7 @@
 """The file system of a store: opened from a URL, with errors translated and failures retried."""
 
 import logging
+import os.path
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,21 @@ from fedpool.patience import pauses
 from fedpool.refusals import Doing, refusal
 
 PATIENCE_S = 60.0
+_LOCAL = (None, "file", "local")
+_SAME = {"s3a": "s3"}
 T = TypeVar("T")
 _LOG = logging.getLogger("fedpool.store")
+
+
+def normal_url(url: str) -> str:
+    """A store's URL in one form, for comparing two: nothing is opened.
+
+    A folder becomes an absolute `file://` URL without `..`; a trailing slash does not count.
+    """
+    protocol, path = fsspec.core.split_protocol(url)
+    if protocol in _LOCAL:
+        return f"file://{os.path.abspath(os.path.expanduser(path))}"  # noqa: PTH100, PTH111  # paths may be hostile
+    return f"{_SAME.get(protocol, protocol)}://{path.rstrip('/')}"
 
 
 class Backend:

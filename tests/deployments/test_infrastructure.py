@@ -43,7 +43,8 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
         ),
         (
             "site.yaml",
-            "FEDPOOL_IMAGE PREFECT_API_URL SERVER_AUTH SITE_NAME SITE_DATA SITE_AWS_ACCESS_KEY_ID SITE_AWS_SECRET_ACCESS_KEY",
+            "FEDPOOL_IMAGE PREFECT_API_URL SERVER_AUTH SITE_NAME SITE_STORE SITE_DATA "
+            "SITE_AWS_ACCESS_KEY_ID SITE_AWS_SECRET_ACCESS_KEY",
         ),
     ],
 )

@@ -63,7 +63,8 @@ def workers(api_url: str, s3_server: S3Server, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("prod")
     commands = {"coordinator": ("prefect", "worker", "start", "--type", "process", "--pool", "prod")}
     for site in ("east", "west"):
-        commands[site] = ("fedpool.cli", "site", "start", "--name", site, "--folder", str(folder / site))
+        own = ("--name", site, "--folder", str(folder / site), "--store", f"{s3_server.url}/prod")
+        commands[site] = ("fedpool.cli", "site", "start", *own)
     started = {
         name: Worker(api_url, folder / name, *command, PREFECT_API_AUTH_STRING=PASSWORD)
         for name, command in commands.items()
@@ -164,9 +165,9 @@ def test_everything_that_is_missing_is_said_at_once(
     sites = ("east", "asleep", "old", "unknown")
     assert refused(env(sites=sites, coordinator_pool="idle"), recipe, ConfigError).splitlines() == [
         "no worker of work pool 'idle' is online: prefect worker start --type process --pool idle",
-        "no worker of work pool 'asleep' is online: fedpool site start --name asleep",
+        "no worker of work pool 'asleep' is online: fedpool site start --name asleep --store URL",
         f"site 'old' speaks protocol 0, but this version of fedpool speaks {SITE_PROTOCOL}: upgrade it",
-        "site 'unknown' is not registered: fedpool site start --name unknown",
+        "site 'unknown' is not registered: fedpool site start --name unknown --store URL",
     ]
     assert refused(env(coordinator_pool="nowhere"), recipe, ConfigError) == (
         "there is no work pool 'nowhere': prefect worker start --type process --pool nowhere"

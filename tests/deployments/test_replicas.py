@@ -77,6 +77,7 @@ def test_a_job_and_a_schedule_run_across_two_api_servers(replicas: list[str], tm
         workers = [Worker(first, tmp_path / "coordinator", *coordinator)]
         for site, url in zip(SITES, replicas, strict=True):
             command = ("fedpool.cli", "site", "start", "--name", site, "--folder", str(tmp_path / site / "scripts"))
+            command += ("--store", str(tmp_path / "store"))
             workers.append(Worker(url, tmp_path / site, *command))
         for worker in workers:
             stack.callback(worker.end)

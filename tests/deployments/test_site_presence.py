@@ -32,9 +32,8 @@ def start(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
 
     def start_one(site: str, api: str = prefect_api, **variables: str) -> Worker:
         folder = tmp_path / f"worker-{len(workers)}"
-        worker = Worker(
-            api, folder, "fedpool.cli", "site", "start", "--name", site, "--folder", str(folder), **variables
-        )
+        own = ("--name", site, "--folder", str(folder), "--store", str(folder / "store"))
+        worker = Worker(api, folder, "fedpool.cli", "site", "start", *own, **variables)
         workers.append(worker)
         return worker
 

@@ -3,140 +3,24 @@ receives.
 """
 
 import asyncio
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import numpy as np
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import FlowRun, State
-from safetensors.numpy import load
+from prefect.client.schemas.objects import State
 
-from fedpool import FedAvgRecipe, Store
 from fedpool.deployments.prefect_desk import register_site
 from fedpool.flows.site_round import site_round
-from fedpool.flows.staging import stage
-from fedpool.messages import SiteAssignment
-from fedpool.paths import JobPaths, new_job_id
+from tests.asked import AskedJob, final_state, run_deployment, state_of
 from tests.poc import Worker, processes_of, scripts_of, wait_until, wait_until_gone
 from tests.services import FAKETIME_MISSING, clock_off_by, find_faketime
 
 pytestmark = pytest.mark.slow
-
-# Touches `training`, waits for the file `go`, then sends its process id.
-SCRIPT = """
-    import os, pathlib, sys, threading
-    import numpy as np
-    import fedpool.client as flare
-
-    flare.init()
-    folder = pathlib.Path(sys.argv[1])
-    while flare.is_running():
-        model = flare.receive()
-        (folder / "training").touch()
-        while not (folder / "go").exists():
-            threading.Event().wait(0.05)
-        flare.send(flare.FLModel(params={"w": np.full(1, os.getpid(), np.float32)}))
-    (folder / "ended").touch()
-"""
-
-
-class Job:
-    """A staged job coordinated by the test, which asks a site for rounds and reads the results from
-    the store.
-
-    Args:
-        folder: for the store, the script and the gate.
-        site: the job's only site.
-        gated: whether training waits for `release()`.
-    """
-
-    def __init__(self, folder: Path, site: str, *, gated: bool = False) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        script = folder / "client.py"
-        script.write_text(textwrap.dedent(SCRIPT))
-        self.folder = folder
-        self.site = site
-        self.store = Store(folder / "store")
-        self.paths = JobPaths(new_job_id("asked"))
-        self.recipe = FedAvgRecipe(
-            name="asked",
-            min_clients=1,
-            num_rounds=9,
-            model={"w": np.zeros(1, np.float32)},
-            train_script=script,
-            train_args=[str(folder)],
-        )
-        stage(self.recipe, self.paths.job_id, self.store, (site,))
-        if not gated:
-            self.release()
-
-    def release(self) -> None:
-        (self.folder / "go").touch()
-
-    def wait_until_training(self) -> None:
-        wait_until((self.folder / "training").exists)
-
-    def ask(self, round: int = 0, deployment: str | None = None) -> FlowRun:
-        """Write the assignment of a round and create its run, from the site's own deployment or
-        another one.
-        """
-        model = self.recipe.model.digest
-        if round > 0:  # every round starts from the same model
-            self.store.write_bytes(self.paths.global_model(round), self.store.read_bytes(self.paths.global_model(0)))
-        assignment = SiteAssignment(
-            site=self.site, round=round, task="train", base_sha256=model.sha256, base_size=model.size, timeout_s=None
-        )
-        self.store.write_json(self.paths.assignment(round, self.site), assignment.model_dump(mode="json"))
-        parameters = {
-            "job_id": self.paths.job_id,
-            "site": self.site,
-            "round": round,
-            "attempt": 0,
-            "store": self.store.url,
-        }
-        return run_deployment(deployment or f"site-round/{self.site}", parameters)
-
-    def pid(self, round: int = 0) -> float:
-        """The process id that the script sent."""
-        return float(load(self.store.read_bytes(self.paths.update(round, self.site)))["w"][0])
-
-    def end(self) -> None:
-        """End the job, as its coordinator does."""
-        self.store.write_json(self.paths.result, {"status": "COMPLETED"})
-
-
-def run_deployment(name: str, parameters: dict[str, Any], **settings: Any) -> FlowRun:
-    async def create() -> FlowRun:
-        async with get_client() as client:
-            deployment = await client.read_deployment_by_name(name)
-            run: FlowRun = await client.create_flow_run_from_deployment(
-                deployment.id, parameters=parameters, **settings
-            )
-            return run
-
-    return asyncio.run(create())
-
-
-def state_of(run: FlowRun) -> State[Any]:
-    async def read() -> State[Any]:
-        async with get_client() as client:
-            state = (await client.read_flow_run(run.id)).state
-            assert state is not None
-            return state
-
-    return asyncio.run(read())
-
-
-def final_state(run: FlowRun, timeout_s: float = 120) -> State[Any]:
-    """Wait for a run to end; returns its final state."""
-    wait_until(lambda: state_of(run).is_final(), timeout_s=timeout_s)
-    return state_of(run)
 
 
 @pytest.fixture
@@ -147,7 +31,8 @@ def site_worker(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., Work
     def start(name: str, *command: str, **variables: str) -> Worker:
         folder = tmp_path / "sites" / name
         own = ("fedpool.cli", "site", "start", "--name", name, "--folder", str(folder))
-        worker = Worker(prefect_api, folder, *(command or own), **variables)
+        store = {"FEDPOOL_SITE_STORE": str(tmp_path / "job/store")}
+        worker = Worker(prefect_api, folder, *(command or own), **store | variables)
         workers.append(worker)
         return worker.wait_until_started()
 
@@ -160,7 +45,8 @@ def site_worker(prefect_api: str, tmp_path: Path) -> Iterator[Callable[..., Work
 def hospital(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A site's worker, shared by the tests that do it no harm."""
     folder = tmp_path_factory.mktemp("hospital")
-    worker = Worker(prefect_api, folder, "fedpool.cli", "site", "start", "--name", "hospital", "--folder", str(folder))
+    command = ("site", "start", "--name", "hospital", "--folder", str(folder), "--store", str(folder / "store"))
+    worker = Worker(prefect_api, folder, "fedpool.cli", *command)
     try:
         yield worker.wait_until_started()
         assert worker.process.poll() is None  # it has survived everything that it received
@@ -169,7 +55,7 @@ def hospital(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_the_script_stays_warm_between_rounds_and_ends_with_the_job(hospital: Worker, tmp_path: Path) -> None:
-    job = Job(tmp_path, "hospital")
+    job = AskedJob(tmp_path, "hospital", store=hospital.folder / "store")
     for round in (0, 1):
         state = final_state(job.ask(round))
         assert state.name == "Completed" and state.message == f"hospital finished its part of round {round}"
@@ -233,21 +119,21 @@ def test_a_deployment_that_calls_itself_site_round_brings_no_code_of_its_own(hos
     )
     asked = {"job_id": "a", "site": "hospital", "round": -1, "attempt": 0, "store": str(tmp_path)}
     before = final_state(run_deployment("site-round/evil", asked))
-    assert before.is_failed() and "round: Input should be greater than or equal to 0" in str(before.message)
+    assert before.is_failed() and "round: must be greater than or equal to 0, got -1" in str(before.message)
     elsewhere = final_state(run_deployment("site-round/evil", asked | {"site": "clinic", "round": 0}))
     assert elsewhere.is_failed()
     assert "clinic, round 0: this is hospital: the run was sent to the wrong work pool" in str(elsewhere.message)
     upwards = final_state(run_deployment("site-round/evil", asked | {"job_id": "../a", "round": 0}))
     assert upwards.is_failed() and "'../a' cannot be part of a path" in str(upwards.message)
     # For a valid request, the site's own site_round runs, whatever the deployment says.
-    job = Job(tmp_path / "job", "hospital")
+    job = AskedJob(tmp_path / "job", "hospital", store=hospital.folder / "store")
     assert final_state(job.ask(deployment="site-round/evil")).is_completed()
     assert not canary.exists()
     job.end()
 
 
 def test_a_bundle_that_is_not_what_its_name_says_is_refused(hospital: Worker, tmp_path: Path) -> None:
-    job = Job(tmp_path, "hospital")
+    job = AskedJob(tmp_path, "hospital", store=hospital.folder / "store")
     (bundle,) = Path(job.store.full(job.paths.job_id)).glob("bundle-*.zip")
     bundle.write_bytes(bundle.read_bytes() + b" ")
     state = final_state(job.ask())
@@ -257,7 +143,7 @@ def test_a_bundle_that_is_not_what_its_name_says_is_refused(hospital: Worker, tm
 
 
 def test_a_cancelled_run_ends_its_script_in_seconds(hospital: Worker, tmp_path: Path) -> None:
-    job = Job(tmp_path, "hospital", gated=True)
+    job = AskedJob(tmp_path, "hospital", store=hospital.folder / "store", gated=True)
     run = job.ask()
     job.wait_until_training()
 
@@ -275,7 +161,7 @@ def test_sigterm_in_mid_training_ends_worker_and_script_and_hands_the_run_back(
     site_worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
     worker = site_worker("leaves")
-    job = Job(tmp_path / "job", "leaves", gated=True)
+    job = AskedJob(tmp_path / "job", "leaves", gated=True)
     run = job.ask()
     job.wait_until_training()
     worker.process.terminate()
@@ -292,7 +178,7 @@ def test_a_run_that_a_killed_worker_left_behind_crashes_when_the_worker_comes_ba
     site_worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
     worker = site_worker("returns")
-    job = Job(tmp_path / "job", "returns", gated=True)
+    job = AskedJob(tmp_path / "job", "returns", gated=True)
     run = job.ask()
     job.wait_until_training()
     worker.process.kill()
@@ -312,7 +198,7 @@ def test_prefects_own_command_starts_a_site_worker_too(site_worker: Callable[...
         "stock", "prefect", "worker", "start", "--type", "fedpool-site", "--pool", "stock",
         FEDPOOL_SITE_FOLDER=str(tmp_path / "folder"), FEDPOOL_SITE_CONFIG='{"data": "here"}',
     )  # fmt: skip
-    job = Job(tmp_path / "job", "stock")
+    job = AskedJob(tmp_path / "job", "stock")
     assert final_state(job.ask()).is_completed()
     job.end()
     worker.process.terminate()
@@ -332,7 +218,7 @@ def test_site_round_runs_cold_in_a_stock_process_pool(site_worker: Callable[...,
         "cold", "prefect", "worker", "start", "--type", "process", "--pool", "any-processes",
         FEDPOOL_SITE_FOLDER=str(tmp_path / "folder"),
     )  # fmt: skip
-    job = Job(tmp_path / "job", "cold")
+    job = AskedJob(tmp_path / "job", "cold")
     state = final_state(job.ask())
     assert state.is_completed(), state
     assert job.pid() > 0
@@ -356,6 +242,6 @@ def test_a_site_whose_clock_is_off_counts_as_online_and_takes_its_runs_at_once(
             return [record.status for record in await client.read_workers_for_work_pool(name)]
 
     assert asyncio.run(status()) == ["ONLINE"]
-    job = Job(tmp_path / "job", name)
+    job = AskedJob(tmp_path / "job", name)
     assert final_state(job.ask(), timeout_s=90).is_completed()  # by the site's clock, it was due later than that
     job.end()

@@ -186,11 +186,11 @@ def test_a_kubernetes_job_is_one_that_the_api_knows(prefect_api: str) -> None:
 
 
 def test_what_scripts_keep_has_a_place_that_outlives_the_container() -> None:
-    docker = base_job_template("docker", name=SITE, image="i", keep="/srv/kept")["job_configuration"]
+    docker = base_job_template("docker", name=SITE, store="s3://b", image="i", keep="/srv/kept")["job_configuration"]
     assert docker["volumes"] == ["/srv/kept:/tmp/fedpool-site/kept:rw"]
-    assert docker["command"].endswith("--folder /tmp/fedpool-site")
-    job = base_job_template("kubernetes", name=SITE, image="i", keep="kept-a")["job_configuration"]["job_manifest"]
-    pod = job["spec"]["template"]["spec"]
+    assert docker["command"].endswith("--name site-1 --store s3://b --folder /tmp/fedpool-site")
+    made = base_job_template("kubernetes", name=SITE, store="s3://b", image="i", keep="kept-a")
+    pod = made["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert pod["volumes"] == [{"name": "keep", "persistentVolumeClaim": {"claimName": "kept-a"}}]
     assert pod["containers"][0]["volumeMounts"] == [{"name": "keep", "mountPath": "/tmp/fedpool-site/kept"}]
 
@@ -200,6 +200,8 @@ def test_what_scripts_keep_has_a_place_that_outlives_the_container() -> None:
     [
         ("podman", {}, "give process, docker or kubernetes"),
         ("docker", {"image": None}, "needs an image"),
+        ("docker", {"config": None}, "a docker pool needs the store that the site uses: give store, such as s3://"),
+        ("docker", {"config": None, "store": " "}, "store is ' ': it must not be empty"),
         ("process", {"image": "an-image"}, "a process pool has no option image"),
         ("docker", {"namespace": "here"}, "a docker pool has no option namespace"),
         ("docker", {"name": "../site"}, "site"),
@@ -248,7 +250,9 @@ class ProcessPool:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "DO_NOT_TRACK": "1",
         }
-        template = self.fedpool("site", "template", "--type", "process", "--name", SITE, "--data", str(folder))
+        self.store = folder / "store"
+        own = ("--name", SITE, "--store", str(self.store), "--data", str(folder))
+        template = self.fedpool("site", "template", "--type", "process", *own)
         (folder / "template.json").write_text(template)
         options = ("--type", "process", "--base-job-template", str(folder / "template.json"))
         created = prefect(api_url, folder / "home", "work-pool", "create", *options, self.name)
@@ -290,8 +294,8 @@ def pool(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 class StagedJob:
     """What a coordinator writes to the store: a job, and the site's assignment for round 0."""
 
-    def __init__(self, folder: Path, script: str = ADD_ONE) -> None:
-        self.store = Store(folder / "store")
+    def __init__(self, folder: Path, script: str = ADD_ONE, *, store: Path | None = None) -> None:
+        self.store = Store(store or folder / "store")
         (folder / "client.py").write_text(textwrap.dedent(script))
         recipe = FedAvgRecipe(
             name="cold",
@@ -334,7 +338,7 @@ async def run_deployment(name: str, parameters: dict[str, Any]) -> State[Any]:
 
 @pytest.mark.slow
 def test_a_process_pool_does_a_round(pool: ProcessPool, tmp_path: Path) -> None:
-    job = StagedJob(tmp_path)
+    job = StagedJob(tmp_path, store=pool.store)
     state = asyncio.run(run_deployment(f"site-round/{SITE}", job.parameters))
     assert (state.name, state.message) == ("Completed", f"{SITE} finished its part of round 0")
     update = job.update()
@@ -343,7 +347,7 @@ def test_a_process_pool_does_a_round(pool: ProcessPool, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_for_another_site_is_refused(pool: ProcessPool, tmp_path: Path) -> None:
-    job = StagedJob(tmp_path)
+    job = StagedJob(tmp_path, store=pool.store)
     state = asyncio.run(run_deployment(f"site-round/{SITE}", job.parameters | {"site": "site-2"}))
     assert state.is_failed()
     assert "this is site-1: the run was sent to the wrong work pool" in (state.message or "")
@@ -353,7 +357,7 @@ def test_a_run_for_another_site_is_refused(pool: ProcessPool, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["backup", "site-round"])
 def test_nothing_of_a_hostile_deployment_is_executed(pool: ProcessPool, tmp_path: Path, name: str) -> None:
     """Whatever it calls its flow, the most that it achieves is an ordinary round."""
-    job = StagedJob(tmp_path)
+    job = StagedJob(tmp_path, store=pool.store)
     pulled, imported = tmp_path / "pulled", tmp_path / "imported"
     (tmp_path / "hostile.py").write_text(f"import pathlib\npathlib.Path({str(imported)!r}).touch()\n")
 
@@ -384,7 +388,7 @@ def test_nothing_of_a_hostile_deployment_is_executed(pool: ProcessPool, tmp_path
 @pytest.mark.slow
 def test_job_variables_that_no_server_has_checked_change_nothing(pool: ProcessPool, tmp_path: Path) -> None:
     """Prefect checks the job variables of deployments, but not those of a run that has none."""
-    job, canary = StagedJob(tmp_path), tmp_path / "canary"
+    job, canary = StagedJob(tmp_path, store=pool.store), tmp_path / "canary"
 
     async def attack() -> State[Any]:
         async with get_client() as client:
@@ -424,7 +428,8 @@ def start(prefect_api: str, tmp_path: Path) -> Iterator[Start]:
     def start(run_id: UUID, **variables: str) -> "subprocess.Popen[str]":
         ours = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "FEDPOOL_"))}
         server = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(tmp_path / "home")}
-        site = {"FEDPOOL_SITE_FOLDER": str(tmp_path / "site"), **(variables or {"FEDPOOL_SITE_NAME": SITE})}
+        own = {"FEDPOOL_SITE_FOLDER": str(tmp_path / "site"), "FEDPOOL_SITE_STORE": str(tmp_path / "store")}
+        site = {**own, **(variables or {"FEDPOOL_SITE_NAME": SITE})}
         process = subprocess.Popen(
             [FEDPOOL, "site", "run"],
             env=ours | server | site | {"PREFECT__FLOW_RUN_ID": str(run_id)},

@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
 
 
 def site(**settings: Any) -> SiteConfig:
-    return SiteConfig(name="site-1", **settings)
+    return SiteConfig(name="site-1", store="memory://jobs", **settings)
 
 
 def test_a_site_refuses_code_that_it_does_not_allow_with_the_remedy(

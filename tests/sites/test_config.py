@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedpool import ConfigError
+from fedpool.backend import normal_url
 from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
 
 
@@ -22,6 +23,7 @@ def file(tmp_path: Path) -> Path:
     path.write_text(
         """
         name = "hospital"
+        store = "s3://jobs"
         gpus = "0,1"
         command = "torchrun --nproc-per-node 2"
         max_wait_s = 60
@@ -33,10 +35,10 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_name_is_enough() -> None:
-    settings = SiteConfig.load(name="hospital")
+def test_a_name_and_a_store_are_enough() -> None:
+    settings = SiteConfig.load(name="hospital", store="s3://jobs")
     assert settings.pool_name == settings.name == "hospital"
-    assert settings.command == "python" and settings.config == {} and settings.store is None
+    assert settings.command == "python" and settings.config == {} and settings.store == "s3://jobs"
 
 
 def test_a_toml_file_gives_every_field(file: Path) -> None:
@@ -48,8 +50,12 @@ def test_a_toml_file_gives_every_field(file: Path) -> None:
 
 def test_the_environment_gives_every_field_values_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
-        "NAME": "clinic", "FOLDER": "/srv/clinic", "CONFIG": '{"data": "/d", "n": 3}', "IDLE_TIMEOUT_S": "5",
-    }.items():  # fmt: skip
+        "NAME": "clinic",
+        "STORE": "s3://jobs",
+        "FOLDER": "/srv/clinic",
+        "CONFIG": '{"data": "/d", "n": 3}',
+        "IDLE_TIMEOUT_S": "5",
+    }.items():
         monkeypatch.setenv(f"FEDPOOL_SITE_{name}", value)
     settings = SiteConfig.load()
     assert (settings.name, settings.folder, settings.idle_timeout_s) == ("clinic", Path("/srv/clinic"), 5)
@@ -72,7 +78,13 @@ def test_the_file_can_be_named_by_the_environment(file: Path, monkeypatch: pytes
     ("text", "message"),
     [
         ("name = ", "cannot be read: Invalid value"),
-        ("gpus = '0'", "name: is required, but was not given"),
+        ("store = 's3://jobs'", "name: is required, but was not given; give name in the site's file, such as name = "),
+        (
+            "name = 'a'",
+            'store: is required, but was not given; give store in the site\'s file, such as store = "s3://fl-jobs", '
+            "with the option --store, or as FEDPOOL_SITE_STORE",
+        ),
+        ("name = 'a'\nstore = ''", "store: must have at least 1 character, got ''"),
         ("name = '../x'", r"name: .*'../x' cannot be part of a path"),
         ("name = 'nul'", "'nul' is the name of a device"),
         ("name = 'a'\nmax_wait_s = 0", "max_wait_s: must be greater than 0, got 0"),
@@ -105,7 +117,7 @@ def test_a_variable_that_would_be_ignored_names_the_nearest_one(
     with pytest.raises(
         ConfigError, match=rf"the environment sets {name}, which is not a setting of a site: did you mean {meant}\?"
     ):
-        SiteConfig.load(name="a")
+        SiteConfig.load(name="a", store="s3://jobs")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +127,7 @@ def test_a_variable_in_any_case_or_of_somebody_else_is_none_of_those(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "0")
-    assert SiteConfig.load(name="a").name == "a"
+    assert SiteConfig.load(name="a", store="s3://jobs").name == "a"
 
 
 def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(tmp_path: Path) -> None:
@@ -126,10 +138,46 @@ def test_a_file_that_is_not_there_is_refused_with_where_it_was_looked_for(tmp_pa
 def test_a_variable_that_is_not_json_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDPOOL_SITE_CONFIG", "{data: here}")
     with pytest.raises(ConfigError, match='cannot be read: error parsing value for field "config"'):
-        SiteConfig.load(name="a")
+        SiteConfig.load(name="a", store="s3://jobs")
 
 
 def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_bytes('name = "hôpital"'.encode("latin-1"))
     with pytest.raises(ConfigError, match="cannot be read: 'utf-8' codec can't decode"):
         SiteConfig.load(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ("s3://jobs", "s3://jobs/"),
+        ("s3://jobs/study", "s3a://jobs/study"),
+        ("/srv/store", "file:///srv/store/"),
+        ("file:///srv/store", "/srv/x/../store"),
+        ("store", "{here}/store"),
+    ],
+)
+def test_the_same_store_may_be_written_in_several_forms(own: str, named: str, tmp_path: Path) -> None:
+    SiteConfig(name="a", store=own).check_store(named.format(here=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ("s3://jobs", "s3://jobs/x/rounds/y/sites/hospital-a"),
+        ("s3://jobs", "s3://jobs2"),
+        ("s3://jobs", "s3://other/../jobs"),
+        ("s3://jobs", "http://jobs"),
+        ("s3://jobs/study", "s3://jobs"),
+        ("s3://jobs", "simplecache::s3://jobs"),
+        ("s3://jobs", "jobs"),
+        ("s3://jobs", ""),
+        ("/srv/store", "/srv/store/x/rounds/y/sites/hospital-a"),
+        ("/srv/store", "/srv/store/.."),
+        ("/srv/store", "s3://srv/store"),
+    ],
+)
+def test_a_run_that_names_another_store_is_refused_with_both(own: str, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SiteConfig(name="a", store=own).check_store(named)
+    assert f"the run names the store {named!r}, but a takes jobs only from {normal_url(own)!r}" in str(caught.value)

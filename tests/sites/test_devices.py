@@ -26,9 +26,9 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(gpus: str, coun
 
 def test_a_site_that_is_given_a_device_it_lacks_says_so_as_it_starts() -> None:
     with pytest.raises(ConfigError, match="site clinic: gpus='99'"):
-        SiteConfig(name="clinic", gpus="99").check_devices()
-    SiteConfig(name="clinic").check_devices()
-    SiteConfig(name="clinic", gpus="GPU-77").check_devices()
+        SiteConfig(name="clinic", store="s3://jobs", gpus="99").check_devices()
+    SiteConfig(name="clinic", store="s3://jobs").check_devices()
+    SiteConfig(name="clinic", store="s3://jobs", gpus="GPU-77").check_devices()
 
 
 def test_the_first_device_is_there_exactly_where_there_is_one() -> None:

@@ -82,9 +82,7 @@ class Site:
         self.stop = threading.Event()
 
     def perform(self, job: Job, round: int = 0) -> bool:
-        return self.resident.perform(
-            job.paths.job_id, round, store=job.store.url, stop=self.stop, log=self.printed.append
-        )
+        return self.resident.perform(job.paths.job_id, round, stop=self.stop, log=self.printed.append)
 
     def perform_aside(self, job: Job, round: int = 0) -> "Aside":
         return Aside(lambda: self.perform(job, round))
@@ -117,7 +115,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
 
     def make(**settings: Any) -> Site:
         folder = tmp_path / f"site-{len(sites)}"
-        sites.append(Site(folder, **settings))
+        sites.append(Site(folder, **{"store": str(tmp_path / "store")} | settings))
         return sites[-1]
 
     yield make
@@ -344,13 +342,16 @@ def test_the_sites_own_settings_beat_those_of_the_job(site: Callable[..., Site],
     assert here.printed == ["{'data': '/mine', 'more': True, 'n': 1}"]
 
 
-def test_a_site_with_a_store_of_its_own_reads_no_other(
-    site: Callable[..., Site], job: Callable[..., Job], tmp_path: Path
-) -> None:
-    here, work = site(store=str(tmp_path / "elsewhere"), max_wait_s=0.5), job()
+def test_a_job_that_gives_the_id_of_another_is_refused(site: Callable[..., Site], job: Callable[..., Job]) -> None:
+    here, work, other = site(), job(), job()
+    described = work.store.read_json(work.paths.job)
+    described["client"]["job_id"] = other.paths.job_id  # its update would be written into the other's folder
+    work.store.remove(work.paths.job)
+    work.store.write_json(work.paths.job, described)
     work.assign()
-    with pytest.raises(SiteError, match="did not begin"):
+    with pytest.raises(SiteError, match=f"does not describe a job: it names the job '{other.paths.job_id}'"):
         here.perform(work)
+    assert not other.store.exists(other.paths.update(0, "a"))
 
 
 @pytest.mark.parametrize("what", ["model", "bundle", "assignment"])

@@ -20,6 +20,7 @@ SiteName = Annotated[str | None, Parameter(help="name of the site, as used in re
 SiteFile = Annotated[Path | None, Parameter(help="TOML file with the site's settings")]
 SiteData = Annotated[Path | None, Parameter(help="folder with the site's data: flare.get_config()['data']")]
 SiteGpus = Annotated[str | None, Parameter(help='devices that scripts may use, e.g. "0,1"')]
+SiteStore = Annotated[str | None, Parameter(help="URL of the only store that the site uses, e.g. s3://fl-jobs")]
 SiteFolder = Annotated[Path | None, Parameter(help="the site's own folder, where scripts run")]
 
 
@@ -32,9 +33,10 @@ def start(
     data: SiteData = None,
     gpus: SiteGpus = None,
     folder: SiteFolder = None,
+    store: SiteStore = None,
 ) -> None:
     """Start the site's worker; it runs until SIGTERM or Ctrl-C."""
-    settings = _site_settings(config, data, name=name, pool=pool, gpus=gpus, folder=folder)
+    settings = _site_settings(config, data, name=name, pool=pool, gpus=gpus, folder=folder, store=store)
 
     from prefect.settings import PREFECT_API_URL
 
@@ -61,13 +63,17 @@ def run(
     data: SiteData = None,
     gpus: SiteGpus = None,
     folder: SiteFolder = None,
+    store: SiteStore = None,
 ) -> None:
     """Do one round. This is the command that a process, docker or kubernetes pool's worker runs;
     see `fedpool site template`.
     """
     from fedpool.deployments.site_once import assigned_run, run_assigned
 
-    if not run_assigned(assigned_run(), lambda: _site_settings(config, data, name=name, gpus=gpus, folder=folder)):
+    def load() -> SiteConfig:
+        return _site_settings(config, data, name=name, gpus=gpus, folder=folder, store=store)
+
+    if not run_assigned(assigned_run(), load):
         sys.exit(1)
 
 
@@ -76,6 +82,7 @@ def template(
     *,
     kind: Annotated[Literal["process", "docker", "kubernetes"], Parameter(name="--type", help="type of the work pool")],
     name: Annotated[str, Parameter(help="name of the site, as used in recipes")],
+    store: SiteStore = None,
     image: Annotated[str | None, Parameter(help="image with fedpool and the packages that scripts import")] = None,
     data: Annotated[
         str | None,
@@ -105,6 +112,7 @@ def template(
     found = base_job_template(
         kind,
         name=name,
+        store=store,
         image=image,
         data=data,
         keep=keep,
