@@ -82,8 +82,9 @@ class Services:
         # Anyone who can submit a job here can run programs here anyway.
         environment = often | {allowed_code.VARIABLE: allowed_code.ANY}
         if self._processes.find(_COORDINATOR) is None:
-            command = ["-m", "prefect", "worker", "start", "--type", "process", "--name", "coordinator"]
-            self._start_worker(state, _COORDINATOR, [*command, "--pool", coordinator_pool], environment)
+            own = ["--pool", coordinator_pool, "--store", state.store]
+            command = ["-m", "fedpool.cli", "coordinator", "start", *own]
+            self._start_worker(state, _COORDINATOR, command, environment)
         for name in sites:
             if self._processes.find(_SITE_PREFIX + name) is None:
                 folder = self._home / "sites" / name

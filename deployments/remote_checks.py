@@ -41,12 +41,15 @@ async def check(client: "PrefectClient", sites: Sequence[str], coordinator_pool:
     """
     from prefect.exceptions import PrefectHTTPStatusError
 
-    from fedpool.tasks.reach import pool_problem, read_pools, site_problems
+    from fedpool.tasks.reach import COORDINATOR_TYPE, pool_problem, read_pools, site_problems, wrong_type
 
     try:
-        start = f"prefect worker start --type process --pool {coordinator_pool}"
-        pools = await read_pools(client, [coordinator_pool])
-        problem = pool_problem(pools.get(coordinator_pool), coordinator_pool, start)
+        start = f"fedpool coordinator start --pool {coordinator_pool}"
+        pool = (await read_pools(client, [coordinator_pool])).get(coordinator_pool)
+        if pool is not None and pool.kind != COORDINATOR_TYPE:
+            problem: str | None = wrong_type(coordinator_pool, pool.kind)
+        else:
+            problem = pool_problem(pool, coordinator_pool, start)
         problems = [problem] if problem else []
         for found in (await site_problems(client, sites)).values():
             problems += found

@@ -7,12 +7,8 @@ It has the name and the settings of a Prefect worker, but its work is done by `S
 `PrefectDesk`.
 """
 
-import asyncio
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,12 @@ from prefect.settings import PREFECT_API_URL, PREFECT_WORKER_QUERY_SECONDS
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
 from fedpool.deployments.prefect_desk import Counter, open_desk
+from fedpool.deployments.signals import ended_by_signals
 from fedpool.loopback import bypass_proxies
 from fedpool.sites.config import CONFIG_VARIABLE, SiteConfig
 from fedpool.sites.service import Pace, SiteService
 from fedpool.tasks.reach import SITE_POOL
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SILENT_LOOKS = 30
 """The worker is unhealthy after this many missed looks for work, like Prefect's own."""
 
@@ -111,19 +107,14 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             raise ValueError("PREFECT_API_URL must be set to start a worker")
         logger = get_logger("fedpool.site")
         pace = Pace(PREFECT_WORKER_QUERY_SECONDS.value(), self.heartbeat_interval_seconds)
-        with _ended_by_signals() as signalled:
-            try:
-                async with (
-                    open_desk(self._counter) as desk,
-                    SiteService(self.site, desk, pace=pace, limit=self._most, logger=logger) as self._service,
-                ):
-                    printer(f"Worker {self.name!r} started!")
-                    await self._service.run(once=run_once)
-            except asyncio.CancelledError:
-                if not signalled.is_set():
-                    raise
-                _go_on()
-                logger.info("site %s has stopped", self.site.name)
+        with ended_by_signals():
+            async with (
+                open_desk(self._counter) as desk,
+                SiteService(self.site, desk, pace=pace, limit=self._most, logger=logger) as self._service,
+            ):
+                printer(f"Worker {self.name!r} started!")
+                await self._service.run(once=run_once)
+        logger.info("site %s has stopped", self.site.name)
         printer(f"Worker {self.name!r} stopped!")
 
     async def run(self, flow_run: FlowRun, configuration: BaseJobConfiguration, task_status: Any = None) -> Any:
@@ -133,39 +124,3 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
     def is_worker_still_polling(self, query_interval_seconds: float) -> bool:
         """See `BaseWorker.is_worker_still_polling`; Prefect's healthcheck calls it."""
         return self._service is None or self._service.silent_s <= _SILENT_LOOKS * query_interval_seconds
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[threading.Event]:
-    """Have signals cancel the current task and set the event; in the main thread only.
-
-    Prefect turns signals into a KeyboardInterrupt wherever the main thread happens to be, and some
-    of the code it calls there treats that as its own error and goes on.
-    """
-    signalled = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield signalled
-        return
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-
-    def stop() -> None:
-        signalled.set()
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-        task.cancel()
-
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, stop)
-    try:
-        yield signalled
-    finally:
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-
-
-def _go_on() -> None:
-    """Mark the current task's cancellation as handled."""
-    task = asyncio.current_task()
-    assert task is not None
-    task.uncancel()

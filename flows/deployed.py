@@ -114,7 +114,6 @@ def _flow(kind: type[Recipe] | None, head: str, own: Sequence[_Parameter]) -> "F
         flow_run_name=_run_name,
         validate_parameters=False,
         persist_result=False,
-        on_crashed=[overlap.believe_the_store],
     )
     return made
 

@@ -10,7 +10,6 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import anyio
-from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -90,10 +89,9 @@ async def outlasting_its_slot(work: Awaitable[T]) -> T:
     return result  # noqa: RET504  # mypy thinks that a scope may swallow exceptions
 
 
-async def believe_the_store(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Hook for a crashed run: if its job has completed, mark the run as completed too."""
-    store = Store(str(flow_run.parameters["store"]))
-    if await asyncio.to_thread(has_completed, store, flow_run.name):
-        completed: State[Any] = Completed(message=f"job {flow_run.name} has completed")
-        async with get_client() as client:
-            await client.set_flow_run_state(flow_run.id, completed, force=True)
+async def believe_the_store(client: PrefectClient, run: FlowRun) -> None:
+    """If the job of a crashed run has completed, mark the run as completed too."""
+    store = Store(str(run.parameters["store"]))
+    if await asyncio.to_thread(has_completed, store, run.name):
+        completed: State[Any] = Completed(message=f"job {run.name} has completed")
+        await client.set_flow_run_state(run.id, completed, force=True)

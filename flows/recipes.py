@@ -6,6 +6,7 @@ deployments and the catalogue use this list. Modules are imported on first use, 
 looks here when a client script imports `fedpool.client`.
 """
 
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Name -> `module:Class`, in display order. Files and deployments' flows have the same name."""
 
+_ENTRYPOINT = re.compile(r"fedpool\.flows\.entrypoints\.(\w+|own\((?:[^\W\d]\w*(?:,[^\W\d]\w*)*)?\))")
+
 GROUP = "fedpool.recipes"
 """The entry point group with which packages register recipes: `name = "package.module:Class"`."""
 
@@ -85,6 +88,12 @@ def flow_name(kind: "type[Recipe]") -> str | None:
 def built_in() -> "Mapping[str, type[Recipe]]":
     """Name of the class -> recipe, for fedpool's own recipes."""
     return {class_name(full): _load(full) for full in BUILT_IN.values()}
+
+
+def entrypoint_name(entrypoint: str) -> str | None:
+    """The name of a deployment's flow in `fedpool.flows.entrypoints`; None for any other flow."""
+    found = _ENTRYPOINT.fullmatch(entrypoint)
+    return found[1] if found and (found[1] in BUILT_IN or found[1].startswith("own(")) else None
 
 
 def is_registered(full: str) -> bool:

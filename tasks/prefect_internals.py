@@ -8,7 +8,8 @@ import Prefect. Documented parts of Prefect are imported where they are used.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,72 @@ async def propose(client: "PrefectClient", state: "State[Any]", run_id: UUID) ->
         return found
     except Abort:
         return None
+
+
+async def run_in_process(
+    run: "FlowRun",
+    command: Sequence[str],
+    *,
+    folder: str,
+    crashed: Callable[[], Awaitable[None]],
+    started: Callable[[int], None],
+) -> tuple[int, int]:
+    """Run a flow run by a command, as Prefect's process worker does; returns pid and exit status.
+
+    Notices when the run is cancelled, and then ends the process: SIGTERM, SIGKILL after 30 s.
+    Prefect's own worker would load the flow that the deployment names, to call its hooks. This
+    loads nothing.
+
+    Args:
+        folder: the current folder of the process.
+        crashed: called after the run was found to have crashed.
+        started: called with the pid.
+    """
+    import anyio
+    from prefect.runner._flow_run_executor import FlowRunExecutorContext
+    from prefect.runner._starter_engine import EngineCommandStarter
+
+    class Hooks:
+        async def run_cancellation_hooks(self, flow_run: Any, state: Any) -> None:
+            return
+
+        async def run_crashed_hooks(self, flow_run: Any, state: Any) -> None:
+            await crashed()
+
+    async with FlowRunExecutorContext() as context:
+        starter = EngineCommandStarter(command=shlex.join(command), cwd=folder, control_channel=context.control_channel)
+        executor = context.create_executor(run, starter, hook_runner=Hooks(), propose_submitting=False)
+        ended: Any = None
+
+        async def execute(*, task_status: Any) -> None:
+            nonlocal ended
+            ended = await executor.submit(task_status=task_status)
+
+        async with anyio.create_task_group() as tasks:
+            handle = await tasks.start(execute)
+            started(handle.pid)
+    return handle.pid, handle.returncode if ended is None else ended.status_code
+
+
+def run_in_engine(run_id: UUID, flow: "Flow[..., Any]") -> None:
+    """Run an asynchronous flow as a flow run in this process, as `prefect.engine` does.
+
+    Call it in the main thread of the process that `run_in_process` started: it reports the run's
+    states, and its end when it is cancelled.
+
+    Raises:
+        SystemExit: the run has ended otherwise than by itself.
+    """
+    import asyncio
+
+    from prefect._internal.control_listener import configure_from_env
+    from prefect.flow_engine import load_flow_run, run_flow
+    from prefect.logging.loggers import flow_run_logger
+
+    configure_from_env()
+    with engine_signals(run_id):
+        run = load_flow_run(run_id)
+        asyncio.run(run_flow(flow, flow_run=run, error_logger=flow_run_logger(run)))  # type: ignore[arg-type]
 
 
 def run_logger(run_id: UUID, name: str, flow: str) -> "logging.LoggerAdapter[logging.Logger]":

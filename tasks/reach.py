@@ -24,6 +24,9 @@ from prefect.client.schemas.objects import WorkerStatus, WorkPool
 
 from fedpool.messages import SITE_PROTOCOL
 
+COORDINATOR_TYPE = "fedpool-coordinator"
+"""Type of the pools whose workers run jobs."""
+
 SITE_POOL = "fedpool-site"
 """Type of the pools whose workers do the sites' rounds: a lost worker loses its round."""
 
@@ -50,10 +53,12 @@ class Pool:
         offline: whether no worker is online.
         resume: the command that resumes the pool or its queue if an operator has paused it; else
             None.
+        kind: its type.
     """
 
     offline: bool
     resume: str | None = None
+    kind: str = ""
 
     def hinders(self, *, resident: bool, begun: bool) -> str | None:
         """Why a site's run makes no progress, if so.
@@ -94,7 +99,7 @@ async def read_pools(client: PrefectClient, names: Collection[str]) -> dict[str,
             online = any(worker.status == WorkerStatus.ONLINE for worker in workers)
             # Pools that start containers elsewhere have no workers.
             offline = not online and not (pool.is_push_pool or pool.is_managed_pool)
-            found[pool.name] = Pool(offline, await _resume(client, pool))
+            found[pool.name] = Pool(offline, await _resume(client, pool), pool.type)
     return found
 
 
@@ -117,6 +122,15 @@ def pool_problem(pool: Pool | None, name: str, start: str) -> str | None:
     if pool.resume:
         return f"work pool {name!r} is paused: {pool.resume}"
     return f"no worker of work pool {name!r} is online: {start}" if pool.offline else None
+
+
+def wrong_type(name: str, kind: str) -> str:
+    """Why a work pool of another type can't run jobs, with the remedy."""
+    return (
+        f"work pool {name!r} has the type {kind!r}, whose workers run any command and code that a deployment names; "
+        f"{COORDINATOR_TYPE!r} is needed: stop its workers, run `prefect work-pool delete {name}` and "
+        f"`fedpool coordinator start --pool {name}`, and deploy scheduled recipes again"
+    )
 
 
 async def site_problems(client: PrefectClient, sites: Sequence[str]) -> dict[str, list[str]]:

@@ -128,7 +128,7 @@ class Worker:
         return self._log.read_text()
 
     def wait_until_started(self) -> "Worker":
-        wait_until(lambda: "started!" in self.log, over=lambda: self.process.poll() is not None)
+        wait_until(lambda: "started!" in self.log, timeout_s=400, over=lambda: self.process.poll() is not None)
         return self
 
     def end(self) -> None:

@@ -69,7 +69,7 @@ NAMED_ABOVE = {
     (
         "deployments/poc_services.py",
         "fedpool.cli",
-    ): "a proof of concept's sites are processes of the command, as a data owner's are",
+    ): "a proof of concept's workers are processes of the command, as those in production are",
 }
 
 MODULES = sorted(

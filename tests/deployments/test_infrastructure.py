@@ -39,7 +39,8 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     [
         (
             "compose.yaml",
-            "FEDPOOL_IMAGE DATABASE_PASSWORD SERVER_AUTH COORDINATOR_AWS_ACCESS_KEY_ID COORDINATOR_AWS_SECRET_ACCESS_KEY",
+            "FEDPOOL_IMAGE DATABASE_PASSWORD SERVER_AUTH STORE "
+            "COORDINATOR_AWS_ACCESS_KEY_ID COORDINATOR_AWS_SECRET_ACCESS_KEY",
         ),
         (
             "site.yaml",

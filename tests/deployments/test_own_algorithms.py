@@ -263,7 +263,7 @@ def test_in_production_the_coordinator_runs_what_its_operator_allows(
 ) -> None:
     recipe, store = algorithm.recipe(), env.open_store()
     prod = ProdEnv(api_url=env.api_url, store=store.url, sites=SITES, coordinator_pool="strict", progress=False)
-    start = ("prefect", "worker", "start", "--type", "process", "--pool", "strict")
+    start = ("fedpool.cli", "coordinator", "start", "--pool", "strict")
     strict = Worker(env.api_url, tmp_path / "strict", *start).wait_until_started()
     try:
         refused = recipe.execute(prod)

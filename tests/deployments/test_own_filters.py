@@ -105,7 +105,7 @@ def test_in_production_a_site_runs_what_its_operator_allows(
 ) -> None:
     store = env.open_store()
     prod = ProdEnv(api_url=env.api_url, store=store.url, sites=("strict",), coordinator_pool="open", progress=False)
-    start = ("prefect", "worker", "start", "--type", "process", "--pool", "open")
+    start = ("fedpool.cli", "coordinator", "start", "--pool", "open")
     own = ("--name", "strict", "--folder", str(tmp_path / "site"), "--store", store.url)
     site = ("fedpool.cli", "site", "start", *own)
     coordinator = Worker(env.api_url, tmp_path / "open", *start, **{VARIABLE: "any"}).wait_until_started()

@@ -61,7 +61,7 @@ def as_operator(api_url: str) -> Iterator[None]:
 def workers(api_url: str, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worker]]:
     """The workers of a coordinator and of the sites east and west."""
     folder = tmp_path_factory.mktemp("prod")
-    commands = {"coordinator": ("prefect", "worker", "start", "--type", "process", "--pool", "prod")}
+    commands: dict[str, tuple[str, ...]] = {"coordinator": ("fedpool.cli", "coordinator", "start", "--pool", "prod")}
     for site in ("east", "west"):
         own = ("--name", site, "--folder", str(folder / site), "--store", f"{s3_server.url}/prod")
         commands[site] = ("fedpool.cli", "site", "start", *own)
@@ -154,8 +154,8 @@ def test_everything_that_is_missing_is_said_at_once(
 ) -> None:
     async def prepare() -> None:
         async with get_client() as client:
-            for pool in ("idle", "asleep"):
-                await client.create_work_pool(WorkPoolCreate(name=pool, type="fedpool-site"))
+            for pool, kind in (("idle", "fedpool-coordinator"), ("asleep", "fedpool-site")):
+                await client.create_work_pool(WorkPoolCreate(name=pool, type=kind))
             await register_site(client, "asleep", "asleep")
             await client.create_deployment(
                 flow_id=await client.create_flow(site_round), name="old", version="0", work_pool_name="east"
@@ -164,13 +164,13 @@ def test_everything_that_is_missing_is_said_at_once(
     asyncio.run(prepare())
     sites = ("east", "asleep", "old", "unknown")
     assert refused(env(sites=sites, coordinator_pool="idle"), recipe, ConfigError).splitlines() == [
-        "no worker of work pool 'idle' is online: prefect worker start --type process --pool idle",
+        "no worker of work pool 'idle' is online: fedpool coordinator start --pool idle",
         "no worker of work pool 'asleep' is online: fedpool site start --name asleep --store URL",
         f"site 'old' speaks protocol 0, but this version of fedpool speaks {SITE_PROTOCOL}: upgrade it",
         "site 'unknown' is not registered: fedpool site start --name unknown --store URL",
     ]
     assert refused(env(coordinator_pool="nowhere"), recipe, ConfigError) == (
-        "there is no work pool 'nowhere': prefect worker start --type process --pool nowhere"
+        "there is no work pool 'nowhere': fedpool coordinator start --pool nowhere"
     )
     with pytest.raises(ConfigError, match="there is no work pool 'nowhere'"):
         recipe.deploy(env=env(coordinator_pool="nowhere"))

@@ -72,13 +72,12 @@ def replicas(postgres: services.PostgresServer, tmp_path: Path) -> Iterator[list
 
 def test_a_job_and_a_schedule_run_across_two_api_servers(replicas: list[str], tmp_path: Path) -> None:
     first, second = replicas
-    coordinator = ("prefect", "worker", "start", "--type", "process", "--pool", "fedpool-coordinator")
+    coordinator = ("fedpool.cli", "coordinator", "start")
     with contextlib.ExitStack() as stack:
         workers = [Worker(first, tmp_path / "coordinator", *coordinator)]
         for site, url in zip(SITES, replicas, strict=True):
-            command = ("fedpool.cli", "site", "start", "--name", site, "--folder", str(tmp_path / site / "scripts"))
-            command += ("--store", str(tmp_path / "store"))
-            workers.append(Worker(url, tmp_path / site, *command))
+            own = ("--name", site, "--folder", str(tmp_path / site / "scripts"), "--store", str(tmp_path / "store"))
+            workers.append(Worker(url, tmp_path / site, "fedpool.cli", "site", "start", *own))
         for worker in workers:
             stack.callback(worker.end)
         for worker in workers:

@@ -159,7 +159,7 @@ def test_a_run_that_loses_its_slot_goes_on_to_its_end(prefect_api: str, tmp_path
     lease, lost = uuid4(), threading.Event()
     store, job_id = Store(tmp_path), new_job_id("slotted")
 
-    @flow(persist_result=False, flow_run_name=job_id, on_crashed=[believe_the_store])
+    @flow(persist_result=False, flow_run_name=job_id)
     async def slotted(store: str) -> None:
         async def work() -> None:
             # The server does not know this lease: Prefect gives it up and cancels the run.
@@ -178,6 +178,7 @@ def test_a_run_that_loses_its_slot_goes_on_to_its_end(prefect_api: str, tmp_path
             run = await client.create_flow_run(slotted, parameters={"store": store.url}, name=job_id)
             with pytest.raises(asyncio.CancelledError):
                 await run_flow_async(slotted, flow_run=run, parameters={"store": store.url})
+            await believe_the_store(client, await client.read_flow_run(run.id))  # as the coordinator's worker does
             name: str | None = (await client.read_flow_run(run.id)).state_name
             return name
 

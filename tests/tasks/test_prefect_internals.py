@@ -28,6 +28,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Crashed, Paused, Pending, Running, Scheduled
 from prefect.workers.base import BaseJobConfiguration, BaseWorker
 
+from fedpool.deployments.coordinator_worker import CoordinatorWorker
 from fedpool.deployments.server import free_port, server_command, server_environment, wait_until_up
 from fedpool.deployments.site_worker import SiteWorker
 from fedpool.tasks import prefect_internals as internals
@@ -299,9 +300,60 @@ def test_leases_are_kept_by_a_module_that_a_server_finds(tmp_path: Path) -> None
     assert found.stdout.split() == ["True"], found.stderr
 
 
-def test_prefects_command_starts_a_worker_by_arguments_that_ours_takes() -> None:
+@pytest.mark.parametrize("ours", [SiteWorker, CoordinatorWorker])
+def test_prefects_command_starts_a_worker_by_arguments_that_ours_takes(ours: type[BaseWorker[Any, Any, Any]]) -> None:
     wanted = set(inspect.signature(BaseWorker.__init__).parameters) - {"self"}
-    ours = inspect.signature(SiteWorker.__init__).parameters
-    assert any(each.kind is inspect.Parameter.VAR_KEYWORD for each in ours.values())
+    taken = inspect.signature(ours.__init__).parameters
+    assert any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
     assert {"work_pool_name", "work_queues", "name", "limit", "create_pool_if_not_found", "base_job_template"} <= wanted
-    assert list(inspect.signature(BaseWorker.start).parameters) == list(inspect.signature(SiteWorker.start).parameters)
+    assert list(inspect.signature(BaseWorker.start).parameters) == list(inspect.signature(ours.start).parameters)
+
+
+IN_A_PROCESS = """
+import os, sys
+from uuid import UUID
+from prefect import flow
+from fedpool.tasks.prefect_internals import FLOW_RUN_VARIABLE, run_in_engine
+
+@flow(name="inner")
+async def inner(number: int) -> None:
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), 9)
+    elif sys.argv[1] == "raises":
+        raise ValueError(f"it got {number}")
+
+run_in_engine(UUID(os.environ[FLOW_RUN_VARIABLE]), inner)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "name", "message"),
+    [
+        ("ends", 0, "Completed", None),
+        ("raises", 0, "Failed", "it got 3"),
+        ("killed", -9, "Crashed", "Process exited with status code: -9"),
+    ],
+)
+def test_a_flow_that_runs_in_a_process_of_its_own_reports_how_it_ended(
+    how: str, status: int, name: str, message: str | None, prefect_api: str, tmp_path: Path
+) -> None:
+    (tmp_path / "flow.py").write_text(IN_A_PROCESS)
+    pids: list[int] = []
+    crashes: list[str] = []
+
+    async def crashed() -> None:
+        crashes.append(how)
+
+    async def work(client: PrefectClient, run: FlowRun) -> None:
+        await client.set_flow_run_state(run.id, Pending())
+        command = [sys.executable, str(tmp_path / "flow.py"), how]
+        pid, ended = await internals.run_in_process(
+            run, command, folder=str(tmp_path), crashed=crashed, started=pids.append
+        )
+        assert (pids, ended) == ([pid], status)
+        state = (await client.read_flow_run(run.id)).state
+        assert state is not None and state.name == name
+        assert message is None or message in (state.message or "")
+
+    with_run(work)
+    assert crashes == (["killed"] if how == "killed" else [])

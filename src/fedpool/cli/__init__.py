@@ -1,4 +1,4 @@
-"""The `fedpool` command: `fedpool poc`, `site`, `job`, `recipe` and `migrate`."""
+"""The `fedpool` command: `fedpool poc`, `coordinator`, `site`, `job`, `recipe` and `migrate`."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from cyclopts import App
 from pydantic import ValidationError
 from rich.console import Console
 
+from fedpool.cli.coordinator_command import coordinator
 from fedpool.cli.job_command import job
 from fedpool.cli.migrate_command import migrate
 from fedpool.cli.poc_command import poc
@@ -18,7 +19,7 @@ from fedpool.loopback import bypass_proxies
 from fedpool.refusals import refusal
 
 app = App(name="fedpool", help="Federated learning as Prefect flows.")
-for command in (poc, site, job, recipe, migrate):
+for command in (poc, coordinator, site, job, recipe, migrate):
     app.command(command)
 
 
