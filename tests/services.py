@@ -261,15 +261,15 @@ class RedisServer:
 
 
 class S3Server:
-    """`rclone serve s3` over a folder, with one bucket and one access key; it can be stopped and
-    started again.
+    """`rclone serve s3` over a folder, with one bucket and one access key, or more; it can be
+    stopped and started again.
 
     With `environment` set, `fsspec.core.url_to_fs(server.url)` needs no options. The fixture
     `s3_server` sets it and clears fsspec's cache of file systems, which know only the environment
     they were created in. If you create a server yourself, you have to do both.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, num_more_keys: int = 0) -> None:
         rclone = find_rclone()
         if rclone is None:
             raise FileNotFoundError(RCLONE_MISSING)
@@ -278,7 +278,9 @@ class S3Server:
         self._process: _Process | None = None
         self._port = _free_port()
         self._reserved: socket.socket | None = None
-        key, secret = f"key{secrets.token_hex(4)}", secrets.token_hex(16)
+        key, secret = _new_key()
+        self.more_keys = [_new_key() for _ in range(num_more_keys)]
+        """Further keys and their secrets. To rclone, they may do the same as the first."""
         self.bucket = "bucket"
         self.url = f"s3://{self.bucket}"
         self.endpoint = f"http://127.0.0.1:{self._port}"
@@ -304,7 +306,8 @@ class S3Server:
         self._rclone_environment = {k: v for k, v in os.environ.items() if not k.startswith(("RCLONE_", "AWS_"))} | {
             "RCLONE_CONFIG": os.devnull,
             "RCLONE_CACHE_DIR": str(self._folder / "cache"),
-            "RCLONE_AUTH_KEY": f'"{key},{secret}"',  # not on the command line, which everyone can read
+            # Not on the command line, which everyone can read.
+            "RCLONE_AUTH_KEY": ",".join(f'"{each},{its}"' for each, its in ((key, secret), *self.more_keys)),
         }
         try:
             self.objects.mkdir(parents=True)
@@ -347,7 +350,7 @@ class S3Server:
     def rotate_keys(self) -> None:
         """Serve with new keys, which are now in `environment`; the old ones no longer work."""
         self.stop()
-        key, secret = f"key{secrets.token_hex(4)}", secrets.token_hex(16)
+        key, secret = _new_key()
         self.environment |= {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
         self._rclone_environment["RCLONE_AUTH_KEY"] = f'"{key},{secret}"'
         self.start()
@@ -371,6 +374,10 @@ class S3Server:
         except httpx.TransportError:
             return False
         return True
+
+
+def _new_key() -> tuple[str, str]:
+    return f"key{secrets.token_hex(4)}", secrets.token_hex(16)
 
 
 class _Process:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import fsspec
 import numpy as np
@@ -309,7 +310,13 @@ class _Bucket(BaseHTTPRequestHandler):
         self._answer(self.server.objects.get(self.path))
 
     def do_GET(self) -> None:
-        self._answer(self.server.objects.get(self.path))
+        path, _, query = self.path.partition("?")
+        if "list-type" in (asked := parse_qs(query)):
+            names = [name.removeprefix(f"{path}/") for name in sorted(self.server.objects)]
+            found = "".join(f"<Contents><Key>{n}</Key></Contents>" for n in names if n.startswith(asked["prefix"][0]))
+            self._answer(f"<ListBucketResult>{found}</ListBucketResult>".encode())
+        else:
+            self._answer(self.server.objects.get(self.path))
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -80,6 +80,10 @@ class Backend:
         """The folder or prefix that `path` is relative to."""
         return str(self.root).rstrip("/")
 
+    def is_there(self, full: str) -> bool:
+        """Whether the file system has an object at this full path."""
+        return s3.is_there(self.fs, full) if self.is_s3 else bool(self.fs.exists(full))
+
     def address(self, path: str) -> str:
         """The path as anyone can open it: a file path for a local store, otherwise a URL."""
         return self.full(path) if self.is_local else str(self.fs.unstrip_protocol(self.full(path)))

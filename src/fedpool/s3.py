@@ -7,6 +7,9 @@ from typing import Any
 
 PROTOCOLS = ("s3", "s3a")
 
+_NAMES = 2
+"""Number of names to list: the first of those that begin with a name is the name itself."""
+
 _CHECKSUMS = {
     "request_checksum_calculation": "AWS_REQUEST_CHECKSUM_CALCULATION",
     "response_checksum_validation": "AWS_RESPONSE_CHECKSUM_VALIDATION",
@@ -35,6 +38,20 @@ def error_code(error: BaseException) -> tuple[str, Mapping[str, Any]] | None:
     response = getattr(error, "response", None)
     fields = response.get("Error") if isinstance(response, Mapping) else None
     return (str(fields.get("Code", "")), fields) if isinstance(fields, Mapping) else None
+
+
+def is_there(file_system: Any, target: str) -> bool:
+    """Whether there is an object, by listing its name: one request, whatever the answer.
+
+    With a HEAD request, S3 answers "forbidden" for a missing object, unless one may list the whole
+    bucket. Listing a name only needs permission to list that name.
+    """
+    bucket, key, _ = file_system.split_path(target)
+    try:
+        found = file_system.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, Delimiter="/", MaxKeys=_NAMES)
+    except FileNotFoundError:  # there is no such bucket
+        return False
+    return any(entry["Key"] == key for entry in found.get("Contents", ()))
 
 
 def put_new(file_system: Any, local: Path, target: str, *, conditional: bool) -> bool:

@@ -71,7 +71,7 @@ class Store(Backend):
         if self.is_local:
             return os.path.lexists(self.full(path))
         with self.errors(path):
-            return bool(self.fs.exists(self.full(path)))
+            return self.is_there(self.full(path))
 
     @contextmanager
     def held(self, path: str) -> Iterator[None]:
@@ -246,7 +246,7 @@ class Store(Backend):
                     Path(target).parent.mkdir(parents=True, exist_ok=True)
                     exclusive.move(local, Path(target), self.say)
             else:
-                upload = Upload(self.fs, local, target)
+                upload = Upload(self, local, target)
                 self._is_conditional = self.patiently(path, lambda: upload(conditional=self._is_conditional), "written")
                 local.unlink()
         except FileExistsError:

@@ -1,9 +1,9 @@
 """Upload a file as a new remote object, even if requests fail and answers are lost."""
 
 from pathlib import Path
-from typing import Any
 
 from fedpool import s3
+from fedpool.backend import Backend
 
 _CHUNK_BYTES = 16 << 20
 
@@ -12,13 +12,14 @@ class Upload:
     """The upload of a file: call it until it succeeds. It recognises what its earlier calls left.
 
     Args:
-        file_system: an fsspec file system.
+        backend: the remote file system.
         local: the file.
-        target: path of the object in the file system.
+        target: full path of the object.
     """
 
-    def __init__(self, file_system: Any, local: Path, target: str) -> None:
-        self._fs = file_system
+    def __init__(self, backend: Backend, local: Path, target: str) -> None:
+        self._backend = backend
+        self._fs = backend.fs
         self._local = local
         self._target = target
         self._tried = False
@@ -29,7 +30,7 @@ class Upload:
         Raises:
             FileExistsError: another writer's object exists.
         """
-        if self._fs.exists(self._target):
+        if self._backend.is_there(self._target):
             if not self._tried or not self._is_beginning():
                 raise FileExistsError(self._target)
             if self._size_there() == self._size():

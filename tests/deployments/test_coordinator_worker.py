@@ -168,7 +168,7 @@ def test_nor_is_anything_of_the_pools_template(attack: Attack) -> None:
     try:
         state = final_state(attack.run(FEDAVG), 400)
     finally:
-        asyncio.run(patch({"job_configuration": {}, "variables": {}}))
+        asyncio.run(patch({}))
     assert state.is_failed() and "0 of 1 sites can take part" in str(state.message)
 
 

@@ -128,6 +128,18 @@ def template(
 
 
 @site.command
+def policy(
+    name: str,
+    *,
+    store: Annotated[str, Parameter(help="URL of the store, e.g. s3://fl-jobs")],
+) -> None:
+    """Print the S3 policy for the site's keys: they read jobs and write the site's own updates."""
+    from fedpool.deployments.site_policy import site_policy
+
+    print(json.dumps(site_policy(name, store), indent=2))
+
+
+@site.command
 def register(
     name: str,
     *,
