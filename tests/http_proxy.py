@@ -12,7 +12,7 @@ from proxy import main
 from proxy.http.parser import HttpParser
 from proxy.http.proxy import HttpProxyBasePlugin
 
-from tests.services import _free_port, _Process
+from tests.services import Process, _free_port
 
 
 class Proxy:
@@ -28,7 +28,7 @@ class Proxy:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         port_file = folder / "proxy-port"
-        self._process = _Process(
+        self._process = Process(
             [
                 sys.executable,
                 "-m",

@@ -77,7 +77,7 @@ def find_redis() -> Path | None:
     return Path(found) if found else None
 
 
-_PLAIN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+PLAIN_ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
 
 
 class PostgresServer:
@@ -94,7 +94,7 @@ class PostgresServer:
         # PostgreSQL refuses to run as root; Debian's package has made a user for it.
         self._user = "postgres" if os.geteuid() == 0 else None
         self._folder = Path(tempfile.mkdtemp(prefix="tests-postgres-"))
-        self._process: _Process | None = None
+        self._process: Process | None = None
         self._password = secrets.token_hex(16)
         self._port = _free_port()
         self._num_databases = 0
@@ -160,7 +160,7 @@ class PostgresServer:
         ]
         made = subprocess.run(
             [*initdb, "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale", "--no-sync"],
-            env=_PLAIN_ENVIRONMENT,
+            env=PLAIN_ENVIRONMENT,
             cwd="/",  # our own may be inaccessible to the other user
             user=self._user,
             group=self._user,
@@ -189,10 +189,10 @@ class PostgresServer:
             "jit": "off",
         }
         options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-        self._process = _Process(
+        self._process = Process(
             [self._programs / "postgres", "-D", self._folder / "data", *options],
             output=self._folder / "server.log",
-            environment=_PLAIN_ENVIRONMENT,
+            environment=PLAIN_ENVIRONMENT,
             end_by="INT",  # its fast shutdown: ends connections and leaves no shared memory behind
             user=self._user,
         )
@@ -235,7 +235,7 @@ class RedisServer:
         settings.write_text(
             f'port {self.port}\nbind 127.0.0.1\nrequirepass {self.password}\nsave ""\ndir {self._folder}\n'
         )
-        self._process = _Process(
+        self._process = Process(
             [program, settings],
             output=self._folder / "server.log",
             environment={"PATH": os.environ.get("PATH", os.defpath)},
@@ -275,7 +275,7 @@ class S3Server:
             raise FileNotFoundError(RCLONE_MISSING)
         self._rclone = rclone
         self._folder = Path(tempfile.mkdtemp(prefix="tests-s3-"))
-        self._process: _Process | None = None
+        self._process: Process | None = None
         self._port = _free_port()
         self._reserved: socket.socket | None = None
         key, secret = _new_key()
@@ -323,7 +323,7 @@ class S3Server:
         if self._process is not None:
             return
         self._release()
-        self._process = _Process(
+        self._process = Process(
             [
                 *(self._rclone, "serve", "s3", self.objects.parent),
                 *("--addr", f"127.0.0.1:{self._port}"),
@@ -380,7 +380,7 @@ def _new_key() -> tuple[str, str]:
     return f"key{secrets.token_hex(4)}", secrets.token_hex(16)
 
 
-class _Process:
+class Process:
     """A program in its own session that ends with `end()`, or when this process ends.
 
     Args:
