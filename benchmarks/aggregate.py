@@ -79,6 +79,7 @@ def limit(folder: Path) -> Callable[[], None]:
 
 def ours(name: str, folder: Path) -> Callable[[], None]:
     """A round's aggregation through the store."""
+    from fedpool.checked import CheckedTensors, take_tags
     from fedpool.flows.fedavg import FedAvg
     from fedpool.flows.fedopt import FedOpt
     from fedpool.messages import UpdateManifest
@@ -91,7 +92,9 @@ def ours(name: str, folder: Path) -> Callable[[], None]:
     store = Store(folder)
 
     def reader(number: int) -> Any:
-        return store.tensors(f"{number}.safetensors", (folder / f"{number}.safetensors").stat().st_size)
+        opened = store.tensors(f"{number}.safetensors", (folder / f"{number}.safetensors").stat().st_size)
+        _, tags = take_tags(opened, store.block_elements)  # as the gate has
+        return CheckedTensors(opened, lambda: tags)
 
     if name == "fedadam":
         strategy: Any = FedOpt(Mean(), Adaptive("adam", Schedule(0.1), 0.9, 0.99, 1e-3))

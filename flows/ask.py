@@ -4,15 +4,17 @@ import asyncio
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from prefect.logging import get_run_logger
 
-from fedpool.digest import check_digest
+from fedpool.checked import CheckedTensors
 from fedpool.flows.choose import choose, quorum_of
 from fedpool.flows.expected import expected
 from fedpool.flows.plan import Step, asks_everyone
 from fedpool.flows.redo import go_on_in_virtual_time
 from fedpool.flows.under_way import Job
+from fedpool.recipe import SERVER
 from fedpool.site_order import in_order
 from fedpool.tasks.absence import unasked
 from fedpool.tasks.answers import Asked, Turn, asked_before
@@ -20,7 +22,7 @@ from fedpool.tasks.collect import collect
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, Outcome
 from fedpool.tasks.publish import copy_model
-from fedpool.tensors import Digest, TensorReader
+from fedpool.tensors import Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Asking:
     number: int
     step: Step
     head: Digest
-    base: TensorReader
+    base: CheckedTensors
     wanted: Expected
     chosen: tuple[str, ...]
     probes: frozenset[str]
@@ -84,7 +86,7 @@ async def _asking(job: Job, number: int, step: Step) -> Asking:
     started = time.monotonic()
     head = step.model or job.ledger.head
     await asyncio.to_thread(_have_model, job, number, step)
-    base = await asyncio.to_thread(job.store.tensors, job.paths.global_model(number), head.size)
+    base = await asyncio.to_thread(partial(job.global_model, number, head, submitted=step.owner != SERVER))
     wanted = expected(job.recipe, job.strategy, job.job_id, number, step.task, head, base, job.holes, job.arithmetic)
     chosen, probes = choose(
         job.recipe, job.strategy, job.ledger, job.sites.names, number, everyone=step.everyone, task=step.task
@@ -154,8 +156,7 @@ def _have_model(job: Job, number: int, step: Step) -> None:
         return  # the round that produced it has written it
     path, head = job.paths.global_model(number), job.ledger.head
     if job.store.exists(path):  # an earlier coordinator has written it, and sites may be reading it
-        with job.store.open(path) as file:
-            check_digest(file, head, where=job.store.full(path))
+        job.committed.checked(path, head)
     else:
         copy_model(job.store, job.paths.global_model(step.origin), head, path)
 

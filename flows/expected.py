@@ -7,7 +7,7 @@ from fedpool.tasks.arithmetic import Arithmetic
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.slots import beside_spec
 from fedpool.tasks.strategy import Strategy
-from fedpool.tensors import Digest, TensorReader
+from fedpool.tensors import Digest, Tensors
 
 
 def expected(
@@ -17,7 +17,7 @@ def expected(
     number: int,
     task: Task,
     head: Digest,
-    base: TensorReader,
+    base: Tensors,
     holes: frozenset[str] | None,
     arithmetic: Arithmetic,
 ) -> Expected:

@@ -57,7 +57,7 @@ def name_dropped(job: Job) -> None:
 def late_expected(job: Job, round: int) -> Expected:
     """The requirements on an update of an earlier round: those of its own round."""
     head = job.records[round].base
-    base = job.store.tensors(job.paths.global_model(round), head.size)
+    base = job.global_model(round, head)
     return expected(job.recipe, job.strategy, job.job_id, round, "train", head, base, job.holes, job.arithmetic)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from fedpool.flows.expected import expected
 from fedpool.flows.under_way import Job
+from fedpool.recipe import SERVER
 from fedpool.tasks.answers import Asked, Turn, asked_before
 from fedpool.tasks.collect import ask_site
 from fedpool.tasks.quorum import Quorum
@@ -28,7 +29,7 @@ async def go_on_in_virtual_time(job: Job, clock: VirtualClock) -> None:
 def _turn(job: Job, number: int, site: str) -> Turn:
     """The site's assignment in a committed round."""
     record = job.records[number]
-    base = job.store.tensors(job.paths.global_model(number), record.base.size)
+    base = job.global_model(number, record.base, submitted=record.model.owner != SERVER)
     wanted = expected(
         job.recipe, job.strategy, job.job_id, number, record.task, record.base, base, job.holes, job.arithmetic
     )

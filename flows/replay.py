@@ -21,13 +21,14 @@ from fedpool.sites.site_round import read_delivery
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.choose_aggregator import Given, chosen
+from fedpool.tasks.committed import Committed
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, counting_in, judge
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.record import AcceptedEntry, RoundRecord, stored_records
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import first_weights
-from fedpool.tensors import TensorReader, blocks_of
+from fedpool.tensors import Tensors, blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def replay_round(
         ConfigError: the job's code may not be run.
         RecipeError: the aggregator or a site is unknown, or no update is left.
         RoundError: the round is not committed, or its updates were not kept.
-        IntegrityError: an update doesn't match its record.
+        IntegrityError: an update, a model or a state doesn't match its record.
     """
     other = None if strategy is None else FedAvg(chosen(strategy))
     recipe, paths = recipe_of(job_id, store, allow=allow), JobPaths(job_id)
@@ -83,24 +84,26 @@ def replay_round(
     number = record.round
     job = JobRecord.read(store, paths.job)
     own: Strategy = recipe.strategy(len(job.sites))
-    base = store.tensors(paths.global_model(number), record.base.size)
+    models = Committed(store)
+    base = models.tensors(paths.global_model(number), record.base)
     wanted = expected(recipe, own, job_id, number, "train", record.base, base, job.holes, job.arithmetic)
 
     def wanted_of(earlier: int) -> Expected:
         head = RoundRecord.read(store, paths.record(earlier)).base
-        model = store.tensors(paths.global_model(earlier), head.size)
+        model = models.tensors(paths.global_model(earlier), head)
         return expected(recipe, own, job_id, earlier, "train", head, model, job.holes, job.arithmetic)
 
     updates = _judged_again(store, record, wanted, wanted_of, leave_out)
     earlier = list(islice(stored_records(store, job_id), number))
     scratch, state_target = Store(target.absolute().parent), f".{target.name}.state"
+    scratch.block_elements = store.block_elements  # those of the checked updates and models
     try:
         digest = aggregate(
             own if other is None else other,
             store=scratch,
             before=Before(
                 base,
-                _state(store, paths, number),
+                _state(store, models, paths, number),
                 number,
                 holes=job.holes or frozenset(),
                 weights=first_weights(earlier, recipe.aggregation_weights),
@@ -113,7 +116,7 @@ def replay_round(
         ).model
     finally:
         scratch.remove(state_target)
-    committed = store.tensors(paths.global_model(number + 1), record.next_global.size)
+    committed = models.tensors(paths.global_model(number + 1), record.next_global)
     made = scratch.tensors(target.name, digest.size)
     return Replayed(
         round=number,
@@ -180,13 +183,13 @@ def _passed(store: Store, entry: AcceptedEntry, wanted: Expected) -> Accepted:
     return outcome
 
 
-def _state(store: Store, paths: JobPaths, round: int) -> TensorReader | None:
+def _state(store: Store, models: Committed, paths: JobPaths, round: int) -> Tensors | None:
     """The strategy's state at the start of a round."""
     said = RoundRecord.read(store, paths.record(round - 1)).state if round > 0 else None
-    return store.tensors(paths.state(round - 1), said.size) if said else None
+    return models.tensors(paths.state(round - 1), said) if said else None
 
 
-def _distance(one: TensorReader, other: TensorReader, block_elements: int) -> float:
+def _distance(one: Tensors, other: Tensors, block_elements: int) -> float:
     """L2 distance of two models with the same parameters, in float64."""
     total = 0.0
     for name, start, stop in blocks_of(one.spec, block_elements):

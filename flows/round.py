@@ -58,6 +58,7 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     Returns: a Cancelled state if the job ended before the round's turn.
 
     Raises:
+        ModelChanged: the global model, or the strategy's state, isn't the committed one.
         RoundError: the round has fewer accepted updates than its step needs.
     """
     asking, outcomes = await ask(job, number)
@@ -66,6 +67,8 @@ async def federated_round(job: Job, number: int) -> State[Any] | None:
     asking, outcomes = await ask_until_enough(job, asking, outcomes)
     trained = time.monotonic()
     made = await _make(job, asking, outcomes)
+    if job.sites.traits.simulated:  # its sites trust the model's file, and take no hash of what they read
+        await asyncio.to_thread(asking.base.check)
     record = _recorded(job, asking, made, trained)
     _check(job, asking, record)
     digest = await asyncio.to_thread(job.store.write_json, job.paths.record(number), record.as_json())
@@ -104,8 +107,16 @@ async def _aggregate(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> M
             outcomes = [_unless_changed(outcome, changed) for outcome in outcomes]
             arrivals = [replace(came, outcome=_unless_changed(came.outcome, changed)) for came in arrivals]
         else:
+            _note(job, following)
             return Made(outcomes, arrivals, following)
     return Made(outcomes, arrivals)
+
+
+def _note(job: Job, following: Aggregated) -> None:
+    """Keep the tags of what the next round reads."""
+    for digest, tags in ((following.model, following.model_tags), (following.state, following.state_tags)):
+        if digest is not None and tags is not None:
+            job.committed.note(digest, tags)
 
 
 async def _submit(job: Job, asking: Asking, outcomes: Sequence[Outcome]) -> Made:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 
-from fedpool.digest import check_digest
 from fedpool.errors import IntegrityError
 from fedpool.flows.late_updates import folds
 from fedpool.flows.plan import Step, next_step
@@ -13,6 +12,7 @@ from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.sites.sites import Sites
 from fedpool.store import Store
+from fedpool.tasks.committed import Committed
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.observer import Observer
@@ -50,13 +50,14 @@ def take_up(
     described = JobRecord.from_bytes(data, store.full(paths.job))
     ledger = _read_ledger(recipe, store, Ledger.of(described, hashlib.sha256(data).hexdigest()))
     step, _ = next_step(recipe, ledger.records)
+    committed = Committed(store)
     if not fresh:
-        _check_named(recipe, store, ledger, step)
+        _check_named(recipe, committed, ledger, step)
     if step is None or step.model is None:
         _remove_unnamed(store, ledger)
     for path in (paths.result, paths.cross_site, paths.state(ledger.num_trained)):
         store.remove(path)
-    return Job(recipe, store, sites, ledger, look_ahead, observers)
+    return Job(recipe, store, sites, ledger, committed, look_ahead, observers)
 
 
 def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
@@ -77,7 +78,7 @@ def _read_ledger(recipe: Recipe, store: Store, ledger: Ledger) -> Ledger:
     return ledger
 
 
-def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None) -> None:
+def _check_named(recipe: Recipe, committed: Committed, ledger: Ledger, step: Step | None) -> None:
     """Check that the models and the state that the rest of the job needs are the committed ones."""
     paths, trained = JobPaths(ledger.job.job_id), ledger.num_trained
     named = {paths.global_model(trained): ledger.head}
@@ -90,8 +91,7 @@ def _check_named(recipe: Recipe, store: Store, ledger: Ledger, step: Step | None
     if ledger.state is not None:
         named[paths.state(trained - 1)] = ledger.state
     for path, digest in named.items():
-        with store.open(path) as file:
-            check_digest(file, digest, where=store.full(path))
+        committed.checked(path, digest)
 
 
 def _remove_unnamed(store: Store, ledger: Ledger) -> None:

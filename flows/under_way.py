@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from fedpool.checked import CheckedTensors
 from fedpool.flows.plan import Step
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
@@ -12,6 +13,7 @@ from fedpool.tasks.aggregate import Before
 from fedpool.tasks.answers import Asked
 from fedpool.tasks.arithmetic import Arithmetic
 from fedpool.tasks.collect import Round
+from fedpool.tasks.committed import Committed
 from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.observer import Observer, Observers
@@ -20,7 +22,7 @@ from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
 from fedpool.tasks.virtual_round import VirtualClock
 from fedpool.tasks.virtual_time import Schedule, units_of
-from fedpool.tensors import TensorReader
+from fedpool.tensors import Digest, Tensors
 
 LOOK_AHEAD = 2
 """Rounds started ahead: in Prefect, starting a round takes longer than a short round."""
@@ -52,6 +54,7 @@ class Job:
     # this.
     __slots__ = (
         "clock",
+        "committed",
         "counted",
         "late",
         "ledger",
@@ -73,6 +76,7 @@ class Job:
         store: Store,
         sites: Sites,
         ledger: Ledger,
+        committed: Committed,
         look_ahead: int = LOOK_AHEAD,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -88,6 +92,8 @@ class Job:
         """The committed state; each commit replaces it."""
         self.resumed_at = ledger.number
         """The round where the job continues; an earlier coordinator may have done parts of it."""
+        self.committed = committed
+        """Opens its global models and states."""
         self.counted = Counted(recipe.aggregation_weights)
         units = units_of(ledger.job.environment)
         self.clock = None if units is None else VirtualClock(Schedule.after(units, ledger.records))
@@ -140,13 +146,23 @@ class Job:
             clock=self.clock,
         )
 
-    def before(self, number: int, base: TensorReader) -> Before:
+    def global_model(self, number: int, head: Digest, *, submitted: bool = False) -> CheckedTensors:
+        """The global model of a round, read in checked blocks.
+
+        Args:
+            head: its digest.
+            submitted: whether it is a site's own model, which may have other dtypes.
+        """
+        spec = None if submitted else self.recipe.model.spec
+        return self.committed.tensors(self.paths.global_model(number), head, spec)
+
+    def before(self, number: int, base: Tensors) -> Before:
         """The state that a training round starts from."""
         state = self.ledger.state
         self.counted.follow(self.records)
         return Before(
             base,
-            self.store.tensors(self.paths.state(number - 1), state.size) if state else None,
+            self.committed.tensors(self.paths.state(number - 1), state) if state else None,
             number,
             holes=self.holes or frozenset(),
             weights=dict(self.counted.first_weights),

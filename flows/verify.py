@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpool.allowed_code import Permission, by_environment
-from fedpool.digest import check_digest
+from fedpool.checked import CheckedTensors
 from fedpool.errors import IntegrityError, RecipeError, RoundError
 from fedpool.filters import described
 from fedpool.flows.expected import expected
@@ -27,6 +27,7 @@ from fedpool.paths import JobPaths
 from fedpool.refusals import explained
 from fedpool.store import Store
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
+from fedpool.tasks.committed import Committed
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.ledger import Ledger
@@ -36,7 +37,7 @@ from fedpool.tasks.recording import round_record
 from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
 from fedpool.tasks.virtual_time import Schedule, contradiction, units_of
-from fedpool.tensors import Digest, TensorReader, blocks_of
+from fedpool.tensors import Digest, Tensors, blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class _Audit:
             ) from None
         job = JobRecord.from_bytes(data, store.full(self._paths.job))
         self._ledger = Ledger.of(job, hashlib.sha256(data).hexdigest())
+        self._committed = Committed(store)
         self._arithmetic = job.arithmetic
         self._holes = job.holes
         units = units_of(job.environment)
@@ -130,7 +132,7 @@ class _Audit:
             raise self._differs(path, "is not in the form in which records are written")
         self._ledger = self._ledger.advance(record, hashlib.sha256(data).hexdigest())
 
-    def _rebuilt(self, number: int, step: Step, record: RoundRecord, base: TensorReader, folder: Path) -> RoundRecord:
+    def _rebuilt(self, number: int, step: Step, record: RoundRecord, base: Tensors, folder: Path) -> RoundRecord:
         """The record that follows from the other objects in the store."""
         recipe, job_id, head = self._recipe, self._paths.job_id, step.model or self._ledger.head
         wanted = expected(recipe, self._strategy, job_id, number, step.task, head, base, self._holes, self._arithmetic)
@@ -142,7 +144,7 @@ class _Audit:
         outcomes += [self._updates.passed(number, entry, wanted) for entry in record.accepted]
         outcomes += [self._updates.passed(number, entry, wanted) for entry in record.probed]
         accepted = [outcome for outcome in outcomes if isinstance(outcome, Accepted)]
-        known = (recipe, self._strategy, self._store, self._ledger)
+        known = (recipe, self._strategy, self._store, self._committed, self._ledger)
         arrivals = late_again(*known, record, self._updates) if step.task == "train" else []
         counted = accepted + [came.outcome for came in arrivals if isinstance(came.outcome, Accepted)]
         following = self._following(number, base, counted, record, folder) if step.task == "train" else None
@@ -169,7 +171,7 @@ class _Audit:
         )
 
     def _following(
-        self, number: int, base: TensorReader, accepted: list[Accepted], record: RoundRecord, folder: Path
+        self, number: int, base: Tensors, accepted: list[Accepted], record: RoundRecord, folder: Path
     ) -> Aggregated:
         """Recompute a round's results and compare them with the store; returns their digests."""
         if record.next_global is None:
@@ -179,7 +181,9 @@ class _Audit:
             self._reader(self._paths.state(number), said.state)
         if any(update.tensors is None for update in accepted):  # not all of them were kept
             return said
-        scratch, target, state_target = Store(folder), f"model-{number}.safetensors", f"state-{number}.safetensors"
+        scratch = Store(folder)
+        scratch.block_elements = self._store.block_elements  # those of the checked updates and models
+        target, state_target = f"model-{number}.safetensors", f"state-{number}.safetensors"
         state = self._carried(number)
         self._counted.follow(self._ledger.records)
         try:
@@ -212,12 +216,12 @@ class _Audit:
                 (folder / here).unlink()
         return found
 
-    def _carried(self, number: int) -> TensorReader | None:
+    def _carried(self, number: int) -> Tensors | None:
         """The strategy's state at the start of a round."""
         state = self._ledger.state
         return self._reader(self._paths.state(number - 1), state) if state else None
 
-    def _submitted(self, base: TensorReader, accepted: list[Accepted], record: RoundRecord) -> list[SubmittedModel]:
+    def _submitted(self, base: Tensors, accepted: list[Accepted], record: RoundRecord) -> list[SubmittedModel]:
         """The models that the following rounds score, from the sites' submissions."""
         best = unscored_best(self._recipe, self._ledger.records, self._ledger.job.sites)
         said = {model.owner: model.digest for model in record.models or ()}
@@ -236,22 +240,17 @@ class _Audit:
             models.append(model_entry(update, digest))
         return models
 
-    def _verify_model(self, number: int, digest: Digest) -> TensorReader:
+    def _verify_model(self, number: int, digest: Digest) -> CheckedTensors:
         return self._reader(self._paths.global_model(number), digest)
 
-    def _reader(self, path: str, digest: Digest) -> TensorReader:
-        try:
-            with self._store.open(path) as file:
-                check_digest(file, digest, where=self._store.full(path))
-        except FileNotFoundError:
-            raise self._differs(path, "is missing") from None
-        return self._store.tensors(path, digest.size)
+    def _reader(self, path: str, digest: Digest) -> CheckedTensors:
+        return self._committed.checked(path, digest)
 
     def _differs(self, path: str, how: str) -> IntegrityError:
         return differs(self._store, path, how)
 
 
-def _first_difference(one: TensorReader, other: TensorReader) -> str:
+def _first_difference(one: Tensors, other: Tensors) -> str:
     if one.spec != other.spec:
         return "its names and shapes"
     for name, start, stop in blocks_of(one.spec, 1 << 20):

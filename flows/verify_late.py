@@ -7,6 +7,7 @@ from fedpool.flows.verify_updates import UpdateAudit
 from fedpool.paths import JobPaths
 from fedpool.recipe import Recipe
 from fedpool.store import Store
+from fedpool.tasks.committed import Committed
 from fedpool.tasks.gate import Accepted, Arrival, Probed, Rejected, counting_in
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.record import JudgedLate, LateRejectedEntry, RoundRecord
@@ -15,11 +16,18 @@ from fedpool.tasks.strategy import Strategy
 
 
 def late_again(
-    recipe: Recipe, strategy: Strategy, store: Store, ledger: Ledger, record: RoundRecord, audit: UpdateAudit
+    recipe: Recipe,
+    strategy: Strategy,
+    store: Store,
+    committed: Committed,
+    ledger: Ledger,
+    record: RoundRecord,
+    audit: UpdateAudit,
 ) -> list[Arrival]:
     """The late updates that a record names, judged again.
 
     Args:
+        committed: opens the job's models.
         ledger: of the rounds before it.
 
     Raises:
@@ -34,21 +42,21 @@ def late_again(
             how = f"has a late update of {entry.site} from round {entry.round}, attempt {entry.attempt}, which was not owed"
             raise differs(store, path, how)
         owed.remove(found[0])
-        arrivals.append(Arrival(entry.round, _judged(recipe, strategy, store, ledger, record.round, entry, audit)))
+        arrivals.append(Arrival(entry.round, _judged(recipe, strategy, committed, ledger, record.round, entry, audit)))
     return arrivals
 
 
 def _judged(
     recipe: Recipe,
     strategy: Strategy,
-    store: Store,
+    committed: Committed,
     ledger: Ledger,
     number: int,
     entry: JudgedLate,
     audit: UpdateAudit,
 ) -> Accepted | Rejected | Probed:
     job, head = ledger.job, ledger.records[entry.round].base
-    base = store.tensors(JobPaths(job.job_id).global_model(entry.round), head.size)  # verified with its own round
+    base = committed.tensors(JobPaths(job.job_id).global_model(entry.round), head)
     wanted = expected(recipe, strategy, job.job_id, entry.round, "train", head, base, job.holes, job.arithmetic)
     if isinstance(entry, LateRejectedEntry):
         return audit.judge_rejected(entry.round, entry, wanted)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from fedpool.arrays import as_bytes, numpy_dtype, torch_block
-from fedpool.errors import FilterError, IntegrityError, SiteError
+from fedpool.checked import CheckedTensors, tags_of
+from fedpool.errors import FilterError, IntegrityError, ModelChanged, SiteError
 from fedpool.exclude import excluded
 from fedpool.filters import ComputedTensors, Filter, Passage
 from fedpool.inspection import Inspection, inspect_tensors, write_and_inspect
@@ -20,19 +21,24 @@ from fedpool.local_file import LocalFile, open_file
 from fedpool.messages import ClientJob, SiteAssignment
 from fedpool.sites.output import LogLine
 from fedpool.store import Store
-from fedpool.tensors import BlockBytes, TensorReader, Tensors, TensorSpec, is_beside, split_beside
+from fedpool.tensors import BlockBytes, Digest, TensorReader, Tensors, TensorSpec, is_beside, split_beside
 
 ParamsKind = Literal["FULL", "DIFF"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """Prepares a site's update of one round, and puts it into the store."""
+    """Prepares a site's update of one round, and puts it into the store.
+
+    Attributes:
+        trusted: nobody else can change the global model, so its bytes are not hashed again.
+    """
 
     job: ClientJob
     assignment: SiteAssignment
     filters: Sequence[Filter]
     log: LogLine
+    trusted: bool = False
 
     def deliver(
         self, written: Path, leaving: Path, model: Path, said: ParamsKind, store: Store, path: str
@@ -50,8 +56,8 @@ class Outgoing:
         Returns: the inspection of the update that leaves, and what it contains now.
 
         Raises:
-            SiteError: a filter failed, which the message names, or the script's file isn't one of
-                tensors.
+            SiteError: a filter failed, which the message names, the script's file isn't one of
+                tensors, or the global model isn't the assignment's any more.
         """
         asked = self.assignment
         try:
@@ -59,28 +65,37 @@ class Outgoing:
         except IntegrityError as error:
             raise SiteError(asked.site, asked.round, f"its script has left no usable update: {error}") from error
         try:
-            made, kind = self._made(found, model, said)
+            made, kind = self._made(found, model, said, store.block_elements)
             if made is found:  # the usual case: move it instead of writing it again
                 seen = inspect_tensors(found, store.block_elements)
                 store.adopt(written, path)
                 return seen, kind
             with leaving.open("wb") as file:
                 seen = write_and_inspect(file, made, store.block_elements)
-        except FilterError as error:
+        except (FilterError, ModelChanged) as error:
             raise SiteError(asked.site, asked.round, f"its update cannot leave: {error}") from error
         store.adopt(leaving, path)
         written.unlink()
         return seen, kind
 
-    def _made(self, update: Tensors, model: Path, kind: ParamsKind) -> tuple[Tensors, ParamsKind]:
+    def _made(self, update: Tensors, model: Path, kind: ParamsKind, block_elements: int) -> tuple[Tensors, ParamsKind]:
         asked = self.assignment
         made = self._without_excluded(update)
         # A site's own model is scored at other sites, so it has to leave in full.
         if self.job.transfer == "DIFF" and kind == "FULL" and asked.task != "submit_model":
-            made, kind = difference(made, _open(model)), "DIFF"
+            made, kind = difference(made, self._base(model, block_elements)), "DIFF"
         if self.filters:
-            made = Passage(asked.site, asked.round, self.job.seed, _open(model)).send(self.filters, made)
+            base = self._base(model, block_elements)
+            made = Passage(asked.site, asked.round, self.job.seed, base).send(self.filters, made)
         return made, kind
+
+    def _base(self, model: Path, block_elements: int) -> Tensors:
+        """The global model. It may be the store's own file, which others can change in place."""
+        opened = _open(model)
+        if self.trusted:
+            return opened
+        digest = Digest(self.assignment.base_sha256, self.assignment.base_size)
+        return CheckedTensors(opened, partial(tags_of, opened, digest, block_elements), ModelChanged)
 
     def _without_excluded(self, update: Tensors) -> Tensors:
         homes = {name: split_beside(name)[1] if is_beside(name) else name for name in update.spec}
@@ -128,4 +143,4 @@ def _subtracted(value: BlockBytes, spec: TensorSpec, base: BlockBytes, base_spec
 
 def _open(path: Path) -> TensorReader:
     read = LocalFile(partial(open_file, path, follow=False))
-    return TensorReader(read, path.lstat().st_size, where=path.name)
+    return TensorReader(read, path.lstat().st_size, where=str(path))

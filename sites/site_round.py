@@ -121,7 +121,7 @@ def run_site_round(
     Raises:
         SiteError: the script, a filter or the store failed.
     """
-    outgoing = Outgoing(job, assignment, filters, log)
+    outgoing = Outgoing(job, assignment, filters, log, trusted)
     part = _Part(job, assignment, store, folder, trusted, outgoing)
     started = time.monotonic()
     try:

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from fedpool.arrays import as_bytes
+from fedpool.checked import BlockTags
 from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.blocks import Block, narrow
@@ -29,7 +30,7 @@ from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
 from fedpool.tasks.used import job_shares
 from fedpool.tasks.weighing import in_their_order, with_weights
 from fedpool.tensor_stream import write_and_hash
-from fedpool.tensors import BlockBytes, Digest, TensorReader, beside, block_ranges, file_order, is_trained
+from fedpool.tensors import BlockBytes, Digest, Tensors, beside, block_ranges, file_order, is_trained
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _RUN_BLOCKS = 4
@@ -38,10 +39,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """The result of a round: digests of the next global model, and of the slots, if any."""
+    """The result of a round.
+
+    Attributes:
+        model: digest of the next global model.
+        state: digest of the slots, if any.
+        model_tags: of the model's blocks, from when they were written; likewise `state_tags`.
+    """
 
     model: Digest
     state: Digest | None = None
+    model_tags: BlockTags | None = field(default=None, compare=False, repr=False)
+    state_tags: BlockTags | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +68,8 @@ class Before:
         shares: see `State`; set by `aggregate`.
     """
 
-    model: TensorReader
-    state: TensorReader | None = None
+    model: Tensors
+    state: Tensors | None = None
     round: int = 0
     holes: frozenset[str] = frozenset()
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -92,6 +101,7 @@ def aggregate(
     Returns: digests of the written objects. If every weight is 0, model and slots stay as they are.
 
     Raises:
+        ModelChanged: the global model or the slots aren't the committed ones.
         RoundError: the aggregate is not finite, or the strategy can't use the updates.
         UpdateChanged: an update has changed since the gate checked it.
     """
@@ -103,12 +113,17 @@ def aggregate(
         executor = stack.enter_context(_threads())
         if counted and strategy.surveys:
             strategy = strategy.survey(_geometry(executor, before, counted, store.block_elements, arithmetic))
-        slots = stack.enter_context(slot_file(beside_spec(strategy.slots, base.spec))) if strategy.slots else None
+        slots = None
+        if strategy.slots:
+            slots = stack.enter_context(slot_file(beside_spec(strategy.slots, base.spec), store.block_elements))
+        tags = BlockTags(base.spec, store.block_elements)
         with store.staged(target) as file:
-            make = partial(_next_block, strategy, before, counted, slots, arithmetic)
+            make = partial(_next_block, strategy, before, counted, slots, tags, arithmetic)
             blocks = _in_order(executor, make, _blocks(before, store.block_elements))
             model = write_and_hash(file, base.spec, blocks)
-        return Aggregated(model, None if slots is None else slots.save(store, state_target))
+        if slots is None:
+            return Aggregated(model, model_tags=tags)
+        return Aggregated(model, slots.save(store, state_target), tags, slots.tags)
 
 
 def _blocks(before: Before, block_elements: int) -> Iterator[Block]:
@@ -184,10 +199,11 @@ def _next_block(
     before: Before,
     counted: Sequence[tuple[Accepted, float]],
     slots: SlotFile | None,
+    tags: BlockTags,
     arithmetic: Arithmetic,
     block: Block,
 ) -> BlockBytes:
-    """One block of the next global model. Puts the slots' block into `slots`."""
+    """One block of the next global model; takes its tag. Puts the slots' block into `slots`."""
     name = block.name
     senders = [(update, weight) for update, weight in counted if update.tensors and name in update.tensors.spec]
     state = _state(strategy, before, block)
@@ -202,6 +218,7 @@ def _next_block(
         for slot, values in state.slots.items():
             if name in values:
                 slots.put(beside(slot, name), block.start, values[name])
+    tags.take(name, block.start, made)
     return made
 
 

@@ -9,13 +9,13 @@ import torch
 from fedpool.arrays import torch_block, torch_dtype
 from fedpool.errors import RoundError
 from fedpool.tasks.holes import holes
-from fedpool.tensors import BlockBytes, TensorReader
+from fedpool.tensors import BlockBytes, Tensors
 
 
 class Block:
     """A block of the global model. It is read on first use, because a plain mean never needs it."""
 
-    def __init__(self, base: TensorReader, may_have_holes: Collection[str], name: str, start: int, stop: int) -> None:
+    def __init__(self, base: Tensors, may_have_holes: Collection[str], name: str, start: int, stop: int) -> None:
         self._base = base
         self._may_have_holes = name in may_have_holes
         self.name = name

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from fedpool.errors import FilterError, IntegrityError
+from fedpool.checked import CheckedTensors
+from fedpool.errors import FilterError, IntegrityError, ModelChanged
 from fedpool.filters import Passage
 from fedpool.inspection import Inspection, inspect_tensors, inspect_values
 from fedpool.messages import UpdateManifest
@@ -14,7 +15,7 @@ from fedpool.tasks.claims import check_manifest, not_a_hash
 from fedpool.tasks.expected import MAX_REASON, Expected, Refused
 from fedpool.tasks.fits import check_finite, check_names, check_range, norm_and_scale, open_update
 from fedpool.tasks.staleness import Origin, update_key
-from fedpool.tensors import TensorReader, Tensors
+from fedpool.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,9 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
         site: the site that was asked; the manifest must name it.
         attempt: the attempt; likewise.
         delivery: the manifest as read, and what was seen of the file if it was inspected already.
+
+    Raises:
+        ModelChanged: the global model isn't the committed one.
     """
     manifest = delivery.manifest
     if expected.bounded and (wrong := not_a_hash(manifest)):  # the record would hold it
@@ -158,6 +162,8 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
         norm, scale = norm_and_scale(tensors, manifest.params_type, expected, store.block_elements)
     except Refused as refused:
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, refused.code, storable(str(refused)))
+    except ModelChanged:  # the fault isn't the site's
+        raise
     except FilterError as error:
         return Rejected(site, attempt, manifest, delivery.manifest_sha256, "filter", storable(str(error))[:MAX_REASON])
     except IntegrityError as error:  # it was replaced while being read
@@ -165,20 +171,20 @@ def judge(store: Store, site: str, attempt: int, delivery: Delivery, expected: E
     return Accepted(manifest, delivery.manifest_sha256, weight, tensors, norm, scale)
 
 
-def _travelled(store: Store, path: str, delivery: Delivery, expected: Expected) -> tuple[TensorReader, Inspection]:
+def _travelled(store: Store, path: str, delivery: Delivery, expected: Expected) -> tuple[Tensors, Inspection]:
     """An update as stored, after checking that it matches its manifest, and its inspection."""
     manifest = delivery.manifest
     tensors = open_update(store, path, manifest, expected)
     if not expected.filters:
         check_names(tensors.spec, expected.spec)
-    seen = delivery.inspection or inspect_tensors(tensors, store.block_elements, keep_blocks=True)
+    seen = delivery.inspection or inspect_tensors(tensors, store.block_elements)
     if seen.digest.sha256 != manifest.sha256:
         raise Refused("bytes", f"it has sha256 {seen.digest.sha256}, its manifest says {manifest.sha256}")
-    return tensors if seen.blocks is None else tensors.checked(seen.blocks), seen
+    return CheckedTensors(tensors, lambda: seen.tags), seen
 
 
 def _unfiltered(
-    travelled: TensorReader, seen: Inspection, site: str, expected: Expected, block_elements: int
+    travelled: Tensors, seen: Inspection, site: str, expected: Expected, block_elements: int
 ) -> tuple[Tensors, Inspection]:
     """An update before the filters, with the model's names and shapes, and its inspection."""
     if not expected.filters:
@@ -187,7 +193,7 @@ def _unfiltered(
     passage = Passage(site, expected.round, expected.seed, expected.base)
     tensors = passage.take_back(expected.filters, travelled)
     check_names(tensors.spec, expected.spec)
-    return tensors, Inspection(seen.digest, *inspect_values(tensors, block_elements))
+    return tensors, Inspection(seen.digest, *inspect_values(tensors, block_elements), seen.tags)
 
 
 def judge_manifest(

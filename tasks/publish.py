@@ -8,7 +8,7 @@ at the sites (`exclude_vars`) aren't part of it: they are the job's own, as in e
 from collections.abc import Sequence
 from typing import Any
 
-from fedpool.errors import IntegrityError
+from fedpool.errors import IntegrityError, ModelChanged
 from fedpool.paths import JobPaths
 from fedpool.store import Store
 from fedpool.tasks.arithmetic import CURRENT, Arithmetic
@@ -16,7 +16,7 @@ from fedpool.tasks.gate import Accepted
 from fedpool.tasks.record import SubmittedModel
 from fedpool.tasks.weighing import UpdateChanged
 from fedpool.tensor_stream import Writable, write_and_hash
-from fedpool.tensors import Digest, TensorReader, Tensors, block_ranges, file_order
+from fedpool.tensors import Digest, Tensors, block_ranges, file_order
 
 
 class _Nowhere:
@@ -42,7 +42,7 @@ def copy_model(store: Store, source: str, digest: Digest, target: str) -> None:
 def publish_submitted(
     store: Store,
     paths: JobPaths,
-    base: TensorReader,
+    base: Tensors,
     updates: Sequence[Accepted],
     first: int,
     arithmetic: Arithmetic = CURRENT,
@@ -60,6 +60,8 @@ def publish_submitted(
         try:
             with store.staged(paths.global_model(first + len(models))) as file:
                 digest = _write(file, base, update.tensors, store.block_elements)
+        except ModelChanged:
+            raise
         except (IntegrityError, FileNotFoundError) as error:
             changed.append(UpdateChanged(update, str(error)))
         else:
@@ -72,12 +74,12 @@ def model_entry(update: Accepted, digest: Digest) -> SubmittedModel:
     return SubmittedModel(owner=update.site, round=update.manifest.round, sha256=digest.sha256, size=digest.size)
 
 
-def submitted_digest(base: TensorReader, update: Tensors, block_elements: int) -> Digest:
+def submitted_digest(base: Tensors, update: Tensors, block_elements: int) -> Digest:
     """Digest of the file that `publish_submitted` writes."""
     return _write(_Nowhere(), base, update, block_elements)
 
 
-def _write(file: Writable, base: TensorReader, update: Tensors, block_elements: int) -> Digest:
+def _write(file: Writable, base: Tensors, update: Tensors, block_elements: int) -> Digest:
     homes: dict[str, Tensors] = {name: update if name in update.spec else base for name in base.spec}
     spec = {name: home.spec[name] for name, home in homes.items()}
     return write_and_hash(

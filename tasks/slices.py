@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from fedpool.arrays import torch_block
-from fedpool.errors import IntegrityError
+from fedpool.errors import IntegrityError, ModelChanged
 from fedpool.tasks.blocks import Block, widen
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.holes import unchanged
@@ -60,6 +60,8 @@ class BesideSlice(_LazySlice):
         block = self._block
         try:
             return read_wide(self._tensors, beside(self._group, block.name), block.start, block.stop)
+        except ModelChanged:
+            raise
         except (IntegrityError, FileNotFoundError) as error:
             if self._update is None:
                 raise
@@ -94,6 +96,8 @@ class UpdateSlice(_LazySlice):
         assert tensors is not None
         try:
             data = tensors.read_block(block.name, block.start, block.stop)
+        except ModelChanged:  # a filter compares with it
+            raise
         except (IntegrityError, FileNotFoundError) as error:
             raise UpdateChanged(self._update, str(error)) from error
         return torch_block(data, tensors.spec[block.name].dtype)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from fedpool.arrays import as_bytes, torch_block, torch_dtype
+from fedpool.checked import BlockTags
 from fedpool.errors import RoundError
 from fedpool.store import Store
 from fedpool.tensor_stream import write_and_hash
@@ -33,8 +34,10 @@ def beside_spec(groups: Iterable[str], spec: Spec) -> dict[str, TensorSpec]:
 class SlotFile:
     """The slots of the next round while they are computed, in any order, on this machine's disk."""
 
-    def __init__(self, spec: Spec, descriptor: int) -> None:
+    def __init__(self, spec: Spec, descriptor: int, block_elements: int) -> None:
         self.spec = spec
+        self.tags = BlockTags(spec, block_elements)
+        """Of the blocks that were put into it."""
         self._descriptor = descriptor
         self._offsets: dict[str, int] = {}
         self._size = 0
@@ -52,7 +55,9 @@ class SlotFile:
         narrow = value.to(torch_dtype(code))
         if not bool(narrow.isfinite().all()):
             raise RoundError(f"the server's {name} is not finite: use a smaller server learning rate")
-        os.pwrite(self._descriptor, as_bytes(narrow), self._offsets[name] + start * ITEM_SIZES[code])
+        data = as_bytes(narrow)
+        self.tags.take(name, start, data)
+        os.pwrite(self._descriptor, data, self._offsets[name] + start * ITEM_SIZES[code])
 
     def save(self, store: Store, path: str) -> Digest:
         """Write the slots to the store."""
@@ -65,10 +70,10 @@ class SlotFile:
 
 
 @contextmanager
-def slot_file(spec: Spec) -> Iterator[SlotFile]:
-    """A file for slots that are being computed; deleted afterwards."""
+def slot_file(spec: Spec, block_elements: int) -> Iterator[SlotFile]:
+    """A file for slots that are being computed, in blocks; deleted afterwards."""
     with tempfile.TemporaryFile(prefix="fedpool-") as file:
-        yield SlotFile(spec, file.fileno())
+        yield SlotFile(spec, file.fileno(), block_elements)
 
 
 def read_wide(reader: Tensors, name: str, start: int, stop: int) -> torch.Tensor:

@@ -23,8 +23,8 @@ FACADE = ("__init__.py", "cli")
 # The levels within the base, lowest first; a folder stands for everything in it. A client script
 # loads no store, and a store no recipe.
 BASE_LEVELS = (
-    "storable errors bounds left_out model messages job_digest paths site_order tensors tensor_stream digest arrays inspection "
-    "local_file patience exclusive refusals s3 loopback startup",
+    "storable errors bounds left_out model messages job_digest paths site_order tensors tensor_stream digest checked arrays "
+    "inspection local_file patience exclusive refusals s3 loopback startup",
     "client",
     "backend upload download",
     "store written",

@@ -22,7 +22,12 @@ def check_digest(file: IO[bytes], expected: Digest, *, where: str) -> None:
     """Raise `IntegrityError` if the file's bytes aren't those that the manifest describes."""
     found = hash_file(file)
     if found != expected:
-        raise IntegrityError(
-            f"{where} differs from its manifest: {found.size} bytes with sha256 {found.sha256}, "
-            f"expected {expected.size} bytes with {expected.sha256}"
-        )
+        raise IntegrityError(mismatch(where, found, expected))
+
+
+def mismatch(where: str, found: Digest, expected: Digest) -> str:
+    """The sentence that an object isn't the one that its manifest describes."""
+    return (
+        f"{where} differs from its manifest: {found.size} bytes with sha256 {found.sha256}, "
+        f"expected {expected.size} bytes with {expected.sha256}"
+    )

@@ -7,7 +7,8 @@
     ├── MigrationError       a script that `fedpool migrate` cannot read; also a ValueError
     ├── StoreError           the job's object storage refused, or an object already exists
     │   ├── IntegrityError   bytes that don't match their manifest or their format
-    │   │   └── FilterError  a filter failed, on the way out or back: names the filter
+    │   │   ├── FilterError  a filter failed, on the way out or back: names the filter
+    │   │   └── ModelChanged a global model, or a strategy's state, isn't the committed one
     │   └── StoreRefused     waiting doesn't help: the message has the remedy
     ├── SiteError            a site's script failed: names the site, the round and the cause
     ├── RoundError           a round ended with fewer accepted updates than `min_clients`
@@ -62,6 +63,10 @@ class FilterError(IntegrityError):
 
     def __reduce__(self) -> tuple[type["FilterError"], tuple[str, str]]:
         return FilterError, (self.name, self.cause)
+
+
+class ModelChanged(IntegrityError):
+    """A global model, or a strategy's state, isn't the committed one. No site is to blame."""
 
 
 class StoreRefused(StoreError):

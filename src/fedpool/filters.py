@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import ConfigDict
 
 from fedpool.arrays import CHUNK_ELEMENTS, as_bytes, torch_block, torch_dtype
-from fedpool.errors import FilterError
+from fedpool.errors import FilterError, ModelChanged
 from fedpool.fields import Checked
 from fedpool.tensors import ITEM_SIZES, BlockBytes, Spec, Tensors, TensorSpec, is_beside, split_beside
 
@@ -274,5 +274,7 @@ def _told(filter: Filter, work: Callable[[], _T]) -> _T:
         return work()
     except _Below as below:
         raise below.error from below
+    except ModelChanged:  # the filter has read it
+        raise
     except Exception as error:  # it is the user's code
         raise FilterError(type(filter).__name__, f"{type(error).__name__}: {error}") from error

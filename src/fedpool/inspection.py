@@ -1,11 +1,11 @@
 """Inspection of the values of tensors, for the gate, in the same pass that hashes them."""
 
-import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedpool.arrays import torch_block
+from fedpool.checked import BlockTags, take_tags
 from fedpool.tensor_stream import Writable, write_and_hash
 from fedpool.tensors import ITEM_SIZES, BlockBytes, Digest, TensorReader, Tensors, block_ranges, blocks_of, file_order
 
@@ -19,29 +19,15 @@ class Inspection:
     """name -> place of its first NaN or infinity, for tensors that contain any, in file order."""
     extremes: Mapping[str, tuple[float, float]]
     """name -> lowest and highest finite value, for non-boolean tensors that have one."""
-    blocks: Mapping[tuple[str, int, int], bytes] | None = None
-    """(name, start, stop) -> sha256 of that block, if the file could be replaced later."""
+    tags: BlockTags
+    """Of the file's blocks: the file could be replaced later."""
 
 
-def inspect_tensors(reader: TensorReader, block_elements: int, *, keep_blocks: bool = False) -> Inspection:
-    """Hash every byte and inspect every value of a file of tensors, in one pass.
-
-    Args:
-        keep_blocks: also keep a hash of each block, so a later reader can check that it reads the
-            same bytes.
-    """
-    digest = hashlib.sha256(reader.head)
-    size = len(reader.head)
+def inspect_tensors(reader: TensorReader, block_elements: int) -> Inspection:
+    """Hash every byte and inspect every value of a file of tensors, in one pass."""
     seen = _Seen()
-    blocks: dict[tuple[str, int, int], bytes] | None = {} if keep_blocks else None
-    for name, start, stop in blocks_of(reader.spec, block_elements):
-        data = reader.read_block(name, start, stop)
-        digest.update(data)
-        size += len(data)
-        if blocks is not None:
-            blocks[name, start, stop] = hashlib.sha256(data).digest()
-        seen.look(name, reader.spec[name].dtype, start, data)
-    return Inspection(Digest(digest.hexdigest(), size), seen.not_finite, seen.extremes, blocks)
+    digest, tags = take_tags(reader, block_elements, seen.look)
+    return Inspection(digest, seen.not_finite, seen.extremes, tags)
 
 
 def inspect_values(tensors: Tensors, block_elements: int) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
@@ -55,15 +41,17 @@ def inspect_values(tensors: Tensors, block_elements: int) -> tuple[dict[str, str
 def write_and_inspect(file: Writable, tensors: Tensors, block_elements: int) -> Inspection:
     """Write tensors to a file and inspect them like `inspect_tensors`, in one pass."""
     seen, spec = _Seen(), tensors.spec
+    tags = BlockTags(spec, block_elements)
 
     def blocks() -> Iterator[BlockBytes]:
         for name in file_order(spec):
             for _, start, stop in block_ranges(name, spec[name].num_elements, block_elements):
                 data = tensors.read_block(name, start, stop)
                 seen.look(name, spec[name].dtype, start, data)
+                tags.take(name, start, data)
                 yield data
 
-    return Inspection(write_and_hash(file, spec, blocks()), seen.not_finite, seen.extremes)
+    return Inspection(write_and_hash(file, spec, blocks()), seen.not_finite, seen.extremes, tags)
 
 
 class _Seen:
@@ -89,16 +77,16 @@ class _Seen:
         self.extremes[name] = min(low, before[0]), max(high, before[1])
 
 
-def not_finite_names(reader: TensorReader, block_elements: int, among: Collection[str] | None = None) -> list[str]:
-    """Names of the tensors in a file that contain NaN or infinity, sorted.
+def not_finite_names(tensors: Tensors, block_elements: int, among: Collection[str] | None = None) -> list[str]:
+    """Names of the tensors that contain NaN or infinity, sorted.
 
     Args:
         among: the tensors to read; None: all.
     """
     found: set[str] = set()
-    for name, start, stop in blocks_of(reader.spec, block_elements):
-        if reader.spec[name].kind == "float" and name not in found and (among is None or name in among):
-            low, high = _extremes(reader.read_block(name, start, stop), reader.spec[name].dtype)
+    for name, start, stop in blocks_of(tensors.spec, block_elements):
+        if tensors.spec[name].kind == "float" and name not in found and (among is None or name in among):
+            low, high = _extremes(tensors.read_block(name, start, stop), tensors.spec[name].dtype)
             if not (math.isfinite(low) and math.isfinite(high)):
                 found.add(name)
     return sorted(found)

@@ -11,13 +11,11 @@ Terms: a *spec* maps names to `TensorSpec`; a *block* is a run of consecutive el
 tensor, flattened in C order.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 from fedpool.errors import IntegrityError
 
@@ -133,7 +131,7 @@ class Tensors(Protocol):
 class TensorReader:
     """Block-wise access to the tensors in a safetensors file, by a function that reads byte ranges.
 
-    Doesn't check the file's hash: the gate and the store do.
+    Doesn't check the file's hash: the gate, the store and `fedpool.checked` do.
 
     Args:
         read_range: (start, stop) -> the bytes in between.
@@ -148,7 +146,6 @@ class TensorReader:
     def __init__(self, read_range: ReadRange, size: int, *, where: str, max_header: int = MAX_HEADER_BYTES) -> None:
         self._read_range = read_range
         self._max_header = max_header
-        self._blocks: Mapping[tuple[str, int, int], bytes] | None = None
         self._size = size
         self.where = where
         self.head = b""
@@ -207,12 +204,4 @@ class TensorReader:
         block = self._read_range(offset + start * item, offset + stop * item)
         if len(block) != (stop - start) * item:
             raise self._bad(f"it ended inside {name!r}")
-        if self._blocks is not None and hashlib.sha256(block).digest() != self._blocks.get((name, start, stop)):
-            raise IntegrityError(f"{self.where} was changed after it was checked: {name!r} differs")
         return block
-
-    def checked(self, blocks: Mapping[tuple[str, int, int], bytes]) -> Self:
-        """The same file, whose blocks must match their earlier hashes; see `Inspection.blocks`."""
-        other = copy(self)
-        other._blocks = blocks
-        return other

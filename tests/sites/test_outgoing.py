@@ -28,6 +28,14 @@ class Failing(ElementwiseFilter):
         raise RuntimeError("no key")
 
 
+class Reads(ElementwiseFilter):
+    """Reads the global model."""
+
+    def outgoing_values(self, values: Any, block: Any, context: Any) -> Any:
+        context.base.read_block(block.name, block.start, block.stop)
+        return values
+
+
 class Halves(ElementwiseFilter):
     """Sends half of each value."""
 
@@ -42,14 +50,22 @@ class Site:
         self.folder = folder
         self.store = Store(folder / "store")
         self.lines: list[str] = []
-        for name, params in (("model", base), ("update", written)):
-            with (folder / name).open("wb") as file:
-                save_and_hash(file, params)
+        with (folder / "model").open("wb") as file:
+            self.base = save_and_hash(file, base)
+        with (folder / "update").open("wb") as file:
+            save_and_hash(file, written)
 
     def leaves(
         self, *filters: Filter, said: ParamsKind = "FULL", transfer: str = "FULL", task: Task = "train", **job: Any
     ) -> tuple[dict[str, Any], ParamsKind]:
-        asked = SiteAssignment(site="site-1", round=0, task=task, base_sha256="b", base_size=1, timeout_s=None)
+        asked = SiteAssignment(
+            site="site-1",
+            round=0,
+            task=task,
+            base_sha256=self.base.sha256,
+            base_size=self.base.size,
+            timeout_s=None,
+        )
         outgoing = Outgoing(client_job(transfer=transfer, **job), asked, filters, self.lines.append)
         written, leaving, model = (self.folder / name for name in ("update", "leaving", "model"))
         seen, kind = outgoing.deliver(written, leaving, model, said, self.store, "there")
@@ -156,6 +172,16 @@ def test_the_host_does_not_write_through_a_link_of_the_script(tmp_path: Path) ->
     (tmp_path / "leaving-update").symlink_to(tmp_path / "diary")
     Site(tmp_path, BASE, TRAINED).leaves(transfer="DIFF")
     assert (tmp_path / "diary").read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("transfer", ["FULL", "DIFF"])
+def test_nothing_that_was_computed_with_another_model_leaves(transfer: str, tmp_path: Path) -> None:
+    site = Site(tmp_path, BASE, TRAINED)
+    with (tmp_path / "model").open("r+b") as file:
+        save_and_hash(file, {name: value + 1000 for name, value in BASE.items()})
+    with pytest.raises(SiteError, match=r"its update cannot leave: .*model differs from its manifest"):
+        site.leaves(*([Reads()] if transfer == "FULL" else []), transfer=transfer)
+    assert not site.store.exists("there")
 
 
 def test_a_difference_of_torch_is_that_of_the_host(tmp_path: Path) -> None:

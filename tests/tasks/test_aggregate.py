@@ -25,6 +25,7 @@ from fedpool.tasks.aggregators import GeometricMedian, Mean, Median, NormClipped
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, judge
 from fedpool.tasks.strategy import State, Strategy, Update
+from fedpool.tasks.weighing import UpdateChanged
 from fedpool.tensors import ITEM_SIZES, Digest, TensorReader
 from tests.updates import sent_by
 
@@ -66,7 +67,7 @@ class Round:
         )
         spec = {name: entry for name, entry in self.base.spec.items() if name in params}
         wanted = Expected("job-1", 0, "train", self.digest.sha256, spec, "FULL", max_weight=sys.float_info.max)
-        # Inspected here, as a simulated site does, so a test can change the block size afterwards.
+        # Inspected here, as a simulated site does.
         seen = inspect_tensors(self.store.tensors(PATHS.update(0, site), digest.size), self.store.block_elements)
         outcome = judge(self.store, site, 0, Delivery(manifest, "m" * 64, seen), wanted)
         assert isinstance(outcome, Accepted), outcome
@@ -97,6 +98,18 @@ class Round:
 
 def f32(*values: float) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.array(values, dtype=np.float32)
+
+
+def test_an_update_that_changes_after_its_site_has_inspected_it_is_not_used(tmp_path: Path) -> None:
+    round = Round(tmp_path, {"w": f32(0, 0)})
+    round.send("site-1", {"w": f32(2, 4)})
+    round.send("site-2", {"w": f32(6, 8)})
+    with Path(round.store.full(PATHS.update(0, "site-2"))).open("r+b") as file:
+        save_and_hash(file, {"w": f32(1e30, 1e30)})
+    with pytest.raises(UpdateChanged, match="was changed after it was checked: 'w' differs") as changed:
+        round.aggregate()
+    assert changed.value.site == "site-2"
+    assert not round.store.exists(PATHS.global_model(1))
 
 
 def test_the_mean_is_weighted_and_written_with_its_digest(tmp_path: Path) -> None:
