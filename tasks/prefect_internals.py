@@ -250,11 +250,13 @@ def drain(timeout_s: float) -> None:
 
 @contextmanager
 def quiet_console() -> Iterator[None]:
-    """Keep the logs of runs off the terminal."""
+    """Keep the logs of runs off the terminal, and what Prefect says while it sends them."""
     from prefect.logging.handlers import PrefectConsoleHandler
 
+    hidden = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine", "APILogWorker", "EventsWorker")
+
     def is_not_of_a_run(record: logging.LogRecord) -> bool:
-        return not record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect.engine"))
+        return not record.name.startswith(hidden)
 
     handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, PrefectConsoleHandler)]
     for handler in handlers:

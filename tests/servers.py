@@ -1,6 +1,7 @@
 """Prefect servers with all background services, for tests that need more than `prefect_api`."""
 
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,6 +15,32 @@ from fedpool.deployments.server import (
     server_environment,
     wait_until_up,
 )
+
+
+@contextmanager
+def prefect_program(folder: Path, environment: Mapping[str, str], *command: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run the stock `prefect` command in a process whose output goes to FOLDER/log."""
+    folder.mkdir()
+    with (folder / "log").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", *command], env=environment, cwd=folder, stdout=output, stderr=output
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(300)
+
+
+@contextmanager
+def stock_server(folder: Path) -> Iterator[Access]:
+    """Prefect's own server, as an operator starts it: it answers to every host name."""
+    access = Access.new(free_port())
+    environment = server_environment(folder, access) | {"PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "true"}
+    command = ("server", "start", "--host", "127.0.0.1", "--port", str(access.port))
+    with prefect_program(folder, environment, *command) as process:
+        wait_until_up(access.api_url, process, folder / "log")
+        yield access
 
 
 @contextmanager

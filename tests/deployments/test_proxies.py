@@ -2,6 +2,7 @@
 reached through it.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fedpool.deployments.access import Access
 from fedpool.loopback import bypass_proxies
 from tests.conftest import ADD_ONE
 from tests.http_proxy import Proxy
 from tests.poc import processes_of, wait_until_gone
+from tests.servers import stock_server
 
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
@@ -60,8 +63,15 @@ def test_of_two_spellings_the_one_that_counts_is_kept(monkeypatch: pytest.Monkey
     assert os.environ["no_proxy"] == "*"
 
 
-def test_the_proxy_of_these_tests_is_one(proxy: Proxy, prefect_api: str) -> None:
-    url = httpx.URL(prefect_api).copy_with(host="fl.example")
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[Access]:
+    """A server that has a name which only the proxy resolves."""
+    with stock_server(tmp_path / "remote") as server:
+        yield dataclasses.replace(server, address=f"http://fl.example:{server.port}")
+
+
+def test_the_proxy_of_these_tests_is_one(proxy: Proxy, remote: Access) -> None:
+    url = httpx.URL(remote.api_url)
     assert httpx.get(f"{url}/health", proxy=proxy.url).json() is True
     assert proxy.asked == [f"GET fl.example:{url.port}"]
 
@@ -109,11 +119,10 @@ def test_with_a_socks_proxy_a_private_server_is_reached_all_the_same(tmp_path: P
     run_job(tmp_path, "SimEnv()", ALL_PROXY="socks5h://127.0.0.1:9")
 
 
-def test_a_server_that_only_the_proxy_can_reach_is_reached(proxy: Proxy, prefect_api: str, tmp_path: Path) -> None:
-    url = httpx.URL(prefect_api)
-    run_job(tmp_path, "SimEnv()", HTTP_PROXY=proxy.url, PREFECT_API_URL=str(url.copy_with(host="fl.example")))
+def test_a_server_that_only_the_proxy_can_reach_is_reached(proxy: Proxy, remote: Access, tmp_path: Path) -> None:
+    run_job(tmp_path, "SimEnv()", HTTP_PROXY=proxy.url, **remote.environment)
     asked = set(proxy.asked)
-    assert {host for _, _, host in (line.partition(" ") for line in asked)} == {f"fl.example:{url.port}"}
+    assert {host for _, _, host in (line.partition(" ") for line in asked)} == {f"fl.example:{remote.port}"}
     assert {method for method, _, _ in (line.partition(" ") for line in asked)} >= {
         "CONNECT",
         "GET",

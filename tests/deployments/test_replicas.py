@@ -3,8 +3,6 @@ Redis.
 """
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,26 +16,12 @@ from fedpool.deployments.server import free_port, server_environment, wait_until
 from fedpool.deployments.stored_jobs import list_jobs
 from tests import services
 from tests.poc import GatedJob, Worker, processes_of, wait_until, wait_until_gone
+from tests.servers import prefect_program
 
 pytestmark = pytest.mark.slow
 
 SITES = ("east", "west")
 PASSWORD = "admin:a-password-of-the-operator"
-
-
-@contextlib.contextmanager
-def started(folder: Path, environment: dict[str, str], *command: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run the stock `prefect` command in a process whose output goes to FOLDER/log."""
-    folder.mkdir()
-    with (folder / "log").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *command], env=environment, cwd=folder, stdout=output, stderr=output
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(300)
 
 
 @pytest.fixture
@@ -60,13 +44,13 @@ def replicas(postgres: services.PostgresServer, tmp_path: Path) -> Iterator[list
             "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false",
         }
         upgrade = ("server", "database", "upgrade", "-y")
-        with started(tmp_path / "upgrade", environment, *upgrade) as process:
+        with prefect_program(tmp_path / "upgrade", environment, *upgrade) as process:
             assert process.wait(300) == 0, (tmp_path / "upgrade/log").read_text()
         for name, access in zip("ab", both, strict=True):
             command = ("server", "start", "--no-services", "--host", "127.0.0.1", "--port", str(access.port))
-            process = stack.enter_context(started(tmp_path / name, environment, *command))
+            process = stack.enter_context(prefect_program(tmp_path / name, environment, *command))
             wait_until_up(access.api_url, process, tmp_path / name / "log")
-        stack.enter_context(started(tmp_path / "services", environment, "server", "services", "start"))
+        stack.enter_context(prefect_program(tmp_path / "services", environment, "server", "services", "start"))
         yield both
 
 

@@ -223,8 +223,10 @@ def test_what_runs_log_is_kept_off_the_terminal_and_only_that() -> None:
 import logging
 from uuid import uuid4
 from prefect.logging import get_logger
+from prefect.events.clients import NullEventsClient
+from prefect.events.worker import EventsWorker
 from prefect.logging.configuration import setup_logging
-from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.logging.handlers import APILogWorker, PrefectConsoleHandler
 from fedpool.tasks.prefect_internals import quiet_console, run_logger
 
 setup_logging()
@@ -232,13 +234,15 @@ logging.getLogger().addHandler(PrefectConsoleHandler())
 with quiet_console():
     logging.getLogger("prefect.flow_runs").propagate and logging.getLogger().handle(
         logging.LogRecord("prefect.flow_runs", logging.ERROR, "", 0, "of a run", (), None))
+    for worker in APILogWorker(), EventsWorker(NullEventsClient, ()):
+        worker._logger.warning("items remaining")
     logging.getLogger().handle(logging.LogRecord("prefect.other", logging.ERROR, "", 0, "of no run", (), None))
 logging.getLogger().handle(logging.LogRecord("prefect.flow_runs", logging.ERROR, "", 0, "afterwards", (), None))
 """
     environment = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     shown = done.stdout + done.stderr
-    assert "of no run" in shown and "afterwards" in shown and "of a run" not in shown
+    assert "of no run" in shown and "afterwards" in shown and "of a run" not in shown and "items" not in shown
 
 
 SERVER = """
