@@ -17,7 +17,7 @@ from fedpool.paths import JobPaths
 from fedpool.refusals import explained
 from fedpool.store import Store
 from fedpool.tasks.job_record import JobResult
-from fedpool.tasks.matrix import site_scores
+from fedpool.tasks.matrix import read_matrix, site_scores
 from fedpool.tasks.record import RoundRecord
 
 
@@ -191,7 +191,7 @@ class Run:
             stopped_by=result.stopped_by,
             evaluation_error=result.evaluation_error,
             endings=read_endings(self._store, self.job_id, result, records),
-            cross_site=self._store.read_json(self._paths.cross_site) if result.cross_site else None,
+            cross_site=read_matrix(self._store, self._paths.cross_site) if result.cross_site else None,
         )
 
     def abort(self) -> None:

@@ -32,6 +32,7 @@ from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
+from fedpool.tasks.guarded import strategy_of
 from fedpool.tasks.job_record import EnvironmentRecord
 from fedpool.tasks.track import check_places
 
@@ -153,6 +154,7 @@ class RemoteEnv(Tracked):
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        strategy_of(recipe, len(names))
         check_travels(recipe)
         return names
 

@@ -24,7 +24,7 @@ from fedpool.deployments.tracked import Tracked
 from fedpool.deployments.virtual import VirtualTime
 from fedpool.environment import ANEW, Begin
 from fedpool.errors import RecipeError
-from fedpool.flows.own_code import why_it_stays
+from fedpool.flows.own_code import code_of, why_it_stays
 from fedpool.flows.staging import Start, check_unchanged, has_completed, start_of
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, check_folder
@@ -35,6 +35,7 @@ from fedpool.sites.local import LocalSites, default_slots
 from fedpool.sites.script_process import find_program
 from fedpool.startup import collector_off
 from fedpool.store import Store
+from fedpool.tasks.guarded import strategy_of
 from fedpool.tasks.job_record import EnvironmentRecord
 from fedpool.tasks.prefect_internals import drain, quiet_console
 
@@ -144,11 +145,13 @@ class SimEnv(Tracked, VirtualTime):
         recipe, job_id = start.recipe, start.job_id
         names = self.site_names(recipe)
         recipe.check_sites(names)
+        strategy_of(recipe, len(names))
         commands, environment = self.commands(names), self.recorded(self.virtual(recipe, names))
         if start.resumes:
             check_unchanged(recipe, job_id, store, names)
             if has_completed(store, job_id):
                 return Run(job_id, store, work=lambda: None, cancel=lambda: None)
+        code_of(recipe)  # refuses now what the job could not store
         gpus = [part.strip() for part in self.gpus.split(",")] if self.gpus else []
         num_slots = min(self.num_threads or default_slots(len(names), gpus), len(names))
         num_live = len(names) if self.keep_alive else num_slots

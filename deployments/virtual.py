@@ -8,7 +8,8 @@ from pydantic import Field, field_validator
 from fedpool.deployments.clients import NamedClients
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
-from fedpool.tasks.virtual_time import SPEEDS, check_speed, speeds_by_site
+from fedpool.tasks.job_record import SPEEDS
+from fedpool.tasks.virtual_time import check_speed, speeds_by_site
 
 Speeds = tuple[float, ...] | dict[str, float] | None
 

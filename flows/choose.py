@@ -6,6 +6,7 @@ from fedpool.flows.plan import Step
 from fedpool.messages import Task
 from fedpool.recipe import Recipe
 from fedpool.site_order import in_order
+from fedpool.tasks.guarded import check_chosen, running
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.quarantine import quarantined
 from fedpool.tasks.quorum import Quorum
@@ -33,7 +34,9 @@ def choose(
     draw = strategy.choose if task == "train" and not everyone else choose_sites
     size = None if everyone else recipe.sample_size
     there = ledger.job.arithmetic.ordered(set(names) - probes)
-    chosen = draw(seed=recipe.seed, round=number, sites=there, count=size)
+    with running(strategy, "choose"):
+        chosen = draw(seed=recipe.seed, round=number, sites=there, count=size)
+    check_chosen(strategy, chosen, there)
     return tuple(in_order((*chosen, *probes))), probes
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from fedpool.errors import RecipeError
 from fedpool.recipe import Recipe
+from fedpool.tasks.guarded import strategy_of
 from fedpool.training_recipe import TrainingRecipe
 
 
@@ -21,7 +22,7 @@ class LateUpdates(TrainingRecipe):
 
     def check_sites(self, sites: Sequence[str]) -> None:
         super().check_sites(sites)
-        strategy: Any = self.strategy(len(sites))
+        strategy = strategy_of(self, len(sites))
         if folds(self) and (strategy.extras or strategy.shared):
             raise RecipeError(
                 f"late='fold' does not work with {type(strategy).__name__}: what its sites send beside parameters (extras), or "

@@ -39,10 +39,11 @@ def check_travels(recipe: Recipe) -> None:
     """Refuse a recipe whose code can't travel to another process.
 
     Raises:
-        RecipeError: see `why_it_stays`.
+        RecipeError: see `why_it_stays` and `build_code`.
     """
     if why := why_it_stays(recipe):
         raise RecipeError(why)
+    code_of(recipe)
 
 
 def _own(recipe: Recipe) -> Iterator[str]:

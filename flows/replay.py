@@ -24,9 +24,9 @@ from fedpool.tasks.choose_aggregator import Given, chosen
 from fedpool.tasks.committed import Committed
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, counting_in, judge
+from fedpool.tasks.guarded import strategy_of
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.record import AcceptedEntry, RoundRecord, stored_records
-from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import first_weights
 from fedpool.tensors import Tensors, blocks_of
 
@@ -83,7 +83,7 @@ def replay_round(
     assert record.next_global is not None, "a training round makes a model"
     number = record.round
     job = JobRecord.read(store, paths.job)
-    own: Strategy = recipe.strategy(len(job.sites))
+    own = strategy_of(recipe, len(job.sites))
     models = Committed(store)
     base = models.tensors(paths.global_model(number), record.base)
     wanted = expected(recipe, own, job_id, number, "train", record.base, base, job.holes, job.arithmetic)

@@ -43,6 +43,11 @@ def recipe_of(
         kind or _own_class(full, code, store.full(path), trains="num_rounds" in record.fields) or find_installed(full)
     )
     if kind is None:
+        if full.partition(":")[0] in ("__main__", "<run_path>"):
+            raise IntegrityError(
+                f"{store.full(path)} has a recipe of the class {class_name(full)}, which the script that ran the job defines "
+                "itself, so the job has no code to load it from: put the class into a module beside the script, and run the job again"
+            )
         known = ", ".join(map(class_name, BUILT_IN.values()))
         raise IntegrityError(
             f"{store.full(path)} has a recipe of the unknown class {full!r}: known classes are {known}, and those that packages "

@@ -14,11 +14,11 @@ from fedpool.tasks.answers import Asked
 from fedpool.tasks.arithmetic import Arithmetic
 from fedpool.tasks.collect import Round
 from fedpool.tasks.committed import Committed
+from fedpool.tasks.guarded import strategy_of
 from fedpool.tasks.key_metric import MetricRules
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.observer import Observer, Observers
 from fedpool.tasks.record import RoundRecord
-from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
 from fedpool.tasks.virtual_round import VirtualClock
 from fedpool.tasks.virtual_time import Schedule, units_of
@@ -87,7 +87,7 @@ class Job:
         self.look_ahead = look_ahead
         self.rules = MetricRules.stored(ledger.job)
         """The rules about metrics from the job's start, also when it is resumed."""
-        self.strategy: Strategy = recipe.strategy(len(sites.names))
+        self.strategy = strategy_of(recipe, len(sites.names))
         self.ledger = ledger
         """The committed state; each commit replaces it."""
         self.resumed_at = ledger.number

@@ -29,12 +29,12 @@ from fedpool.store import Store
 from fedpool.tasks.aggregate import Aggregated, Before, aggregate
 from fedpool.tasks.committed import Committed
 from fedpool.tasks.gate import Accepted, Failed, Late, Outcome
+from fedpool.tasks.guarded import strategy_of
 from fedpool.tasks.job_record import JobRecord
 from fedpool.tasks.ledger import Ledger
 from fedpool.tasks.publish import model_entry, submitted_digest
 from fedpool.tasks.record import RoundRecord, SubmittedModel, known_weights
 from fedpool.tasks.recording import round_record
-from fedpool.tasks.strategy import Strategy
 from fedpool.tasks.used import Counted
 from fedpool.tasks.virtual_time import Schedule, contradiction, units_of
 from fedpool.tensors import Digest, Tensors, blocks_of
@@ -95,7 +95,7 @@ class _Audit:
         self._schedule = None if units is None else Schedule(units)
         self._updates = UpdateAudit(store, job_id, self._recipe.keep_updates)
         self._counted = Counted(self._recipe.aggregation_weights)
-        self._strategy: Strategy = self._recipe.strategy(len(job.sites))
+        self._strategy = strategy_of(self._recipe, len(job.sites))
 
     def run(self) -> Verified:
         with explained(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="fedpool-verify-") as folder:

@@ -24,6 +24,7 @@ from fedpool.tasks.arithmetic import CURRENT, Arithmetic
 from fedpool.tasks.blocks import Block, narrow
 from fedpool.tasks.gate import Accepted
 from fedpool.tasks.geometry import Geometry, blas_products, block_products
+from fedpool.tasks.guarded import applied, begun, slots_of, surveyed
 from fedpool.tasks.slices import BesideSlice, GlobalSlice, UpdateSlice
 from fedpool.tasks.slots import SlotFile, beside_spec, slot_file
 from fedpool.tasks.strategy import Shares, Slice, State, Strategy, Update
@@ -112,7 +113,8 @@ def aggregate(
     with ExitStack() as stack:
         executor = stack.enter_context(_threads())
         if counted and strategy.surveys:
-            strategy = strategy.survey(_geometry(executor, before, counted, store.block_elements, arithmetic))
+            geometry = _geometry(executor, before, counted, store.block_elements, arithmetic)
+            strategy = surveyed(strategy, geometry)
         slots = None
         if strategy.slots:
             slots = stack.enter_context(slot_file(beside_spec(strategy.slots, base.spec), store.block_elements))
@@ -212,12 +214,11 @@ def _next_block(
         made = block.data
     else:
         updates = [_update(strategy, block, update, weight, arithmetic) for update, weight in senders]
-        state = strategy.apply(state, updates)
-        made = as_bytes(_with_holes(narrow(state.params[name], block), block, [update for update, _ in senders]))
+        state, value = applied(strategy, state, updates, block)
+        made = as_bytes(_with_holes(narrow(value, block), block, [update for update, _ in senders]))
     if slots is not None:
-        for slot, values in state.slots.items():
-            if name in values:
-                slots.put(beside(slot, name), block.start, values[name])
+        for slot, value in slots_of(strategy, state, block):
+            slots.put(beside(slot, name), block.start, value)
     tags.take(name, block.start, made)
     return made
 
@@ -234,7 +235,7 @@ def _state(strategy: Strategy, before: Before, block: Block) -> State:
     if not strategy.slots:
         return State(params, {}, before.round, averaged, before.shares)
     if before.state is None:
-        return replace(strategy.init(params, averaged), round=before.round, shares=before.shares)
+        return replace(begun(strategy, params, averaged, block), round=before.round, shares=before.shares)
     slots = {} if averaged else {slot: BesideSlice(block, before.state, slot) for slot in strategy.slots}
     return State(params, slots, before.round, averaged, before.shares)
 

@@ -20,7 +20,7 @@ from fedpool.tasks.aggregators import (
     Rule,
     TrimmedMean,
 )
-from fedpool.tasks.own_function import OwnFunction, imported, path_of
+from fedpool.tasks.own_function import OwnFunction, of_path, path_of
 
 Given = Aggregator | str | Callable[..., Any] | Mapping[str, Any]
 """What a user may write: `Krum(num_byzantine=2)`, "median", a function or its path, or {"kind":
@@ -39,8 +39,7 @@ def chosen(given: Given) -> Aggregator:
     if isinstance(given, str):
         if ":" not in given:
             return _made(given, {})
-        imported(given)  # fails now rather than in the first round
-        return OwnFunction(given)
+        return of_path(given)
     if isinstance(given, Mapping):
         if not isinstance(kind := given.get("kind"), str):
             raise RecipeError(f'aggregator {dict(given)!r} has no "kind": give one of {_known()}')
@@ -48,7 +47,7 @@ def chosen(given: Given) -> Aggregator:
     if isinstance(given, type) and issubclass(given, Rule):  # Krum instead of Krum(num_byzantine=...)
         return _made(given.model_fields["kind"].default, {})
     if callable(given):
-        return OwnFunction(path_of(given))
+        return of_path(path_of(given))
     raise RecipeError(
         f"aggregator={given!r} cannot be used: give a name, an instance such as Krum(num_byzantine=...), or a function"
     )

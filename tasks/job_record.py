@@ -3,7 +3,7 @@
 import hashlib
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from fedpool.left_out import is_none
 from fedpool.messages import ClientJob, NamedCode
@@ -14,7 +14,34 @@ from fedpool.written import Written
 
 JOB_FORMAT = 1
 
+SPEEDS = "speeds"
+"""The setting of a simulation with the units of virtual time, site by site."""
+
+
+class _UsedFields(BaseModel):
+    """The fields of a recipe that are used without building it: the class may be unknown here."""
+
+    key_metric: str = ""
+    num_rounds: int = 0
+    stop_cond: str | None = None
+    patience: int | None = None
+    aggregation_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+
+
+_USED_FIELDS = TypeAdapter(_UsedFields)
+_SPEEDS = TypeAdapter(dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None)
+
 JobOutcome = Literal["COMPLETED", "FAILED", "CANCELLED"]
+
+
+def _check(type: TypeAdapter[Any], value: Any, *place: str) -> None:
+    """Raise a `ValueError` with the place in `value` that has another type."""
+    try:
+        type.validate_python(value, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in (*place, *found["loc"]))
+        raise ValueError(f"{where}: {found['msg']}") from None
 
 
 class Parent(Written):
@@ -29,6 +56,12 @@ class EnvironmentRecord(Written):
 
     type: str
     settings: dict[str, Any]
+
+    @field_validator("settings")
+    @classmethod
+    def _has_usable_speeds(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check(_SPEEDS, value.get(SPEEDS), SPEEDS)
+        return value
 
 
 class JobRecord(Written):
@@ -77,6 +110,7 @@ class JobRecord(Written):
     def _has_a_type(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value.get("type"), str):
             raise ValueError("it does not name a recipe class")
+        _check(_USED_FIELDS, value)
         return value
 
     @field_validator("arithmetic_number")
@@ -84,6 +118,13 @@ class JobRecord(Written):
     def _is_known(cls, value: int) -> int:
         Arithmetic.numbered(value)
         return value
+
+    @model_validator(mode="after")
+    def _has_a_speed_for_each_site(self) -> Self:
+        speeds = None if self.environment is None else self.environment.settings.get(SPEEDS)
+        if speeds is not None and (without := set(self.sites) - speeds.keys()):
+            raise ValueError(f"environment.settings.{SPEEDS} lacks {min(without)}")
+        return self
 
     @property
     def kind(self) -> str:

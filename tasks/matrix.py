@@ -3,14 +3,20 @@
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
+from pydantic import TypeAdapter, ValidationError
+
+from fedpool.errors import IntegrityError
 from fedpool.model import NUM_STEPS
 from fedpool.recipe import SERVER, SERVER_BEST
 from fedpool.site_order import by_site, in_order, natural_key
+from fedpool.store import Store
 from fedpool.tasks.metrics import mean_metrics
 from fedpool.tasks.record import AcceptedEntry, RoundRecord
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 """data site -> owner of the model -> metrics, and their weight under `NUM_STEPS_CURRENT_ROUND`."""
+
+_MATRIX = TypeAdapter(dict[str, dict[str, dict[str, float | None]]])
 
 
 def cross_site_matrix(records: Sequence[RoundRecord], best: int) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -31,6 +37,27 @@ def cross_site_matrix(records: Sequence[RoundRecord], best: int) -> dict[str, di
                 row = found.setdefault(entry.site, {})
                 row[owner] = site_scores(entry)
     return {site: found[site] for site in in_order(found)}
+
+
+def read_matrix(store: Store, path: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The matrix of a job from its `cross_site.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        IntegrityError: it contains something else.
+    """
+    try:
+        matrix = _MATRIX.validate_json(store.read_bytes(path), strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)[0]
+        where = "".join(f"{part}: " for part in found["loc"])
+        raise IntegrityError(f"{store.full(path)} is not a table of scores: {where}{found['msg']}") from None
+    for site, row in matrix.items():
+        if without := [owner for owner, scores in row.items() if NUM_STEPS not in scores]:
+            raise IntegrityError(
+                f"{store.full(path)} is not a table of scores: {site}: {without[0]}: {NUM_STEPS} is missing"
+            )
+    return matrix
 
 
 def site_scores(entry: AcceptedEntry) -> dict[str, float | None]:

@@ -88,6 +88,44 @@ class Short(ElementwiseFilter):
         return values[1:]
 
 
+class Odd(Filter):
+    """Makes tensors that can't exist, in one of several ways."""
+
+    how: str
+    back: bool = False
+
+    def outgoing(self, update: Tensors, context: FilterContext) -> Tensors:
+        return update if self.back else self._odd(update)
+
+    def incoming(self, update: Tensors, context: FilterContext) -> Tensors:
+        return self._odd(update)
+
+    def _odd(self, update: Tensors) -> Tensors:
+        spec = {
+            "shape": {"w": TensorSpec("F32", (-1,))},
+            "size": {"w": TensorSpec("F32", (1.5,))},  # type: ignore[arg-type]
+            "reserved": {"__metadata__": TensorSpec("F32", (3,))},
+            "number": {7: TensorSpec("F32", (3,))},
+        }.get(self.how, update.spec)
+        return ComputedTensors(spec, self._read)  # type: ignore[arg-type]
+
+    def _read(self, name: str, start: int, stop: int) -> Any:
+        if self.how == "leaves":
+            raise SystemExit(3)
+        return "text" if self.how == "text" else None
+
+
+ODD = {
+    "shape": "w has shape (-1,): use a tuple of whole numbers from 0",
+    "size": "w has shape (1.5,): use a tuple of whole numbers from 0",
+    "reserved": "a tensor cannot be called '__metadata__', because safetensors keeps that name for itself: give it another",
+    "number": "a tensor cannot be called 7, because a name is text",
+    "text": "TypeError: memoryview: a bytes-like object is required, not 'str'",
+    "none": "TypeError: memoryview: a bytes-like object is required, not 'NoneType'",
+    "leaves": "SystemExit: 3",
+}
+
+
 def tensors(**params: Any) -> TensorReader:
     file = io.BytesIO()
     save_arrays(file, params)
@@ -197,6 +235,17 @@ def test_the_gate_rejects_what_has_passed_others_or_cannot_be_undone(
     outcome = AtTheGate(tmp_path, named, wanted).outcome
     assert isinstance(outcome, Rejected)
     assert outcome.code == code and words in outcome.reason
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_tensors_that_cannot_exist_fail_the_filter_and_so_one_site_alone(how: str, tmp_path: Path) -> None:
+    update = tensors(w=np.ones(3, np.float32))
+    with pytest.raises(FilterError) as failed:
+        passage(update).send((Odd(how=how),), update).read_block("w", 0, 3)
+    assert str(failed.value).startswith("filter Odd: ") and ODD[how] in str(failed.value)
+    outcome = AtTheGate(tmp_path, (Odd(how=how, back=True),), (Odd(how=how, back=True),)).outcome
+    assert isinstance(outcome, Rejected)
+    assert outcome.code == "filter" and ODD[how] in outcome.reason
 
 
 def test_a_recipes_filters_are_json_and_are_read_again(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ FACADE = ("__init__.py", "cli")
 # loads no store, and a store no recipe.
 BASE_LEVELS = (
     "storable errors bounds left_out model messages job_digest paths site_order tensors tensor_stream digest checked arrays "
-    "inspection local_file patience exclusive refusals s3 loopback startup",
+    "inspection local_file patience exclusive refusals s3 loopback startup as_imported "
+    "own_failures",
     "client",
     "backend upload download",
     "store written",

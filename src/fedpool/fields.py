@@ -13,6 +13,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from fedpool.as_imported import note_imports
 from fedpool.errors import RecipeError
 
 _MAX_VALUE = 200
@@ -41,6 +42,11 @@ class Checked(BaseModel):
         FieldsError (a RecipeError, a ValueError and a pydantic.ValidationError): a field is
             invalid.
     """
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        note_imports(cls.__module__)
 
     def __init__(self, /, **data: Any) -> None:
         try:

@@ -17,7 +17,8 @@ from pydantic import ConfigDict
 from fedpool.arrays import CHUNK_ELEMENTS, as_bytes, torch_block, torch_dtype
 from fedpool.errors import FilterError, ModelChanged
 from fedpool.fields import Checked
-from fedpool.tensors import ITEM_SIZES, BlockBytes, Spec, Tensors, TensorSpec, is_beside, split_beside
+from fedpool.own_failures import OWN_FAILURES
+from fedpool.tensors import ITEM_SIZES, METADATA, BlockBytes, Spec, Tensors, TensorSpec, is_beside, split_beside
 
 if TYPE_CHECKING:
     import torch
@@ -248,7 +249,7 @@ def _guarded(
             raise _Below(error) from error
 
     def read(name: str, start: int, stop: int) -> BlockBytes:
-        data = memoryview(_told(filter, lambda: made.read_block(name, start, stop))).cast("B")
+        data = _told(filter, lambda: memoryview(made.read_block(name, start, stop)).cast("B"))
         wanted = (stop - start) * ITEM_SIZES[spec[name].dtype]
         if len(data) != wanted:
             raise FilterError(
@@ -263,9 +264,15 @@ def _guarded(
 
 
 def _checked(spec: Spec) -> Spec:
+    """A filter's spec, if a file can have tensors like that; raises a `ValueError` if not."""
     for name, entry in spec.items():
+        if not isinstance(name, str) or name == METADATA:
+            why = "safetensors keeps that name for itself" if name == METADATA else "a name is text"
+            raise ValueError(f"a tensor cannot be called {name!r}, because {why}: give it another name")
         if entry.dtype not in ITEM_SIZES:
             raise ValueError(f"{name} has dtype {entry.dtype!r}: use one of {', '.join(ITEM_SIZES)}")
+        if not isinstance(entry.shape, tuple) or not all(type(size) is int and size >= 0 for size in entry.shape):
+            raise ValueError(f"{name} has shape {entry.shape!r}: use a tuple of whole numbers from 0")
     return dict(spec)
 
 
@@ -276,5 +283,5 @@ def _told(filter: Filter, work: Callable[[], _T]) -> _T:
         raise below.error from below
     except ModelChanged:  # the filter has read it
         raise
-    except Exception as error:  # it is the user's code
+    except OWN_FAILURES as error:
         raise FilterError(type(filter).__name__, f"{type(error).__name__}: {error}") from error

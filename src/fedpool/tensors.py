@@ -27,6 +27,8 @@ ITEM_SIZES: Mapping[str, int] = {
 """Bytes per element, for every dtype that can be exchanged."""
 
 MAX_HEADER_BYTES = 64 << 20
+METADATA = "__metadata__"
+"""A key of the header that isn't a tensor's name."""
 
 _SEPARATOR = "::"
 
@@ -167,7 +169,7 @@ class TensorReader:
             raise self._bad(f"its header is not JSON ({error})") from None
         if not isinstance(header, dict):
             raise self._bad("its header is not a JSON object")
-        header.pop("__metadata__", None)
+        header.pop(METADATA, None)
         spans: list[tuple[int, int]] = []
         for name, entry in header.items():
             try:

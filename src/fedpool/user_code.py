@@ -10,25 +10,23 @@ import hashlib
 import importlib
 import importlib.util
 import io
-import site
 import sys
-import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from fedpool.as_imported import check_as_imported, is_in_installed
 from fedpool.bundle import MAX_BUNDLE_BYTES, unpack_bundle, zip_files
 from fedpool.errors import ConfigError, IntegrityError, RecipeError
+from fedpool.own_failures import OWN_FAILURES
 from fedpool.refusals import explained
 from fedpool.script_files import find_files
 
 _UNPACKED = "fedpool-code-"
 """Prefix of the folders that code is unpacked into."""
-_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def is_installed(module: str) -> bool:
     top = module.partition(".")[0]
     if top == "fedpool" or (top in sys.stdlib_module_names and top != "__main__"):
         return True
-    return any(_is_in_installed(place) for place in _places(top))
+    return any(is_in_installed(place) for place in _places(top))
 
 
 def find_home(module: str) -> Home | None:
@@ -93,8 +91,8 @@ def build_code(modules: Iterable[str]) -> Code:
     """The code of loaded modules, with everything that they import from the user's folders.
 
     Raises:
-        RecipeError: a module has no file or doesn't compile, two files have the same name, or the
-            whole exceeds the size limit.
+        RecipeError: a module has no file or doesn't compile, or its file has changed since it was
+            imported; two files have the same name, or the whole exceeds the size limit.
     """
     names = tuple(sorted(set(modules)))
     contents: dict[str, bytes] = {}
@@ -173,7 +171,7 @@ def make_room(code: Code) -> None:
 def _import(module: str, folder: Path) -> None:
     try:
         loaded = importlib.import_module(module)
-    except Exception as error:  # it is the user's code
+    except OWN_FAILURES as error:
         raise ConfigError(
             f"module {module!r} of the job's code cannot be imported here: {type(error).__name__}: {error}. Install "
             "the packages that it needs here"
@@ -183,7 +181,11 @@ def _import(module: str, folder: Path) -> None:
 
 
 def _check_names(code: Code, folder: Path) -> None:
-    """Refuse code that this process would mix with other modules of the same names."""
+    """Refuse code that this process would mix with other modules of the same names.
+
+    Names a module whose text differs, if there is one.
+    """
+    same: list[tuple[str, ModuleType]] = []
     for file in sorted(folder.rglob("*.py")):
         parts = file.relative_to(folder).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -191,7 +193,11 @@ def _check_names(code: Code, folder: Path) -> None:
         if loaded is None:
             continue
         home = find_home(name)
-        if name in code.modules or home is None or home.file.read_bytes() != file.read_bytes():
+        if home is None or home.file.read_bytes() != file.read_bytes():
+            raise _taken(name, loaded)
+        same.append((name, loaded))
+    for name, loaded in same:
+        if name in code.modules:
             raise _taken(name, loaded)
 
 
@@ -219,6 +225,7 @@ def _files(home: Home) -> Iterator[tuple[str, bytes]]:
             break
         folders += sorted(more)
     for file, name in found.importable.items():
+        check_as_imported(file, found.modules[file])
         yield name, found.modules[file]
     for file in found.named:
         yield file.relative_to(home.root).as_posix(), file.read_bytes()
@@ -243,18 +250,3 @@ def _places(top: str) -> Iterator[Path]:
         yield from (Path(place).absolute() for place in spec.submodule_search_locations)
     elif spec.origin and spec.has_location:
         yield Path(spec.origin).absolute()
-
-
-def _is_in_installed(place: Path) -> bool:
-    return not _INSTALLED.isdisjoint(place.parts) or any(
-        place.is_relative_to(folder) for folder in _installed_folders()
-    )
-
-
-@cache
-def _installed_folders() -> frozenset[Path]:
-    """The folders that Python and packages are installed in."""
-    paths = sysconfig.get_paths()
-    folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    folders += [*site.getsitepackages(), site.getusersitepackages()]
-    return frozenset(Path(folder).resolve() for folder in folders)

@@ -226,6 +226,66 @@ def test_a_module_of_the_same_name_that_is_another_is_not_mixed_with_it(folder: 
     assert sys.path == before
 
 
+@pytest.mark.parametrize("edited", ["halves.py", "helper.py"])
+def test_a_module_that_was_edited_after_it_was_imported_does_not_travel_until_it_is_reloaded(
+    folder: Folder, edited: str
+) -> None:
+    folder.write("helper.py", "SHARE = 0.5\n")
+    folder.write("halves.py", "from helper import SHARE\n" + textwrap.dedent(HALVES).replace("0.5", "SHARE"))
+    recipe = folder.recipe(folder.kind("halves:FedAvgRecipe"))
+    text = (folder.path / edited).read_text()
+    folder.write(edited, text + "# other\n")
+    words = rf"mine/{edited} has changed since this process imported it, .*: restart Python .* or reload the module"
+    for refuse in (lambda: check_travels(recipe), lambda: stage(recipe, "job-1", folder.store, SITES)):
+        with pytest.raises(RecipeError, match=words):
+            refuse()
+    assert not folder.store.exists(JobPaths("job-1").job)
+    folder.write(edited, text)
+    check_travels(recipe)
+    folder.write(edited, text + "# other\n")
+    for name in ("helper", "halves"):
+        importlib.reload(sys.modules[name])
+    check_travels(folder.recipe(folder.kind("halves:FedAvgRecipe")))
+
+
+def test_a_class_that_is_defined_later_does_not_hide_that_its_module_was_edited(folder: Folder) -> None:
+    inside = """
+    def later():
+        class Inner(FedAvgRecipe):
+            pass
+    """
+    folder.write("halves.py", textwrap.dedent(HALVES) + textwrap.dedent(inside))
+    recipe = folder.recipe(folder.kind("halves:FedAvgRecipe"))
+    folder.write("halves.py", HALVES)
+    sys.modules["halves"].later()
+    with pytest.raises(RecipeError, match="has changed since this process imported it"):
+        check_travels(recipe)
+
+
+def test_a_function_that_was_edited_after_it_was_imported_is_refused_when_the_recipe_is_built(folder: Folder) -> None:
+    folder.write("mine.py", "def first(values, weights):\n    return values[0]\n")
+    function: Any = folder.kind("mine:first")
+    folder.recipe(FedAvgRecipe, aggregator=function)
+    folder.write("mine.py", "def first(values, weights):\n    return values[-1]\n")
+    for given in (function, "mine:first"):
+        with pytest.raises(RecipeError, match=r"mine\.py has changed since this process imported it"):
+            folder.recipe(FedAvgRecipe, aggregator=given)
+    importlib.reload(sys.modules["mine"])
+    check_travels(folder.recipe(FedAvgRecipe, aggregator="mine:first"))
+
+
+def test_of_modules_that_are_taken_the_one_that_differs_is_named(folder: Folder) -> None:
+    folder.write("helper.py", "SHARE = 0.5\n")
+    folder.write("halves.py", "from helper import SHARE\n" + textwrap.dedent(HALVES))
+    folder.stage("halves:FedAvgRecipe")
+    folder.write("helper.py", "SHARE = 0.25\n")
+    folder.kind("halves:FedAvgRecipe")
+    with pytest.raises(
+        ConfigError, match=r"a module 'helper', but .* another module of that name \(.*mine/helper\.py\)"
+    ):
+        recipe_of("job-1", folder.store, allow=allow)
+
+
 def test_code_that_cannot_be_imported_says_why_and_leaves_nothing(folder: Folder) -> None:
     folder.write("helper.py", "")
     code = build_code_of(folder, "import helper\nimport no_such_package\n")
@@ -242,7 +302,7 @@ def build_code_of(folder: Folder, text: str) -> Any:
     folder.write("halves.py", "import helper\n")
     folder.kind("halves:helper")
     folder.write("halves.py", text)
-    code = build_code(["halves"])
+    code = build_code(["halves"])  # no class of fedpool has noted the text that was imported
     forget(folder.path)
     return code
 

@@ -18,6 +18,7 @@ from fedpool.filters import ElementwiseFilter, Filter
 from fedpool.messages import SiteAssignment, Task
 from fedpool.sites.outgoing import Outgoing, ParamsKind
 from fedpool.store import Store
+from tests.test_filters import ODD, Odd
 from tests.updates import client_job
 
 
@@ -79,6 +80,14 @@ TRAINED = {
     "head": np.full(2, 7, np.float32),
     "control::head": np.ones(2, np.float32),
 }
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_a_filter_that_makes_tensors_that_cannot_exist_fails_its_site_alone(tmp_path: Path, how: str) -> None:
+    site = Site(tmp_path, {"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)})
+    with pytest.raises(SiteError, match=r"^site-1, round 0: its update cannot leave: filter Odd: ") as failed:
+        site.leaves(Odd(how=how))
+    assert ODD[how] in str(failed.value) and not site.store.exists("there")
 
 
 def test_what_nothing_is_done_to_is_moved_and_not_written_again(tmp_path: Path) -> None:

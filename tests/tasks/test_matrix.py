@@ -1,10 +1,22 @@
 """The cross-site matrix: how it follows from the rounds' records, and how it is shown."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from fedpool.tasks.matrix import Matrix, cross_site_matrix, matrix_metrics, matrix_rows, owners, pooled, site_scores
+from fedpool.errors import IntegrityError
+from fedpool.store import Store
+from fedpool.tasks.matrix import (
+    Matrix,
+    cross_site_matrix,
+    matrix_metrics,
+    matrix_rows,
+    owners,
+    pooled,
+    read_matrix,
+    site_scores,
+)
 from fedpool.tasks.record import RoundRecord
 from tests.records import record_of
 
@@ -82,3 +94,26 @@ def test_a_sites_scores_have_their_weight_beside_them() -> None:
         "acc": 0.5,
         NUM: 7.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", "Invalid JSON"),
+        ("[]", "Input should be"),
+        ('{"a": 1}', "a: Input should be"),
+        ('{"a": {"b": {"acc": "high"}}}', "a: b: acc: Input should be a valid number"),
+        ('{"a": {"b": {"acc": 0.5}}}', "a: b: NUM_STEPS_CURRENT_ROUND is missing"),
+    ],
+)
+def test_a_file_that_is_not_a_matrix_is_named_with_what_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "cross_site.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"cross_site\.json is not a table of scores: ") as wrong:
+        read_matrix(Store(tmp_path), "cross_site.json")
+    assert words in str(wrong.value)
+
+
+def test_a_matrix_is_read_as_it_was_written(tmp_path: Path) -> None:
+    store, matrix = Store(tmp_path), cross_site_matrix(ROUNDS, 1)
+    store.write_json("cross_site.json", matrix)
+    assert read_matrix(store, "cross_site.json") == matrix

@@ -11,10 +11,10 @@ from fedpool.errors import SiteError
 from fedpool.tasks.answers import Answers, Turn
 from fedpool.tasks.expected import Expected
 from fedpool.tasks.gate import Accepted, Failed, Late
-from fedpool.tasks.job_record import EnvironmentRecord
+from fedpool.tasks.job_record import SPEEDS, EnvironmentRecord
 from fedpool.tasks.quorum import Quorum
 from fedpool.tasks.virtual_round import VirtualClock
-from fedpool.tasks.virtual_time import SPEEDS, Part, Schedule, contradiction, speeds_by_site, units_of
+from fedpool.tasks.virtual_time import Part, Schedule, contradiction, speeds_by_site, units_of
 from fedpool.tensors import Digest
 from tests.records import record_of
 from tests.updates import sent_by

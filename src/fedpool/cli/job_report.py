@@ -16,7 +16,7 @@ from fedpool.store import Store
 from fedpool.tasks.findings import findings
 from fedpool.tasks.job_record import JobRecord, JobResult
 from fedpool.tasks.key_metric import MetricRules
-from fedpool.tasks.matrix import matrix_metrics
+from fedpool.tasks.matrix import matrix_metrics, read_matrix
 from fedpool.tasks.record import RoundRecord
 from fedpool.tasks.report.tables import report_rows, untold
 
@@ -118,7 +118,7 @@ def _print_result(
         where = store.address(paths.global_model(model.round))
         console.print(f"{which} model: {where}", highlight=False, soft_wrap=True)
     if result.cross_site:
-        matrix = store.read_json(paths.cross_site)
+        matrix = read_matrix(store, paths.cross_site)
         for metric in matrix_metrics(matrix, first=result.key_metric)[:1]:
             console.print(cross_site_table(matrix, metric))
 
