@@ -46,7 +46,7 @@ def recipe_of(
         if full.partition(":")[0] in ("__main__", "<run_path>"):
             raise IntegrityError(
                 f"{store.full(path)} has a recipe of the class {class_name(full)}, which the script that ran the job defines "
-                "itself, so the job has no code to load it from: put the class into a module beside the script, and run the job again"
+                "itself, so the job has no code to load it from: put it into a module beside the script, and run the job again"
             )
         known = ", ".join(map(class_name, BUILT_IN.values()))
         raise IntegrityError(

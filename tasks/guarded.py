@@ -165,7 +165,7 @@ def _values(strategy: Strategy, values: Any, what: str, block: Block) -> torch.T
             strategy,
             "apply",
             block,
-            f"returned a tensor of shape {list(value.shape)} in {what}, but wanted is [{size}]: return a flat tensor that is "
+            f"returned a tensor of shape {list(value.shape)} in {what}, but it has to be [{size}]: return a flat tensor that is "
             f"as long as state.params[{name!r}]",
         )
     value = value.detach().to("cpu")

@@ -105,7 +105,7 @@ def contradiction(schedule: Schedule | None, record: RoundRecord) -> str | None:
 
 
 def units_of(environment: EnvironmentRecord | None) -> Mapping[str, float] | None:
-    """site -> virtual time per assignment, from `job.json`, as checked; None without virtual time."""
+    """site -> virtual time per assignment, from `job.json`; None without virtual time."""
     said: Any = None if environment is None else environment.settings.get(SPEEDS)
     return None if said is None else {site: float(units) for site, units in said.items()}
 

@@ -91,7 +91,8 @@ def _changed(file: str) -> RecipeError:
 def _noted() -> Iterator[tuple[str, str]]:
     """The file and the hash of every loaded module of the user's, noted now if they were not."""
     for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType) or (file := _users_file(module)) is None:
+        # cffi's libraries say that they are modules, and have no attributes of one.
+        if not issubclass(type(module), ModuleType) or (file := _users_file(module)) is None:
             continue
         spec = _known(module).get("__spec__")
         before = _NOTED.get(module)

@@ -189,7 +189,9 @@ def test_a_class_in_job_py_runs_in_simulation_with_a_note(prefect_api: str, tmp_
     (job,) = list_jobs(Store(tmp_path / "fedpool-runs"))
     assert job.recipe == "PartialStepRecipe"
     verified = run(tmp_path, *COMMAND, "verify", job.job_id, "--store", str(tmp_path / "fedpool-runs"))
-    assert verified.returncode == 1 and "recipe of the unknown class '__main__:PartialStepRecipe'" in verified.stdout
+    assert verified.returncode == 1
+    assert "class PartialStepRecipe, which the script that ran the job defines itself" in verified.stdout
+    assert "put it into a module beside the script, and run the job again" in verified.stdout
 
 
 @pytest.mark.parametrize("how", ["execute(env=env)", "deploy(env=env)"])

@@ -80,11 +80,11 @@ def is_cancelled(state: State, updates: Sequence[Update]) -> Any:
         (lambda state, updates: state.after({"v": state.params["w"]}), r"returned params \[v\]: it must map the names"),
         (
             lambda state, updates: state.after({"w": torch.zeros(2)}),
-            r"shape \[2\] in params, but wanted is \[3\]: return",
+            r"shape \[2\] in params, but it has to be \[3\]: return",
         ),
         (
             lambda state, updates: state.after({"w": torch.zeros(1, 3)}),
-            r"shape \[1, 3\] in params, but wanted is \[3\]",
+            r"shape \[1, 3\] in params, but it has to be \[3\]",
         ),
         (lambda state, updates: state.after({"w": [0.0] * 3}), "returned a list in params: return a float64 tensor"),
         (lambda state, updates: state.after(None), "returned params None: it must map the names"),
@@ -95,7 +95,7 @@ def is_cancelled(state: State, updates: Sequence[Update]) -> Any:
         (lambda state, updates: None, r"returned None: return a State, such as state\.after\("),
         (
             lambda state, updates: state.after(state.params, {"m": state.params}),
-            r"returned the slots \[m\], but the class has none: name them in slots",
+            r"the slots \[m\], but the class has none: name them in slots",
         ),
         (lambda state, updates: state.params["v"], r"KeyError: 'v' \(.*test_guarded\.py, line \d+\)"),
         (leaves, r"SystemExit: 3 \(.*test_guarded\.py, line \d+\)"),
@@ -105,22 +105,22 @@ def is_cancelled(state: State, updates: Sequence[Update]) -> Any:
 def test_what_apply_does_wrong_is_said_with_its_class_and_the_parameter(
     tmp_path: Path, apply: Apply, words: str
 ) -> None:
-    with pytest.raises(RoundError, match=rf"^Own\.apply (failed )?at parameter w: (it )?{words}"):
+    with pytest.raises(RoundError, match=rf"^Own\.apply (failed )?at parameter w: .*{words}"):
         result(tmp_path, Own(apply))
 
 
 @pytest.mark.parametrize(
     ("slots", "words"),
     [
-        ({"m": {"w": torch.zeros(2)}}, r"a tensor of shape \[2\] in slots\['m'\], but wanted is \[3\]"),
+        ({"m": {"w": torch.zeros(2)}}, r"a tensor of shape \[2\] in slots\['m'\], but it has to be \[3\]"),
         ({"m": {"w": torch.full((3,), torch.nan)}}, r"NaN or infinity in slots\['m'\]"),
-        ({"m": {}}, r"returned slots\['m'\] \[\]: it must map"),
-        ({}, r"returned the slots \[\]: the class has \[m\]"),
-        ({"m": {"w": torch.zeros(3)}, "v": {"w": torch.zeros(3)}}, r"returned the slots \[m, v\]: the class has \[m\]"),
+        ({"m": {}}, r"slots\['m'\] \[\]: it must map"),
+        ({}, r"the slots \[\]: the class has \[m\]"),
+        ({"m": {"w": torch.zeros(3)}, "v": {"w": torch.zeros(3)}}, r"the slots \[m, v\]: the class has \[m\]"),
     ],
 )
 def test_a_slot_that_does_not_fit_is_not_stored(tmp_path: Path, slots: Any, words: str) -> None:
-    with pytest.raises(RoundError, match=rf"^Own\.apply at parameter w: it returned .*{words}|{words}"):
+    with pytest.raises(RoundError, match=rf"^Own\.apply at parameter w: it returned .*{words}"):
         result(tmp_path, Own(lambda state, updates: state.after(state.params, slots), ("m",)))
 
 
