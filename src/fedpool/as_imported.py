@@ -61,10 +61,12 @@ def check_function(function: Callable[..., Any]) -> None:
     """
     code = getattr(function, "__code__", None)
     module = sys.modules.get(getattr(function, "__module__", None) or "")
-    file = None if module is None else _users_file(module)
+    if not isinstance(code, CodeType) or module is None:
+        return
+    file = _users_file(module)
     # Other loaders compile something else than the text: pytest's and type checkers' do.
-    plain = type(getattr(module, "__loader__", None)) is importlib.machinery.SourceFileLoader
-    if file is None or not plain or not isinstance(code, CodeType) or code.co_filename != file:
+    plain = type(_known(module).get("__loader__")) is importlib.machinery.SourceFileLoader
+    if file is None or not plain or code.co_filename != file:
         return
     try:
         there = compile(Path(file).read_bytes(), file, "exec", dont_inherit=True)
