@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
-from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError, StoreError
+from fedpool.errors import FedpoolError, IntegrityError, JobFailed, RecipeError, RoundError, StoreError
 from fedpool.flows.late_arrivals import name_dropped
 from fedpool.flows.plan import best_model, next_step, num_expected
 from fedpool.flows.round_run import run_round
@@ -156,6 +156,8 @@ def _ask_for_scalars(job: Job) -> None:
 
 def _failure(failure: Exception, job: Job) -> str:
     """The job's error message; if the store caused the failure, it says how to resume the job."""
+    if isinstance(failure, RoundError) and failure.__cause__ is not None:  # from the user's code
+        get_run_logger().error("a round ended with an error in the algorithm's code", exc_info=failure.__cause__)
     if not isinstance(failure, FedpoolError):  # unexpected, so log its traceback
         get_run_logger().error("a round ended with an unexpected error", exc_info=failure)
         return storable(f"{type(failure).__name__}: {failure}", _MAX_ERROR)

@@ -3,6 +3,7 @@
 A strategy may be the user's own, and then nobody else has checked it.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,13 +31,31 @@ def strategy_of(recipe: Recipe, num_sites: int) -> Strategy:
     name = f"{type(recipe).__qualname__}.strategy"
     try:
         made = recipe.strategy(num_sites)
+        wrong = _wrong_attribute(made)
     except FedpoolError:
         raise
     except OWN_FAILURES as error:
         raise RecipeError(f"{name}({num_sites}) failed: {told(error)}") from error
     if not isinstance(made, Strategy):
         raise RecipeError(f"{name} returned {_kind(made)}: return an instance of a subclass of Strategy")
+    if wrong:
+        raise RecipeError(f"{type(made).__qualname__}.{wrong}")
     return made
+
+
+def _wrong_attribute(strategy: Any) -> str | None:
+    """The attribute of a strategy that has a wrong type, with the remedy; None: all are right."""
+    if not isinstance(strategy, Strategy):
+        return None
+    for what in ("extras", "positive_meta"):
+        names = getattr(strategy, what)
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) and "::" not in name for name in names):
+            return f"{what} is {names!r}: give a tuple of names without '::', such as ('control',)"
+    slots = strategy.slots
+    named = isinstance(slots, Mapping) and all(isinstance(slot, str) and "::" not in slot for slot in slots)
+    if not named or not all(isinstance(value, int | float) and math.isfinite(value) for value in slots.values()):
+        return f"slots is {slots!r}: give the initial value of each, such as {{'momentum': 0.0}}; names have no '::'"
+    return None
 
 
 @contextmanager
@@ -65,8 +84,10 @@ def check_chosen(strategy: Strategy, chosen: Any, sites: Sequence[str]) -> None:
     Raises:
         RoundError: it isn't.
     """
-    known = isinstance(chosen, Sequence) and not isinstance(chosen, str) and all(site in sites for site in chosen)
-    if not known or len(set(chosen)) != len(chosen):
+    known = (
+        isinstance(chosen, Sequence) and not isinstance(chosen, str) and all(isinstance(site, str) for site in chosen)
+    )
+    if not known or not set(chosen) <= set(sites) or len(set(chosen)) != len(chosen):
         raise RoundError(
             f"{type(strategy).__qualname__}.choose returned {str(chosen)[:200]}: return some of the sites that it got, each once"
         )

@@ -121,8 +121,10 @@ def _users_file(module: ModuleType) -> str | None:
 def is_users(file: str) -> bool:
     """Whether a file is a module that is neither fedpool's nor installed."""
     path = Path(file)
-    ours = path.is_relative_to(Path(__file__).parent) or path.resolve().is_relative_to(Path(__file__).parent.resolve())
-    return path.suffix == ".py" and not ours and not is_in_installed(path)
+    if path.suffix != ".py" or is_in_installed(path):
+        return False
+    ours = Path(__file__).parent
+    return not path.is_relative_to(ours) and not path.resolve().is_relative_to(ours.resolve())
 
 
 def _known(module: ModuleType) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 round and the cause.
 """
 
+import importlib
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from fedpool import JobFailed, JobStatus, Run
 from fedpool.sites.output import MAX_LINE_BYTES, MAX_LINES_PER_ROUND
+from tests.own_algorithm import importable
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
@@ -188,3 +191,51 @@ def test_an_evaluation_that_fails_does_not_cost_the_trained_model(run_job: Calla
         "RuntimeError: cannot score"
     ] * 2
     assert result.best_round == 0  # the only scores are those of the first two models, which are equal
+
+
+LEAVING = """
+    from fedpool import ElementwiseFilter, FedAvgRecipe
+    from fedpool.flows.fedavg import FedAvg
+
+    def leaves(values, weights):
+        raise SystemExit(3)
+
+    class Leaves(FedAvg):
+        def apply(self, state, updates):
+            raise SystemExit(3)
+
+    class LeavesRecipe(FedAvgRecipe):
+        def strategy(self, num_sites):
+            return Leaves(self.rule)
+
+    class LeavesFilter(ElementwiseFilter):
+        def outgoing_values(self, values, block, context):
+            raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            lambda own: {"kind": own.LeavesRecipe},
+            r"Leaves\.apply failed at parameter w: SystemExit: 3 \(.*leaving\.py, line",
+        ),
+        (lambda own: {"aggregator": own.leaves}, r"aggregator leaving:leaves failed at parameter w: SystemExit: 3 \("),
+        (
+            lambda own: {"filters": (own.LeavesFilter(),)},
+            "site-2.*its update cannot leave: filter LeavesFilter: SystemExit: 3",
+        ),
+    ],
+)
+def test_code_of_the_algorithm_that_exits_fails_the_job_and_does_not_cancel_it(
+    run_job: Callable[..., Run], tmp_path: Path, fields: Callable[[Any], dict[str, Any]], words: str
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "leaving.py").write_text(textwrap.dedent(LEAVING))
+    with importable(folder):
+        run = run_job(num_rounds=1, **fields(importlib.import_module("leaving")))
+        assert run.get_status() is JobStatus.FAILED
+        with pytest.raises(JobFailed, match=rf"(?s){words}"):
+            run.get_result()

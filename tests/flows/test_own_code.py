@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpool import ConfigError, FedAvgRecipe, IntegrityError, Recipe, RecipeError, Store
+from fedpool import ConfigError, FedAvgRecipe, IntegrityError, Recipe, RecipeError, SimEnv, Store
 from fedpool.allowed_code import VARIABLE, Request, by_environment
 from fedpool.flows import deployed
 from fedpool.flows.own_code import check_travels, code_of, why_it_stays
@@ -236,7 +236,11 @@ def test_a_module_that_was_edited_after_it_was_imported_does_not_travel_until_it
     text = (folder.path / edited).read_text()
     folder.write(edited, text + "# other\n")
     words = rf"mine/{edited} has changed since this process imported it, .*: restart Python .* or reload the module"
-    for refuse in (lambda: check_travels(recipe), lambda: stage(recipe, "job-1", folder.store, SITES)):
+    for refuse in (
+        lambda: check_travels(recipe),
+        lambda: stage(recipe, "job-1", folder.store, SITES),
+        lambda: recipe.execute(SimEnv(workspace=folder.path / "runs", progress=False)),
+    ):
         with pytest.raises(RecipeError, match=words):
             refuse()
     assert not folder.store.exists(JobPaths("job-1").job)
@@ -295,6 +299,12 @@ def test_code_that_cannot_be_imported_says_why_and_leaves_nothing(folder: Folder
     ):
         load_code(code)
     assert sys.path == before and not {"helper", "halves"} & set(sys.modules)
+
+
+def test_code_that_exits_when_it_is_imported_does_not_end_this_process(folder: Folder) -> None:
+    folder.write("helper.py", "")
+    with pytest.raises(ConfigError, match="'halves' of the job's code cannot be imported here: SystemExit: 3"):
+        load_code(build_code_of(folder, "import helper\nraise SystemExit(3)\n"))
 
 
 def build_code_of(folder: Folder, text: str) -> Any:

@@ -15,6 +15,7 @@ from fedpool.flows.replay import replay_round
 from fedpool.flows.verify import verify_job
 from fedpool.paths import JobPaths
 from fedpool.store import Store
+from tests.own_algorithm import importable
 
 # site-1 adds 1 each round, site-2 adds 2, site-3 adds 30.
 SCRIPT = """
@@ -76,6 +77,20 @@ def test_a_replay_without_a_site_tells_what_it_contributed(
     np.testing.assert_array_equal(load_file(out)["w"], np.full(4, 1.5))
     assert command("job", "replay", run.job_id, *where, "--json") == 0
     assert json.loads(capsys.readouterr().out)["distance"] == 19.0
+
+
+def test_an_aggregator_that_fails_without_a_site_is_one_sentence(
+    job: Callable[..., Run], store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine" / "thirds.py"
+    file.write_text("def third(values, weights):\n    return values[2]\n")
+    with importable(file.parent):
+        run = job(aggregator="thirds:third", num_rounds=1)
+        assert command("job", "replay", run.job_id, "--store", store.url, "--leave-out", "site-2") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aggregator thirds:third failed at parameter w: IndexError: ")
+    assert line.endswith(f"({file}, line 2)")
 
 
 def test_what_cannot_be_replayed_is_said(job: Callable[..., Run], store: Store, tmp_path: Path) -> None:

@@ -147,9 +147,30 @@ class FailingRecipe(FedAvgRecipe):
         raise SystemExit(f"{num_sites} sites are too few")
 
 
+class OneNameRecipe(FedAvgRecipe):
+    def strategy(self, num_sites: int) -> Any:
+        class OneName(FedAvg):
+            extras = "control"  # type: ignore[assignment]
+
+        return OneName(Mean())
+
+
+class NoValueRecipe(FedAvgRecipe):
+    def strategy(self, num_sites: int) -> Any:
+        class NoValue(FedAvg):
+            slots = ("momentum",)  # type: ignore[assignment]
+
+        return NoValue(Mean())
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
+        (OneNameRecipe, r"OneName\.extras is 'control': give a tuple of names without '::', such as \('control',\)"),
+        (
+            NoValueRecipe,
+            r"NoValue\.slots is \('momentum',\): give the initial value of each, such as \{'momentum': 0\.0\}",
+        ),
         (NothingRecipe, r"NothingRecipe\.strategy returned None: return an instance of a subclass of Strategy"),
         (FailingRecipe, r"FailingRecipe\.strategy\(2\) failed: SystemExit: 2 sites are too few \(.*line \d+\)"),
     ],

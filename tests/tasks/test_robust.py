@@ -322,6 +322,29 @@ def test_a_function_of_the_users_is_an_aggregator(monkeypatch: pytest.MonkeyPatc
         combined(chosen("users_rules:a_wrong_rule"), np.zeros((3, 2)))
 
 
+def divides_by_0(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return values[0] / 0
+
+
+def exits(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("divides_by_0", "divides_by_0 returned NaN or infinity for parameter w, although every update is finite"),
+        ("exits", r"exits failed at parameter w: SystemExit: 3 \(.*test_robust\.py, line \d+\)"),
+    ],
+)
+def test_what_a_function_of_the_users_does_wrong_is_said_with_its_path(
+    monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "users_rules", sys.modules[__name__])
+    with pytest.raises(RoundError, match=f"^aggregator users_rules:{words}"):
+        combined(chosen(f"users_rules:{name}"), np.ones((3, 2)))
+
+
 @given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=6))
 def test_the_median_is_within_what_is_there_however_large(values: list[float]) -> None:
     found = combined(made("median"), np.array(values)[:, None]).item()
