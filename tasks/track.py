@@ -7,7 +7,7 @@ Runs before anything starts. Doesn't load the trackers' libraries: a separate pr
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -43,8 +43,13 @@ class Tracker:
 
     @property
     def module(self) -> str:
-        """The module whose `make_writer` gives its `Writer` (`fedpool.tasks.tracker_process`)."""
-        return _registered().get(self.kind, f"fedpool.tasks.{self.kind}_writer")
+        """The module whose `make_writer` gives its `Writer` (`fedpool.tasks.tracker_process`).
+
+        A tracker with something `missing` has none.
+        """
+        if self.kind in _LIBRARIES:
+            return f"fedpool.tasks.{self.kind}_writer"
+        return _module_name(_registered()[self.kind])
 
     def check_installed(self) -> None:
         """Refuse a tracker whose library is not installed on this machine.
@@ -56,10 +61,10 @@ class Tracker:
             raise RecipeError(f"track={[str(self)]!r}: {why}")
 
     def missing(self) -> str | None:
-        """The missing library, with the remedy; None if it is installed."""
+        """What is missing or broken, with the remedy; None if the tracker can be used."""
         library = _LIBRARIES.get(self.kind)
         if library is None:
-            return None if self.kind in _registered() else f"no installed package registers a tracker {self.kind!r}"
+            return _missing_own(self.kind)
         if find_spec(library) is None:
             return f'{library} is not installed: pip install "fedpool[{self.kind}]"'
         return None
@@ -93,9 +98,31 @@ def parse_tracker(text: str, *, here: bool) -> Tracker:
     )
 
 
-def _registered() -> dict[str, str]:
-    """Kind -> module, of the trackers that installed packages register."""
-    return {entry.name: entry.module for entry in entry_points(group=GROUP)}
+def _registered() -> dict[str, EntryPoint]:
+    """The trackers that installed packages register. None replaces a built-in one, which a package
+    could otherwise do unnoticed. Some may be broken: only who asks for one has to know.
+    """
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in _LIBRARIES}
+
+
+def _module_name(entry: EntryPoint) -> str:
+    return entry.value.partition(":")[0].strip()
+
+
+def _missing_own(kind: str) -> str | None:
+    """What is missing or broken of a tracker that an installed package registers."""
+    entry = _registered().get(kind)
+    if entry is None:
+        return f"no installed package registers a tracker {kind!r}"
+    module = _module_name(entry)
+    package = entry.dist.name if entry.dist else "its package"
+    if not all(part.isidentifier() for part in module.split(".")):
+        why = "which is not the name of a module"
+    elif find_spec(module.partition(".")[0]) is None:  # a look at more would import the package
+        why = "which is not installed"
+    else:
+        return None
+    return f"{package} registers it as {entry.value!r} in {GROUP}, {why}: mend or reinstall that package"
 
 
 def check_places(trackers: Sequence[str], *, is_local: bool) -> None:

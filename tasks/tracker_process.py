@@ -20,6 +20,10 @@ from typing import Any, BinaryIO, Protocol
 SERVER_RUN = "server"
 """The run of the job itself, in addition to those of the sites."""
 WARNING = "fedpool-warning: "
+DONE = "fedpool-done"
+"""The last line of a process that has written everything. A library can end the process with any
+exit code, even 0, so the code alone proves nothing.
+"""
 GAVE_UP = 3
 """Exit code of a process that could not write everything."""
 GRACE_S = 5.0
@@ -103,7 +107,7 @@ def serve(writer: Writer, inbox: Inbox) -> int:
             getattr(writer, message.pop("do"))(**message)
         except Refused as refused:
             _warn(f"it refused a message, which is lost: {refused}")
-        except Exception as error:  # noqa: BLE001  # a tracker's library may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a tracker's library may raise anything
             _warn(f"writing failed and is retried: {_brief(error)}")
             num_failures += 1
             if inbox.ended.is_set():
@@ -127,24 +131,36 @@ def _warn(text: str) -> None:
     print(WARNING + " ".join(text.split())[:1000], flush=True)
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def main() -> int:
-    """Serve the tracker whose module is named on the command line."""
+def main(inbox: Inbox) -> int:
+    """Serve the tracker whose module is named on the command line; returns the exit code."""
     os.nice(10)
-    inbox = Inbox(sys.stdin.buffer)
     # A tracker's library would import torch, which takes seconds and much memory, and it never gets
     # tensors.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         writer: Writer = importlib.import_module(sys.argv[1]).make_writer()
-    except (ImportError, AttributeError) as error:
-        _warn(f"{sys.argv[1]} cannot be used: {error}")
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # its module may raise anything
+        _warn(f"{sys.argv[1]} cannot be used: {_brief(error)}")
         return GAVE_UP
-    return serve(writer, inbox)
+    code = serve(writer, inbox)
+    if code == 0:
+        print(DONE, flush=True)
+    return code
+
+
+def _run() -> None:
+    inbox = Inbox(sys.stdin.buffer)
+    code = main(inbox)
+    if not inbox.ended.is_set():
+        # Its thread still reads the input, and the interpreter would abort when it can't stop it.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _run()

@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -27,11 +28,12 @@ from fedpool.sites.scalars import Scalar
 from fedpool.tasks.observer import Beginning, Ending, Observer, ReadScalars
 from fedpool.tasks.record import RoundRecord, of_global_models
 from fedpool.tasks.track import Tracker, parse_tracker
-from fedpool.tasks.tracker_process import GAVE_UP, GRACE_S, SERVER_RUN, WARNING, Row
+from fedpool.tasks.tracker_process import DONE, GRACE_S, SERVER_RUN, WARNING, Row
 
 _MODULE = "fedpool.tasks.tracker_process"
 _DRAIN_S = 300.0
 """How long a job's end waits for a busy tracker; a failing one gives up much sooner."""
+_FATAL = "Fatal Python error"
 _MAX_WAITING = 20_000
 """Messages that wait while a tracker's process doesn't read them."""
 
@@ -133,22 +135,26 @@ class Tracking(Observer):
                         continue
                     pipe.write(json.dumps(message).encode() + b"\n")
                     pipe.flush()
-        except OSError as error:  # it could not start; if it has ended, its output says why
-            if self._process is None or self._process.poll() is None:
-                self._warn(str(error))
+        except BrokenPipeError:
+            return  # it has ended, or is about to: `_listen` says why
+        except OSError as error:  # it could not start
+            self._warn(str(error))
 
     def _listen(self) -> None:
-        """Log the process's warnings until it ends."""
+        """Log the process's warnings until it ends, and why if it ends too early."""
         assert self._process is not None and self._process.stdout is not None
-        last = ""
+        last, is_done, is_fatal = "", False, False
         with self._process.stdout as said:
             for line in said:
                 text = line.decode(errors="replace").strip()
                 if text.startswith(WARNING):
                     self._warn(text.removeprefix(WARNING))
-                last = text or last
-        if self._process.wait() not in (0, GAVE_UP):
-            self._warn(f"its process ended with exit code {self._process.returncode}: {last}")
+                is_done = is_done or text == DONE
+                if text and not is_fatal:  # Python's own last words are followed by the stacks of all threads
+                    last, is_fatal = text, text.startswith(_FATAL)
+        code = self._process.wait()
+        if code != 0 or not is_done:
+            self._warn(_too_early(code, last))
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -163,6 +169,16 @@ def trackings(track: Sequence[str] | None) -> list[Tracking]:
         RecipeError: a tracker is unknown.
     """
     return [Tracking(parse_tracker(text, here=False)) for text in track or ()]
+
+
+def _too_early(code: int, last: str) -> str:
+    """How a tracker's process ended before it had written everything.
+
+    Args:
+        last: the last line of its output; may be empty.
+    """
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"its process {how} before it had written everything" + (f": {last}" if last else ", without a message")
 
 
 def _thread(name: str, work: Callable[[], None]) -> threading.Thread:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,16 @@ while flare.is_running():
 """
 
 
+FAULTY = {
+    "acme_raises": "raise RuntimeError('no licence')",
+    "acme_exits": "raise SystemExit('bye')",
+    "acme_vanishes": "import os\nos._exit(0)",
+    "acme_quits": "import os\ndef make_writer():\n    print('had enough', flush=True)\n    os._exit(0)",
+    "acme_aborts": "import ctypes, os, faulthandler\nfaulthandler.enable()\nos.abort()",
+}
+"""Modules of trackers that end their process, and don't write anything."""
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that registers the tracker "lines"."""
@@ -57,7 +68,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about.mkdir(parents=True)
     (site / "acme_lines.py").write_text(WRITER)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-lines\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[fedpool.trackers]\nlines = acme_lines\n")
+    modules = {"lines": "acme_lines"} | {name.removeprefix("acme_"): name for name in FAULTY}
+    for name, source in FAULTY.items():
+        (site / f"{name}.py").write_text(source)
+    lines = "".join(f"{kind} = {module}\n" for kind, module in modules.items())
+    (about / "entry_points.txt").write_text("[fedpool.trackers]\n" + lines)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", str(site))
 
@@ -77,6 +92,26 @@ def test_it_gets_all_that_the_others_get(
     losses = [(line["step"], line["value"]) for line in lines if line.get("name") == "loss" and line["run"] == "site-1"]
     assert losses[:2] == [(0, 0.5), (1, 0.5)]
     assert {line["run"] for line in lines[1:-1]} == {"site-1", "server"}
+
+
+def test_one_whose_process_ends_too_early_is_a_warning_with_its_name_and_the_cause(
+    installed: None, run_job: Callable[..., Run], write_script: Callable[..., Path], tmp_path: Path, caplog: Any
+) -> None:
+    recipe = FedAvgRecipe(
+        name="warned", min_clients=1, num_rounds=1, model={"w": np.zeros(2)}, train_script=write_script(SCRIPT)
+    )
+    kinds = [name.removeprefix("acme_") for name in FAULTY]
+    env = SimEnv(num_clients=1, workspace=tmp_path / "runs", progress=False, track=kinds)
+    recipe.execute(env=env).get_result()
+    warned = {kind: [text for text in caplog.messages if text.startswith(f"tracker {kind}: ")] for kind in kinds}
+    early = "before it had written everything"
+    assert warned == {
+        "raises": ["tracker raises: acme_raises cannot be used: RuntimeError: no licence"],
+        "exits": ["tracker exits: acme_exits cannot be used: SystemExit: bye"],
+        "vanishes": [f"tracker vanishes: its process ended with exit code 0 {early}, without a message"],
+        "quits": [f"tracker quits: its process ended with exit code 0 {early}: had enough"],
+        "aborts": [f"tracker aborts: its process was ended by SIGABRT {early}: Fatal Python error: Aborted"],
+    }
 
 
 def test_one_that_nobody_has_installed_is_refused_here_and_left_to_the_coordinator_elsewhere() -> None:

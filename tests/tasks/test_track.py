@@ -1,6 +1,7 @@
 """The values that `track` accepts, checked before anything runs."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,42 @@ def test_a_job_that_is_resumed_has_the_trackers_with_which_it_began(tmp_path: Pa
     again = environment_of(job_of(said), store, tmp_path)
     assert again.track == env.track == ("tensorboard", "mlflow:http://host")
     assert "track" not in SimEnv().recorded().settings  # the record of an untracked job is unchanged
+
+
+@pytest.fixture
+def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Installs a package, acme, with these lines in the group of trackers."""
+
+    def install(lines: str) -> None:
+        about = tmp_path / "site-packages/acme-1.0.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[fedpool.trackers]\n{lines}\n")
+        monkeypatch.syspath_prepend(str(about.parent))
+
+    return install
+
+
+def test_the_built_in_trackers_do_not_depend_on_what_packages_register(register: Callable[[str], None]) -> None:
+    register("broken = not a module!\ntensorboard = acme.writer\nmlflow = ???")
+    assert Tracker("tensorboard").module == "fedpool.tasks.tensorboard_writer"
+    assert Tracker("mlflow", "http://host").module == "fedpool.tasks.mlflow_writer"
+    assert SimEnv(track=["tensorboard"]).track == ("tensorboard",)
+    with pytest.raises(RecipeError, match="The tracker is unknown: give 'tensorboard' or 'mlflow' or 'broken'"):
+        parse_tracker("wandb", here=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("not a module!", "which is not the name of a module"),
+        ("???", "which is not the name of a module"),
+        ("acme_that_is_gone.writer", "which is not installed"),
+    ],
+)
+def test_a_broken_registration_is_an_error_for_who_asks_for_it(
+    value: str, why: str, register: Callable[[str], None]
+) -> None:
+    register(f"broken = {value}")
+    with pytest.raises(RecipeError, match="acme registers it as .* in fedpool.trackers, " + why):
+        SimEnv(track=["broken:target"])
