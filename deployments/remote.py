@@ -26,13 +26,12 @@ from fedpool.deployments.schedules import parse_schedule
 from fedpool.deployments.terminal import open_console
 from fedpool.deployments.tracked import Tracked
 from fedpool.environment import ANEW, Begin
-from fedpool.flows.own_code import check_travels
+from fedpool.flows.own_code import check_strategy, check_travels
 from fedpool.flows.staging import Start, check_unchanged, has_completed, stage, start_of
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, new_job_id
 from fedpool.recipe import Recipe
 from fedpool.store import Store
-from fedpool.tasks.guarded import strategy_of
 from fedpool.tasks.job_record import EnvironmentRecord
 from fedpool.tasks.track import check_places
 
@@ -154,7 +153,7 @@ class RemoteEnv(Tracked):
         bypass_proxies()
         names = self.site_names(recipe)
         recipe.check_sites(names)
-        strategy_of(recipe, len(names))
+        check_strategy(recipe, len(names))
         check_travels(recipe)
         return names
 

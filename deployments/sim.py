@@ -24,7 +24,7 @@ from fedpool.deployments.tracked import Tracked
 from fedpool.deployments.virtual import VirtualTime
 from fedpool.environment import ANEW, Begin
 from fedpool.errors import RecipeError
-from fedpool.flows.own_code import code_of, why_it_stays
+from fedpool.flows.own_code import check_strategy, code_of, why_it_stays
 from fedpool.flows.staging import Start, check_unchanged, has_completed, start_of
 from fedpool.loopback import bypass_proxies
 from fedpool.paths import JobPaths, check_folder
@@ -35,7 +35,6 @@ from fedpool.sites.local import LocalSites, default_slots
 from fedpool.sites.script_process import find_program
 from fedpool.startup import collector_off
 from fedpool.store import Store
-from fedpool.tasks.guarded import strategy_of
 from fedpool.tasks.job_record import EnvironmentRecord
 from fedpool.tasks.prefect_internals import drain, quiet_console
 
@@ -145,7 +144,7 @@ class SimEnv(Tracked, VirtualTime):
         recipe, job_id = start.recipe, start.job_id
         names = self.site_names(recipe)
         recipe.check_sites(names)
-        strategy_of(recipe, len(names))
+        check_strategy(recipe, len(names))
         commands, environment = self.commands(names), self.recorded(self.virtual(recipe, names))
         if start.resumes:
             check_unchanged(recipe, job_id, store, names)

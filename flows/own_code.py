@@ -46,6 +46,17 @@ def check_travels(recipe: Recipe) -> None:
     code_of(recipe)
 
 
+def check_strategy(recipe: Recipe, num_sites: int) -> None:
+    """Refuse a recipe whose strategy can't be made.
+
+    Raises:
+        RecipeError: see `strategy_of`.
+    """
+    from fedpool.tasks.guarded import strategy_of  # loads torch, which the command doesn't need
+
+    strategy_of(recipe, num_sites)
+
+
 def _own(recipe: Recipe) -> Iterator[str]:
     """The `module:name` of a recipe's code that is neither fedpool's nor installed."""
     full = type_of(type(recipe))
