@@ -90,7 +90,7 @@ class Services:
             if self._processes.find(_SITE_PREFIX + name) is None:
                 folder = self._home / "sites" / name
                 folder.mkdir(parents=True, exist_ok=True)
-                own = ["--name", name, "--folder", str(folder), "--store", state.store]
+                own = ["--name", name, "--folder", str(folder), "--store", state.store, "--sandbox", "none"]
                 command = ["-P", "-m", "fedpool.cli", "site", "start", *own]
                 self._start_worker(state, _SITE_PREFIX + name, command, environment)
         self._wait_for_workers(state, {_COORDINATOR, *(_SITE_PREFIX + name for name in sites)}, coordinator_pool)

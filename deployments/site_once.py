@@ -78,6 +78,7 @@ async def _run(run_id: UUID, load: Callable[[], SiteConfig]) -> bool:
             check_piece(piece)
             config = load()
             config.check_devices()
+            config.sandbox.check_program()
             config.open_store()
         except (PermissionError, ConfigError) as error:
             sys.stderr.write(f"{error}\n")

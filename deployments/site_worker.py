@@ -76,6 +76,7 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             given = {} if file or "FEDPOOL_SITE_NAME" in os.environ else {"name": work_pool_name}
             config = SiteConfig.load(Path(file) if file else None, pool=work_pool_name, **given)
         config.check_devices()
+        config.sandbox.check()
         config.open_store()  # a store that cannot be opened is named now, not in the first round
         super().__init__(work_pool_name, name=name or config.name, **kwargs)
         self.site = config
@@ -108,6 +109,8 @@ class SiteWorker(BaseWorker[BaseJobConfiguration, BaseVariables, SiteWorkerResul
             raise ValueError("PREFECT_API_URL must be set to start a worker")
         hide_memory()
         logger = get_logger("fedpool.site")
+        for warning in self.site.sandbox.warnings():
+            logger.warning("%s", warning)
         pace = Pace(PREFECT_WORKER_QUERY_SECONDS.value(), self.heartbeat_interval_seconds)
         with ended_by_signals():
             async with (

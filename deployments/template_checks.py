@@ -10,6 +10,7 @@ from fedpool.errors import ConfigError, RecipeError
 from fedpool.paths import check_new_names
 
 Kind = Literal["process", "docker", "kubernetes"]
+Sandboxing = Literal["bubblewrap", "none"]
 
 _STORE = "FEDPOOL_SITE_STORE"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -45,6 +46,7 @@ class SitePool:
     cpus: float | None
     namespace: str | None
     program: str
+    sandbox: Sandboxing | None
 
 
 def check_pool(pool: SitePool) -> None:

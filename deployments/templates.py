@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedpool.deployments.template_checks import Kind, SitePool, check_pool, words
+from fedpool.deployments.template_checks import Kind, Sandboxing, SitePool, check_pool, words
 from fedpool.errors import ConfigError
 
 _DATA = "/data"
@@ -42,6 +42,7 @@ def base_job_template(
     cpus: float | None = None,
     namespace: str | None = None,
     program: str = "fedpool",
+    sandbox: Sandboxing | None = None,
 ) -> dict[str, Any]:
     """A template for `prefect work-pool create --type KIND --base-job-template FILE POOL`.
 
@@ -67,6 +68,8 @@ def base_job_template(
         namespace: kubernetes namespace; default: `default`.
         program: command that runs fedpool at the site, e.g. for a process pool the path of the
             environment's `bin/fedpool`.
+        sandbox: how the site isolates scripts; default: in a container not at all, because engines
+            forbid namespaces inside theirs; in a process as the site's settings say.
 
     Raises:
         ConfigError: a value is invalid, or this type of pool lacks the option.
@@ -85,6 +88,7 @@ def base_job_template(
         cpus=cpus,
         namespace=namespace,
         program=program,
+        sandbox=sandbox or (None if kind == "process" else "none"),
     )
     check_pool(pool)
     return {
@@ -111,6 +115,7 @@ def parse_env(entries: Iterable[str]) -> dict[str, str]:
 def _command(pool: SitePool, **options: str | None) -> list[str]:
     given = (word for option, value in options.items() if value is not None for word in (f"--{option}", value))
     own = ["--name", pool.name, *(["--store", pool.store] if pool.store is not None else [])]
+    own += ["--sandbox", pool.sandbox] if pool.sandbox is not None else []
     return [*words(pool.program), "site", "run", *own, *given]
 
 

@@ -22,6 +22,7 @@ from fedpool.errors import ConfigError
 from fedpool.fields import describe_problems, nearest
 from fedpool.paths import check_new_names
 from fedpool.sites.devices import missing_device
+from fedpool.sites.sandbox import Sandbox
 from fedpool.sites.script_environment import check_pattern
 from fedpool.sites.script_process import find_program
 from fedpool.store import Store
@@ -64,6 +65,7 @@ class SiteConfig(BaseSettings):
         default=(),
         description='variables of the worker that scripts get in addition to those that they need, e.g. "HF_HOME", "MY_*"',
     )
+    sandbox: Sandbox = Field(default=Sandbox(), description="what client scripts may reach here")
     store: str = Field(
         description="URL of the only store that this site uses, such as s3://fl-jobs; a run that names another is refused",
         min_length=1,

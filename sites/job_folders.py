@@ -24,7 +24,7 @@ class JobFolders:
     """A job's folders.
 
     Attributes:
-        scratch: contains `bundle`, `models` and `outbox`; removed when the job's session ends.
+        scratch: contains all others but two; removed when the job's session ends.
         work: the script's current folder and home. It stays, like `kept`.
         kept: for tensors that stay at the site between rounds, and after the job.
     """
@@ -46,7 +46,7 @@ class JobFolders:
             StoreRefused: they can't be written.
         """
         made = cls(scratch / key, site / "work" / key, site / "kept" / key)
-        for folder in (made.bundle, made.models, made.outbox, made.work, made.kept):
+        for folder in (made.bundle, made.models, made.outbox, made.temporary, made.work, made.kept):
             with explained(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         return made
@@ -65,6 +65,11 @@ class JobFolders:
     def outbox(self) -> Path:
         """The folder in which the script leaves its update."""
         return self.scratch / "out"
+
+    @property
+    def temporary(self) -> Path:
+        """The folder that the script sees as `/tmp`, in a sandbox that has one."""
+        return self.scratch / "tmp"
 
     def remove(self) -> None:
         """Remove what doesn't stay. Idempotent."""

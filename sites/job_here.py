@@ -63,7 +63,8 @@ class JobHere:
             assignment = self._looks.wait_for(round, attempt, stop)
             if assignment is None:
                 return False
-            deadline = None if assignment.timeout_s is None else time.monotonic() + assignment.timeout_s
+            limits = [each for each in (assignment.timeout_s, self._config.sandbox.max_round_s) if each is not None]
+            deadline = time.monotonic() + min(limits) if limits else None
             with self._working:
                 if self._looks.is_over(round):  # it ended while the script worked on the previous round
                     return False
@@ -118,7 +119,7 @@ class JobHere:
     def _do(self, assignment: SiteAssignment, deadline: float | None, stop: Either, log: LogLine) -> None:
         known = self._known = self._known or self._read_job(assignment.round, log)
         self._last = assignment, log
-        session = self._session = self._session or self._new_session(known)
+        session = self._session = self._session or self._new_session(known, assignment.round)
         folders = known.folders
         with Watch(lambda: stop.is_set() or self.has_ended(), session.kill) as watch:
             try:
@@ -127,7 +128,7 @@ class JobHere:
                     assignment,
                     session=session,
                     store=self._store,
-                    folder=SiteFolder(folders.models, folders.outbox, folders.kept),
+                    folder=SiteFolder(folders.models, folders.outbox, folders.kept, self._config.sandbox.is_apart),
                     deadline=deadline,
                     log=log,
                     filters=known.filters,
@@ -135,6 +136,8 @@ class JobHere:
             except SiteError as error:
                 if watch.fired:
                     raise SiteError(error.site, error.round, "the run was cancelled") from error
+                if hint := self._config.sandbox.hint(error.cause):
+                    log(hint)
                 raise
             finally:
                 if watch.fired:  # a killed session cannot be used again
@@ -171,8 +174,14 @@ class JobHere:
             raise SiteError(self._config.name, round, str(error)) from error
         return _Known(client, tuple(sites), folders, filters)
 
-    def _new_session(self, known: "_Known") -> Session:
+    def _new_session(self, known: "_Known", round: int) -> Session:
         config, client, folders = self._config, known.client, known.folders
+        sandbox = config.sandbox
+        try:
+            sandbox.give(folders, self._sockets)
+        except OSError as error:
+            cause = f"the job's folders cannot be given to the user {sandbox.user}: {error}"
+            raise SiteError(config.name, round, cause) from error
         environment = {"HOME": str(folders.work)}
         if config.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = config.gpus
@@ -191,6 +200,9 @@ class JobHere:
             threads=client.threads,
             imports=client.imports,
             environment=_user_packages() | for_scripts(os.environ, config.script_environment),
+            sandbox=sandbox.command(folders, self._sockets),
+            limits=sandbox.limits,
+            user=sandbox.user,
         )
         return ScriptSession(work, launcher, folder=self._sockets, workdir=folders.work)
 

@@ -8,10 +8,11 @@ fedpool.sites.script REQUEST` works the same.
 import importlib
 import json
 import os
+import resource
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -114,9 +115,21 @@ def run_script(script: str, arguments: Sequence[str], *, threads: int, seed: int
     return 0
 
 
+def _limit(limits: Mapping[str, int]) -> None:
+    """Set resource limits of this process and of what it starts, for good; `limits` has their names
+    without `RLIMIT_`. A lower limit that exists already stays.
+    """
+    for name, value in limits.items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        _, hard = resource.getrlimit(number)
+        lowest = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (lowest, lowest))
+
+
 def main() -> None:
     """Entry point of a script's own process."""
     request = json.loads(sys.argv[1])
+    _limit(request["limits"])
     # The current folder was kept off the path until here. The Python processes that the script
     # itself starts find the modules beside them, as usual.
     os.environ.pop("PYTHONSAFEPATH", None)

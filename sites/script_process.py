@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fedpool.sites.descendants import adopt_orphans, end_children, kill, kill_group, own_children
 from fedpool.sites.launcher import Script
+from fedpool.sites.other_user import as_user
 
 _GUARD = (sys.executable, "-m", "fedpool.sites.script_process")
 _SAFE = {"PYTHONSAFEPATH": "1"}
@@ -53,6 +54,9 @@ class ProcessLauncher:
         imports: modules outside its bundle that the script imports.
         environment: variables of every script.
         beside: a folder in which those modules may be, too.
+        sandbox: words before the command that limit what it reaches; see `fedpool.sites.sandbox`.
+        limits: resource limits of the script's processes.
+        user: the user that scripts run as, if not this one.
     """
 
     def __init__(
@@ -63,12 +67,18 @@ class ProcessLauncher:
         imports: Sequence[str],
         environment: Mapping[str, str],
         beside: Path | None = None,
+        sandbox: Sequence[str] = (),
+        limits: Mapping[str, int] | None = None,
+        user: str | None = None,
     ) -> None:
         self._command = find_program(command)
         self._threads = threads
         self._imports = list(imports)
         self._environment = dict(environment)
         self._beside = None if beside is None else str(beside)
+        self._sandbox = list(sandbox)
+        self._limits = dict(limits or {})
+        self._user = as_user(user)
         self._running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(
@@ -83,6 +93,7 @@ class ProcessLauncher:
             "folder": str(folder),
             "threads": self._threads,
             "seed": seed,
+            "limits": self._limits,
         }
         limits = {f"{name}_NUM_THREADS": str(self._threads) for name in ("OMP", "MKL", "OPENBLAS")}
         ends: list[int] = []
@@ -91,12 +102,13 @@ class ProcessLauncher:
             ends += os.pipe()
             output, output_end, status, status_end = ends
             process = subprocess.Popen(
-                [*_GUARD, *self._command, "-m", "fedpool.sites.script", json.dumps(request)],
+                [*_GUARD, *self._sandbox, *self._command, "-m", "fedpool.sites.script", json.dumps(request)],
                 env={**self._environment, **limits, **_SAFE, "PYTHONUNBUFFERED": "1", **environment},
                 stdin=subprocess.PIPE,
                 stdout=output_end,
                 stderr=output_end,
                 start_new_session=True,
+                **self._user,
             )
         except OSError:
             for end in ends:

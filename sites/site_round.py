@@ -36,11 +36,13 @@ class SiteFolder:
         path: the host's downloads, and its own files on the way to the store.
         outbox: where the script writes its update; may be the same folder.
         kept: for tensors that stay at the site between rounds, and after the job.
+        copies: whether the script reads models in `path` alone, not in a local store.
     """
 
     path: Path
     outbox: Path
     kept: Path
+    copies: bool = False
 
     @property
     def update(self) -> Path:
@@ -211,7 +213,8 @@ class _Part:
         return Delivery(manifest, written.sha256, inspection)
 
     def _fetch(self, path: str, known: Digest, *, again: bool = False) -> Path:
-        return self.store.fetch(path, self.folder.path, None if self.trusted else known, again=again)
+        digest = None if self.trusted else known
+        return self.store.fetch(path, self.folder.path, digest, again=again, copy=self.folder.copies)
 
 
 def _perform(session: Session, work: Assignment, *, restarts: int, deadline: float | None, log: LogLine) -> Reply:

@@ -1,6 +1,7 @@
 """Shared fixtures: one real Prefect server for the whole run, and a way to run small jobs."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from prefect.settings import temporary_settings
 
 from fedpool import FedAvgRecipe, Recipe, Run, SimEnv
 from fedpool.deployments.server import private_server
+from fedpool.sites.sandbox import WITHOUT
 from tests import services
 
 ADD_ONE = """
@@ -37,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell makes its background commands ignore SIGINT, and child processes inherit that. A stock
     # Prefect worker that ignores SIGINT ignores SIGTERM too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Sites run scripts without a sandbox here, as most tests look at what a script has left in
+    # other places. tests/sites/test_sandbox.py sets its own.
+    os.environ["FEDPOOL_SITE_SANDBOX"] = json.dumps(WITHOUT)
     if hasattr(config, "workerinput"):
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp()
         Path(os.environ["TMPDIR"]).chmod(0o755)  # PostgreSQL does not run as root and must reach its files

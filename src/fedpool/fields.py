@@ -129,7 +129,7 @@ def describe_problems(kind: type[BaseModel], error: ValidationError, data: Mappi
         name = str(entry["loc"][0]) if entry["loc"] else ""
         where = _where(entry["loc"], data)
         if entry["type"] == "extra_forbidden":
-            at.setdefault(where, []).append(_unknown(name, kind.model_fields) if where == name else "is not known here")
+            at.setdefault(where, []).append(_not_known(kind, entry["loc"], where))
         elif entry["type"] == "missing":
             at.setdefault(where, []).append("is required, but was not given")
         elif entry["type"] == "value_error":
@@ -160,6 +160,18 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     by_lower = {candidate.lower(): candidate for candidate in known}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[found[0]] if found else None
+
+
+def _not_known(kind: type[BaseModel], loc: Sequence[int | str], where: str) -> str:
+    name = str(loc[0]) if loc else ""
+    if len(loc) < 2:
+        return _unknown(name, kind.model_fields)
+    field = kind.model_fields.get(name)
+    inner = field.annotation if field is not None else None
+    if len(loc) == 2 and isinstance(inner, type) and issubclass(inner, BaseModel):
+        text = _unknown(str(loc[1]), inner.model_fields)
+        return f"{loc[1]}: {text}" if where == name else text
+    return "is not known here"
 
 
 def _unknown(name: str, fields: Mapping[str, FieldInfo]) -> str:

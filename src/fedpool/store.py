@@ -277,18 +277,19 @@ class Store(Backend):
         with scratch as folder:
             yield folder
 
-    def fetch(self, path: str, folder: Path, digest: Digest | None = None, *, again: bool = False) -> Path:
+    def fetch(
+        self, path: str, folder: Path, digest: Digest | None = None, *, again: bool = False, copy: bool = False
+    ) -> Path:
         """A local file with the object's bytes: a local store's own file, or a copy in folder.
 
         Args:
             digest: the expected digest; None to skip the check.
             again: keep a copy that is already in folder, if it has that digest.
+            copy: copy a local store's file, too.
 
-        Raises:
-            FileNotFoundError: there is no object.
-            IntegrityError: the bytes don't have the expected digest.
+        Raises `FileNotFoundError` and, if the bytes don't have the digest, `IntegrityError`.
         """
-        if self.is_local:
+        if self.is_local and not copy:
             with self.open(path) as file:
                 if digest is not None:
                     check_digest(file, digest, where=self.full(path))

@@ -145,7 +145,9 @@ def test_the_guide_to_the_letter_gives_a_job_and_a_backup(machine: Machine, tmp_
         folder = tmp_path / site
         folder.mkdir()
         file = folder / "site.toml"
+        (folder / "images").mkdir()
         text = settings.replace("hospital-a", site).replace("/var/lib/fedpool", str(folder / "work"))
+        text = text.replace("/srv/images", str(folder / "images"))
         file.write_text(re.sub(r"^gpus.*\n", "", text, flags=re.MULTILINE))  # this machine may have none
         machine.start(site, start, "started!", **{"/etc/fedpool/site.toml": str(file)})
 

@@ -142,7 +142,7 @@ def test_a_container_gets_our_command_and_nothing_but_reading_rights(prefect_api
     container = _create_container_args(settings | {"version": "1.47"})
     assert shlex.split(container["command"]) == [
         *("env", "OMP_NUM_THREADS=2", "GREETING=it's a {test}"),
-        *("fedpool", "site", "run", "--name", SITE),
+        *("fedpool", "site", "run", "--name", SITE, "--sandbox", "none"),
         *("--data", "/data", "--config", "/etc/fedpool/site.toml", "--folder", "/tmp/fedpool-site"),
     ]
     assert container["image"] == "registry.example/fedpool:1.0"
@@ -188,7 +188,7 @@ def test_a_kubernetes_job_is_one_that_the_api_knows(prefect_api: str) -> None:
 def test_what_scripts_keep_has_a_place_that_outlives_the_container() -> None:
     docker = base_job_template("docker", name=SITE, store="s3://b", image="i", keep="/srv/kept")["job_configuration"]
     assert docker["volumes"] == ["/srv/kept:/tmp/fedpool-site/kept:rw"]
-    assert docker["command"].endswith("--name site-1 --store s3://b --folder /tmp/fedpool-site")
+    assert docker["command"].endswith("--name site-1 --store s3://b --sandbox none --folder /tmp/fedpool-site")
     made = base_job_template("kubernetes", name=SITE, store="s3://b", image="i", keep="kept-a")
     pod = made["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert pod["volumes"] == [{"name": "keep", "persistentVolumeClaim": {"claimName": "kept-a"}}]

@@ -13,6 +13,7 @@ from rich.console import Console
 from fedpool.deployments.blocking import run_blocking
 from fedpool.errors import ServerError
 from fedpool.sites.config import SiteConfig
+from fedpool.sites.sandbox import WITHOUT
 
 site = App(name="site", help="A site: the data owner's side.")
 
@@ -22,6 +23,10 @@ SiteData = Annotated[Path | None, Parameter(help="folder with the site's data: f
 SiteGpus = Annotated[str | None, Parameter(help='devices that scripts may use, e.g. "0,1"')]
 SiteStore = Annotated[str | None, Parameter(help="URL of the only store that the site uses, e.g. s3://fl-jobs")]
 SiteFolder = Annotated[Path | None, Parameter(help="the site's own folder, where scripts run")]
+SiteSandbox = Annotated[
+    Literal["bubblewrap", "none"] | None,
+    Parameter(help="how scripts are isolated; none: they may read and reach what the worker may"),
+]
 
 
 @site.command
@@ -34,9 +39,10 @@ def start(
     gpus: SiteGpus = None,
     folder: SiteFolder = None,
     store: SiteStore = None,
+    sandbox: SiteSandbox = None,
 ) -> None:
     """Start the site's worker; it runs until SIGTERM or Ctrl-C."""
-    settings = _site_settings(config, data, name=name, pool=pool, gpus=gpus, folder=folder, store=store)
+    settings = _site_settings(config, data, sandbox, name=name, pool=pool, gpus=gpus, folder=folder, store=store)
 
     from prefect.settings import PREFECT_API_URL
 
@@ -64,6 +70,7 @@ def run(
     gpus: SiteGpus = None,
     folder: SiteFolder = None,
     store: SiteStore = None,
+    sandbox: SiteSandbox = None,
 ) -> None:
     """Do one round. This is the command that a process, docker or kubernetes pool's worker runs;
     see `fedpool site template`.
@@ -71,7 +78,7 @@ def run(
     from fedpool.deployments.site_once import assigned_run, run_assigned
 
     def load() -> SiteConfig:
-        return _site_settings(config, data, name=name, gpus=gpus, folder=folder, store=store)
+        return _site_settings(config, data, sandbox, name=name, gpus=gpus, folder=folder, store=store)
 
     if not run_assigned(assigned_run(), load):
         sys.exit(1)
@@ -103,6 +110,10 @@ def template(
     cpus: Annotated[float | None, Parameter(help="limit, as a number of processors")] = None,
     namespace: Annotated[str | None, Parameter(help="kubernetes namespace; default: default")] = None,
     program: Annotated[str, Parameter(help="command that runs fedpool there")] = "fedpool",
+    sandbox: Annotated[
+        Literal["bubblewrap", "none"] | None,
+        Parameter(help="how scripts are isolated; default: none in a container, else the site's own setting"),
+    ] = None,
 ) -> None:
     """Print the base job template of a site's work pool, in which a deployment can change
     nothing.
@@ -123,6 +134,7 @@ def template(
         cpus=cpus,
         namespace=namespace,
         program=program,
+        sandbox=sandbox,
     )
     print(json.dumps(found, indent=2))
 
@@ -157,8 +169,16 @@ def register(
     run_blocking(register())
 
 
-def _site_settings(file: Path | None, data: Path | None, **given: Any) -> SiteConfig:
+def _site_settings(file: Path | None, data: Path | None, sandbox: str | None, **given: Any) -> SiteConfig:
+    if sandbox == "none":
+        given["sandbox"] = WITHOUT
+    elif sandbox is not None:
+        given["sandbox"] = {"run": sandbox}
     settings = SiteConfig.load(file, **given)
-    if data is not None:
-        settings = settings.model_copy(update={"config": {**settings.config, "data": str(data.absolute())}})
-    return settings
+    if data is None:
+        return settings
+    folder = data.absolute()
+    changes: dict[str, Any] = {"config": {**settings.config, "data": str(folder)}}
+    if settings.sandbox.run == "bubblewrap":
+        changes["sandbox"] = settings.sandbox.model_copy(update={"read": (*settings.sandbox.read, folder)})
+    return settings.model_copy(update=changes)
