@@ -95,7 +95,7 @@ def _who_reported(metric: str, record: RoundRecord) -> str:
     what = f"the metrics {', '.join(names)}" if len(names) > 1 else f"the metric {names[0]}" if names else "no metric"
     said = f"In round {record.round} sites reported {what}"
     if (meant := nearest(metric, names)) is not None:
-        return f"{said}: did you mean {meant}? Give the name that the script sends"
+        return f"{said}: the script sends {meant!r}; give that name or correct the script"
     if metric in logged:
         return f"{said}, although they logged {metric}: send it as FLModel(metrics={{{metric!r}: ...}})"
     return f"{said}: send FLModel(metrics={{{metric!r}: ...}}), or give a name that the script sends"

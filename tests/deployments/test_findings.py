@@ -38,7 +38,7 @@ def test_a_stop_condition_on_a_misspelt_metric_fails_the_job_after_its_first_rou
     run = run_job(script(), num_rounds=50, stop_cond="accuracy >= 0.4")
     assert run.get_progress().num_committed == 1
     with pytest.raises(
-        JobFailed, match=r"needs the metric 'accuracy'.*reported the metric acuracy: did you mean acuracy\?"
+        JobFailed, match=r"needs the metric 'accuracy'.*reported the metric acuracy: the script sends 'acuracy'"
     ):
         run.get_result()
 

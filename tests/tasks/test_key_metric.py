@@ -35,7 +35,8 @@ def test_what_the_user_asked_for_is_an_error_with_the_nearest_name(asked: dict[s
     gap = metric_gap(rules(**asked), [a_round(0, "acuracy", "loss")])
     assert gap is not None and gap.is_fatal
     assert gap.text == (
-        f"{what}In round 0 sites reported the metrics acuracy, loss: did you mean acuracy? Give the name that the script sends"
+        f"{what}In round 0 sites reported the metrics acuracy, loss: "
+        "the script sends 'acuracy'; give that name or correct the script"
     )
 
 
