@@ -74,11 +74,15 @@ class Round:
         self.updates.append(outcome)
 
     def aggregate(
-        self, factors: Mapping[str, float] | None = None, number: int = 1, aggregator: Aggregator | None = None
+        self,
+        factors: Mapping[str, float] | None = None,
+        number: int = 1,
+        aggregator: Aggregator | None = None,
+        strategy: Strategy | None = None,
     ) -> Digest:
-        """Write the next global model as round `number`'s."""
+        """Write the next global model as round `number`'s, by a strategy or by FedAvg."""
         return aggregate(
-            FedAvg(aggregator or Mean()),
+            strategy or FedAvg(aggregator or Mean()),
             store=self.store,
             before=Before(self.base),
             updates=self.updates,
@@ -362,15 +366,7 @@ def test_a_strategy_reads_one_parameter_of_one_block_from_sites_in_sorted_order(
     round = Round(tmp_path, {"a": f32(0), "b": f32(0)})
     for site, value in (("site-3", 3.0), ("site-1", 1.0), ("site-2", 2.0)):
         round.send(site, {"a": f32(value), "b": f32(value)})
-    aggregate(
-        Last(),
-        store=round.store,
-        before=Before(round.base),
-        updates=round.updates,
-        factors={},
-        target=PATHS.global_model(1),
-        state_target=PATHS.state(0),
-    )
+    round.aggregate(strategy=Last())
     assert {name: value.tolist() for name, value in load_arrays(round.path(), "torch").items()} == {
         "a": [3.0],
         "b": [3.0],

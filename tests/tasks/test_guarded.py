@@ -14,7 +14,6 @@ from fedpool import FedAvgRecipe, RecipeError, SimEnv
 from fedpool.errors import RoundError
 from fedpool.flows.fedavg import FedAvg
 from fedpool.paths import JobPaths
-from fedpool.tasks.aggregate import Before, aggregate
 from fedpool.tasks.aggregators import Mean
 from fedpool.tasks.guarded import check_chosen
 from fedpool.tasks.strategy import State, Strategy, Update
@@ -53,15 +52,7 @@ def result(folder: Path, strategy: Strategy) -> None:
     round = Round(folder, {"w": f32(0, 0, 0)})
     round.send("site-1", {"w": f32(1, 2, 3)})
     try:
-        aggregate(
-            strategy,
-            store=round.store,
-            before=Before(round.base),
-            updates=round.updates,
-            factors={},
-            target=PATHS.global_model(1),
-            state_target=PATHS.state(0),
-        )
+        round.aggregate(strategy=strategy)
     finally:
         assert not round.store.exists(PATHS.global_model(1)) and not round.store.exists(PATHS.state(0))
 
