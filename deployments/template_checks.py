@@ -8,9 +8,9 @@ from typing import Literal
 
 from fedpool.errors import ConfigError, RecipeError
 from fedpool.paths import check_new_names
+from fedpool.sites.sandbox import Sandboxing
 
 Kind = Literal["process", "docker", "kubernetes"]
-Sandboxing = Literal["bubblewrap", "none"]
 
 _STORE = "FEDPOOL_SITE_STORE"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -16,8 +16,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedpool.deployments.template_checks import Kind, Sandboxing, SitePool, check_pool, words
+from fedpool.deployments.template_checks import Kind, SitePool, check_pool, words
 from fedpool.errors import ConfigError
+from fedpool.sites.sandbox import Sandboxing
 
 _DATA = "/data"
 _CONFIG_FOLDER = "/etc/fedpool"

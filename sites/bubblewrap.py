@@ -25,8 +25,10 @@ _ETC = (
     "OpenCL",
 )
 _ETC_OF_NETWORK = ("ca-certificates", "gai.conf", "host.conf", "pki", "protocols", "resolv.conf", "services", "ssl")
-_DEVICES = ("nvidia*", "dri", "kfd", "accel", "infiniband")
+_DEVICES = ("nvidia*", "dri", "kfd", "accel")
 """Accelerators, in /dev. Which of them a script uses, the site's `gpus` says."""
+_DEVICES_OF_NETWORK = ("infiniband",)
+"""They reach other machines, whatever the script's network namespace has."""
 
 
 def bubblewrap(
@@ -55,7 +57,8 @@ def bubblewrap(
     for name in _ETC + (_ETC_OF_NETWORK if network else ()):
         if (path := Path("/etc") / name).exists():
             words += _bind("--ro-bind", path)
-    devices = [device for pattern in _DEVICES for device in sorted(Path("/dev").glob(pattern))]
+    patterns = _DEVICES + (_DEVICES_OF_NETWORK if network else ())
+    devices = [device for pattern in patterns for device in sorted(Path("/dev").glob(pattern))]
     for device in devices:
         words += _bind("--dev-bind", device)
     words += _bind("--ro-bind", Path("/sys" if devices else "/sys/devices/system"))

@@ -30,7 +30,8 @@ _OR_ELSE = (
 )
 _TRIAL = "import fedpool.sites.script"
 
-
+Sandboxing = Literal["bubblewrap", "none"]
+"""What a command's option can choose; another user needs a name, which the site's settings give."""
 WITHOUT: Final = {"run": "none", "network": True, "read": (), "user": None}
 """The settings of no sandbox, which replace others."""
 
@@ -91,7 +92,7 @@ class Sandbox(BaseModel):
 
     @property
     def is_apart(self) -> bool:
-        """Whether scripts see only their job's folders, not what the worker can read."""
+        """Whether scripts may be unable to read what the worker can, such as a local store."""
         return self.run != "none"
 
     @property

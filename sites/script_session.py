@@ -150,6 +150,8 @@ class ScriptSession:
         address = self._folder / "s"
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(address))
+        # A script may run as another user: it alone can enter the folder, and knows the key.
+        address.chmod(0o666)
         self._listener.listen(1)
         environment = {**self._work.environment, ADDRESS_VARIABLE: str(address), KEY_VARIABLE: self._key.hex()}
         self._script = self._launcher.start(
@@ -277,9 +279,14 @@ def _describe_exit(code: int) -> str:
     if code == 0:
         return "the script ended without sending an update"
     if code > 0:
-        return f"the script ended with exit code {code}"
+        # Shells and sandboxes report a command's signal in this way.
+        by = f" ({_signal_name(code - 128)})" if code > 128 and code - 128 in set(signal.Signals) else ""
+        return f"the script ended with exit code {code}{by}"
+    return f"the script was killed by {_signal_name(-code)}"
+
+
+def _signal_name(number: int) -> str:
     try:
-        name = signal.Signals(-code).name
+        return signal.Signals(number).name
     except ValueError:
-        name = f"signal {-code}"
-    return f"the script was killed by {name}"
+        return f"signal {number}"

@@ -13,7 +13,7 @@ from rich.console import Console
 from fedpool.deployments.blocking import run_blocking
 from fedpool.errors import ServerError
 from fedpool.sites.config import SiteConfig
-from fedpool.sites.sandbox import WITHOUT
+from fedpool.sites.sandbox import WITHOUT, Sandboxing
 
 site = App(name="site", help="A site: the data owner's side.")
 
@@ -24,7 +24,7 @@ SiteGpus = Annotated[str | None, Parameter(help='devices that scripts may use, e
 SiteStore = Annotated[str | None, Parameter(help="URL of the only store that the site uses, e.g. s3://fl-jobs")]
 SiteFolder = Annotated[Path | None, Parameter(help="the site's own folder, where scripts run")]
 SiteSandbox = Annotated[
-    Literal["bubblewrap", "none"] | None,
+    Sandboxing | None,
     Parameter(help="how scripts are isolated; none: they may read and reach what the worker may"),
 ]
 
@@ -111,7 +111,7 @@ def template(
     namespace: Annotated[str | None, Parameter(help="kubernetes namespace; default: default")] = None,
     program: Annotated[str, Parameter(help="command that runs fedpool there")] = "fedpool",
     sandbox: Annotated[
-        Literal["bubblewrap", "none"] | None,
+        Sandboxing | None,
         Parameter(help="how scripts are isolated; default: none in a container, else the site's own setting"),
     ] = None,
 ) -> None:
